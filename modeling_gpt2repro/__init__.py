@@ -1,0 +1,22 @@
+"""
+GPT-2 as a Hugging Face model. Importing this package makes the Auto classes know `model_type: gpt2repro`.
+
+    configuration_gpt2repro.py   GPT2ReproConfig: the shape, checked
+    modeling_gpt2repro.py        attention, MLP, block, GPT2ReproModel, GPT2ReproForCausalLM
+    loss.py                      the head's cross-entropy, without the logits
+    conversion.py                weights from and to transformers' GPT-2
+
+These files travel with every checkpoint (`trust_remote_code=True`), so they import torch, transformers and
+each other, and nothing else.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_gpt2repro import GPT2ReproConfig
+from .modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproModel, GPT2ReproPreTrainedModel
+
+AutoConfig.register("gpt2repro", GPT2ReproConfig)
+AutoModel.register(GPT2ReproConfig, GPT2ReproModel)
+AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM)
+
+__all__ = ["GPT2ReproConfig", "GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]

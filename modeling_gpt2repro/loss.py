@@ -1,0 +1,87 @@
+"""Cross-entropy of the language-model head, computed without ever holding all the logits."""
+
+import torch
+from torch.nn import functional as F
+
+# Rows of logits in memory at a time. Small enough that a float32 chunk of GPT-2's vocabulary is tens of
+# megabytes, large enough that each matmul fills the machine.
+CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
+# Tensor cores want dimensions in multiples of 64 (nanoGPT's 50,304). Padding lives only inside this matmul.
+VOCAB_MULTIPLE = 64
+
+
+def linear_cross_entropy(hidden, weight, targets, num_items=None, ignore_index=-100):
+    """
+    Mean cross-entropy of `softmax(hidden @ weight.T)` against `targets`.
+
+    A [B*T, V] float32 tensor of logits would be the largest thing in a training step (124M at 64 x 1024:
+    13 GB). Here a chunk of rows at a time becomes logits, its share of the loss, and, while the logits are
+    at hand, its share of the gradients; nothing of size [N, V] survives the chunk.
+
+    Args:
+        hidden: [N, D] last hidden states, any float dtype.
+        weight: [V, D] head matrix.
+        targets: [N] int64 token ids; rows with `ignore_index` count for nothing.
+        num_items: what the summed loss is divided by (an int or a scalar tensor); the number of rows that
+            are not ignored when None. Gradient accumulation passes the count of the whole global batch.
+
+    Returns:
+        scalar float32 tensor.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        compute_dtype = torch.get_autocast_dtype(hidden.device.type)
+    else:
+        compute_dtype = hidden.dtype
+    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    loss_sum = _LinearCrossEntropySum.apply(hidden, weight, targets, ignore_index, compute_dtype, needs_gradient)
+    if num_items is None:
+        num_items = (targets != ignore_index).sum()
+    elif torch.is_tensor(num_items):
+        num_items = num_items.to(loss_sum.device)
+    return loss_sum / num_items
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """The sum over rows; both gradients are made in the forward pass and scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, compute_dtype, needs_gradient):
+        num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+        padding = -vocab_size % VOCAB_MULTIPLE if hidden.is_cuda else 0
+        # One cast (and pad) of the matrix for all chunks.
+        weight_c = weight.to(compute_dtype)
+        if padding:
+            weight_c = F.pad(weight_c, (0, 0, 0, padding))
+        hidden_c = hidden.to(compute_dtype)
+        valid = targets != ignore_index
+        safe_targets = targets.masked_fill(~valid, 0)
+
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        # Autocast would cast again, and at each chunk; the dtypes here are already chosen.
+        with torch.autocast(hidden.device.type, enabled=False):
+            chunk = CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cuda"])
+            for start in range(0, num_rows, chunk):
+                rows = slice(start, start + chunk)
+                logits = (hidden_c[rows] @ weight_c.T)[:, :vocab_size].float()  # [C, V]
+                log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # [C, 1]
+                target_logits = logits.gather(1, safe_targets[rows, None])
+                loss_sum += ((log_norm - target_logits).squeeze(1) * valid[rows]).sum()
+                if needs_gradient:
+                    # d loss / d logits = softmax - onehot, zero on ignored rows.
+                    grad_logits = logits.sub_(log_norm).exp_()
+                    grad_logits.scatter_add_(1, safe_targets[rows, None], -torch.ones_like(target_logits))
+                    grad_logits *= valid[rows, None]
+                    grad_logits = grad_logits.to(compute_dtype)
+                    grad_hidden[rows] = (grad_logits @ weight_c[:vocab_size]).to(hidden.dtype)
+                    grad_weight += grad_logits.T @ hidden_c[rows]
+        if needs_gradient:
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        return loss_sum
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # Not in place: a second backward through a retained graph must find them unscaled.
+        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None

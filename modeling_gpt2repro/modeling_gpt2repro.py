@@ -1,0 +1,418 @@
+"""
+GPT-2 (Radford et al. 2019) as a Hugging Face model: attention, MLP, block, trunk, language model.
+
+The names of modules and parameters are GPT-2's own (`transformer.h.0.attn.c_attn.weight`, ...); the linear
+layers are `nn.Linear`, so a weight here is the transpose of transformers' `Conv1D` weight and nothing else.
+
+Shapes:  B batch   T new tokens   S past + new tokens   D n_embd   H heads   V vocabulary
+"""
+
+import inspect
+import math
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_gpt2repro import GPT2ReproConfig
+from .loss import linear_cross_entropy
+
+# transformers 5.0 calls the first argument `input_embeds` and wants `cache_position`; later 5.x do neither.
+_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """
+    Attention written out, for reading, for `output_attentions`, and as the reference of the fast kernels.
+
+    Args:
+        query: [B, H, T, D/H].  key, value: [B, H, S, D/H].
+        attention_mask: [B or 1, 1, T, S], added to the scores (0 or a very negative number).
+
+    Returns:
+        output [B, T, H, D/H] and weights [B, H, T, S].
+    """
+    weights = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = torch.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class GPT2ReproAttention(nn.Module):
+    """Multi-head causal self-attention; the kernel is whatever `config._attn_implementation` names."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx  # which layer of a key-value cache is ours
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attn_pdrop
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = residual_projection(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] where the kernel gives them (eager)."""
+        heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            part.view(heads_shape).transpose(1, 2)  # [B, H, T, D/H]
+            for part in self.c_attn(hidden_states).chunk(3, dim=-1)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D/H]
+        kernel = self.config._attn_implementation
+        attend = eager_attention if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape)  # [B, T, H, D/H] -> [B, T, D]
+        return self.resid_dropout(self.c_proj(output)), weights
+
+
+class GPT2ReproMLP(nn.Module):
+    """Two linear layers with the tanh approximation of GELU between, [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.act = nn.GELU(approximate="tanh")
+        self.c_proj = residual_projection(config.n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states):
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class GPT2ReproBlock(GradientCheckpointingLayer):
+    """Pre-norm block: the residual stream is only ever added to."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2ReproAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2ReproMLP(config)
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        attention_output, attention_weights = self.attn(
+            self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attention_output
+        hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
+        return hidden_states, attention_weights
+
+
+def residual_projection(in_features, out_features):
+    """
+    A linear layer that writes into the residual stream, marked for its smaller initialisation.
+
+    The mark is on the leaf because transformers 5 calls `_init_weights` only with modules that own
+    parameters: GPT-2's `isinstance(module, Attention)` would never be reached here.
+    """
+    linear = nn.Linear(in_features, out_features)
+    linear.is_residual_projection = True
+    return linear
+
+
+class GPT2ReproPreTrainedModel(PreTrainedModel):
+    """Initialisation and what the rest of transformers needs to know about the model."""
+
+    config_class = GPT2ReproConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("GPT2ReproBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """
+        Normal(0, 0.02); projections into the residual stream are scaled by 1/sqrt(N) with N = 2 n_layer of
+        them (GPT-2 paper, section 2.3). Biases 0, LayerNorms at the identity. Only `nn.init` functions:
+        from_pretrained patches those to leave loaded weights alone.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding):
+            std = self.config.initializer_range
+            if getattr(module, "is_residual_projection", False):
+                std /= math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def save_pretrained(self, *args, **kwargs):
+        """transformers', but `auto_map` names every class: left alone it names only the one being saved."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
+            "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
+            "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+        }
+        return super().save_pretrained(*args, **kwargs)
+
+
+class GPT2ReproModel(GPT2ReproPreTrainedModel):
+    """GPT-2 without the head: token ids in, last hidden states out."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(GPT2ReproBlock(config, layer_idx) for layer_idx in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.wte
+
+    def set_input_embeddings(self, new_embeddings):
+        self.wte = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            input_ids: [B, T] token ids, or `inputs_embeds` [B, T, D] in their place.
+            attention_mask: [B, S], 1 for a token and 0 for padding (left or right); or a ready 4D mask.
+            position_ids: [B, T]; counted from `attention_mask` (padding does not count) when not given.
+            past_key_values: a transformers `Cache`.
+            use_cache: return a cache; by default only outside training.
+            output_attentions: needs `attn_implementation="eager"`, the fast kernels have no weights to give.
+
+        Returns:
+            BaseModelOutputWithPast: last_hidden_state [B, T, D]; on request past_key_values,
+            hidden_states (n_layer + 1 of [B, T, D], the last one after ln_f), attentions ([B, H, T, S] each).
+
+        Raises:
+            ValueError: both or neither of the inputs, a sequence longer than n_positions, attentions of a
+                kernel that has none.
+        """
+        config = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        if output_attentions and config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='eager', got {config._attn_implementation!r}: "
+                "fused attention kernels never form the weights"
+            )
+        if use_cache is None:
+            use_cache = config.use_cache and not self.training
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
+
+        num_new = inputs_embeds.shape[1]
+        num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(num_past, int) and num_past + num_new > config.n_positions:
+            raise ValueError(
+                f"a sequence of {num_past + num_new} tokens does not fit n_positions={config.n_positions}: "
+                "the model has no position embedding past that; shorten the input or ask for fewer new tokens"
+            )
+        past_and_new = torch.arange(num_new, device=inputs_embeds.device) + num_past
+        mask_arguments = {
+            "config": config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,  # as given: restarts in it mean packed documents
+        }
+        if "inputs_embeds" not in _MASK_PARAMETERS:
+            mask_arguments["input_embeds"] = mask_arguments.pop("inputs_embeds")
+        if "cache_position" in _MASK_PARAMETERS:
+            mask_arguments["cache_position"] = past_and_new
+        # None where plain causal attention will do: then the flash kernel runs.
+        causal_mask = create_causal_mask(**mask_arguments)
+
+        if position_ids is None:
+            if attention_mask is not None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
+            else:
+                position_ids = past_and_new.unsqueeze(0)
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+
+        all_hidden_states = () if output_hidden_states else None
+        all_attentions = () if output_attentions else None
+        for block in self.h:
+            if output_hidden_states:
+                all_hidden_states += (hidden_states,)
+            hidden_states, attention_weights = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if output_attentions:
+                all_attentions += (attention_weights,)
+        hidden_states = self.ln_f(hidden_states)
+        if output_hidden_states:
+            all_hidden_states += (hidden_states,)
+
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=all_hidden_states,
+            attentions=all_attentions,
+        )
+
+
+class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
+    """GPT-2 with its language-model head, which shares the token embedding's matrix."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers' form)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.transformer = GPT2ReproModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        shift_labels=None,
+        num_items_in_batch=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        logits_to_keep=0,
+        return_logits=None,
+        **kwargs,
+    ):
+        """
+        Args (beside those of `GPT2ReproModel.forward`):
+            labels: [B, T] token ids, as a rule `input_ids` themselves: the shift by one position happens
+                here (transformers' convention). -100 is ignored.
+            shift_labels: [B, T], the token that follows each position, already shifted; instead of `labels`.
+            num_items_in_batch: what the summed loss is divided by; by default the labels that count.
+            logits_to_keep: logits of the last so many positions only, or of the positions in an index
+                tensor; 0 keeps all. The loss is over all positions regardless.
+            return_logits: whether to compute logits. By default yes, but not when training on labels,
+                where they would be the largest tensor of the step and nothing reads them.
+
+        Returns:
+            CausalLMOutputWithPast: loss (scalar float32) with labels; logits [B, T, V] or None; and
+            past_key_values, hidden_states, attentions as in `GPT2ReproModel.forward`.
+        """
+        has_labels = labels is not None or shift_labels is not None
+        if labels is not None and shift_labels is not None:
+            raise ValueError("give labels or shift_labels, not both")
+        if use_cache is None and has_labels:
+            use_cache = False
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+
+        loss = None
+        if has_labels:
+            if shift_labels is None:
+                # The last position has no next token to predict.
+                shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            loss = linear_cross_entropy(
+                hidden_states.flatten(0, 1),
+                self.lm_head.weight,
+                shift_labels.flatten().to(hidden_states.device),
+                num_items=num_items_in_batch,
+            )
+        logits = None
+        if return_logits or (return_logits is None and not (self.training and has_labels)):
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, positions])
+
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @classmethod
+    def from_gpt2(cls, model_or_path, **kwargs):
+        """
+        A copy of transformers' GPT-2: `GPT2ReproForCausalLM.from_gpt2("openai-community/gpt2")`.
+
+        Args:
+            model_or_path: a `GPT2LMHeadModel`, or what its `from_pretrained` takes (Hub id or folder).
+            kwargs: passed to `GPT2LMHeadModel.from_pretrained` (`revision`, `dtype`, ...).
+
+        Raises:
+            ValueError: the model has something GPT-2 as published has not (cross-attention, ...).
+        """
+        from .conversion import from_gpt2
+
+        return from_gpt2(cls, model_or_path, **kwargs)
+
+    def to_gpt2(self):
+        """The same weights as a plain `GPT2LMHeadModel`, which every engine that knows GPT-2 can open."""
+        from .conversion import to_gpt2
+
+        return to_gpt2(self)
+
+
+# save_pretrained then writes `auto_map` and copies these files next to the weights.
+GPT2ReproModel.register_for_auto_class("AutoModel")
+GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
+__all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]
