@@ -3,9 +3,12 @@
 import torch
 from torch.nn import functional as F
 
-# Rows of logits in memory at a time. Small enough that a float32 chunk of GPT-2's vocabulary is tens of
-# megabytes, large enough that each matmul fills the machine.
-CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
+# Rows of logits in memory at a time, in the compute dtype: enough to fill the machine's matmul units.
+CHUNK_ROWS = {"cpu": 1024}
+DEFAULT_CHUNK_ROWS = 8192
+# Rows of them in float32 at a time. On a CPU few, so that the passes of a softmax stay in cache and the
+# allocator hands the same pages out again (above 32 MB glibc returns them to the kernel each time).
+BLOCK_ROWS = {"cpu": 16}
 # Tensor cores want dimensions in multiples of 64 (nanoGPT's 50,304). Padding lives only inside this matmul.
 VOCAB_MULTIPLE = 64
 
@@ -47,11 +50,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, ignore_index, compute_dtype, needs_gradient):
         num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-        padding = -vocab_size % VOCAB_MULTIPLE if hidden.is_cuda else 0
+        device_type = hidden.device.type
+        chunk_rows = min(num_rows, CHUNK_ROWS.get(device_type, DEFAULT_CHUNK_ROWS))
+        block_rows = BLOCK_ROWS.get(device_type, chunk_rows)
+
         # One cast (and pad) of the matrix for all chunks.
         weight_c = weight.to(compute_dtype)
-        if padding:
-            weight_c = F.pad(weight_c, (0, 0, 0, padding))
+        if hidden.is_cuda:
+            weight_c = F.pad(weight_c, (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
         hidden_c = hidden.to(compute_dtype)
         valid = targets != ignore_index
         safe_targets = targets.masked_fill(~valid, 0)
@@ -60,22 +66,31 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
         # Autocast would cast again, and at each chunk; the dtypes here are already chosen.
-        with torch.autocast(hidden.device.type, enabled=False):
-            chunk = CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cuda"])
-            for start in range(0, num_rows, chunk):
-                rows = slice(start, start + chunk)
-                logits = (hidden_c[rows] @ weight_c.T)[:, :vocab_size].float()  # [C, V]
-                log_norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # [C, 1]
-                target_logits = logits.gather(1, safe_targets[rows, None])
-                loss_sum += ((log_norm - target_logits).squeeze(1) * valid[rows]).sum()
+        with torch.autocast(device_type, enabled=False):
+            buffer = hidden_c.new_empty(chunk_rows, weight_c.shape[0])
+            for chunk in torch.arange(num_rows).split(chunk_rows):
+                rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
+                logits = torch.mm(hidden_c[rows], weight_c.T, out=buffer[: len(chunk)])[:, :vocab_size]  # [C, V]
+                for block, target, keep in zip(
+                    logits.split(block_rows),
+                    safe_targets[rows, None].split(block_rows),
+                    valid[rows, None].split(block_rows),
+                    strict=True,
+                ):
+                    p = block.float()
+                    target_logit = p.gather(1, target)
+                    row_max = p.amax(dim=-1, keepdim=True)
+                    p = p.sub_(row_max).exp_()
+                    row_sum = p.sum(dim=-1, keepdim=True)
+                    loss_sum += ((row_sum.log() + row_max - target_logit) * keep).sum()
+                    if needs_gradient:
+                        # d loss / d logits = softmax - onehot, zero on ignored rows; in the logits' place.
+                        target_p = p.gather(1, target) / row_sum
+                        block.copy_(p.mul_(keep / row_sum))
+                        block.scatter_(1, target, ((target_p - 1) * keep).to(block.dtype))
                 if needs_gradient:
-                    # d loss / d logits = softmax - onehot, zero on ignored rows.
-                    grad_logits = logits.sub_(log_norm).exp_()
-                    grad_logits.scatter_add_(1, safe_targets[rows, None], -torch.ones_like(target_logits))
-                    grad_logits *= valid[rows, None]
-                    grad_logits = grad_logits.to(compute_dtype)
-                    grad_hidden[rows] = (grad_logits @ weight_c[:vocab_size]).to(hidden.dtype)
-                    grad_weight += grad_logits.T @ hidden_c[rows]
+                    grad_hidden[rows] = (logits @ weight_c[:vocab_size]).to(hidden.dtype)
+                    grad_weight += logits.T @ hidden_c[rows]
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss_sum

@@ -144,6 +144,11 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        """Yes. transformers would look for a phrase in this file, and the phrase differs between 5.x versions."""
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module):
         """

@@ -1,0 +1,45 @@
+"""A tiny run of train.py that the end-to-end tests look at from all sides."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny_run import RECIPE, ROOT, clean_environment
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory):
+    """launch(*arguments of train.py, accelerate=[...]) runs `accelerate launch train.py ...` to its end."""
+    home = tmp_path_factory.mktemp("home")
+
+    def run(*arguments, accelerate=(), check=True):
+        command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate, "train.py", *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=clean_environment(home), capture_output=True, text=True, timeout=300
+        )
+        if check:
+            assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A recipe's path and the shards it names: 60 short documents of real text."""
+    from data.prepare import prepare
+    from data.sources import sample_documents
+
+    folder = tmp_path_factory.mktemp("tiny")
+    documents = [text[:1500] for text, _ in zip(sample_documents(), range(60), strict=False)]
+    prepare(documents, folder / "shards", name="tiny", source={"kind": "test"}, val_fraction=0.2)
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(RECIPE + f"data: {{path: '{folder / 'shards'}'}}\n")
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def finished_run(launch, tiny, tmp_path_factory):
+    """(run folder, console output) of one undisturbed run of 20 steps."""
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    done = launch("--config", tiny, "--output_dir", output)
+    return output, done.stdout

@@ -1,0 +1,35 @@
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+TINY = {"n_layer": 3, "n_head": 4, "n_embd": 64, "n_positions": 64}
+
+
+@pytest.fixture
+def tiny_config():
+    return GPT2ReproConfig(**TINY)
+
+
+@pytest.fixture
+def model(tiny_config):
+    torch.manual_seed(0)
+    return GPT2ReproForCausalLM(tiny_config)
+
+
+@pytest.fixture
+def gpt2():
+    """transformers' GPT-2, the reference, with weights far enough from 0 for every part to matter."""
+    torch.manual_seed(0)
+    config = GPT2Config(**TINY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def input_ids():
+    return torch.randint(0, 50257, (3, 48), generator=torch.Generator().manual_seed(1))

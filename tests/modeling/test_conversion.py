@@ -1,0 +1,49 @@
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, GPT2Model
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+
+def test_round_trip_is_bit_exact(gpt2):
+    back = GPT2ReproForCausalLM.from_gpt2(gpt2).to_gpt2()
+    assert type(back) is GPT2LMHeadModel
+    theirs, ours = gpt2.state_dict(), back.state_dict()
+    assert theirs.keys() == ours.keys()
+    for name in theirs:
+        assert torch.equal(theirs[name], ours[name]), name
+    assert back.lm_head.weight is back.transformer.wte.weight
+
+
+def test_conversion_copies(gpt2):
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert all(p.abs().sum() > 0 for p in gpt2.parameters())
+
+
+def test_from_and_to_a_folder(gpt2, input_ids, tmp_path):
+    gpt2.eval().save_pretrained(tmp_path / "theirs")
+    model = GPT2ReproForCausalLM.from_gpt2(tmp_path / "theirs").eval()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.save_pretrained(tmp_path / "ours")
+    GPT2ReproForCausalLM.from_pretrained(tmp_path / "ours").to_gpt2().save_pretrained(tmp_path / "back")
+    back = GPT2LMHeadModel.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        assert torch.equal(back(input_ids).logits, gpt2(input_ids).logits)
+
+
+def test_a_converted_model_trains(gpt2, input_ids):
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2)
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+    model.train()(input_ids, labels=input_ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_is_not_gpt2_is_refused(gpt2):
+    with pytest.raises(ValueError, match="GPT2Model"):
+        GPT2ReproForCausalLM.from_gpt2(GPT2Model(gpt2.config))
+    gpt2.config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
+        GPT2ReproForCausalLM.from_gpt2(gpt2)

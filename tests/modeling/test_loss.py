@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from modeling_gpt2repro import loss as loss_module
+from modeling_gpt2repro.loss import linear_cross_entropy
+
+
+@pytest.fixture(params=[(1, 1), (7, 3), (64, 16), (1000, 1000)])
+def chunks(request, monkeypatch):
+    """Chunk and block sizes that divide the 50 rows and that do not."""
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": request.param[0]})
+    monkeypatch.setattr(loss_module, "BLOCK_ROWS", {"cpu": request.param[1]})
+
+
+def problem(dtype=torch.float64, ignored=True):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(50, 16, generator=generator, dtype=dtype)
+    weight = torch.randn(101, 16, generator=generator, dtype=dtype)
+    targets = torch.randint(0, 101, (50,), generator=generator)
+    if ignored:
+        targets[::3] = -100
+    return hidden, weight, targets
+
+
+def test_loss_and_gradients_equal_plain_cross_entropy_in_float64(chunks):
+    hidden, weight, targets = problem()
+    reference = [t.clone().requires_grad_() for t in (hidden, weight)]
+    expected = F.cross_entropy(reference[0] @ reference[1].T, targets)
+    expected.backward()
+    ours = [t.float().requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*ours, targets)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    for mine, exact in zip(ours, reference, strict=True):
+        error = (mine.grad.double() - exact.grad).norm() / exact.grad.norm()
+        assert error < 1e-5
+
+
+def test_num_items_scales_loss_and_gradients(chunks):
+    hidden, weight, targets = problem(torch.float32, ignored=False)
+    gradients = []
+    for num_items in (None, 50, 200, torch.tensor(200)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = linear_cross_entropy(h, w, targets, num_items=num_items)
+        (3 * loss).backward()
+        gradients.append((loss.item(), h.grad, w.grad))
+    for number, scale in ((1, 1), (2, 4), (3, 4)):
+        torch.testing.assert_close(gradients[number][0] * scale, gradients[0][0])
+        torch.testing.assert_close(gradients[number][1] * scale, gradients[0][1])
+        torch.testing.assert_close(gradients[number][2] * scale, gradients[0][2])
+
+
+def test_backward_twice_adds_up():
+    hidden, weight, targets = problem(torch.float32)
+    weight.requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 2 * once)
+
+
+def test_bf16_autocast_matches_plain_autocast():
+    hidden, weight, targets = problem(torch.float32)
+    results = []
+    for plain in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy((h @ w.T).float(), targets) if plain else linear_cross_entropy(h, w, targets)
+        loss.backward()
+        assert h.grad.dtype == w.grad.dtype == torch.float32
+        results.append((loss, h.grad, w.grad))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
+    for mine, reference in zip(results[1][1:], results[0][1:], strict=True):
+        assert (mine - reference).norm() / reference.norm() < 0.01  # bf16 has 8 bits
+
+
+def test_no_gradient_work_without_a_gradient():
+    hidden, weight, targets = problem(torch.float32)
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets).detach())
+
+
+def test_extreme_logits_stay_finite():
+    hidden, weight, targets = problem(torch.float32)
+    hidden = (1000 * hidden).requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, targets))
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_all_rows_ignored_is_nan_like_torch():
+    hidden, weight, targets = problem(torch.float32)
+    targets[:] = -100
+    assert torch.isnan(linear_cross_entropy(hidden, weight, targets))

@@ -1,0 +1,333 @@
+"""train.py as a user meets it: launched, looked at, resumed, started on two processes."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import ROOT, clean_environment, losses
+
+import train
+from data.shards import open_split
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+
+def test_a_run_leaves_what_it_promises(finished_run):
+    output, console = finished_run
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
+    for name in ("curves.png", "provenance.json", "metrics.jsonl", "tensorboard"):
+        assert (output / name).exists(), name
+    assert not list(output.rglob(".*.partial"))
+
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == list(range(1, 21))
+    assert set(training[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
+    assert training[-1]["tokens"] == 20 * 256
+    evaluations = [r for r in records if "val_loss" in r]
+    assert [r["step"] for r in evaluations] == [0, 10, 20]
+    # A random start knows nothing: ln 50257 = 10.82.
+    assert abs(evaluations[0]["val_loss"] - math.log(50257)) < 0.1
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
+    assert evaluations[-1]["hellaswag"]["n"] == 6
+    assert evaluations[-1]["hellaswag"]["is_sample"] is True
+
+    assert "4 sequences x 32 tokens x 2 accumulated x 1 process(es) = 256 tokens a step" in console
+    assert "bigram" in console
+    assert "NOT HellaSwag" in console
+    assert "tok/s" in console
+    assert "left" in console
+    for line in ("AutoModelForCausalLM.from_pretrained", "python -m eval --model", "push_to_hub"):
+        assert line in console
+
+
+def test_provenance_says_what_made_the_run(finished_run):
+    output, _ = finished_run
+    made = json.loads((output / "provenance.json").read_text())
+    assert made["config"]["optim"]["lr"] == 3e-3
+    assert made["versions"]["torch"] == torch.__version__
+    assert made["hardware"]["processes"] == 1
+    assert made["model"]["parameters"] == GPT2ReproForCausalLM(tiny_model_config()).num_parameters()
+    assert made["data"]["train_tokens"] > 1000
+
+
+def tiny_model_config():
+    return GPT2ReproConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32)
+
+
+def test_losses_follow_a_plain_pytorch_loop(finished_run, tiny):
+    """transformers' GPT-2, torch's AdamW and batches read with numpy alone: 20 steps within 1e-3."""
+    torch.manual_seed(1337)
+    gpt2 = GPT2ReproForCausalLM(tiny_model_config()).to_gpt2().train()
+    for dropout in (gpt2.config, *gpt2.modules()):
+        assert getattr(dropout, "p", 0) == 0
+    windows = []
+    for shard in sorted((tiny.parent / "shards").glob("*_train_*.bin")):
+        tokens = np.fromfile(shard, dtype="<u2", offset=1024).astype(np.int64)
+        windows += [tokens[i * 32 : i * 32 + 33] for i in range((len(tokens) - 1) // 32)]
+    order = np.concatenate([np.random.RandomState([1337, epoch]).permutation(len(windows)) for epoch in range(50)])
+    matrices = [p for p in gpt2.parameters() if p.dim() >= 2]
+    vectors = [p for p in gpt2.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
+    expected = []
+    for step in range(20):
+        warm = (step + 1) / 4
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 16))
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (warm if step < 4 else cosine)
+        batch = torch.tensor(np.stack([windows[i] for i in order[step * 8 : step * 8 + 8]]))
+        logits = gpt2(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt2.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    output, _ = finished_run
+    assert losses(output) == pytest.approx(expected, abs=1e-3)
+    assert expected[-1] < expected[0] - 0.5
+
+
+def test_resume_goes_on_as_if_nothing_had_happened(finished_run, launch, tiny, tmp_path):
+    """Bit-identical parameters, moments and losses; the interrupted run also had a lost stretch in its log."""
+    original, _ = finished_run
+    interrupted = tmp_path / "tiny"
+    shutil.copytree(original, interrupted)
+    shutil.rmtree(interrupted / "checkpoints" / "step_000020")
+    done = launch("--config", tiny, "--output_dir", interrupted, "--resume", "auto")
+    assert "step 10" in done.stdout
+    for name in ("model.safetensors", "training_state/optimizer.safetensors"):
+        before = load_file(original / "checkpoints" / "step_000020" / name)
+        after = load_file(interrupted / "checkpoints" / "step_000020" / name)
+        assert before.keys() == after.keys()
+        for key in before:
+            assert torch.equal(before[key], after[key]), key
+    assert losses(interrupted) == losses(original)
+    steps = [json.loads(line)["step"] for line in (interrupted / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_two_processes_give_the_losses_of_one(finished_run, launch, tiny, tmp_path):
+    launch(
+        *("--config", tiny, "--output_dir", tmp_path / "two"),
+        accelerate=["--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"],
+    )
+    original, _ = finished_run
+    assert json.loads((tmp_path / "two" / "provenance.json").read_text())["hardware"]["processes"] == 2
+    assert losses(tmp_path / "two") == pytest.approx(losses(original), abs=2e-5)
+    one, two = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (original, tmp_path / "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        if "val_loss" in a:
+            assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-5)
+            assert a["hellaswag"] == b["hellaswag"]
+    assert (tmp_path / "two" / "checkpoints" / "step_000020" / "training_state" / "rng_00001.safetensors").is_file()
+
+
+def test_processes_that_do_not_see_each_other_stop(tiny, tmp_path):
+    """accelerate's trap: on a CPU without cpu=True, each of two launched processes believes to be alone."""
+    code = (
+        "import sys, accelerate, train; real = accelerate.Accelerator; "
+        "train.Accelerator = lambda **kw: real(**{**kw, 'cpu': False}); "
+        f"sys.argv = ['train.py', '--config', {str(tiny)!r}, '--output_dir', {str(tmp_path / 'run')!r}]; train.main()"
+    )
+    environment = clean_environment(tmp_path) | {"CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "started 2 processes, but this one sees 1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_compile_with_validation_hellaswag_and_samples(finished_run, launch, tiny, tmp_path):
+    if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler: torch.compile was not tried")
+    done = launch("--config", tiny, "--output_dir", tmp_path / "compiled", "--compile")
+    original, _ = finished_run
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(original), abs=1e-4)
+    assert "hellaswag acc_norm" in done.stdout
+    state = load_file(tmp_path / "compiled" / "checkpoints" / "step_000020" / "model.safetensors")
+    assert state.keys() == load_file(original / "checkpoints" / "step_000020" / "model.safetensors").keys()
+
+
+def test_dry_run_writes_nothing(launch, tiny, tmp_path):
+    done = launch("--config", tiny, "--output_dir", tmp_path / "dry", "--dry_run")
+    assert "5,120 tokens" in done.stdout
+    assert "parameters" in done.stdout
+    assert not (tmp_path / "dry").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A checkpoint, opened by someone who has only transformers.
+
+ELSEWHERE = """
+import sys
+sys.modules["modeling_gpt2repro"] = None  # importing it raises: this project is not installed here
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+path = sys.argv[1]
+expected = load_file(sys.argv[2])
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+trunk = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(path)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+ids = tokenizer("The with statement", return_tensors="pt").input_ids
+assert ids.tolist() == expected["ids"].tolist(), ids
+with torch.no_grad():
+    logits = model(ids).logits
+    assert torch.equal(logits, expected["logits"]), (logits - expected["logits"]).abs().max()
+    assert torch.equal(model.lm_head(trunk(ids).last_hidden_state), logits)
+assert model.lm_head.weight is model.transformer.wte.weight
+text = pipeline("text-generation", model=path, trust_remote_code=True)("The with", max_new_tokens=5)
+assert text[0]["generated_text"].startswith("The with"), text
+print("opened")
+"""
+
+
+def test_a_checkpoint_opens_elsewhere_without_this_project(finished_run, tmp_path):
+    from safetensors.torch import save_file
+
+    output, _ = finished_run
+    checkpoint = tmp_path / "downloaded"
+    shutil.copytree(output / "checkpoints" / "step_000020", checkpoint)
+    model = GPT2ReproForCausalLM.from_pretrained(checkpoint).eval()
+    ids = torch.tensor([[464, 351, 2643]])  # "The with statement"
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, str(checkpoint), str(tmp_path / "expected.safetensors")],
+        cwd=tmp_path / "elsewhere",
+        env=clean_environment(tmp_path / "elsewhere"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("opened")
+
+
+def test_checkpoint_has_no_pickle_and_no_stray_file(finished_run):
+    output, _ = finished_run
+    names = {p.relative_to(output / "checkpoints" / "step_000020").as_posix() for p in
+             (output / "checkpoints" / "step_000020").rglob("*") if p.is_file()}
+    assert {name.rsplit(".", 1)[-1] for name in names} <= {"json", "safetensors", "py", "txt"}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert {"training_state/state.json", "training_state/optimizer.safetensors"} <= names
+    config = json.loads((output / "checkpoints" / "step_000020" / "config.json").read_text())
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    for target in config["auto_map"].values():
+        assert target.split(".")[0] + ".py" in names
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input: one line, a non-zero exit, nothing half-written.
+
+
+@pytest.fixture
+def fails(tiny, tmp_path, monkeypatch, capsys):
+    """fails(*arguments) -> the error line of train.py run in this process with the tiny recipe."""
+    monkeypatch.setattr(os, "environ", clean_environment(tmp_path))
+    monkeypatch.chdir(ROOT)
+    output = tmp_path / "run"
+
+    def run(*arguments):
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output), *map(str, arguments)]
+        )
+        with pytest.raises(SystemExit) as stop:
+            train.main()
+        message = stop.value.code
+        assert isinstance(message, str) and message.startswith("error: "), message
+        assert "\n" not in message
+        assert not output.exists()
+        return message
+
+    return run
+
+
+def test_missing_data_folder(fails, tmp_path):
+    message = fails("--data.path", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message
+    assert "python -m data.prepare" in message
+
+
+def test_torn_shard(fails, tiny, tmp_path):
+    shutil.copytree(tiny.parent / "shards", tmp_path / "torn")
+    shard = next((tmp_path / "torn").glob("*_train_*.bin"))
+    os.truncate(shard, shard.stat().st_size - 100)
+    assert shard.name in fails("--data.path", tmp_path / "torn")
+
+
+def test_a_model_that_does_not_divide(fails):
+    message = fails("--model.n_embd", "100", "--model.n_head", "12")
+    assert "n_embd=100" in message
+    assert "96 or 108" in message
+
+
+def test_a_batch_that_does_not_divide(fails):
+    assert "micro_batch_size=3" in fails("--batch.micro_batch_size", "3")
+
+
+def test_an_unknown_key(fails):
+    assert "did you mean 'optim.weight_decay'" in fails("--optim.weight_decat", "0.1")
+
+
+def test_a_malformed_hellaswag_file(fails, tmp_path):
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n{"ctx": "a"}\n')
+    assert f"{path}:2" in fails("--eval.hellaswag", path)
+
+
+def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch, tmp_path):
+    output, _ = finished_run
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert "--resume auto" in stop.value.code
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+
+
+def test_resuming_another_run_is_refused(finished_run, fails):
+    output, _ = finished_run
+    checkpoint = output / "checkpoints" / "step_000010"
+    message = fails("--resume", checkpoint, "--seed", "7")
+    assert "seed=1337" in message
+    assert "7" in message
+    assert "no checkpoint" in fails("--resume", output)
+
+
+def test_the_launched_command_fails_with_one_line(launch, tiny, tmp_path):
+    done = launch(
+        *("--config", tiny, "--output_dir", tmp_path / "run", "--data.path", tmp_path / "nowhere"),
+        accelerate=["--quiet"],
+        check=False,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_open_split_reads_what_the_loop_reads(tiny):
+    assert sum(len(shard) for shard in open_split(tiny.parent / "shards", "train")) > 1000
+    assert Path(tiny.parent / "shards" / "manifest.json").is_file()

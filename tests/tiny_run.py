@@ -1,0 +1,35 @@
+"""What the end-to-end tests share: a tiny recipe, a clean environment, a reader of losses."""
+
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+RECIPE = """
+model: {n_layer: 2, n_head: 2, n_embd: 32, n_positions: 32}
+batch: {tokens_per_step: 256, seq_len: 32, micro_batch_size: 4}
+optim: {lr: 3.0e-3, warmup_steps: 4}
+eval: {val_tokens: 512, hellaswag: sample, hellaswag_limit: 6, ngram_baselines: true, prompts: [The], sample_tokens: 4}
+max_steps: 20
+eval_every: 10
+save_every: 10
+log_every: 5
+mixed_precision: "no"
+"""
+
+
+def clean_environment(home):
+    """An empty home, no network, and nothing of an outer launch."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "HF_", "TORCHELASTIC"))}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
+        environment.pop(name, None)
+    return environment | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def losses(run):
+    """Training losses of a run folder, in order of steps."""
+    records = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == list(range(1, len(training) + 1))
+    return [r["loss"] for r in training]

@@ -1,0 +1,53 @@
+import json
+
+import pytest
+
+from training.metrics import MetricsLog, plot_curves, read_metrics
+
+RECORDS = [
+    {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
+    {"step": 1, "tokens": 8, "loss": 10.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0},
+    {"step": 2, "tokens": 16, "loss": 9.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0},
+    {"step": 2, "tokens": 16, "val_loss": 9.5, "hellaswag": None},
+    {"step": 3, "tokens": 24, "loss": 8.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0},
+]
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for record in RECORDS:
+        log.write(record)
+    log.close()
+    return path
+
+
+def test_one_object_a_line(log):
+    assert [json.loads(line) for line in log.read_text().splitlines()] == RECORDS
+    assert read_metrics(log) == RECORDS
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(log):
+    MetricsLog(log, resume_step=2).close()
+    assert read_metrics(log) == RECORDS[:4]
+
+
+def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_not(log):
+    text = log.read_text()
+    log.write_text(text[:-10])
+    assert read_metrics(log) == RECORDS[:4]
+    log.write_text(text.replace('"step": 1,', '"step":'))
+    with pytest.raises(ValueError):
+        read_metrics(log)
+
+
+def test_picture(log, tmp_path):
+    score = {"acc": 0.3, "acc_stderr": 0.05, "acc_norm": 0.25, "acc_norm_stderr": 0.05, "n": 40, "is_sample": True}
+    scored = [r | {"hellaswag": score} if "val_loss" in r else r for r in RECORDS]
+    for number, records in enumerate((RECORDS, scored)):
+        path = tmp_path / f"{number}.png"
+        plot_curves(records, path, title="t", baselines={"unigram": 7.0, "bigram": 6.0})
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "1.png").stat().st_size > (tmp_path / "0.png").stat().st_size  # the second panel
+    assert not list(tmp_path.glob(".*.partial"))

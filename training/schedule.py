@@ -1,0 +1,22 @@
+"""The learning rate, a pure function of the step: nothing to save, nothing to step twice."""
+
+import math
+
+
+def learning_rate(step, *, peak, warmup_steps, max_steps, final_fraction):
+    """
+    Linear warm-up, then a cosine down to `final_fraction * peak` (GPT-3 paper, appendix B; the lecture's).
+
+    Args:
+        step: optimizer steps already taken; 0 for the first. The first step has peak / warmup_steps, not 0.
+
+    Returns:
+        float, the learning rate of the coming step; `final_fraction * peak` from `max_steps` on.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if step >= max_steps:
+        return peak * final_fraction
+    progress = (step - warmup_steps) / (max_steps - warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 -> 0
+    return peak * (final_fraction + (1.0 - final_fraction) * cosine)
