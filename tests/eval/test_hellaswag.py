@@ -1,0 +1,321 @@
+"""HellaSwag: where items come from, what is refused, and the lecture's scoring by another way."""
+
+import gzip
+import json
+import lzma
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from eval import EvalError, hub
+from eval.hellaswag.accuracy import accuracy
+from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
+from eval.hellaswag.task import score_hellaswag
+
+GOOD = {"ctx": "A man opens an umbrella because", "endings": ["it rains.", "b.", "c.", "d."], "label": 0}
+
+
+def jsonl(*records):
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def write(path, text):
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_sample_is_what_it_says():
+    records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    assert [record["ind"] for record in records] == list(range(40))
+    assert Counter(record["label"] for record in records) == {0: 10, 1: 10, 2: 10, 3: 10}
+    assert len({record["ctx"] for record in records}) == 40
+    for record in records:
+        assert list(record) == ["ind", "activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"]
+        assert record["ctx"] == f"{record['ctx_a']} {record['ctx_b']}".strip()
+        assert len(set(record["endings"])) == 4
+
+
+def test_the_sample_cannot_be_answered_without_reading():
+    """Neither an ending's length nor its place picks the right one much more often than chance, 10 of 40."""
+    items, _ = load_items("sample")
+    by_rule = {
+        "longest": [max(range(4), key=lambda i, item=item: len(item.endings[i])) for item in items],
+        "shortest": [min(range(4), key=lambda i, item=item: len(item.endings[i])) for item in items],
+        "in turn": [index % 4 for index in range(40)],
+        "as before": [0, *(item.label for item in items[:-1])],
+    }
+    for rule, choices in by_rule.items():
+        right = sum(choice == item.label for choice, item in zip(choices, items, strict=True))
+        assert right <= 17, rule
+
+
+def test_the_sample_says_so():
+    items, source = load_items("sample", 7)
+    assert len(items) == 7
+    assert source.is_sample
+    assert source.description == (
+        "SAMPLE of 7 items written for this project, NOT HellaSwag: not comparable with published numbers"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)]
+)
+def test_files(tmp_path, name, pack):
+    records = [GOOD | {"label": "2", "more": 1}, GOOD | {"ctx": "Ein Mädchen"}]
+    path = write(tmp_path / name, pack(("\ufeff" + jsonl(*records) + "\n").encode()))
+    items, source = load_items(str(path))
+    assert items == [
+        HellaSwagItem(GOOD["ctx"], tuple(GOOD["endings"]), 2),
+        HellaSwagItem("Ein Mädchen", tuple(GOOD["endings"]), 0),
+    ]
+    assert source.description == f"{path}, all 2 items"
+    assert not source.is_sample
+
+
+def test_limit_and_sha256_are_of_the_items(tmp_path):
+    first, second = GOOD, GOOD | {"label": 3}
+    a, source_a = load_items(write(tmp_path / "a.jsonl", jsonl(first, second)), 1)
+    b, source_b = load_items(write(tmp_path / "b.jsonl", jsonl(first | {"ind": 5, "label": "0"})))
+    _, source_c = load_items(write(tmp_path / "c.jsonl", jsonl(second)))
+    assert a == b
+    assert source_a.description.endswith("the first 1 of 2 items")
+    assert source_a.sha256 == source_b.sha256 != source_c.sha256
+
+
+BAD_LINES = {
+    "not JSON": ("{", "not JSON"),
+    "two objects": (jsonl(GOOD).strip() * 2, "not JSON"),
+    "not UTF-8": (b'{"ctx": "\xff"}', "not UTF-8 at byte 9"),
+    "nested too deep": ("[" * 100_000, "not JSON"),
+    "a list": ("[1, 2]", "[1, 2] is no JSON object"),
+    "null": ("null", "None is no JSON object"),
+    "no ctx": (jsonl({"endings": GOOD["endings"], "label": 0}), "the field 'ctx' is missing"),
+    "no endings": (jsonl({"ctx": "a", "label": 0}), "the field 'endings' is missing"),
+    "no label": (jsonl({"ctx": "a", "endings": GOOD["endings"]}), "the field 'label' is missing"),
+    "ctx a number": (jsonl(GOOD | {"ctx": 5}), "ctx must be text, got 5"),
+    "ctx empty": (jsonl(GOOD | {"ctx": " "}), "ctx is empty"),
+    "endings a text": (jsonl(GOOD | {"endings": "abcd"}), "list of exactly 4 texts, got 'abcd'"),
+    "three endings": (jsonl(GOOD | {"endings": ["a", "b", "c"]}), "exactly 4 texts, got 3 of them"),
+    "five endings": (jsonl(GOOD | {"endings": ["a"] * 5}), "exactly 4 texts, got 5 of them"),
+    "an ending null": (jsonl(GOOD | {"endings": ["a", "b", None, "d"]}), "ending 2 must be text, got None"),
+    "an ending empty": (jsonl(GOOD | {"endings": ["a", "b", "c", ""]}), "ending 3 is empty"),
+    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is no valid Unicode"),
+    "label 4": (jsonl(GOOD | {"label": 4}), "label must be 0, 1, 2 or 3 (the right ending), got 4"),
+    "label -1": (jsonl(GOOD | {"label": -1}), "got -1"),
+    "label text": (jsonl(GOOD | {"label": "one"}), "got 'one'"),
+    "label empty": (jsonl(GOOD | {"label": ""}), "got ''"),  # HellaSwag's test split
+    "label a fraction": (jsonl(GOOD | {"label": 1.0}), "got 1.0"),
+    "label true": (jsonl(GOOD | {"label": True}), "got True"),
+    "label a list": (jsonl(GOOD | {"label": [1]}), "got [1]"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_lines_are_named(tmp_path, kind):
+    line, message = BAD_LINES[kind]
+    line = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path / "items.jsonl", jsonl(GOOD, GOOD).encode() + line.rstrip(b"\n") + b"\n")
+    with pytest.raises(EvalError) as raised:
+        load_items(path, 1)  # a line past the limit is checked all the same
+    assert str(raised.value).startswith(f"{path}:3: ")
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.jsonl", None, "no such file; give 'hub', 'sample', or"),
+        ("items.csv", "a,b", "files ending in '.csv' are not read; give"),
+        ("empty.jsonl", "\n \n", "no items in it"),
+        ("not.jsonl.gz", "plain", "the file is damaged"),
+        ("not.jsonl.xz", "plain", "the file is damaged"),
+        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99)[:-20], "the file is damaged"),
+        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "the file is damaged"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        write(path, content)
+    with pytest.raises(EvalError) as raised:
+        load_items(str(path))
+    assert str(path) in str(raised.value)
+    assert message in str(raised.value)
+
+
+def test_limit_below_one():
+    with pytest.raises(EvalError, match="at least 1, got 0"):
+        load_items("sample", 0)
+
+
+# ------------------------------------------------------------------------------------------------ the Hub
+
+LOAD = """
+import json, sys, time
+from eval.hellaswag.items import load_items
+start = time.perf_counter()
+items, source = load_items("hub")
+print(json.dumps({
+    "seconds": time.perf_counter() - start, "n": len(items), "label": items[-1].label,
+    "is_sample": source.is_sample, "description": source.description, "sha256": source.sha256,
+}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "reason"),
+    [({}, "http://127.0.0.1:9 cannot be reached"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")],
+)
+def test_without_network_the_sample_takes_over_quickly_and_loudly(run_python, env, reason):
+    result = json.loads(run_python("-c", LOAD, **env).stdout)
+    assert result["is_sample"]
+    assert result["n"] == 40
+    assert result["description"].startswith("SAMPLE of 40 items written for this project, NOT HellaSwag")
+    assert f"Rowan/hellaswag was not to be had: {reason}" in result["description"]
+    assert result["seconds"] < 10  # the Hub's clients would retry for 23
+
+
+def test_the_hubs_set_is_loaded_and_found_again_offline(run_python, local_hub, tmp_path):
+    import datasets
+
+    # The Hub's schema: labels are text there, and there are more splits and fields than are read.
+    records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()][:30]
+    rows = datasets.Dataset.from_list([record | {"label": str(record["label"])} for record in records])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    unlabelled = datasets.Dataset.from_list([record | {"label": ""} for record in records])
+    unlabelled.to_parquet(tmp_path / "unlabelled.parquet")
+    files = {
+        "README.md": b"---\nlicense: mit\n---\n",
+        "validation-00000-of-00001.parquet": (tmp_path / "rows.parquet").read_bytes(),
+        "test-00000-of-00001.parquet": (tmp_path / "unlabelled.parquet").read_bytes(),
+    }
+    address = local_hub({"datasets/Rowan/hellaswag": files})
+    online, unreachable, offline = (
+        json.loads(run_python("-c", LOAD, **env).stdout)
+        for env in ({"HF_ENDPOINT": address}, {}, {"HF_HUB_OFFLINE": "1"})
+    )
+    for result in (online, unreachable, offline):
+        assert not result["is_sample"], result["description"]
+        assert result["description"] == "Rowan/hellaswag (validation), all 30 items"
+        assert result["n"] == 30
+        assert result["label"] == records[-1]["label"]
+    assert unreachable["seconds"] < 10
+    path = write(tmp_path / "same.jsonl", jsonl(*records))
+    assert load_items(path)[1].sha256 == online["sha256"] == offline["sha256"]
+
+
+def test_a_hub_without_the_set_is_said(run_python, local_hub):
+    result = json.loads(run_python("-c", LOAD, HF_ENDPOINT=local_hub({})).stdout)
+    assert result["is_sample"]
+    assert "was not to be had: Dataset 'Rowan/hellaswag' doesn't exist" in result["description"]
+
+
+def test_a_network_that_swallows_everything_is_given_up_on(monkeypatch):
+    import huggingface_hub
+
+    silent = SimpleNamespace(head=lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: silent)
+    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
+    start = time.perf_counter()
+    assert "did not answer in 0.1 seconds" in hub.why_unreachable()
+    assert time.perf_counter() - start < 3
+
+
+# ------------------------------------------------------------------------------------------------ scoring
+
+
+def lecture_predictions(model, tokenizer, items):
+    """
+    The lecture's way (Karpathy, "Let's reproduce GPT-2"): four rows padded to one length, a mask over the
+    ending, cross entropy of everything shifted by one, summed and averaged where the mask is 1.
+    """
+    by_sum, by_mean = [], []
+    for item in items:
+        context = tokenizer.encode(item.context)
+        endings = [tokenizer.encode(" " + ending) for ending in item.endings]
+        tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for row, ending in enumerate(endings):
+            tokens[row, : len(context) + len(ending)] = torch.tensor(context + ending)
+            mask[row, len(context) : len(context) + len(ending)] = 1
+        with torch.no_grad():
+            logits = model.eval()(tokens).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+        )
+        sums = (losses * mask[:, 1:]).sum(1)
+        by_sum.append(sums)
+        by_mean.append(sums / mask[:, 1:].sum(1))
+    return torch.stack(by_sum), torch.stack(by_mean)
+
+
+def test_gives_what_the_lectures_way_gives(tiny_gpt2, tokenizer):
+    items, _ = load_items("sample", 12)
+    predictions = score_hellaswag(tiny_gpt2, tokenizer, items)
+    sums = torch.tensor([prediction["log_likelihoods"] for prediction in predictions])
+    means = sums / torch.tensor([prediction["num_tokens"] for prediction in predictions])
+    lecture_sums, lecture_means = lecture_predictions(tiny_gpt2, tokenizer, items)
+    torch.testing.assert_close(-sums, lecture_sums, atol=2e-3, rtol=0)
+    torch.testing.assert_close(-means, lecture_means, atol=2e-4, rtol=0)
+
+    result = accuracy(predictions, [item.label for item in items])
+    labels = torch.tensor([item.label for item in items])
+    assert result["acc"] == pytest.approx((lecture_sums.argmin(1) == labels).double().mean().item())
+    assert result["acc_norm"] == pytest.approx((lecture_means.argmin(1) == labels).double().mean().item())
+
+
+def test_shares_of_the_items_give_the_whole(tiny_gpt2, tokenizer):
+    items, _ = load_items("sample", 6)
+    whole = score_hellaswag(tiny_gpt2, tokenizer, items, batch_size=5)
+    for rank in range(4):
+        share = score_hellaswag(tiny_gpt2, tokenizer, items[rank::4], batch_size=3)
+        for ours, theirs in zip(share, whole[rank::4], strict=True):
+            assert ours["num_tokens"] == theirs["num_tokens"]
+            assert ours["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=1e-3)
+    assert score_hellaswag(tiny_gpt2, tokenizer, []) == []
+
+
+class UnigramModel(torch.nn.Module):
+    """Likes some tokens and no others, whatever came before."""
+
+    def __init__(self, liked):
+        super().__init__()
+        logits = torch.zeros(50257)
+        logits[liked] = 10.0
+        self.logits = torch.nn.Parameter(logits)
+        self.config = SimpleNamespace(vocab_size=50257, max_position_embeddings=64)
+
+    def forward(self, input_ids, logits_to_keep, **_):
+        return SimpleNamespace(logits=self.logits.expand(len(input_ids), logits_to_keep, -1))
+
+
+def test_a_model_whose_answers_are_known(tokenizer):
+    model = UnigramModel(tokenizer.encode(" yes"))
+    items = [
+        HellaSwagItem("Is it so? yes yes", ("no", "yes", "no no", "maybe"), 1),  # right by both
+        HellaSwagItem("Is it so?", ("no", "yes", "no no", "maybe"), 0),  # wrong by both
+        # Forty liked tokens are less probable together than one disliked, and more so each.
+        HellaSwagItem("Is it so?", ("yes " * 39 + "yes", "no", "no no", "no no no"), 0),
+    ]
+    predictions = score_hellaswag(model, tokenizer, items)
+    assert predictions[0]["num_tokens"] == [1, 1, 2, 1]
+    result = accuracy(predictions, [item.label for item in items])
+    assert result["acc"] == pytest.approx(1 / 3)
+    assert result["acc_norm"] == pytest.approx(2 / 3)
+
+
+def test_special_tokens_in_an_item_are_only_text(tokenizer):
+    item = HellaSwagItem("He types <|endoftext|> and", ("<|endoftext|>", "a", "b", "c"), 0)
+    [prediction] = score_hellaswag(UnigramModel([0]), tokenizer, [item])
+    assert prediction["num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
