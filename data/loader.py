@@ -92,7 +92,7 @@ class WindowLoader:
         if epoch in self._permutations:
             return self._permutations[epoch]
         # RandomState and not default_rng: NumPy promises that its stream never changes (NEP 19).
-        return np.random.RandomState([self.seed, int(epoch)]).permutation(len(self.windows))  # noqa: NPY002
+        return np.random.RandomState([self.seed, int(epoch)]).permutation(len(self.windows))
 
     def batch(self, step):
         """

@@ -95,7 +95,9 @@ def prepare(documents, out, *, name, source, val_fraction, shard_tokens=_SHARD_T
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise DataError(f"no room for {out} on its disk: nothing was kept; make room or choose another --out") from error
+        raise DataError(
+            f"no room for {out} on its disk: nothing was kept; make room or choose another --out"
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
@@ -224,7 +226,9 @@ def main(argv=None):
         print("interrupted: nothing was kept", file=sys.stderr)
         sys.exit(130)
     for split in ("train", "val"):
-        print(f"{split:5s}  {manifest.total(split, 'documents'):,} documents, {manifest.total(split, 'tokens'):,} tokens")
+        print(
+            f"{split:5s}  {manifest.total(split, 'documents'):,} documents, {manifest.total(split, 'tokens'):,} tokens"
+        )
     print(f"in     {args.out}")
 
 

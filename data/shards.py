@@ -63,7 +63,7 @@ def write_and_rename(path, content):
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             aside.unlink()
@@ -178,7 +178,8 @@ def open_split(folder, split):
                 shard = open_shard(folder / entry["file"])
                 if len(shard) != entry["tokens"]:
                     raise DataError(
-                        f"{folder / entry['file']}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}"
+                        f"{folder / entry['file']}: {len(shard):,} tokens, "
+                        f"{MANIFEST} says {entry['tokens']:,}; {REMEDY}"
                     )
                 shards.append(shard)
     if not shards:

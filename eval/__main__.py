@@ -127,9 +127,7 @@ def _load_model(args):
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model, **options)
         if tokenizer.vocab_size == 0:  # what transformers makes of a folder without tokenizer files
-            raise EvalError(
-                f"--model {args.model!r} has no tokenizer; put one there with tokenizer.save_pretrained"
-            )
+            raise EvalError(f"--model {args.model!r} has no tokenizer; put one there with tokenizer.save_pretrained")
         model, loading = AutoModelForCausalLM.from_pretrained(
             args.model,
             dtype=getattr(torch, args.dtype),

@@ -8,7 +8,7 @@ CHUNK_ROWS = {"cpu": 1024}
 DEFAULT_CHUNK_ROWS = 8192
 # Rows of them in float32 at a time. On a CPU few, so that the passes of a softmax stay in cache and the
 # allocator hands the same pages out again (above 32 MB glibc returns them to the kernel each time).
-BLOCK_ROWS = {"cpu": 16}
+BLOCK_ROWS = {"cpu": 8}
 # Tensor cores want dimensions in multiples of 64 (nanoGPT's 50,304). Padding lives only inside this matmul.
 VOCAB_MULTIPLE = 64
 

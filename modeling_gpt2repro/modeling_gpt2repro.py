@@ -230,9 +230,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions needs attn_implementation='eager', got {config._attn_implementation!r}: "

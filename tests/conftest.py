@@ -6,6 +6,7 @@ import sys
 import pytest
 from tiny_run import RECIPE, ROOT, clean_environment
 
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """launch(*arguments of train.py, accelerate=[...]) runs `accelerate launch train.py ...` to its end."""

@@ -227,8 +227,11 @@ def test_a_checkpoint_opens_elsewhere_without_this_project(finished_run, tmp_pat
 
 def test_checkpoint_has_no_pickle_and_no_stray_file(finished_run):
     output, _ = finished_run
-    names = {p.relative_to(output / "checkpoints" / "step_000020").as_posix() for p in
-             (output / "checkpoints" / "step_000020").rglob("*") if p.is_file()}
+    names = {
+        p.relative_to(output / "checkpoints" / "step_000020").as_posix()
+        for p in (output / "checkpoints" / "step_000020").rglob("*")
+        if p.is_file()
+    }
     assert {name.rsplit(".", 1)[-1] for name in names} <= {"json", "safetensors", "py", "txt"}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert {"training_state/state.json", "training_state/optimizer.safetensors"} <= names

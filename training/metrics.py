@@ -1,7 +1,6 @@
 """What a run measured: metrics.jsonl for programs, curves.png for people."""
 
 import json
-import os
 from pathlib import Path
 
 
@@ -52,7 +51,7 @@ def write_aside(path, text):
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 def write_json(path, value):
@@ -117,4 +116,4 @@ def plot_curves(records, path, title, baselines):
         axis.grid(alpha=0.3)
     aside = Path(path).with_name(f".{Path(path).name}.partial")
     figure.savefig(aside, format="png", dpi=120)
-    os.replace(aside, path)
+    aside.replace(path)

@@ -44,7 +44,7 @@ def provenance(*, config, data, model, accelerator):
 
 
 def device_name(device):
-    """"NVIDIA H200", "Apple GPU", or the processor's architecture."""
+    """ "NVIDIA H200", "Apple GPU", or the processor's architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":

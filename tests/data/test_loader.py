@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -13,15 +15,13 @@ SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(lambda size
 def make(sizes):
     """Shards whose tokens are all different, so that a window can be told from its tokens."""
     ends = np.cumsum([0, *sizes])
-    return [np.arange(a, b, dtype=np.uint16) for a, b in zip(ends, ends[1:], strict=False)]
+    return [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(ends)]
 
 
 def windows_of(shards, seq_len):
     """All windows, by slicing: the slow reference."""
     return [
-        tuple(shard[i : i + seq_len + 1].tolist())
-        for shard in shards
-        for i in range(0, len(shard) - seq_len, seq_len)
+        tuple(shard[i : i + seq_len + 1].tolist()) for shard in shards for i in range(0, len(shard) - seq_len, seq_len)
     ]
 
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections import Counter
 
@@ -16,7 +17,7 @@ def slow_models():
     """The formulas of ngram_baselines' docstring over dictionaries."""
     words = Counter(int(t) for shard in TRAIN for t in shard)
     total = sum(words.values())
-    pairs = Counter((int(a), int(b)) for shard in TRAIN for a, b in zip(shard, shard[1:], strict=False))
+    pairs = Counter((int(a), int(b)) for shard in TRAIN for a, b in itertools.pairwise(shard))
     n1, n2 = (sum(count == n for count in pairs.values()) for n in (1, 2))
     discount = n1 / (n1 + 2 * n2)
 
@@ -37,7 +38,7 @@ def test_equals_a_slow_count():
     unigram, bigram = slow_models()
     for v in range(V):
         assert sum(bigram(v, w) for w in range(V)) == pytest.approx(1)
-    asked = [(int(a), int(b)) for shard in VAL for a, b in zip(shard, shard[1:], strict=False)]
+    asked = [(int(a), int(b)) for shard in VAL for a, b in itertools.pairwise(shard)]
     result = ngram_baselines(TRAIN, VAL, vocab_size=V)
     assert result["unigram"] == pytest.approx(-sum(math.log(unigram(w)) for _, w in asked) / len(asked))
     assert result["bigram"] == pytest.approx(-sum(math.log(bigram(v, w)) for v, w in asked) / len(asked))

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import signal
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, prepare as prepare_module
+from data import DataError
+from data import prepare as prepare_module
 from data.prepare import prepare
 from data.shards import open_shard, open_split, read_manifest
 from data.tokenizer import EOT, load_tiktoken
@@ -30,7 +32,7 @@ def documents_of(folder, split):
         tokens = shard.tolist()
         assert tokens[0] == EOT  # a shard begins with a document
         starts = [i for i, token in enumerate(tokens) if token == EOT] + [len(tokens)]
-        texts += [encoding.decode(tokens[a + 1 : b]) for a, b in zip(starts, starts[1:], strict=False)]
+        texts += [encoding.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise(starts)]
     return texts
 
 

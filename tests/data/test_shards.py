@@ -20,7 +20,9 @@ def independent_read(path):
 
 
 def independent_write(path, tokens):
-    path.write_bytes(struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens))
+    path.write_bytes(
+        struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
+    )
 
 
 @settings(max_examples=30, deadline=None)

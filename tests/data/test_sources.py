@@ -9,7 +9,7 @@ def test_the_sample_is_english_prose_and_always_the_same():
     assert documents == list(sample_documents())
     text = "\n".join(documents)
     assert 1_000_000 < len(text) < 5_000_000
-    assert "The \"with\" statement" in text  # the language reference
+    assert 'The "with" statement' in text  # the language reference
     assert "Return a list of" in text  # docstrings
     words = text.split()
     assert sum(word.lower() in ("the", "a", "is", "of", "to", "and") for word in words) > 0.1 * len(words)
@@ -44,7 +44,7 @@ def test_files_folders_records_and_separators(tmp_path):
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', ["a.jsonl:2", "not JSON"]),
         ("a.jsonl", b'{"body": "x"}\n', ["a.jsonl:1", "'text'", "['body']", "--text_key"]),
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "'text'"]),
-        ("a.jsonl", b'\n\n[1]\n', ["a.jsonl:3"]),
+        ("a.jsonl", b"\n\n[1]\n", ["a.jsonl:3"]),
         ("a.jsonl", b'"ok"\n"\xff"\n', ["a.jsonl:2", "UTF-8"]),
         ("a.txt", b"fine\nfine\n\xffbad", ["a.txt:3", "byte 10", "UTF-8"]),
         ("a.pdf", b"x", ["a.pdf", "'.pdf'", ".jsonl"]),

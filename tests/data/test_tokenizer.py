@@ -12,7 +12,9 @@ from data.tokenizer import EOT, VOCAB_SIZE, load_hf_tokenizer, load_tiktoken
 PIECES = st.one_of(
     st.text(max_size=20),
     st.text(alphabet=st.characters(categories=["Cc", "Cf", "Co", "Zs", "Zl", "Zp"]), max_size=10),
-    st.sampled_from(["<|endoftext|>", "'s", "'LL", " 're", "\n\n\n", "\t ", "  ", "é", "e\u0301", "👩‍👩‍👧", "𝔘", "\x00", "½"]),
+    st.sampled_from(
+        ["<|endoftext|>", "'s", "'LL", " 're", "\n\n\n", "\t ", "  ", "é", "e\u0301", "👩‍👩‍👧", "𝔘", "\x00", "½"]
+    ),
     st.builds(lambda c, n: c * n, st.characters(), st.integers(1, 300)),
 )
 TEXTS = st.lists(PIECES, max_size=6).map("".join)

@@ -150,8 +150,7 @@ class _HubHandler(http.server.BaseHTTPRequestHandler):
     def _api(self, rest, files):
         if rest == f"tree/{self.COMMIT}":
             answer = [
-                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-                for name, content in files.items()
+                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40} for name, content in files.items()
             ]
         elif rest.startswith("tree/"):  # a folder: these repositories have none
             return self._reply(404, headers={"X-Error-Code": "EntryNotFound"})

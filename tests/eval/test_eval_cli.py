@@ -81,13 +81,9 @@ def test_own_checkpoint_with_a_file_of_items(run_python, own_checkpoint, tiny_gp
 
 def test_without_network_the_sample_is_scored_and_called_that(run_python, checkpoint, tmp_path):
     output = tmp_path / "result.json"
-    run = run_python(
-        "-m", "eval", "--model", checkpoint, "--dtype", "bfloat16", "--limit", 4, "--output", output
-    )
+    run = run_python("-m", "eval", "--model", checkpoint, "--dtype", "bfloat16", "--limit", 4, "--output", output)
     assert run.returncode == 0
-    sentence = (
-        "SAMPLE of 4 items written for this project, NOT HellaSwag: not comparable with published numbers"
-    )
+    sentence = "SAMPLE of 4 items written for this project, NOT HellaSwag: not comparable with published numbers"
     assert run.stderr.startswith(f"warning: {sentence} (Rowan/hellaswag was not to be had: ")
     assert run.stderr.count("\n") == 1
     assert sentence in run.stdout
@@ -103,9 +99,7 @@ def in_process(monkeypatch, evaluate_cache, checkpoint, tiny_gpt2, tokenizer, ca
     monkeypatch.setattr(command, "_load_model", lambda args: (tokenizer, tiny_gpt2))
 
     def run(*arguments):
-        code = command.main(
-            [str(argument) for argument in ("--model", checkpoint, "--device", "cpu", *arguments)]
-        )
+        code = command.main([str(argument) for argument in ("--model", checkpoint, "--device", "cpu", *arguments)])
         return code, capsys.readouterr()
 
     return run
@@ -221,9 +215,7 @@ def test_malformed_items(run_python, checkpoint, tmp_path, line, message):
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize(
-    ("arguments", "dtype"), [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)]
-)
+@pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)])
 def test_dtype_is_the_one_asked_for_whatever_was_saved(tiny_gpt2, tokenizer, tmp_path, arguments, dtype):
     copy.deepcopy(tiny_gpt2).to(torch.float16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

@@ -251,9 +251,7 @@ def lecture_predictions(model, tokenizer, items):
             mask[row, len(context) : len(context) + len(ending)] = 1
         with torch.no_grad():
             logits = model.eval()(tokens).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
-        )
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
         sums = (losses * mask[:, 1:]).sum(1)
         by_sum.append(sums)
         by_mean.append(sums / mask[:, 1:].sum(1))

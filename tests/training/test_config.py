@@ -28,7 +28,9 @@ def test_no_arguments_means_the_sample_recipe():
     assert load_config([]) == load_config(["--config", str(DEFAULT_RECIPE)])
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [(["--compile"], True), (["--compile", "false"], False), ([], False)])
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [(["--compile"], True), (["--compile", "false"], False), ([], False)]
+)
 def test_flags_need_no_value(arguments, expected):
     assert load_config([*arguments, "--seed", "1"]).compile is expected
 
