@@ -23,6 +23,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -183,6 +184,9 @@ def train(argv):
     step = 0
     if resume_from is not None:
         step = load_state(resume_from, must_match=run_identity)["step"]
+        if step >= config.max_steps:
+            say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
+            return
         model = GPT2ReproForCausalLM.from_pretrained(resume_from, dtype=torch.float32)
         say(f"resume    from {resume_from}, step {step:,}")
     if is_main:
@@ -223,7 +227,7 @@ def train(argv):
     # The loop goes round max_steps + 1 times: the last round only evaluates and saves.
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
     bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=not (is_main and sys.stderr.isatty()))
-    seconds_per_step = None
+    started_at_step, training_seconds = step, 0.0
     just_resumed = resume_from is not None
     while True:
         is_last = step >= config.max_steps
@@ -350,7 +354,7 @@ def train(argv):
 
         # (c) Log. Reading the loss above has already waited for the device.
         seconds = time.perf_counter() - started
-        seconds_per_step = seconds if seconds_per_step is None else 0.9 * seconds_per_step + 0.1 * seconds
+        training_seconds += seconds
         tokens_per_s = batch.tokens_per_step / seconds
         record = {
             "step": step,
@@ -363,10 +367,11 @@ def train(argv):
         accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step)
         if is_main:
             metrics.write(record)
-            bar.set_postfix_str(f"loss {train_loss:.4f}, {batch.tokens_per_step / seconds_per_step:,.0f} tok/s")
+            bar.set_postfix_str(f"loss {train_loss:.4f}, {tokens_per_s:,.0f} tok/s")
             bar.update()
             if bar.disable and (step % config.log_every == 0 or step == 1):
-                left = time.strftime("%H:%M:%S", time.gmtime(seconds_per_step * (config.max_steps - step)))
+                seconds_left = training_seconds / (step - started_at_step) * (config.max_steps - step)
+                left = str(timedelta(seconds=round(seconds_left)))
                 say(
                     f"step {step:>6,}/{config.max_steps:,} {step / config.max_steps:4.0%} | loss {train_loss:.4f} | "
                     f"lr {lr:.2e} | norm {grad_norm:.2f} | {tokens_per_s:,.0f} tok/s | {left} left"
@@ -376,7 +381,8 @@ def train(argv):
     # Summary, and what to do next.
     bar.close()
     accelerator.end_training()
-    say(f"\nvalidation loss {val_loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in baselines.items()))
+    say(f"\ntrained for {timedelta(seconds=round(training_seconds))}, evaluations and saving aside")
+    say(f"validation loss {val_loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in baselines.items()))
     say(
         f"""
 checkpoint  {folder}

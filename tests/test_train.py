@@ -118,6 +118,14 @@ def test_resume_goes_on_as_if_nothing_had_happened(finished_run, launch, tiny, t
     assert steps == sorted(steps)
 
 
+def test_resuming_a_finished_run_has_nothing_to_do(finished_run, launch, tiny):
+    output, _ = finished_run
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    done = launch("--config", tiny, "--output_dir", output, "--resume", "auto")
+    assert "nothing left to do" in done.stdout
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+
+
 def test_two_processes_give_the_losses_of_one(finished_run, launch, tiny, tmp_path):
     launch(
         *("--config", tiny, "--output_dir", tmp_path / "two"),

@@ -218,8 +218,10 @@ def _check(config):
     }
     if config.save_every is not None:
         positive["save_every"] = config.save_every
-    if config.eval.hellaswag_limit is not None:
-        positive["eval.hellaswag_limit"] = config.eval.hellaswag_limit
+    if config.eval.hellaswag_limit is not None and config.eval.hellaswag_limit < 2:
+        raise TrainingError(
+            f"eval.hellaswag_limit must be at least 2, got {config.eval.hellaswag_limit}: one item has no error bar"
+        )
     for name, value in positive.items():
         if not value > 0:
             raise TrainingError(f"{name} must be above 0, got {value}")
