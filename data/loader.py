@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data import DataError
-from data.tokenizer import VOCAB_SIZE
+from data.shards import check_ids
 
 
 class _Windows:
@@ -35,12 +35,7 @@ class _Windows:
             number = int(np.searchsorted(self.starts, index, side="right")) - 1
             begin = int(index - self.starts[number]) * self.seq_len
             row[:] = self.shards[number][begin : begin + self.seq_len + 1]
-            if row.max() >= VOCAB_SIZE:
-                where = begin + int(row.argmax())
-                raise DataError(
-                    f"{getattr(self.shards[number], 'filename', 'shard')}: token {where} is {row.max()}, and GPT-2 has "
-                    f"only {VOCAB_SIZE}: the shard was made with another tokenizer, or is damaged; prepare it again"
-                )
+            check_ids(row, self.shards[number], begin)
         tokens = torch.from_numpy(rows)
         return tokens[:, :-1], tokens[:, 1:]
 
@@ -81,6 +76,10 @@ class WindowLoader:
     def tokens_per_epoch(self):
         """Tokens trained on in an epoch."""
         return len(self.windows) * self.windows.seq_len
+
+    def epoch_at(self, step):
+        """Epochs trained on before this step, a float."""
+        return step * self.batch_size / len(self.windows)
 
     def global_batch(self, step):
         """Window numbers of a step, [B], the same on every process."""

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from data import DataError
+from data.shards import check_ids
 from data.tokenizer import VOCAB_SIZE
 
 
@@ -21,7 +23,16 @@ def ngram_baselines(train, val, vocab_size=VOCAB_SIZE):
 
     Returns:
         {"unigram": nats a token, "bigram": nats a token}, both over every validation token that has one before it.
+
+    Raises:
+        DataError: a split without two neighbouring tokens, or with an id that GPT-2 does not have.
     """
+    for split, shards in (("train", train), ("val", val)):
+        if not any(len(shard) > 1 for shard in shards):
+            raise DataError(f"the {split} split has no two neighbouring tokens to count; give more text")
+        for shard in shards:
+            if len(shard):
+                check_ids(shard, shard)
     counts = np.bincount(np.concatenate(train), minlength=vocab_size)
     unigram = (counts + 1) / (counts.sum() + vocab_size)  # [V]
 

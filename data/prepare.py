@@ -8,15 +8,19 @@ Everything is written into a folder beside DIR and renamed at the end, so DIR is
 """
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import itertools
+import os
+import platform
 import shutil
+import signal
 import sys
-import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +30,7 @@ from tqdm import tqdm
 from data import DataError
 from data.shards import Manifest, write_shard
 from data.sources import file_documents, sample_documents
-from data.tokenizer import EOT, load_tiktoken
+from data.tokenizer import encode_document, load_tiktoken
 
 # Documents go to the workers in batches of about this many characters: large against the cost of sending them,
 # small against the memory of a machine.
@@ -56,33 +60,39 @@ def prepare(documents, out, *, name, source, val_fraction, shard_tokens=_SHARD_T
         Manifest.
 
     Raises:
-        DataError: `out` is there already, a document source's own errors, a split without documents, a full disk.
+        DataError: `out` is there already or cannot be written, a document source's own errors, a split without
+            documents, a full disk, a process that was killed. Nothing is kept then.
     """
     out = Path(out)
-    if out.exists():
+    if os.path.lexists(out):  # a link that leads nowhere too
         raise DataError(f"{out} is there already; remove it or choose another --out")
     if not 0 < val_fraction < 1:
         raise DataError(f"--val_fraction must be between 0 and 1, got {val_fraction}")
     if num_proc < 1 or shard_tokens < 1:
         raise DataError(f"--num_proc and --shard_tokens must be at least 1, got {num_proc} and {shard_tokens}")
+    load_tiktoken()  # a missing vocabulary is said here, once, and not by each process
     aside = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         manifest = Manifest(
-            source=source, split_rule=f"val where blake2b-8 of the UTF-8 text, over 2**64, is below {val_fraction}"
+            source=source,
+            split_rule=f"val where blake2b-8 of the UTF-8 text, over 2**64, is below {val_fraction}",
+            val_fraction=val_fraction,
+            versions=_versions(),
         )
         writers = {
             "val": _ShardWriter(aside, f"{name}_val", "val", 0, shard_tokens, manifest),
             "train": _ShardWriter(aside, f"{name}_train", "train", 1, shard_tokens, manifest),
         }
-        with tqdm(unit=" documents", disable=not sys.stderr.isatty()) as bar:
-            started, num_tokens = time.monotonic(), 0
-            for is_val, tokens in _encoded(documents, val_fraction, num_proc):
+        with (
+            contextlib.closing(_encoded(documents, val_fraction, num_proc)) as encoded,
+            tqdm(unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
+        ):
+            for number, (is_val, tokens) in enumerate(encoded, start=1):
                 writers["val" if is_val else "train"].add(tokens)
-                num_tokens += len(tokens)
-                bar.update()
-                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):,.0f} tokens/s", refresh=False)
+                bar.update(len(tokens))
+                bar.set_postfix_str(f"{number:,} documents", refresh=False)
         for split, writer in writers.items():
             writer.close()
             if not manifest.total(split, "documents"):
@@ -93,22 +103,26 @@ def prepare(documents, out, *, name, source, val_fraction, shard_tokens=_SHARD_T
         manifest.write(aside)
         aside.rename(out)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DataError(
-            f"no room for {out} on its disk: nothing was kept; make room or choose another --out"
-        ) from error
+        what = f"no room for {out} on its disk" if error.errno == errno.ENOSPC else f"{out} was not made: {error}"
+        remedy = "make room or choose" if error.errno == errno.ENOSPC else "mend that or choose"
+        raise DataError(f"{what}; nothing was kept; {remedy} another --out") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
-def prepare_sample(out, *, num_proc=1):
+def prepare_sample(out, *, val_fraction=_SAMPLE_VAL_FRACTION, num_proc=1):
     """The offline sample corpus; train.py makes it when a recipe asks for it."""
-    source = {"kind": "sample", "python": sys.version.split()[0]}
-    return prepare(
-        sample_documents(), out, name="sample", source=source, val_fraction=_SAMPLE_VAL_FRACTION, num_proc=num_proc
-    )
+    source = {"kind": "sample", "python": platform.python_version()}
+    return prepare(sample_documents(), out, name="sample", source=source, val_fraction=val_fraction, num_proc=num_proc)
+
+
+def _versions():
+    """What the tokens depend on, for the manifest."""
+    versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # the rooms run from a checkout, installed or not
+        versions["gpt2-repro"] = metadata.version("gpt2-repro")
+    return versions
 
 
 class _ShardWriter:
@@ -151,13 +165,14 @@ def _encoded(documents, val_fraction, num_proc):
             yield from _encode_batch(batch, val_fraction)
         return
     # spawn: the same on every platform, and no fork of a process that has threads.
-    pool = ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=load_tiktoken)
+    pool = ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_start_worker)
     try:
         pending = deque()
         # A few batches ahead of the workers, so that memory stays flat however long the source is.
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
-                pending.append(pool.submit(_encode_batch, batch, val_fraction))
+                with _interrupts_held():  # a submit may start a worker
+                    pending.append(pool.submit(_encode_batch, batch, val_fraction))
             while pending and (batch is None or len(pending) > 2 * num_proc):
                 yield from pending.popleft().result()
     except BrokenProcessPool as error:
@@ -166,6 +181,29 @@ def _encoded(documents, val_fraction, num_proc):
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _interrupts_held():
+    """
+    Starts workers that Ctrl-C does not touch: a process takes over its parent's blocked signals.
+
+    A terminal sends Ctrl-C to all processes. It is the parent's to answer: a worker that dies of it may hold the lock
+    of the queue, and then the others wait for ever. Windows cannot block signals; there, `_start_worker` has to do.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile arrives now
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load_tiktoken()
 
 
 def _batches(documents):
@@ -181,13 +219,12 @@ def _batches(documents):
 
 
 def _encode_batch(batch, val_fraction):
-    encoding = load_tiktoken()
     result = []
     for text in batch:
         # Half a surrogate pair, possible in JSON, is no Unicode text; it becomes U+FFFD.
         content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         share = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
-        tokens = np.array([EOT, *encoding.encode_ordinary(content.decode())], dtype=np.uint16)
+        tokens = np.array(encode_document(content.decode()), dtype=np.uint16)
         result.append((share < val_fraction, tokens))
     return result
 
@@ -199,20 +236,28 @@ def main(argv=None):
     files = sources.add_parser("files", help=".txt and .jsonl files of your own")
     files.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders of them")
     files.add_argument("--text_key", default="text", help="where the text is in a .jsonl record (default: text)")
-    files.add_argument("--separator", help="what stands between the documents of a .txt file (default: a file is one)")
-    files.add_argument("--val_fraction", type=float, default=0.01, help="documents for validation (default: 0.01)")
+    files.add_argument(
+        "--separator",
+        type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as one types them in a shell
+        help=r"what stands between the documents of a .txt file, \n for a line break (default: a file is a document)",
+    )
     files.add_argument("--shard_tokens", type=int, default=_SHARD_TOKENS, help="most tokens in a shard")
-    for source in (sample, files):
+    for source, fraction in ((sample, _SAMPLE_VAL_FRACTION), (files, 0.01)):
         source.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
         source.add_argument("--num_proc", type=int, default=1, help="processes that tokenise (default: 1)")
+        source.add_argument(
+            "--val_fraction",
+            type=float,
+            default=fraction,
+            help="share of documents for validation (default: %(default)s)",
+        )
     args = parser.parse_args(argv)
     try:
         if args.source == "sample":
-            manifest = prepare_sample(args.out, num_proc=args.num_proc)
+            manifest = prepare_sample(args.out, val_fraction=args.val_fraction, num_proc=args.num_proc)
         else:
-            separator = args.separator and args.separator.encode().decode("unicode_escape")  # "\n\n" as typed
             manifest = prepare(
-                file_documents(args.paths, text_key=args.text_key, separator=separator),
+                file_documents(args.paths, text_key=args.text_key, separator=args.separator),
                 args.out,
                 name=Path(args.out).name,
                 source={"kind": "files", "paths": args.paths},

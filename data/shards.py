@@ -49,18 +49,24 @@ def write_shard(path, tokens):
         raise DataError(f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit GPT-2's {VOCAB_SIZE} tokens")
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    content = header.tobytes() + tokens.astype("<u2").tobytes()
-    write_and_rename(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return write_and_rename(path, header, np.ascontiguousarray(tokens, dtype="<u2"))
 
 
-def write_and_rename(path, content):
-    """Bytes to a file that is there whole or not at all."""
+def write_and_rename(path, *parts):
+    """
+    Bytes, or arrays as they lie in memory, to a file that is there whole or not at all.
+
+    Returns:
+        the file's SHA-256, hex.
+    """
     path = Path(path)
     aside = path.with_name(f".{path.name}.partial")
+    sha256 = hashlib.sha256()
     try:
         with aside.open("wb") as file:
-            file.write(content)
+            for part in parts:  # one after the other: joined, a shard of 200 MB would be in memory once more
+                file.write(part)
+                sha256.update(part)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -68,6 +74,7 @@ def write_and_rename(path, content):
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
+    return sha256.hexdigest()
 
 
 def open_shard(path):
@@ -102,6 +109,22 @@ def open_shard(path):
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
+def check_ids(tokens, shard, begin=0):
+    """
+    Args:
+        tokens: [N] token ids, N > 0: the tokens of `shard` from `begin` on.
+        shard: as `open_shard` gives it, for the message.
+
+    Raises:
+        DataError: an id that GPT-2 does not have; names the file and the token's place in it.
+    """
+    if tokens.max() >= VOCAB_SIZE:
+        raise DataError(
+            f"{getattr(shard, 'filename', 'shard')}: token {begin + int(tokens.argmax())} is {tokens.max()}, and GPT-2 "
+            f"has only {VOCAB_SIZE}: made with another tokenizer, or damaged; {REMEDY}"
+        )
+
+
 @dataclass(kw_only=True)
 class Manifest:
     """manifest.json: what a folder of shards holds and how it was made."""
@@ -112,8 +135,14 @@ class Manifest:
     """how documents were dealt to train and val"""
     shards: list = field(default_factory=list)
     """one {"file", "split", "tokens", "documents", "sha256"} a shard"""
+    tokenizer: str = "gpt2"
+    """its name, and below what decides whether it is the same"""
     tokenizer_sha256: str = field(default_factory=tokenizer_sha256)
     """see data.tokenizer.tokenizer_sha256"""
+    val_fraction: float | None = None
+    """the share of documents asked for as val; None where nobody asked"""
+    versions: dict = field(default_factory=dict)
+    """of what made it: {"python": "3.11.7", "tiktoken": ...}"""
     format_version: int = FORMAT_VERSION
     """of the manifest"""
 
@@ -137,17 +166,22 @@ def read_manifest(folder):
     if not path.exists():
         return None
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        for shard in manifest.shards:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found_format, found_sha256 = content["format_version"], content["tokenizer_sha256"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(f"{path} is not a manifest ({type(error).__name__}: {error}); {REMEDY}") from error
+    if found_format != FORMAT_VERSION:  # first: another format may have other keys
+        raise DataError(f"{path}: format {found_format}, this program reads {FORMAT_VERSION}; {REMEDY}")
+    if found_sha256 != tokenizer_sha256():
+        raise DataError(f"{path}: these shards were made with another tokenizer than GPT-2's; {REMEDY}")
+    try:
+        manifest = Manifest(**content)
+        for shard in content["shards"]:  # not the default: a manifest without a list of shards is not one
             for key, kind in (("file", str), ("split", str), ("tokens", int), ("documents", int), ("sha256", str)):
                 if not isinstance(shard[key], kind):
                     raise TypeError(f"{key} is {shard[key]!r}")
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (TypeError, KeyError) as error:
         raise DataError(f"{path} is not a manifest ({type(error).__name__}: {error}); {REMEDY}") from error
-    if manifest.format_version != FORMAT_VERSION:
-        raise DataError(f"{path}: format {manifest.format_version}, this program reads {FORMAT_VERSION}; {REMEDY}")
-    if manifest.tokenizer_sha256 != tokenizer_sha256():
-        raise DataError(f"{path}: these shards were made with another tokenizer than GPT-2's; {REMEDY}")
     return manifest
 
 
@@ -170,7 +204,9 @@ def open_split(folder, split):
         )
     manifest = read_manifest(folder)
     if manifest is None:
-        shards = [open_shard(path) for path in sorted(folder.glob(f"*_{split}_*.bin"))]
+        # {name}_{split}_{number}.bin, from the right: a name may well have "_val_" in it too.
+        paths = sorted(path for path in folder.glob("*.bin") if path.stem.split("_")[-2:-1] == [split])
+        shards = [open_shard(path) for path in paths]
     else:
         shards = []
         for entry in manifest.shards:

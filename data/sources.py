@@ -24,9 +24,12 @@ def sample_documents():
     Raises:
         DataError: this Python was stripped of them.
     """
-    from pydoc_data import topics
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package it separately
+        topics = {}
 
-    documents = [topics.topics[name] for name in sorted(topics.topics)]
+    documents = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(library.rglob("*.py")):
         if not _SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
@@ -37,7 +40,7 @@ def sample_documents():
     if characters < _MIN_SAMPLE_CHARACTERS:
         raise DataError(
             f"this Python's documentation has only {characters:,} characters ({library}): it was installed without "
-            "its docstrings. Use text of your own: `python -m data.prepare files PATH --out DIR`"
+            "it. Use text of your own: `python -m data.prepare files PATH --out DIR`"
         )
     yield from documents
 
@@ -65,15 +68,20 @@ def file_documents(paths, *, text_key="text", separator=None):
         separator: what stands between documents of a .txt file; without one, a file is a document.
 
     Raises:
-        DataError: a path that is not there, a file of another kind, a folder without any, text that is not
-            UTF-8, a record without text; the message names file and line.
+        DataError: a path that is not there or cannot be read, a file of another kind, a folder without any, text
+            that is not UTF-8, a record without text, an empty separator; the message names file and line.
     """
+    if separator == "":
+        raise DataError("the separator is empty; leave it out where a file is one document")
     for path in _text_files(paths):
-        if path.suffix == ".jsonl":
-            yield from _jsonl_documents(path, text_key)
-        else:
-            text = _decoded(path.read_bytes(), path)
-            yield from (part for part in (text.split(separator) if separator else [text]) if part.strip())
+        try:
+            if path.suffix == ".jsonl":
+                yield from _jsonl_documents(path, text_key)
+            else:
+                text = _decoded(path.read_bytes(), path)
+                yield from (part for part in (text.split(separator) if separator else [text]) if part.strip())
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}; make it readable or leave it out") from error
 
 
 def _text_files(paths):

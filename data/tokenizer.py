@@ -9,6 +9,7 @@ same files; they are taken from there, checked against the SHA-256 values in tik
 import hashlib
 import importlib.util
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +24,12 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 # How GPT-2 cuts text before the merges: contractions, words, numbers, other signs (each with the space before it),
 # white space. From OpenAI's encoder.py, with the possessive quantifiers that tiktoken uses for the same result.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# tiktoken panics (StackOverflow, in Rust) on a million white-space characters before another character, since
+# `\s+(?!\S)` remembers a place to go back to for each. Unicode's White_Space, which `\s` means there and not here.
+_WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+_LONG_WHITE = 100_000
+_LONG_WHITE_RUN = re.compile(rf"(?<!{_WHITE}){_WHITE}{{{_LONG_WHITE},}}+(?!\Z)")
 
 
 @cache
@@ -67,7 +74,8 @@ def _merges():
 @cache
 def load_tiktoken():
     """
-    The fast one. `encode_ordinary` takes `<|endoftext|>` in a text for plain characters, as documents want it.
+    The fast one. `encode_ordinary` takes `<|endoftext|>` in a text for plain characters, as documents want it;
+    for documents of any kind see `encode_document`.
 
     Returns:
         tiktoken.Encoding named "gpt2", equal to tiktoken.get_encoding("gpt2").
@@ -88,6 +96,22 @@ def load_tiktoken():
         special_tokens={EOT_TEXT: EOT},
         explicit_n_vocab=VOCAB_SIZE,
     )
+
+
+def encode_document(text):
+    """
+    Args:
+        text: a whole document; `<|endoftext|>` in it is plain characters.
+
+    Returns:
+        list of token ids that begins with EOT.
+    """
+    encoding, tokens, start = load_tiktoken(), [EOT], 0
+    # Cut before the last character of a long run, where SPLIT_PATTERN ends a piece anyway: the same tokens.
+    for run in _LONG_WHITE_RUN.finditer(text) if len(text) > _LONG_WHITE else ():
+        tokens += encoding.encode_ordinary(text[start : run.end() - 1])
+        start = run.end() - 1
+    return tokens + encoding.encode_ordinary(text[start:])
 
 
 def load_hf_tokenizer(model_max_length=1024):

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -149,9 +150,7 @@ def load_config(argv):
     parser = ArgumentParser(prog="train.py", exit_on_error=False, description="Train a GPT-2; see recipes/.")
     parser.add_argument("--config", action=ActionConfigFile, help="recipe (default: recipes/sample.yaml)")
     parser.add_class_arguments(Config)
-    argv = [
-        _bare_flag_means_true(argument, following) for argument, following in zip(argv, [*argv[1:], "--"], strict=True)
-    ]
+    argv = [_bare_flag_means_true(argument, following) for argument, following in pairwise([*argv, "--"])]
     argv = [piece for pieces in argv for piece in pieces]
     if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
         argv = ["--config", str(DEFAULT_RECIPE), *argv]
