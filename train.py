@@ -97,6 +97,11 @@ def train(argv):
             f"the launcher started {launched} processes, but this one sees {world_size}: they would train "
             "separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
         )
+    if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
+        # What accelerate launch sets when told nothing, and all cores but one then idle. It is told with
+        # --num_cpu_threads_per_process; a share of one core is what several processes get anyway.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     transformers.utils.logging.disable_progress_bar()
 
@@ -129,7 +134,8 @@ def train(argv):
         f"{model_config.n_head} heads, {flops_per_token / 1e9:.3f} GFLOP a token"
     )
     say(f"plan      {config.max_steps:,} steps, {total_tokens:,} tokens, {total_tokens * flops_per_token:.2e} FLOP")
-    say(f"hardware  {world_size} x {device_name(device)}, mixed precision {accelerator.mixed_precision}")
+    threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
+    say(f"hardware  {world_size} x {device_name(device)}{threads}, mixed precision {accelerator.mixed_precision}")
     if config.dry_run:
         if Path(config.data.path).exists() or not config.data.prepare_sample:
             data = identity(config.data.path)
