@@ -137,11 +137,10 @@ def train(argv):
     threads = f", {torch.get_num_threads()} threads each" if device.type == "cpu" else ""
     say(f"hardware  {world_size} x {device_name(device)}{threads}, mixed precision {accelerator.mixed_precision}")
     if config.dry_run:
-        if Path(config.data.path).exists() or not config.data.prepare_sample:
-            data = identity(config.data.path)
-            say(f"data      {config.data.path}: {data['train_tokens']:,} training tokens")
+        if Path(config.data.path).exists():
+            say(f"data      {config.data.path}: {identity(config.data.path)['train_tokens']:,} training tokens")
         else:
-            say(f"data      {config.data.path}: not there yet, will be prepared")
+            say(f"data      {config.data.path}: not there yet")
         say(f"run       {output_dir} (dry run: nothing was written)")
         return
 
