@@ -3,13 +3,16 @@
 import torch
 from torch.nn import functional as F
 
-# Rows of logits in memory at a time, in the compute dtype: enough to fill the machine's matmul units.
-CHUNK_ROWS = {"cpu": 1024}
-DEFAULT_CHUNK_ROWS = 8192
-# Rows of them in float32 at a time. On a CPU few, so that the passes of a softmax stay in cache and the
-# allocator hands the same pages out again (above 32 MB glibc returns them to the kernel each time).
-BLOCK_ROWS = {"cpu": 8}
-# Tensor cores want dimensions in multiples of 64 (nanoGPT's 50,304). Padding lives only inside this matmul.
+# Sizes by device type: "cpu", and None for every other. benchmarks/LOG.md has the measurements.
+# Rows (tokens) of logits in memory at a time, in the compute dtype: enough to fill the matmul units.
+CHUNK_ROWS = {"cpu": 512, None: 8192}
+# Rows of a chunk in float32 at a time. On a CPU few, so that the passes of the softmax stay in its cache.
+BLOCK_ROWS = {"cpu": 8, None: None}
+# Rows of the matrix's gradient at a time. On a CPU a slab stays in cache until it is added up, and above 32 MB
+# glibc would return its pages to the kernel and fault them in again each time.
+SLAB_ROWS = {"cpu": 2048, None: None}
+# Matmul units want rows that start at multiples of 128 bytes (nanoGPT pads the vocabulary to 50,304 for it).
+# The padding lives and dies in here.
 VOCAB_MULTIPLE = 64
 
 
@@ -17,7 +20,7 @@ def linear_cross_entropy(hidden, weight, targets, num_items=None, ignore_index=-
     """
     Mean cross-entropy of `softmax(hidden @ weight.T)` against `targets`.
 
-    A [B*T, V] float32 tensor of logits would be the largest thing in a training step (124M at 64 x 1024:
+    A [N, V] float32 tensor of logits would be the largest thing in a training step (124M at 64 x 1024:
     13 GB). Here a chunk of rows at a time becomes logits, its share of the loss, and, while the logits are
     at hand, its share of the gradients; nothing of size [N, V] survives the chunk.
 
@@ -29,76 +32,89 @@ def linear_cross_entropy(hidden, weight, targets, num_items=None, ignore_index=-
             are not ignored when None. Gradient accumulation passes the count of the whole global batch.
 
     Returns:
-        scalar float32 tensor.
+        scalar float32 tensor (float64 for float64 inputs).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         compute_dtype = torch.get_autocast_dtype(hidden.device.type)
     else:
         compute_dtype = hidden.dtype
-    needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss_sum = _LinearCrossEntropySum.apply(hidden, weight, targets, ignore_index, compute_dtype, needs_gradient)
     if num_items is None:
         num_items = (targets != ignore_index).sum()
-    elif torch.is_tensor(num_items):
-        num_items = num_items.to(loss_sum.device)
-    return loss_sum / num_items
+    # A tensor on the device: reading it as a number would make the host wait for the device.
+    sum_dtype = torch.promote_types(compute_dtype, torch.float32)
+    scale = torch.ones((), dtype=sum_dtype, device=hidden.device) / num_items
+    gradients_of = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, ignore_index, compute_dtype, *gradients_of)
 
 
-class _LinearCrossEntropySum(torch.autograd.Function):
-    """The sum over rows; both gradients are made in the forward pass and scaled in the backward pass."""
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum over rows times `scale`; both gradients are made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, compute_dtype, needs_gradient):
+    def forward(ctx, hidden, weight, targets, scale, ignore_index, compute_dtype, of_hidden, of_weight):
         num_rows, vocab_size = hidden.shape[0], weight.shape[0]
         device_type = hidden.device.type
-        chunk_rows = min(num_rows, CHUNK_ROWS.get(device_type, DEFAULT_CHUNK_ROWS))
-        block_rows = BLOCK_ROWS.get(device_type, chunk_rows)
+        sizes = device_type if device_type in CHUNK_ROWS else None
+        chunk_rows = min(num_rows, CHUNK_ROWS[sizes])
+        if torch.compiler.is_compiling():  # a compiler fuses the passes, and would unroll the loops
+            block_rows, slab_rows = chunk_rows, vocab_size
+        else:
+            block_rows, slab_rows = BLOCK_ROWS[sizes] or chunk_rows, SLAB_ROWS[sizes] or vocab_size
 
-        # One cast (and pad) of the matrix for all chunks.
-        weight_c = weight.to(compute_dtype)
-        if hidden.is_cuda:
-            weight_c = F.pad(weight_c, (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
-        hidden_c = hidden.to(compute_dtype)
+        # One cast (and pad) of the matrix for all chunks. On a CPU aligned rows of logits are enough.
+        padding = -vocab_size % VOCAB_MULTIPLE
+        hidden_c, weight_c = hidden.to(compute_dtype), weight.to(compute_dtype)
+        if device_type != "cpu":
+            weight_c = F.pad(weight_c, (0, 0, 0, padding))
         valid = targets != ignore_index
         safe_targets = targets.masked_fill(~valid, 0)
 
-        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        grad_weight = None
+        sum_dtype = scale.dtype
+        loss_sum = torch.zeros_like(scale)
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.empty_like(weight, dtype=sum_dtype) if of_weight else None
         # Autocast would cast again, and at each chunk; the dtypes here are already chosen.
         with torch.autocast(device_type, enabled=False):
-            buffer = hidden_c.new_empty(chunk_rows, weight_c.shape[0])
+            buffer = hidden_c.new_empty(chunk_rows, vocab_size + padding)
+            buffer[:, vocab_size:] = 0  # kernels that take bfloat16 in pairs read past an odd row: times 0, but not NaN
+            buffer = buffer[:, : weight_c.shape[0]]
             for start in range(0, num_rows, chunk_rows):
                 rows = slice(start, min(start + chunk_rows, num_rows))
-                logits = torch.mm(hidden_c[rows], weight_c.T, out=buffer[: rows.stop - start])  # [C, V]
-                logits = logits[:, :vocab_size]
+                padded = torch.mm(hidden_c[rows], weight_c.T, out=buffer[: rows.stop - start])  # [C, V + padding]
+                logits = padded[:, :vocab_size]
                 for block, target, keep in zip(
                     logits.split(block_rows),
                     safe_targets[rows, None].split(block_rows),
                     valid[rows, None].split(block_rows),
                     strict=True,
                 ):
-                    p = block.float()
-                    target_logit = p.gather(1, target)
-                    row_max = p.amax(dim=-1, keepdim=True)
-                    p = p.sub_(row_max).exp_()
-                    row_sum = p.sum(dim=-1, keepdim=True)
-                    loss_sum += ((row_sum.log() + row_max - target_logit) * keep).sum()
-                    if needs_gradient:
+                    log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
+                    target_log_p = log_p.gather(1, target)
+                    loss_sum -= (target_log_p * keep).sum()
+                    if of_hidden or of_weight:
                         # d loss / d logits = softmax - onehot, zero on ignored rows; in the logits' place.
-                        target_p = p.gather(1, target) / row_sum
-                        block.copy_(p.mul_(keep / row_sum))
-                        block.scatter_(1, target, ((target_p - 1) * keep).to(block.dtype))
-                if needs_gradient:
-                    grad_hidden[rows] = (logits @ weight_c[:vocab_size]).to(hidden.dtype)
-                    of_chunk = (logits.T @ hidden_c[rows]).float()
-                    grad_weight = of_chunk if grad_weight is None else grad_weight.add_(of_chunk)
-        if needs_gradient:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
-        return loss_sum
+                        block.copy_(log_p.exp_().scatter_(1, target, target_log_p.expm1()).mul_(keep))
+                # The scale goes on after the matmuls: before, float16 would lose small gradients.
+                if of_hidden:
+                    grad_hidden[rows] = torch.mm(padded, weight_c).to(sum_dtype) * scale
+                if of_weight:
+                    for first in range(0, vocab_size, slab_rows):
+                        slab = slice(first, min(first + slab_rows, vocab_size))
+                        of_slab = torch.mm(logits[:, slab].T, hidden_c[rows]).to(sum_dtype)
+                        if start == 0:
+                            torch.mul(of_slab, scale, out=grad_weight[slab])
+                        else:
+                            grad_weight[slab].addcmul_(of_slab, scale)
+        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
+        return loss_sum * scale
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        # Not in place: a second backward through a retained graph must find them unscaled.
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None
+        # As a rule the factor is 1. To look would stop a GPU's queue; on a CPU it saves copying the gradients.
+        if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
+            # Not in place: a second backward through a retained graph must find them unscaled.
+            grad_hidden, grad_weight = (
+                gradient if gradient is None else gradient * grad_loss for gradient in (grad_hidden, grad_weight)
+            )
+        return grad_hidden, grad_weight, None, None, None, None, None, None

@@ -11,6 +11,7 @@ def chunks(request, monkeypatch):
     """Chunk and block sizes that divide the 50 rows and that do not."""
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": request.param[0]})
     monkeypatch.setattr(loss_module, "BLOCK_ROWS", {"cpu": request.param[1]})
+    monkeypatch.setattr(loss_module, "SLAB_ROWS", {"cpu": request.param[0] + 12})
 
 
 def problem(dtype=torch.float64, ignored=True):
@@ -35,6 +36,18 @@ def test_loss_and_gradients_equal_plain_cross_entropy_in_float64(chunks):
     for mine, exact in zip(ours, reference, strict=True):
         error = (mine.grad.double() - exact.grad).norm() / exact.grad.norm()
         assert error < 1e-5
+
+
+def test_float64_stays_float64(chunks):
+    hidden, weight, targets = problem()
+    reference = [t.clone().requires_grad_() for t in (hidden, weight)]
+    expected = F.cross_entropy(reference[0] @ reference[1].T, targets)
+    expected.backward()
+    ours = [t.requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*ours, targets)
+    loss.backward()
+    for mine, exact in zip((loss, *(t.grad for t in ours)), (expected, *(t.grad for t in reference)), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_num_items_scales_loss_and_gradients(chunks):
@@ -74,6 +87,21 @@ def test_bf16_autocast_matches_plain_autocast():
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
     for mine, reference in zip(results[1][1:], results[0][1:], strict=True):
         assert (mine - reference).norm() / reference.norm() < 0.01  # bf16 has 8 bits
+
+
+def test_uninitialised_memory_is_never_read(monkeypatch):
+    """torch fills what `empty` returns with NaN here; 101 columns leave padding beside the logits."""
+    hidden, weight, targets = problem(torch.float32)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+            linear_cross_entropy(h, w, targets).backward()
+            assert torch.isfinite(h.grad).all()
+            assert torch.isfinite(w.grad).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_no_gradient_work_without_a_gradient():
