@@ -2,7 +2,7 @@
 GPT-2 as a Hugging Face model. Importing this package makes the Auto classes know `model_type: gpt2repro`.
 
     configuration_gpt2repro.py   GPT2ReproConfig: the shape, checked
-    modeling_gpt2repro.py        attention, MLP, block, GPT2ReproModel, GPT2ReproForCausalLM
+    modeling_gpt2repro.py        attention, MLP, block, GPT2ReproModel, GPT2ReproForCausalLM, classifiers
     loss.py                      the head's cross-entropy, without the logits
     conversion.py                weights from and to transformers' GPT-2
 
@@ -10,13 +10,32 @@ These files travel with every checkpoint (`trust_remote_code=True`), so they imp
 each other, and nothing else.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from .configuration_gpt2repro import GPT2ReproConfig
-from .modeling_gpt2repro import GPT2ReproForCausalLM, GPT2ReproModel, GPT2ReproPreTrainedModel
+from .modeling_gpt2repro import (
+    GPT2ReproForCausalLM,
+    GPT2ReproForSequenceClassification,
+    GPT2ReproForTokenClassification,
+    GPT2ReproModel,
+    GPT2ReproPreTrainedModel,
+)
 
 AutoConfig.register("gpt2repro", GPT2ReproConfig)
-AutoModel.register(GPT2ReproConfig, GPT2ReproModel)
 AutoModelForCausalLM.register(GPT2ReproConfig, GPT2ReproForCausalLM)
+AutoModelForSequenceClassification.register(GPT2ReproConfig, GPT2ReproForSequenceClassification)
+AutoModelForTokenClassification.register(GPT2ReproConfig, GPT2ReproForTokenClassification)
 
-__all__ = ["GPT2ReproConfig", "GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]
+__all__ = [
+    "GPT2ReproConfig",
+    "GPT2ReproForCausalLM",
+    "GPT2ReproForSequenceClassification",
+    "GPT2ReproForTokenClassification",
+    "GPT2ReproModel",
+    "GPT2ReproPreTrainedModel",
+]

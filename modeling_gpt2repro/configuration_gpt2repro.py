@@ -2,6 +2,15 @@
 
 from transformers import PreTrainedConfig
 
+# layers, heads, width of the four models (GPT-2 paper, table 2, by their true parameter counts: the paper's own
+# 117M, 345M, 762M and 1542M were miscounted, see the note at https://github.com/openai/gpt-2).
+SIZES = {
+    "124M": (12, 12, 768),
+    "350M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+
 
 class GPT2ReproConfig(PreTrainedConfig):
     """
@@ -24,6 +33,8 @@ class GPT2ReproConfig(PreTrainedConfig):
         use_cache: whether inference keeps the keys and values of past tokens.
         bos_token_id, eos_token_id: `<|endoftext|>`, GPT-2's only special token.
         tie_word_embeddings: whether the head shares the token embedding's matrix, as GPT-2's does.
+        is_causal: `False` lets every token attend to those after it too (text encoders made from a GPT-2);
+            such a model has no cache and cannot generate.
 
     Raises:
         ValueError: a field that cannot be; the message names the field, the value and what would do.
@@ -58,6 +69,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         eos_token_id=50256,
         pad_token_id=None,
         tie_word_embeddings=True,
+        is_causal=True,
         **kwargs,
     ):
         # Fields come before super().__init__(), which validates the finished config.
@@ -74,6 +86,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.initializer_range = initializer_range
         self.use_cache = use_cache
+        self.is_causal = is_causal
         self._check_shape()
         # Passed on *and* set: which of the two transformers does with them changed between 5.0 and 5.23.
         self.bos_token_id = bos_token_id
@@ -86,6 +99,24 @@ class GPT2ReproConfig(PreTrainedConfig):
             tie_word_embeddings=tie_word_embeddings,
             **kwargs,
         )
+
+    @classmethod
+    def from_size(cls, size, **fields):
+        """
+        One of GPT-2's four sizes: `GPT2ReproConfig.from_size("350M")`.
+
+        Args:
+            size: "124M" (124,439,808 parameters), "350M" (354,823,168), "774M" (774,030,080) or
+                "1558M" (1,557,611,200).
+            fields: any other field of the config (`resid_pdrop=0.1`); the shape itself is the size's.
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        n_layer, n_head, n_embd = SIZES[size]
+        return cls(**{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **fields})
 
     def _check_shape(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):

@@ -1,6 +1,7 @@
 """Cross-entropy of the language-model head, computed without ever holding all the logits."""
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 # Sizes by device type: "cpu", and None for every other. benchmarks/LOG.md has the measurements.
@@ -52,61 +53,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, scale, ignore_index, compute_dtype, of_hidden, of_weight):
-        num_rows, vocab_size = hidden.shape[0], weight.shape[0]
-        device_type = hidden.device.type
-        sizes = device_type if device_type in CHUNK_ROWS else None
-        chunk_rows = min(num_rows, CHUNK_ROWS[sizes])
-        if torch.compiler.is_compiling():  # a compiler fuses the passes, and would unroll the loops
-            block_rows, slab_rows = chunk_rows, vocab_size
-        else:
-            block_rows, slab_rows = BLOCK_ROWS[sizes] or chunk_rows, SLAB_ROWS[sizes] or vocab_size
-
-        # One cast (and pad) of the matrix for all chunks. On a CPU aligned rows of logits are enough.
-        padding = -vocab_size % VOCAB_MULTIPLE
-        hidden_c, weight_c = hidden.to(compute_dtype), weight.to(compute_dtype)
-        if device_type != "cpu":
-            weight_c = F.pad(weight_c, (0, 0, 0, padding))
-        valid = targets != ignore_index
-        safe_targets = targets.masked_fill(~valid, 0)
-
-        sum_dtype = scale.dtype
-        loss_sum = torch.zeros_like(scale)
-        grad_hidden = torch.empty_like(hidden) if of_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=sum_dtype) if of_weight else None
-        # Autocast would cast again, and at each chunk; the dtypes here are already chosen.
-        with torch.autocast(device_type, enabled=False):
-            buffer = hidden_c.new_empty(chunk_rows, vocab_size + padding)
-            buffer[:, vocab_size:] = 0  # kernels that take bfloat16 in pairs read past an odd row: times 0, but not NaN
-            buffer = buffer[:, : weight_c.shape[0]]
-            for start in range(0, num_rows, chunk_rows):
-                rows = slice(start, min(start + chunk_rows, num_rows))
-                padded = torch.mm(hidden_c[rows], weight_c.T, out=buffer[: rows.stop - start])  # [C, V + padding]
-                logits = padded[:, :vocab_size]
-                for block, target, keep in zip(
-                    logits.split(block_rows),
-                    safe_targets[rows, None].split(block_rows),
-                    valid[rows, None].split(block_rows),
-                    strict=True,
-                ):
-                    log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
-                    target_log_p = log_p.gather(1, target)
-                    loss_sum -= (target_log_p * keep).sum()
-                    if of_hidden or of_weight:
-                        # d loss / d logits = softmax - onehot, zero on ignored rows; in the logits' place.
-                        block.copy_(log_p.exp_().scatter_(1, target, target_log_p.expm1()).mul_(keep))
-                # The scale goes on after the matmuls: before, float16 would lose small gradients.
-                if of_hidden:
-                    grad_hidden[rows] = torch.mm(padded, weight_c).to(sum_dtype) * scale
-                if of_weight:
-                    for first in range(0, vocab_size, slab_rows):
-                        slab = slice(first, min(first + slab_rows, vocab_size))
-                        of_slab = torch.mm(logits[:, slab].T, hidden_c[rows]).to(sum_dtype)
-                        if start == 0:
-                            torch.mul(of_slab, scale, out=grad_weight[slab])
-                        else:
-                            grad_weight[slab].addcmul_(of_slab, scale)
-        ctx.save_for_backward(grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss_sum * scale
+        # A compiler fuses the passes of a GPU's softmax; on a CPU it makes them slower (benchmarks/LOG.md).
+        compute = _opaque_to_compilers if hidden.device.type == "cpu" and torch.compiler.is_compiling() else _compute
+        loss, grad_hidden, grad_weight = compute(
+            hidden, weight, targets, scale, ignore_index, compute_dtype, of_hidden, of_weight
+        )
+        ctx.of_hidden, ctx.of_weight = of_hidden, of_weight
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
@@ -114,7 +68,92 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # As a rule the factor is 1. To look would stop a GPU's queue; on a CPU it saves copying the gradients.
         if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
             # Not in place: a second backward through a retained graph must find them unscaled.
-            grad_hidden, grad_weight = (
-                gradient if gradient is None else gradient * grad_loss for gradient in (grad_hidden, grad_weight)
-            )
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+            grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight * grad_loss
+        return (
+            grad_hidden if ctx.of_hidden else None,
+            grad_weight if ctx.of_weight else None,
+            *(None,) * 6,
+        )
+
+
+def _compute(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    of_hidden: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, and its gradients (of no elements where not asked for)."""
+    num_rows, vocab_size = hidden.shape[0], weight.shape[0]
+    device_type = hidden.device.type
+    sizes = device_type if device_type in CHUNK_ROWS else None
+    chunk_rows = min(num_rows, CHUNK_ROWS[sizes])
+    compiling = torch.compiler.is_compiling()
+    if compiling:  # a compiler fuses the passes and plans the memory itself, and would unroll the loops
+        block_rows, slab_rows = chunk_rows, vocab_size
+    else:
+        block_rows, slab_rows = BLOCK_ROWS[sizes] or chunk_rows, SLAB_ROWS[sizes] or vocab_size
+
+    # One cast (and pad) of the matrix for all chunks. On a CPU aligned rows of logits are enough.
+    padding = -vocab_size % VOCAB_MULTIPLE
+    hidden_c, weight_c = hidden.to(compute_dtype), weight.to(compute_dtype)
+    if device_type != "cpu":
+        weight_c = F.pad(weight_c, (0, 0, 0, padding))
+    valid = targets != ignore_index
+    safe_targets = targets.masked_fill(~valid, 0)
+
+    sum_dtype = scale.dtype
+    loss_sum = torch.zeros_like(scale)
+    grad_hidden = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=sum_dtype) if of_weight else weight.new_empty(0)
+    # Autocast would cast again, and at each chunk; the dtypes here are already chosen.
+    with torch.autocast(device_type, enabled=False):
+        if not compiling:
+            buffer = hidden_c.new_empty(chunk_rows, vocab_size + padding)
+            buffer[:, vocab_size:] = 0  # bfloat16 kernels that work in pairs read past an odd row, and 0 * NaN is NaN
+            buffer = buffer[:, : weight_c.shape[0]]
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, min(start + chunk_rows, num_rows))
+            out = None if compiling else buffer[: rows.stop - start]
+            padded = torch.mm(hidden_c[rows], weight_c.T, out=out)  # [C, V, and padding on a GPU]
+            logits = padded[:, :vocab_size]
+            for block, target, keep in zip(
+                logits.split(block_rows),
+                safe_targets[rows, None].split(block_rows),
+                valid[rows, None].split(block_rows),
+                strict=True,
+            ):
+                log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
+                target_log_p = log_p.gather(1, target)
+                loss_sum -= (target_log_p * keep).sum()
+                if of_hidden or of_weight:
+                    # d loss / d logits = softmax - onehot, zero on ignored rows; in the logits' place.
+                    block.copy_(log_p.exp_().scatter_(1, target, target_log_p.expm1()).mul_(keep))
+            # The scale goes on after the matmuls: before, float16 would lose small gradients.
+            if of_hidden:
+                grad_hidden[rows] = torch.mm(padded, weight_c).to(sum_dtype) * scale
+            if of_weight:
+                for first in range(0, vocab_size, slab_rows):
+                    slab = slice(first, min(first + slab_rows, vocab_size))
+                    of_slab = torch.mm(logits[:, slab].T, hidden_c[rows]).to(sum_dtype)
+                    if start == 0:
+                        grad_weight[slab] = of_slab.mul_(scale)
+                    else:
+                        grad_weight[slab].addcmul_(of_slab, scale)
+    return loss_sum * scale, grad_hidden, grad_weight.to(weight.dtype)
+
+
+# The type hints above are the operator's signature.
+_opaque_to_compilers = torch.library.custom_op("gpt2repro::linear_cross_entropy", _compute, mutates_args=())
+
+
+@_opaque_to_compilers.register_fake
+def _shapes(hidden, weight, targets, scale, ignore_index, compute_dtype, of_hidden, of_weight):
+    return (
+        torch.empty_like(scale),
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if of_weight else weight.new_empty(0),
+    )

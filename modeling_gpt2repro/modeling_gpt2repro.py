@@ -12,9 +12,13 @@ import math
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
@@ -22,8 +26,9 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_gpt2repro import GPT2ReproConfig
 from .loss import linear_cross_entropy
 
-# transformers 5.0 calls the first argument `input_embeds` and wants `cache_position`; later 5.x do neither.
+# transformers 5.0 calls the argument `input_embeds` and wants `cache_position`; later 5.x do neither.
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
+_MASK_INPUT = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -55,7 +60,7 @@ class GPT2ReproAttention(nn.Module):
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attn_pdrop
-        self.is_causal = True
+        self.is_causal = config.is_causal
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = residual_projection(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
@@ -130,6 +135,18 @@ def residual_projection(in_features, out_features):
     return linear
 
 
+def _is_plain_linear(module):
+    """Whether a module is `hidden @ weight.T` and nothing else, so that its weight may be used without calling it."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantised weight is a subclass
+        and module.bias is None
+        and "forward" not in vars(module)  # accelerate's hooks (offloading, device_map) put theirs there
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
 class GPT2ReproPreTrainedModel(PreTrainedModel):
     """Initialisation and what the rest of transformers needs to know about the model."""
 
@@ -173,6 +190,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
             "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
             "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
         }
         return super().save_pretrained(*args, **kwargs)
 
@@ -207,24 +226,29 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         use_cache=None,
         output_attentions=None,
         output_hidden_states=None,
+        is_causal=None,
         **kwargs,
     ):
         """
         Args:
             input_ids: [B, T] token ids, or `inputs_embeds` [B, T, D] in their place.
-            attention_mask: [B, S], 1 for a token and 0 for padding (left or right); or a ready 4D mask.
-            position_ids: [B, T]; counted from `attention_mask` (padding does not count) when not given.
+            attention_mask: [B, S], 1 for a token and 0 for padding (left or right); or 4D, [B or 1, 1 or H, T, S],
+                boolean (True: attend) or floating (added to the scores), which replaces the causal mask.
+            position_ids: [B, T]; counted from `attention_mask` (padding does not count) when not given. Where they
+                restart, and there is neither mask nor cache, documents are packed: each attends to itself alone.
             past_key_values: a transformers `Cache`.
             use_cache: return a cache; by default only outside training.
             output_attentions: needs `attn_implementation="eager"`, the fast kernels have no weights to give.
+            is_causal: whether tokens attend only to themselves and earlier ones; `config.is_causal` when None.
+            kwargs: passed on to the attention kernel.
 
         Returns:
             BaseModelOutputWithPast: last_hidden_state [B, T, D]; on request past_key_values,
             hidden_states (n_layer + 1 of [B, T, D], the last one after ln_f), attentions ([B, H, T, S] each).
 
         Raises:
-            ValueError: both or neither of the inputs, a sequence longer than n_positions, attentions of a
-                kernel that has none.
+            ValueError: both or neither of the inputs, positions past n_positions, attentions of a kernel that
+                has none, a mask that does not fit, a cache for bidirectional attention.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -236,12 +260,13 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 f"output_attentions needs attn_implementation='eager', got {config._attn_implementation!r}: "
                 "fused attention kernels never form the weights"
             )
+        is_causal = config.is_causal if is_causal is None else is_causal
         if use_cache is None:
-            use_cache = config.use_cache and not self.training
+            use_cache = config.use_cache and is_causal and not self.training
+        if not is_causal and (use_cache or past_key_values is not None):
+            raise ValueError("bidirectional attention (is_causal=False) has no cache: tokens attend to later ones")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
 
         num_new = inputs_embeds.shape[1]
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -251,25 +276,21 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 "the model has no position embedding past that; shorten the input or ask for fewer new tokens"
             )
         past_and_new = torch.arange(num_new, device=inputs_embeds.device) + num_past
-        mask_arguments = {
-            "config": config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,  # as given: restarts in it mean packed documents
-        }
-        if "inputs_embeds" not in _MASK_PARAMETERS:
-            mask_arguments["input_embeds"] = mask_arguments.pop("inputs_embeds")
-        if "cache_position" in _MASK_PARAMETERS:
-            mask_arguments["cache_position"] = past_and_new
-        # None where plain causal attention will do: then the flash kernel runs.
-        causal_mask = create_causal_mask(**mask_arguments)
+        # The mask is made before a cache of our own: position ids that restart (packed documents) count
+        # only where there is none yet.
+        mask = self._attention_mask(
+            attention_mask, inputs_embeds, position_ids, past_key_values, past_and_new, is_causal
+        )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=config)
 
         if position_ids is None:
             if attention_mask is not None and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
             else:
                 position_ids = past_and_new.unsqueeze(0)
+        else:
+            self._check_positions(position_ids)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
 
         all_hidden_states = () if output_hidden_states else None
@@ -279,9 +300,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 all_hidden_states += (hidden_states,)
             hidden_states, attention_weights = block(
                 hidden_states,
-                attention_mask=causal_mask,
+                attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                is_causal=is_causal,
                 **kwargs,
             )
             if output_attentions:
@@ -296,6 +318,46 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             hidden_states=all_hidden_states,
             attentions=all_attentions,
         )
+
+    def _attention_mask(self, attention_mask, inputs_embeds, position_ids, past_key_values, past_and_new, is_causal):
+        """
+        The mask in the form that the attention kernel wants; None where its own causal (or full) attention will do,
+        so that the flash kernels run.
+
+        Args:
+            attention_mask: None, [B, S] (1 for a token), or [B or 1, 1 or H, T, S]: boolean (True: attend) or
+                floating (added to the scores).
+            position_ids: as the caller gave them. Without a mask and a cache, restarts in them mean packed
+                documents, which do not attend to each other.
+        """
+        kernel = self.config._attn_implementation
+        if attention_mask is not None and attention_mask.ndim == 4:
+            if "flash" in kernel:
+                raise ValueError(f"attn_implementation={kernel!r} takes no 4D attention_mask; 'sdpa' and 'eager' do")
+            if attention_mask.dtype == torch.bool:
+                if kernel == "sdpa":
+                    return attention_mask
+                lowest = torch.finfo(inputs_embeds.dtype).min
+                return torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype).masked_fill(~attention_mask, lowest)
+            if attention_mask.is_floating_point():
+                return attention_mask.to(inputs_embeds.dtype)
+            raise ValueError(
+                f"a 4D attention_mask is boolean (True: attend) or floating (added to the scores), "
+                f"got {attention_mask.dtype}"
+            )
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(f"attention_mask is 2D or 4D, got the shape {tuple(attention_mask.shape)}")
+        if attention_mask is not None and past_key_values is None and attention_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit the input's "
+                f"batch and length {tuple(inputs_embeds.shape[:2])}"
+            )
+        arguments = {"config": self.config, _MASK_INPUT: inputs_embeds, "attention_mask": attention_mask}
+        if not is_causal:
+            return create_bidirectional_mask(**arguments)
+        if "cache_position" in _MASK_PARAMETERS:
+            arguments["cache_position"] = past_and_new
+        return create_causal_mask(**arguments, past_key_values=past_key_values, position_ids=position_ids)
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
@@ -372,12 +434,18 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             if shift_labels is None:
                 # The last position has no next token to predict.
                 shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            loss = linear_cross_entropy(
-                hidden_states.flatten(0, 1),
-                self.lm_head.weight,
-                shift_labels.flatten().to(hidden_states.device),
-                num_items=num_items_in_batch,
-            )
+            shift_labels = shift_labels.flatten().to(hidden_states.device)
+            if num_items_in_batch is None:
+                num_items_in_batch = (shift_labels != -100).sum()
+            elif torch.is_tensor(num_items_in_batch):
+                num_items_in_batch = num_items_in_batch.to(hidden_states.device)
+            if _is_plain_linear(self.lm_head):
+                loss = linear_cross_entropy(
+                    hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels, num_items=num_items_in_batch
+                )
+            else:  # LoRA, quantisation, offloading, hooks: whatever the head has become, it is called
+                all_logits = self.lm_head(hidden_states).flatten(0, 1).float()
+                loss = nn.functional.cross_entropy(all_logits, shift_labels, reduction="sum") / num_items_in_batch
         logits = None
         if return_logits or (return_logits is None and not (self.training and has_labels)):
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -414,8 +482,31 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         return to_gpt2(self)
 
 
-# save_pretrained then writes `auto_map` and copies these files next to the weights.
+class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+    """A score for the whole sequence from its last token that is not padding (transformers' generic head)."""
+
+    base_model_prefix = "transformer"
+
+
+class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+    """A score for every token (transformers' generic head)."""
+
+    base_model_prefix = "transformer"
+
+
+# The generic heads build their trunk with AutoModel.from_config.
+AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
+
+# save_pretrained then copies these files next to the weights.
 GPT2ReproModel.register_for_auto_class("AutoModel")
 GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+GPT2ReproForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
-__all__ = ["GPT2ReproForCausalLM", "GPT2ReproModel", "GPT2ReproPreTrainedModel"]
+__all__ = [
+    "GPT2ReproForCausalLM",
+    "GPT2ReproForSequenceClassification",
+    "GPT2ReproForTokenClassification",
+    "GPT2ReproModel",
+    "GPT2ReproPreTrainedModel",
+]
