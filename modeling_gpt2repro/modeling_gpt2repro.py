@@ -25,6 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_gpt2repro import GPT2ReproConfig
 from .loss import linear_cross_entropy
+from .mlp import mlp
 
 # transformers 5.0 calls the argument `input_embeds` and wants `cache_position`; later 5.x do neither.
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
@@ -101,7 +102,12 @@ class GPT2ReproMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, hidden_states):
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if eager and all(is_plain(layer) for layer in (self.c_fc, self.act, self.c_proj)):
+            output = mlp(hidden_states, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        else:
+            output = self.c_proj(self.act(self.c_fc(hidden_states)))
+        return self.dropout(output)
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
@@ -135,15 +141,19 @@ def residual_projection(in_features, out_features):
     return linear
 
 
-def _is_plain_linear(module):
-    """Whether a module is `hidden @ weight.T` and nothing else, so that its weight may be used without calling it."""
+def is_plain(module):
+    """
+    Whether a linear layer or GELU is still what this file made it, so that its parameters may be used without
+    calling it. LoRA, quantisation, tensor parallelism, offloading and hooks make it something else.
+    """
+    weight = getattr(module, "weight", None)
     return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, torch.Tensor)  # a quantised weight is a subclass
-        and module.bias is None
-        and "forward" not in vars(module)  # accelerate's hooks (offloading, device_map) put theirs there
+        type(module) in (nn.Linear, nn.GELU)
+        and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantised weight is a subclass
+        and "forward" not in vars(module)  # where accelerate's offloading puts its own
         and not module._forward_hooks
         and not module._forward_pre_hooks
+        and not module._backward_hooks
     )
 
 
@@ -319,6 +329,17 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             attentions=all_attentions,
         )
 
+    def _check_positions(self, position_ids):
+        """Raises ValueError for positions that have no embedding."""
+        if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or not position_ids.numel():
+            return  # on a GPU looking would stop its queue at every call; there the embedding's own assertion fires
+        first, last = position_ids.min().item(), position_ids.max().item()
+        if first < 0 or last >= self.config.n_positions:
+            raise ValueError(
+                f"position_ids from {first} to {last} do not fit n_positions={self.config.n_positions}: "
+                f"the model knows positions 0 to {self.config.n_positions - 1}"
+            )
+
     def _attention_mask(self, attention_mask, inputs_embeds, position_ids, past_key_values, past_and_new, is_causal):
         """
         The mask in the form that the attention kernel wants; None where its own causal (or full) attention will do,
@@ -439,7 +460,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                 num_items_in_batch = (shift_labels != -100).sum()
             elif torch.is_tensor(num_items_in_batch):
                 num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-            if _is_plain_linear(self.lm_head):
+            if is_plain(self.lm_head) and self.lm_head.bias is None:
                 loss = linear_cross_entropy(
                     hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels, num_items=num_items_in_batch
                 )
