@@ -295,7 +295,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             past_key_values = DynamicCache(config=config)
 
         if position_ids is None:
-            if attention_mask is not None and attention_mask.ndim == 2:
+            if torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
             else:
                 position_ids = past_and_new.unsqueeze(0)
@@ -352,9 +352,15 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 documents, which do not attend to each other.
         """
         kernel = self.config._attn_implementation
+        if attention_mask is not None and not torch.is_tensor(attention_mask):
+            return attention_mask  # flex attention's BlockMask
         if attention_mask is not None and attention_mask.ndim == 4:
-            if "flash" in kernel:
-                raise ValueError(f"attn_implementation={kernel!r} takes no 4D attention_mask; 'sdpa' and 'eager' do")
+            if kernel == "flex_attention" or "flash" in kernel:
+                # flex takes one as a score bias, and torch 2.13's CPU kernel then crashes the process.
+                raise ValueError(
+                    f"attn_implementation={kernel!r} takes no 4D attention_mask tensor: use 'sdpa' or 'eager' "
+                    "(or, with flex_attention, give a BlockMask)"
+                )
             if attention_mask.dtype == torch.bool:
                 if kernel == "sdpa":
                     return attention_mask
