@@ -1,0 +1,355 @@
+"""What people do with a transformers model: saving and loading of every kind, resizing, heads, Trainer, PEFT."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
+
+from modeling_gpt2repro import (
+    GPT2ReproConfig,
+    GPT2ReproForCausalLM,
+    GPT2ReproForSequenceClassification,
+    GPT2ReproForTokenClassification,
+)
+
+
+def assert_same_logits(model, expected, input_ids, atol=0.0):
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids).logits
+    torch.testing.assert_close(logits.float(), expected, atol=atol, rtol=0)
+
+
+@pytest.fixture
+def saved(model, input_ids, tmp_path):
+    """A folder in shards of 3 MB, and the logits of what is in it."""
+    model.eval().save_pretrained(tmp_path, max_shard_size="3MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert not list(tmp_path.glob("*.bin"))
+    with torch.no_grad():
+        return tmp_path, model(input_ids).logits
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"low_cpu_mem_usage": True},
+        {"device_map": "auto"},
+        {"device_map": {"": "cpu"}},
+        {"dtype": torch.bfloat16},
+        {"dtype": "auto", "attn_implementation": "eager"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_load_is_tied_and_the_same(saved, input_ids, arguments):
+    path, expected = saved
+    model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    assert type(model) is GPT2ReproForCausalLM
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.dtype == (torch.bfloat16 if arguments.get("dtype") is torch.bfloat16 else torch.float32)
+    atol = 0.02 if model.dtype is torch.bfloat16 else 1e-5 if "attn_implementation" in arguments else 0.0
+    assert_same_logits(model, expected, input_ids, atol)
+
+
+def test_weights_on_disk_are_used_where_they_lie(saved, input_ids, tmp_path):
+    """device_map with offloading: the head's weight is on no device until the head is called."""
+    path, expected = saved
+    device_map = {
+        "transformer.wte": "cpu",
+        "transformer.wpe": "cpu",
+        "transformer.drop": "cpu",
+        "transformer.h.0": "cpu",
+        "transformer.h.1": "disk",
+        "transformer.h.2": "disk",
+        "transformer.ln_f": "disk",
+        "lm_head": "cpu",
+    }
+    model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert model.transformer.h[1].mlp.c_fc.weight.device.type == "meta"
+    assert_same_logits(model, expected, input_ids)
+    with torch.no_grad():
+        loss = model(input_ids, labels=input_ids).loss
+    torch.testing.assert_close(loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
+
+
+def test_a_bf16_save_comes_back_as_bf16(model, tmp_path):
+    model.bfloat16().save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype is torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype is torch.float32
+
+
+def test_an_untied_head_stays_untied(tiny_config, input_ids, tmp_path):
+    tiny_config.tie_word_embeddings = False
+    model = GPT2ReproForCausalLM(tiny_config)
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(loaded.lm_head.weight, loaded.transformer.wte.weight)
+
+
+@pytest.mark.parametrize("vocab_size", [50260, 50304, 1000])
+def test_resizing_the_vocabulary(model, input_ids, vocab_size, tmp_path):
+    before = model.transformer.wte.weight.detach().clone()
+    model.resize_token_embeddings(vocab_size)
+    kept = min(vocab_size, 50257)
+    assert model.config.vocab_size == vocab_size
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.lm_head.out_features == vocab_size
+    assert torch.equal(model.transformer.wte.weight[:kept], before[:kept])
+    input_ids = input_ids % vocab_size
+    loss = model.train()(input_ids, labels=input_ids).loss
+    loss.backward()
+    with torch.no_grad():
+        logits = model.eval()(input_ids).logits
+    assert logits.shape[-1] == vocab_size
+    torch.testing.assert_close(F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()), loss.detach())
+    model.save_pretrained(tmp_path)
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path), logits, input_ids)
+
+
+def test_input_embeddings_can_be_replaced(model, input_ids):
+    new = torch.nn.Embedding(50257, 64)
+    model.set_input_embeddings(new)
+    model.tie_weights()
+    assert model.get_input_embeddings() is new
+    assert model.get_output_embeddings().weight is new.weight
+
+
+def test_return_dict_false_gives_a_tuple(model, input_ids):
+    model.eval()
+    with torch.no_grad():
+        named = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True)
+        plain = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True, return_dict=False)
+    assert isinstance(plain, tuple)
+    assert torch.equal(plain[0], named.loss)
+    assert torch.equal(plain[1], named.logits)
+    assert len(plain[2]) == 4
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_both_kinds_of_checkpointing_give_the_same_gradients(model, input_ids, use_reentrant):
+    model.train()
+    expected = model(input_ids, labels=input_ids).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert model.is_gradient_checkpointing
+    calls = []
+    handle = model.transformer.h[1].attn.register_forward_hook(lambda *_: calls.append(1))
+    loss = model(input_ids, labels=input_ids).loss
+    loss.backward()
+    handle.remove()
+    assert len(calls) == 2  # forward, and again in the backward pass
+    assert torch.equal(loss, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=0, rtol=0)
+
+
+def test_the_mlp_keeps_little_and_has_autograds_gradients(model, input_ids):
+    """Against the same modules called one after the other, in float64, where nothing is rounded away."""
+    block = model.transformer.h[0].mlp.double()
+    x = torch.randn(3, 7, 64, dtype=torch.float64)
+    results = []
+    for plain in (True, False):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        output = block.c_proj(block.act(block.c_fc(leaf))) if plain else block(leaf)
+        output.square().sum().backward()
+        results.append([output, leaf.grad, *(p.grad for p in block.parameters())])
+    for reference, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        block(x.requires_grad_())
+    # The input, c_fc's output and the two matrices; autograd itself would keep GELU's output too.
+    assert sum(t.numel() for t in saved) == 3 * 7 * (64 + 256) + 2 * 64 * 256
+
+
+def test_frozen_parameters_get_no_gradient(model, input_ids):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("h.2" in name)
+    model.train()(input_ids, labels=input_ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("h.2" in name), name
+
+
+def test_hooks_on_linear_layers_are_called_in_training(model, input_ids):
+    """The head and the MLP use weights directly, but only as long as nobody looks."""
+    seen = []
+    for layer in (model.lm_head, model.transformer.h[0].mlp.c_fc, model.transformer.h[1].mlp.act):
+        layer.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    loss = model.train()(input_ids, labels=input_ids).loss
+    assert sorted(seen) == ["GELU", "Linear", "Linear"]
+    fresh = GPT2ReproForCausalLM(model.config)
+    fresh.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loss, fresh.train()(input_ids, labels=input_ids).loss)
+
+
+def test_sequence_classification_head(saved, model, input_ids):
+    path, _ = saved
+    head = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, pad_token_id=50256).train()
+    assert type(head) is GPT2ReproForSequenceClassification
+    assert torch.equal(head.transformer.wte.weight, model.transformer.wte.weight)
+    padded = input_ids.clone()
+    padded[1, 20:] = 50256
+    mask = (padded != 50256).long()
+    outputs = head(padded, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
+    assert outputs.logits.shape == (3, 3)
+    outputs.loss.backward()
+    assert head.score.weight.grad.abs().sum() > 0
+    assert head.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        alone = head.eval()(input_ids[1:2, :20]).logits
+    torch.testing.assert_close(outputs.logits[1:2], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_token_classification_head(saved, input_ids, tmp_path):
+    path, _ = saved
+    head = AutoModelForTokenClassification.from_pretrained(path, num_labels=5)
+    assert type(head) is GPT2ReproForTokenClassification
+    outputs = head.train()(input_ids, labels=input_ids % 5)
+    assert outputs.logits.shape == (3, 48, 5)
+    outputs.loss.backward()
+    head.eval().save_pretrained(tmp_path / "head")
+    again = AutoModelForTokenClassification.from_pretrained(tmp_path / "head").eval()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids).logits, head(input_ids).logits)
+
+
+def test_trainer_trains_and_resumes(tiny_config, tmp_path):
+    """Loss falls; stopped at step 20 of 40 and resumed, it ends where the whole run ends."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 50, (64, 1), generator=generator) + torch.arange(32)
+    data = [{"input_ids": row, "labels": row} for row in rows]
+
+    def train(folder, resume=False, stop_at=40):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            tmp_path / folder,
+            max_steps=40,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            learning_rate=3e-3,
+            save_steps=20,
+            logging_steps=10,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(GPT2ReproForCausalLM(tiny_config), arguments, train_dataset=data, eval_dataset=data[:8])
+        checkpoint = str(tmp_path / folder / "checkpoint-20") if resume else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole = train("run")
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert 9 < losses[0] < 11  # ln 50257 is 10.8: accumulation has not multiplied it
+    assert losses[-1] < losses[0] / 2
+    assert whole.evaluate()["eval_loss"] < losses[0] / 2
+    resumed = train("run", resume=True)
+    for mine, reference in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj", "c_fc"], "all-linear", ["c_attn", "lm_head"]], ids=str)
+def test_lora_attaches_trains_and_merges(model, input_ids, targets):
+    peft = pytest.importorskip("peft")
+    base = [p.detach().clone() for p in model.parameters()]
+    lora = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in lora.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = lora.train()(input_ids, labels=input_ids).loss
+        loss.backward()
+        for name, parameter in lora.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name  # every adapter is reached
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.05
+    with torch.no_grad():
+        adapted = lora.eval()(input_ids).logits
+        merged = lora.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids).logits, adapted, atol=1e-4, rtol=1e-4)
+    assert len(list(merged.parameters())) >= len(base)
+
+
+@pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
+def test_quantised_linears_load(saved, input_ids, package):
+    pytest.importorskip(package)
+    path, expected = saved
+    if package == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        quantization = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=quantization, device_map="cpu")
+    assert type(model.transformer.h[0].mlp.c_fc.weight.data) is not torch.Tensor or package == "bitsandbytes"
+    with torch.no_grad():
+        outputs = model(input_ids, labels=input_ids)
+    error = (outputs.logits - expected).norm() / expected.norm()
+    assert 0 < error < 0.05
+    reference = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss, reference, atol=1e-3, rtol=1e-3)
+
+
+def test_remote_code_needs_only_torch_and_transformers(saved, input_ids, tmp_path):
+    """A process that cannot import this project, nor accelerate, datasets, tiktoken, evaluate or peft."""
+    path, expected = saved
+    program = f"""
+import json, sys
+class Absent:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in {{"modeling_gpt2repro", "accelerate", "datasets", "tiktoken", "evaluate", "peft",
+                                  "torchao", "training", "jsonargparse"}}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification)
+path = {str(path)!r}
+ids = torch.tensor({input_ids.tolist()!r})
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+torch.save(model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
+assert model.generate(ids[:, :4], max_new_tokens=3, pad_token_id=50256).shape[1] == 7
+loss = model.train()(ids, labels=ids).loss
+loss.backward()
+compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss
+torch.testing.assert_close(compiled, loss)
+for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    head = auto.from_pretrained(path, trust_remote_code=True)
+    assert type(head).__module__.startswith("transformers_modules")
+    head(ids[:1])
+model.save_pretrained({str(tmp_path / "again")!r})
+"""
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert set(again["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert {"modeling_gpt2repro.py", "loss.py", "mlp.py"} <= {file.name for file in (tmp_path / "again").iterdir()}
+
+
+def test_configuration_survives_a_round_trip_with_labels(tmp_path):
+    GPT2ReproConfig(num_labels=4, n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path)
+    assert GPT2ReproConfig.from_pretrained(tmp_path).num_labels == 4
