@@ -41,7 +41,7 @@ class GPT2ReproConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2repro"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer adds a list to it)
     attribute_map = {  # noqa: RUF012 (transformers reads this plain class attribute)
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -413,7 +413,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         past_key_values=None,
         inputs_embeds=None,
         labels=None,
-        shift_labels=None,
         num_items_in_batch=None,
         use_cache=None,
         output_attentions=None,
@@ -426,7 +425,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         Args (beside those of `GPT2ReproModel.forward`):
             labels: [B, T] token ids, as a rule `input_ids` themselves: the shift by one position happens
                 here (transformers' convention). -100 is ignored.
-            shift_labels: [B, T], the token that follows each position, already shifted; instead of `labels`.
+            shift_labels (a keyword argument): [B, T], the token that follows each position, already shifted;
+                instead of `labels`.
             num_items_in_batch: what the summed loss is divided by; by default the labels that count.
             logits_to_keep: logits of the last so many positions only, or of the positions in an index
                 tensor; 0 keeps all. The loss is over all positions regardless.
@@ -437,6 +437,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             CausalLMOutputWithPast: loss (scalar float32) with labels; logits [B, T, V] or None; and
             past_key_values, hidden_states, attentions as in `GPT2ReproModel.forward`.
         """
+        # Not in the signature: Trainer takes every argument there that is called a label for one that must be given.
+        shift_labels = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if labels is not None and shift_labels is not None:
             raise ValueError("give labels or shift_labels, not both")

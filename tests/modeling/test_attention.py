@@ -64,7 +64,7 @@ def test_a_kernel_that_is_not_installed_is_refused_by_name(tiny_config):
 
     if is_flash_attn_2_available():
         pytest.skip("flash-attn is installed")
-    with pytest.raises((ImportError, ValueError), match="(?i)flash"):
+    with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
         GPT2ReproForCausalLM._from_config(tiny_config, attn_implementation="flash_attention_2")
 
 
@@ -163,7 +163,7 @@ def test_masks_and_positions_that_do_not_fit_are_named(model, input_ids):
         model(input_ids, attention_mask=torch.ones(3, 40))
     with pytest.raises(ValueError, match=r"2D or 4D.*\(3, 48, 48\)"):
         model(input_ids, attention_mask=torch.ones(3, 48, 48))
-    with pytest.raises(ValueError, match="4D attention_mask.*int64"):
+    with pytest.raises(ValueError, match=r"4D attention_mask.*int64"):
         model(input_ids, attention_mask=torch.ones(3, 1, 48, 48, dtype=torch.long))
     with pytest.raises(ValueError, match=r"17 to 64.*n_positions=64.*0 to 63"):
         model(input_ids, position_ids=torch.arange(17, 65).unsqueeze(0))

@@ -24,7 +24,7 @@ def test_the_four_sizes_have_their_parameters(size):
 
 def test_from_size_takes_other_fields_and_refuses_other_sizes():
     assert GPT2ReproConfig.from_size("124M", resid_pdrop=0.1).resid_pdrop == 0.1
-    with pytest.raises(ValueError, match="124M, 350M, 774M, 1558M.*'117M'"):
+    with pytest.raises(ValueError, match=r"124M, 350M, 774M, 1558M.*'117M'"):
         GPT2ReproConfig.from_size("117M")
 
 
