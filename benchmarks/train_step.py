@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = {  # layers, heads, width (GPT-2 paper, table 2); "tiny" is for trying this program
-    "tiny": (2, 2, 128),
+# Layers, heads, width; not imported from the model's package, whose imports would count as a script's memory.
+SHAPES = {
+    "tiny": (2, 2, 128),  # for trying this program
     "124M": (12, 12, 768),
     "350M": (24, 16, 1024),
     "774M": (36, 20, 1280),
@@ -132,11 +132,11 @@ def report(results, args):
 
 
 def cpu_name():
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{torch.get_num_threads()} cores of {line.split(':', 1)[1].strip()}"
-    return f"{torch.get_num_threads()} cores of {platform.processor() or platform.machine()}"
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{torch.get_num_threads()} cores of {name}"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -193,7 +193,6 @@ def build(candidate, args):
     shape = {"n_layer": layers, "n_head": heads, "n_embd": width}
     positions = max(1024, args.seq_len)
     if candidate.startswith("ours"):
-        sys.path.insert(0, str(ROOT))
         from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
         vocab_size = int(candidate.partition("-")[2] or 50257)

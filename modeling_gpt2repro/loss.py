@@ -13,8 +13,10 @@ BLOCK_ROWS = {"cpu": 8, None: None}
 # glibc would return its pages to the kernel and fault them in again each time.
 SLAB_ROWS = {"cpu": 2048, None: None}
 # Matmul units want rows that start at multiples of 128 bytes (nanoGPT pads the vocabulary to 50,304 for it).
-# The padding lives and dies in here.
+# The padding lives and dies in here. A GPU wants the matmul's own dimensions to be multiples too, so there the
+# matrix gets rows of zeros; on a CPU it is enough that each row of logits starts at a multiple.
 VOCAB_MULTIPLE = 64
+PAD_MATRIX = {"cpu": False, None: True}
 
 
 def linear_cross_entropy(hidden, weight, targets, num_items=None, ignore_index=-100):
@@ -97,10 +99,10 @@ def _compute(
     else:
         block_rows, slab_rows = BLOCK_ROWS[sizes] or chunk_rows, SLAB_ROWS[sizes] or vocab_size
 
-    # One cast (and pad) of the matrix for all chunks. On a CPU aligned rows of logits are enough.
+    # One cast (and pad) of the matrix for all chunks.
     padding = -vocab_size % VOCAB_MULTIPLE
     hidden_c, weight_c = hidden.to(compute_dtype), weight.to(compute_dtype)
-    if device_type != "cpu":
+    if PAD_MATRIX[sizes]:
         weight_c = F.pad(weight_c, (0, 0, 0, padding))
     valid = targets != ignore_index
     safe_targets = targets.masked_fill(~valid, 0)

@@ -6,9 +6,10 @@ from modeling_gpt2repro import loss as loss_module
 from modeling_gpt2repro.loss import linear_cross_entropy
 
 
-@pytest.fixture(params=[(1, 1), (7, 3), (64, 16), (1000, 1000)])
+@pytest.fixture(params=[(1, 1, False), (7, 3, True), (64, 16, False), (1000, None, True)])
 def chunks(request, monkeypatch):
-    """Chunk and block sizes that divide the 50 rows and that do not."""
+    """Chunk and block sizes that divide the 50 rows and that do not; the matrix padded as on a GPU or not."""
+    monkeypatch.setattr(loss_module, "PAD_MATRIX", {"cpu": request.param[2]})
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": request.param[0]})
     monkeypatch.setattr(loss_module, "BLOCK_ROWS", {"cpu": request.param[1]})
     monkeypatch.setattr(loss_module, "SLAB_ROWS", {"cpu": request.param[0] + 12})

@@ -1,0 +1,110 @@
+"""torch.compile without a graph break, and torch.export."""
+
+import pytest
+import torch
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_forward_compiles_to_one_graph(model, input_ids, kernel):
+    model.eval().set_attn_implementation(kernel)
+    mask = torch.ones_like(input_ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        for inputs in ({"input_ids": input_ids}, {"input_ids": input_ids, "attention_mask": mask}):
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_training_step_compiles_to_one_graph(model, input_ids, autocast):
+    """With inductor, as a user would; the parameters after three steps against the same steps without a compiler."""
+    plain = GPT2ReproForCausalLM(model.config)
+    plain.load_state_dict(model.state_dict())
+    losses = []
+    for candidate in (torch.compile(model.train(), fullgraph=True), plain.train()):
+        optimizer = torch.optim.SGD(candidate.parameters(), lr=0.1)
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = candidate(input_ids, labels=input_ids, num_items_in_batch=torch.tensor(141)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[2] < losses[0] - 0.1
+    assert losses[:3] == pytest.approx(losses[3:], abs=2e-3 if autocast else 1e-5)
+    if not autocast:
+        for mine, reference in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-4)
+
+
+def test_the_code_for_a_gpu_compiles_too(model, input_ids, monkeypatch):
+    """On a CPU the loss is one operator to the compiler; on a GPU it sees the chunks themselves."""
+    from modeling_gpt2repro import loss as loss_module
+
+    monkeypatch.setattr(loss_module, "_opaque_to_compilers", loss_module._compute)
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": 40})
+    monkeypatch.setattr(loss_module, "PAD_MATRIX", {"cpu": True})
+    model.train()
+    expected = model(input_ids, labels=input_ids).loss
+    expected.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, labels=input_ids).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_compiled_model_takes_other_lengths(model, input_ids):
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for length in (48, 31, 17):
+            logits = compiled(input_ids[:, :length]).logits
+            torch.testing.assert_close(logits, model(input_ids[:, :length]).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export_and_back(model, input_ids, tmp_path):
+    """Exported with a length that may change, saved, loaded, run on another length."""
+    model.eval()
+    length = torch.export.Dim("length", min=2, max=64)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids):
+            return self.model(input_ids, use_cache=False).logits
+
+    with torch.no_grad():
+        exported = torch.export.export(Logits(), (input_ids,), dynamic_shapes={"input_ids": {1: length}})
+        torch.export.save(exported, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for tokens in (48, 20):
+            ids = input_ids[:, :tokens]
+            torch.testing.assert_close(loaded(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_export_with_a_static_cache(model, input_ids):
+    """The form that on-device runtimes take: one token in, a cache of fixed size inside."""
+    from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+
+    model.eval()
+    model.generation_config.cache_implementation = "static"
+    exportable = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16, device="cpu")
+    exported = exportable.export(input_ids=input_ids[:1, :1], cache_position=torch.tensor([0]))
+    with torch.no_grad():
+        whole = model(input_ids[:1, :6]).logits
+        steps = [
+            exported.module()(input_ids=input_ids[:1, t : t + 1], cache_position=torch.tensor([t])) for t in range(6)
+        ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
