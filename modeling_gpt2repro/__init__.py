@@ -4,6 +4,7 @@ GPT-2 as a Hugging Face model. Importing this package makes the Auto classes kno
     configuration_gpt2repro.py   GPT2ReproConfig: the shape, checked
     modeling_gpt2repro.py        attention, MLP, block, GPT2ReproModel, GPT2ReproForCausalLM, classifiers
     loss.py                      the head's cross-entropy, without the logits
+    mlp.py                       the MLP, with less kept for the backward pass
     conversion.py                weights from and to transformers' GPT-2
 
 These files travel with every checkpoint (`trust_remote_code=True`), so they import torch, transformers and

@@ -1,5 +1,7 @@
 """Weights from and to transformers' own GPT-2. The names are the same; linear weights are transposed."""
 
+import copy
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -49,9 +51,9 @@ def from_gpt2(model_class, model_or_path, **kwargs):
         if value != expected:
             raise ValueError(f"{field}={value} is not GPT-2 as published ({field}={expected}); cannot convert")
     config = GPT2ReproConfig(**{field: getattr(gpt2.config, field) for field in _SHARED_FIELDS})
-    config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model = model_class(config)
+        model = model_class._from_config(config, attn_implementation=gpt2.config._attn_implementation)
+    model.generation_config = copy.deepcopy(gpt2.generation_config)
     return _adopt(model, gpt2)
 
 
@@ -61,9 +63,11 @@ def to_gpt2(model):
         **{field: getattr(model.config, field) for field in _SHARED_FIELDS},
         architectures=["GPT2LMHeadModel"],
     )
+    if not model.config.is_causal:
+        raise ValueError("is_causal=False is not GPT-2: a plain GPT2LMHeadModel attends to earlier tokens only")
     with torch.device("meta"):
-        gpt2 = GPT2LMHeadModel(config)
-    gpt2.generation_config = model.generation_config
+        gpt2 = GPT2LMHeadModel._from_config(config, attn_implementation=model.config._attn_implementation)
+    gpt2.generation_config = copy.deepcopy(model.generation_config)
     return _adopt(gpt2, model)
 
 

@@ -302,6 +302,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         else:
             self._check_positions(position_ids)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        del inputs_embeds  # nothing needs it any more, and a name would keep it in memory through all blocks
 
         all_hidden_states = () if output_hidden_states else None
         all_attentions = () if output_attentions else None

@@ -34,6 +34,29 @@ def test_from_and_to_a_folder(gpt2, input_ids, tmp_path):
         assert torch.equal(back(input_ids).logits, gpt2(input_ids).logits)
 
 
+def test_kernel_dtype_and_generation_settings_come_along(gpt2, input_ids):
+    gpt2.set_attn_implementation("eager")
+    gpt2.generation_config.max_new_tokens = 7
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2.bfloat16().eval())
+    back = model.to_gpt2()
+    for converted in (model, back):
+        assert converted.config._attn_implementation == "eager"
+        assert converted.generation_config.max_new_tokens == 7
+        assert converted.generation_config is not gpt2.generation_config
+        assert converted.dtype is torch.bfloat16
+        assert not converted.training
+    assert torch.equal(back(input_ids).logits, gpt2(input_ids).logits)
+
+
+def test_an_untied_gpt2_stays_untied(gpt2, input_ids):
+    gpt2.config.tie_word_embeddings = False
+    gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach() + 1)
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2.eval())
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    with torch.no_grad():
+        assert torch.equal(model.to_gpt2()(input_ids).logits, gpt2(input_ids).logits)
+
+
 def test_a_converted_model_trains(gpt2, input_ids):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2)
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
@@ -44,6 +67,10 @@ def test_a_converted_model_trains(gpt2, input_ids):
 def test_what_is_not_gpt2_is_refused(gpt2):
     with pytest.raises(ValueError, match="GPT2Model"):
         GPT2ReproForCausalLM.from_gpt2(GPT2Model(gpt2.config))
+    bidirectional = GPT2ReproForCausalLM.from_gpt2(gpt2)
+    bidirectional.config.is_causal = False
+    with pytest.raises(ValueError, match="is_causal=False"):
+        bidirectional.to_gpt2()
     gpt2.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
         GPT2ReproForCausalLM.from_gpt2(gpt2)
