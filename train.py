@@ -123,6 +123,7 @@ def train(argv):
     set_seed(config.seed)
     with torch.device("meta") if config.dry_run else nullcontext():
         model = GPT2ReproForCausalLM(model_config)
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     num_parameters = model.num_parameters()
     # 6 FLOPs a parameter and token (forward 2, backward 4), and attention's two T x T matmuls
     # (PaLM paper, appendix B). Position embeddings are looked up, not multiplied.

@@ -67,6 +67,12 @@ def to_gpt2(model):
         raise ValueError("is_causal=False is not GPT-2: a plain GPT2LMHeadModel attends to earlier tokens only")
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel._from_config(config, attn_implementation=model.config._attn_implementation)
+    if any(buffer.is_meta for buffer in gpt2.buffers()):
+        # transformers 5.0 keeps causal masks as buffers, the same in every block; a model of one small block has them.
+        small = GPT2LMHeadModel(GPT2Config(n_positions=config.n_positions, vocab_size=1, n_embd=1, n_layer=1, n_head=1))
+        masks = small.transformer.h[0].attn._buffers
+        for block in gpt2.transformer.h:
+            block.attn._buffers.update({name: mask.clone() for name, mask in masks.items()})
     gpt2.generation_config = copy.deepcopy(model.generation_config)
     return _adopt(gpt2, model)
 

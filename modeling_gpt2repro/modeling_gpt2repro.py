@@ -66,7 +66,7 @@ class GPT2ReproAttention(nn.Module):
         self.c_proj = residual_projection(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, cache_position=None, **kwargs):
         """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] where the kernel gives them (eager)."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
@@ -74,7 +74,10 @@ class GPT2ReproAttention(nn.Module):
             for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D/H]
+            # transformers 5.0's static cache must be told where to write; later ones know, and pass over it.
+            key, value = past_key_values.update(  # [B, H, S, D/H]
+                key, value, self.layer_idx, {"cache_position": cache_position}
+            )
         kernel = self.config._attn_implementation
         attend = eager_attention if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
         output, weights = attend(
@@ -285,7 +288,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 f"a sequence of {num_past + num_new} tokens does not fit n_positions={config.n_positions}: "
                 "the model has no position embedding past that; shorten the input or ask for fewer new tokens"
             )
-        past_and_new = torch.arange(num_new, device=inputs_embeds.device) + num_past
+        past_and_new = kwargs.pop("cache_position", None)  # given by transformers 5.0's generate()
+        if past_and_new is None:
+            past_and_new = torch.arange(num_new, device=inputs_embeds.device) + num_past
         # The mask is made before a cache of our own: position ids that restart (packed documents) count
         # only where there is none yet.
         mask = self._attention_mask(
@@ -315,6 +320,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 is_causal=is_causal,
+                cache_position=past_and_new,
                 **kwargs,
             )
             if output_attentions:
