@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import nn
-from transformers import AutoModel, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -30,6 +30,14 @@ from .mlp import mlp
 # transformers 5.0 calls the argument `input_embeds` and wants `cache_position`; later 5.x do neither.
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
 _MASK_INPUT = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
+
+# What transformers' GPT-2 takes and this model does not; unknown arguments go to the attention kernel, unread.
+_NOT_HERE = {
+    "token_type_ids": "GPT-2 was trained without token types",
+    "encoder_hidden_states": "GPT-2 as published has no cross-attention",
+    "encoder_attention_mask": "GPT-2 as published has no cross-attention",
+    "head_mask": "transformers 5 has none either; prune or hook the attention instead",
+}
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -264,8 +272,16 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 has none, a mask that does not fit, a cache for bidirectional attention.
         """
         config = self.config
+        for name in _NOT_HERE:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported: {_NOT_HERE[name]}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values is a transformers Cache (DynamicCache, StaticCache, ...), got a "
+                f"{type(past_key_values).__name__}"
+            )
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and config._attn_implementation != "eager":
@@ -304,8 +320,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
             else:
                 position_ids = past_and_new.unsqueeze(0)
-        else:
-            self._check_positions(position_ids)
+        self._check_positions(position_ids)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         del inputs_embeds  # nothing needs it any more, and a name would keep it in memory through all blocks
 

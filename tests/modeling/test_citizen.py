@@ -172,6 +172,16 @@ def test_the_mlp_keeps_little_and_has_autograds_gradients(model, input_ids):
     for reference, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
 
+    with torch.autocast("cpu", torch.bfloat16):
+        block.float().zero_grad()
+        rounded = block(x.float())
+    rounded.float().square().sum().backward()
+    assert rounded.dtype is torch.bfloat16
+    for (name, parameter), reference in zip(block.named_parameters(), results[0][2:], strict=True):
+        assert parameter.grad.dtype is torch.float32
+        assert (parameter.grad - reference).norm() / reference.norm() < 0.02, name  # bf16 has 8 bits
+    block.double()
+
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         block(x.requires_grad_())

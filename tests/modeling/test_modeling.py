@@ -14,7 +14,7 @@ def test_forward_equals_transformers_gpt2(gpt2, input_ids):
         ours = model(input_ids, labels=input_ids, output_hidden_states=True)
         theirs = gpt2(input_ids, labels=input_ids, output_hidden_states=True)
     assert theirs.logits.abs().max() > 1  # far from the flat logits of an untrained model
-    torch.testing.assert_close(ours.logits, theirs.logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-6, rtol=1e-6)
     assert len(ours.hidden_states) == len(theirs.hidden_states) == 4
     for mine, reference in zip(ours.hidden_states, theirs.hidden_states, strict=True):
@@ -217,6 +217,11 @@ def test_errors_name_what_was_asked(model, input_ids):
         model()
     with pytest.raises(ValueError, match=r"eager.*sdpa"):
         model(input_ids, output_attentions=True)
+    for name in ("token_type_ids", "encoder_hidden_states", "head_mask"):
+        with pytest.raises(ValueError, match=name):
+            model(input_ids, **{name: input_ids})
+    with pytest.raises(ValueError, match=r"Cache.*tuple"):
+        model(input_ids, past_key_values=((input_ids, input_ids),))
 
 
 def test_inputs_embeds_stand_for_input_ids(model, input_ids):
@@ -246,14 +251,3 @@ def test_auto_classes_know_the_model(model, input_ids, tmp_path):
         expected = model(input_ids).logits
         assert torch.equal(causal(input_ids).logits, expected)
         assert torch.equal(causal.lm_head(trunk(input_ids).last_hidden_state), expected)
-
-
-def test_gradient_checkpointing_gives_the_same_gradients(model, input_ids):
-    model.train()
-    model(input_ids, labels=input_ids).loss.backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(input_ids, labels=input_ids).loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name])
