@@ -259,7 +259,13 @@ def test_checkpoint_has_no_pickle_and_no_stray_file(finished_run):
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert {"training_state/state.json", "training_state/optimizer.safetensors"} <= names
     config = json.loads((output / "checkpoints" / "step_000020" / "config.json").read_text())
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {
+        "AutoConfig",
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    }
     for target in config["auto_map"].values():
         assert target.split(".")[0] + ".py" in names
 
