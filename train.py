@@ -53,6 +53,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import batch_arithmetic, load_config
+from training.memory import keep_freed_memory
 from training.metrics import MetricsLog, plot_curves, read_metrics, write_json
 from training.optim import build_optimizer
 from training.precision import resolve_mixed_precision
@@ -102,6 +103,8 @@ def train(argv):
         # --num_cpu_threads_per_process; a share of one core is what several processes get anyway.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     transformers.utils.logging.disable_progress_bar()
 
