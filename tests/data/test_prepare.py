@@ -148,7 +148,9 @@ def test_the_command(tmp_path):
 def test_a_killed_worker_and_an_interrupt_end_it(tmp_path):
     """A source that never ends; first a worker is killed, then Ctrl-C is pressed."""
     program = (
-        "import itertools, sys; from unittest import mock; from data import prepare as p; "
+        "import itertools, signal, sys; from data import prepare as p; "
+        # A shell's background job, as CI may be one, starts with Ctrl-C ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "p.sample_documents = lambda: itertools.repeat('some words ' * 2000); "
         "p.main(['sample', '--num_proc', '2', '--out', sys.argv[1]])"
     )
@@ -171,7 +173,10 @@ def test_a_killed_worker_and_an_interrupt_end_it(tmp_path):
             os.kill(max(children), signal.SIGKILL)
         else:
             process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == (1 if victim == "worker" else 130), errors
         assert ("was killed" if victim == "worker" else "interrupted: nothing was kept") in errors
         assert not list(tmp_path.iterdir())
