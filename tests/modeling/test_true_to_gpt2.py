@@ -63,19 +63,19 @@ def test_bf16_is_as_far_from_float32_as_transformers_is(gpt2, input_ids):
 def test_conversion_holds_no_more_than_two_copies():
     """Peak memory of a fresh process, over what it held before, in copies of the weights."""
     program = """
-import json, resource, torch
+import json, re, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from modeling_gpt2repro.conversion import from_gpt2
 torch.set_num_threads(1)
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-before = resident()
+def memory(what):  # not getrusage, whose peak a process inherits from the one that started it
+    return 1024 * int(re.search(what + r":\s+(\d+) kB", open("/proc/self/status").read())[1])
+before = memory("VmRSS")
 gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=20, n_embd=640, n_head=10))
 copy = sum(p.numel() * p.element_size() for p in gpt2.parameters())
-one = resident() - before
+one = memory("VmRSS") - before
 model = GPT2ReproForCausalLM.from_gpt2(gpt2)
-two = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+two = memory("VmHWM") - before
 print(json.dumps({"copy": copy, "one": one / copy, "two": two / copy}))
 """
     if sys.platform != "linux":
