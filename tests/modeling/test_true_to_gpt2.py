@@ -62,7 +62,7 @@ def test_bf16_is_as_far_from_float32_as_transformers_is(gpt2, input_ids):
 
 def test_conversion_holds_no_more_than_two_copies():
     """Peak memory of a fresh process, over what it held before, in copies of the weights."""
-    program = """
+    program = r"""
 import json, re, torch
 from transformers import GPT2Config, GPT2LMHeadModel
 from modeling_gpt2repro import GPT2ReproForCausalLM
