@@ -34,9 +34,9 @@ from tqdm import tqdm
 
 from data import DataError
 from data.loader import WindowLoader, validation_batches
+from data.manifest import identity, is_to_be_prepared, open_split
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample
-from data.shards import identity, open_split
 from data.tokenizer import EOT, VOCAB_SIZE, load_hf_tokenizer
 from eval import EvalError
 from eval.hellaswag.accuracy import accuracy
@@ -112,6 +112,9 @@ def train(argv):
         if is_main:
             tqdm.write(text)
 
+    def to_device(tensor):
+        return tensor.to(device, non_blocking=True)
+
     # ------------------------------------------------------------------------------------------------------
     # The batch: micro x seq_len x accumulation x processes = tokens an optimizer step.
     batch = config.batch
@@ -152,7 +155,7 @@ def train(argv):
     # Data. Prepared by one process while the others wait; windows in a seeded order.
     tokenizer = load_hf_tokenizer(model_max_length=model_config.n_positions)
     with accelerator.main_process_first():
-        if config.data.prepare_sample and not Path(config.data.path).exists():
+        if config.data.prepare_sample and is_to_be_prepared(config.data.path):
             say(f"data      preparing the offline sample corpus in {config.data.path}")
             prepare_sample(config.data.path)
     data = {"path": config.data.path, **identity(config.data.path)}
@@ -163,6 +166,8 @@ def train(argv):
         seq_len=batch.seq_len,
         batch_size=batch.tokens_per_step // batch.seq_len,
         seed=config.seed,
+        order=config.data.order,
+        boundary=config.data.boundary,
         rank=rank,
         world_size=world_size,
     )
@@ -187,6 +192,8 @@ def train(argv):
         "tokens_per_step": batch.tokens_per_step,
         "seq_len": batch.seq_len,
         "train_tokens": data["train_tokens"],
+        "order": config.data.order,
+        "boundary": config.data.boundary,
         "model": {name: getattr(model_config, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")},
     }
     resume_from = find_checkpoint(config.resume, output_dir)
@@ -236,6 +243,7 @@ def train(argv):
     # The loop goes round max_steps + 1 times: the last round only evaluates and saves.
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
     bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=not (is_main and sys.stderr.isatty()))
+    batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     started_at_step, training_seconds = step, 0.0
     just_resumed = resume_from is not None
     while True:
@@ -247,17 +255,20 @@ def train(argv):
             # Validation loss, on the same tokens each time, shared out over the processes.
             totals = torch.zeros(2, dtype=torch.float64, device="cpu")
             with torch.no_grad(), accelerator.autocast():
-                for inputs, targets in validation_batches(
+                for micro_batch in validation_batches(
                     val_shards,
                     seq_len=batch.seq_len,
                     batch_size=micro_batch_size,
                     max_tokens=config.eval.val_tokens,
+                    boundary=config.data.boundary,
                     rank=rank,
                     world_size=world_size,
                 ):
+                    inputs, targets, position_ids = micro_batch.map(to_device)
                     loss_sum = step_model(
-                        input_ids=inputs.to(device),
-                        shift_labels=targets.to(device),
+                        input_ids=inputs,
+                        position_ids=position_ids,
+                        shift_labels=targets,
                         num_items_in_batch=1,
                         return_logits=False,
                     ).loss
@@ -335,18 +346,20 @@ def train(argv):
         )
         for group in optimizer.param_groups:
             group["lr"] = lr
-        inputs, targets = loader.batch(step)  # this process's rows: [micro * accumulation, T] each
+        rows = next(batches)  # this process's: [micro * accumulation, T]
         loss_sum = torch.zeros((), device=device)
-        for micro_step, (x, y) in enumerate(
-            zip(inputs.split(micro_batch_size), targets.split(micro_batch_size), strict=True)
-        ):
+        for micro_step, micro_batch in enumerate(rows.split(micro_batch_size)):
+            inputs, targets, position_ids = micro_batch.map(to_device)
             # Gradients are exchanged once a step. The flag acts on forward and backward alike.
             is_last_micro = micro_step == accumulation - 1
             with nullcontext() if is_last_micro else accelerator.no_sync(ddp_model):
                 # The model divides by the tokens of the whole global batch (nobody else divides), and DDP
                 # averages over processes, so times world_size the gradient is the mean over those tokens.
                 loss = ddp_model(
-                    input_ids=x.to(device), shift_labels=y.to(device), num_items_in_batch=batch.tokens_per_step
+                    input_ids=inputs,
+                    position_ids=position_ids,  # None unless documents are kept apart
+                    shift_labels=targets,
+                    num_items_in_batch=batch.tokens_per_step,
                 ).loss
                 accelerator.backward(loss * world_size)
             loss_sum += loss.detach()

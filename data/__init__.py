@@ -1,7 +1,7 @@
 """
 What the model is trained on: text -> tokens -> shards -> batches.
 
-    sources.py     where documents come from: the offline sample, your own files
+    sources.py     where documents come from: the offline sample, your own files; hub.py: data sets on the Hub
     tokenizer.py   GPT-2's BPE, twice: tiktoken for speed, a Hugging Face tokenizer for the checkpoint
     shards.py      the shard file format and the manifest: write, read, check
     prepare.py     python -m data.prepare sample|files ... --out DIR

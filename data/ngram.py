@@ -3,7 +3,6 @@
 import numpy as np
 
 from data import DataError
-from data.shards import check_ids
 from data.tokenizer import VOCAB_SIZE
 
 
@@ -19,7 +18,7 @@ def ngram_baselines(train, val, vocab_size=VOCAB_SIZE):
         p(w | v) = p(w)                                                  where v was never followed by anything
 
     Args:
-        train, val: lists of [N] integer arrays (shards). Pairs do not cross shards.
+        train, val: lists of data.shards.Shard, or of [N] integer arrays. Pairs do not cross shards.
 
     Returns:
         {"unigram": nats a token, "bigram": nats a token}, both over every validation token that has one before it.
@@ -30,9 +29,7 @@ def ngram_baselines(train, val, vocab_size=VOCAB_SIZE):
     for split, shards in (("train", train), ("val", val)):
         if not any(len(shard) > 1 for shard in shards):
             raise DataError(f"the {split} split has no two neighbouring tokens to count; give more text")
-        for shard in shards:
-            if len(shard):
-                check_ids(shard, shard)
+    train, val = ([shard[:] for shard in shards] for shards in (train, val))
     counts = np.bincount(np.concatenate(train), minlength=vocab_size)
     unigram = (counts + 1) / (counts.sum() + vocab_size)  # [V]
 

@@ -2,279 +2,794 @@
 Text to shards:
 
     python -m data.prepare sample --out shards/sample
-    python -m data.prepare files book.txt notes/ records.jsonl --out shards/mine --num_proc 8
+    python -m data.prepare fineweb-edu --out shards/fineweb-edu
+    python -m data.prepare hub --dataset OWNER/NAME --subset S --text_column C --out shards/theirs
+    python -m data.prepare files book.txt notes/ "logs/**/*.jsonl.zst" --out shards/mine
+    python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
-Everything is written into a folder beside DIR and renamed at the end, so DIR is whole or not there.
+The input's files are gathered into parts, a large file being a part of its own. Each part is fetched, tokenised,
+written, read again and noted down in DIR/parts; when all are there, DIR/manifest.json is written and the notes go. A
+part's shards depend on nothing but the part, so that an interrupted preparation goes on with the next one, and several
+machines can share them out (--shard_index, --shard_count), with the same bytes in the end.
 """
 
 import argparse
 import contextlib
 import errno
-import hashlib
-import itertools
 import os
 import platform
 import shutil
-import signal
 import sys
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from datetime import timedelta
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data import DataError
-from data.shards import Manifest, write_shard
-from data.sources import file_documents, sample_documents
-from data.tokenizer import encode_document, load_tiktoken
+from data.encode import SPLIT_RULE, Encoder
+from data.hub import HubRepository, HubSource
+from data.manifest import MANIFEST, PREPARING, SPLITS, Manifest, read_manifest, read_sealed, write_sealed
+from data.pretokenized import HubShards, LocalShards
+from data.shards import MAX_TOKENS, ShardWriter, scan_shard
+from data.sources import FileSource, Progress, SampleSource
+from data.tokenizer import ENGINES
 
-# Documents go to the workers in batches of about this many characters: large against the cost of sending them,
-# small against the memory of a machine.
-_BATCH_CHARACTERS = 1_000_000
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
+_PART_BYTES = 2**28  # small files are gathered until they are this large together
 _SAMPLE_VAL_FRACTION = 0.05
+_PARTS, _DOWNLOADS, _LOCK = "parts", "downloads", ".lock"
+_SECONDS_BETWEEN_LINES = 30
+
+# Bytes of shards for a byte of input: a token is two bytes, and stands for about 4.3 of English.
+_SHARDS_PER_BYTE = {".txt": 0.5, ".jsonl": 0.5, ".parquet": 0.75, ".gz": 1.4, ".zst": 1.7, ".xz": 1.9}
 
 
-def prepare(documents, out, *, name, source, val_fraction, shard_tokens=_SHARD_TOKENS, num_proc=1):
+def prepare(
+    source,
+    out,
+    *,
+    name,
+    val_fraction=None,
+    shard_tokens=_SHARD_TOKENS,
+    max_tokens=None,
+    num_proc=1,
+    engine="tiktoken",
+    shard_index=0,
+    shard_count=1,
+    say=lambda line: None,
+):
     """
-    Tokenises documents into shards and a manifest.
+    Makes a folder of shards with a manifest, or goes on making it.
 
-    A document goes to the validation split by a hash of its text, so exact duplicates never stand on both sides.
-    It never crosses two shards: one is closed when the next document would not fit. The bytes written do not
-    depend on `num_proc`.
+    A document never crosses two shards. The bytes written depend on the source, `val_fraction`, `shard_tokens` and
+    `max_tokens`; not on `num_proc`, `engine`, `shard_count` or on how often this was interrupted.
 
     Args:
-        documents: iterable of str.
-        out: the folder to make.
-        name: the shards' names begin with it: {name}_train_000001.bin, {name}_val_000000.bin (llm.c's numbers).
-        source: JSON-able dict for the manifest.
-        val_fraction: share of the documents that become validation.
+        source: see data.sources; or shards to adopt, see data.pretokenized.
+        out: the folder.
+        name: the shards' names begin with it: {name}_train_00000000.bin, 5 digits for the part, 3 within it.
+        val_fraction: share of the documents that become validation; None for shards to adopt.
         shard_tokens: most tokens in a shard (a longer document has a shard to itself).
+        max_tokens: stop before the document with which it would be more.
         num_proc: processes that tokenise.
+        engine: see data.tokenizer.load_encoder.
+        shard_index, shard_count: prepare only every shard_count-th part, from shard_index on.
+        say: called with lines for the user.
+
+    Returns:
+        Manifest; None if parts are missing that others have to prepare.
+
+    Raises:
+        DataError: the folder holds something else, the source's own errors, a split without documents, a full disk,
+            a process that was killed. Finished parts are kept.
+    """
+    out = Path(out)
+    _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count)
+    is_new = not out.exists()
+    try:
+        plan = _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine)
+        if plan.shards:
+            say(f"{out} is prepared already: nothing to do")
+            return plan
+        mine = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
+        _check_disk(plan, source, out, mine, say)
+        _prepare_parts(plan, source, out, mine, num_proc=num_proc, engine=engine, say=say)
+        return finish(out)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DataError(f"no room for {out} on its disk; make room or choose another --out{kept(out)}") from error
+        raise DataError(f"{out} was not made: {error}; mend that or choose another --out{kept(out)}") from error
+    finally:
+        if is_new and shard_count == 1 and out.is_dir() and not _holds_something(out):
+            shutil.rmtree(out)
+
+
+def prepare_sample(out, *, val_fraction=_SAMPLE_VAL_FRACTION, **options):
+    """The offline sample corpus; train.py makes it when a recipe asks for it. See `prepare`."""
+    return prepare(SampleSource(), out, name="sample", val_fraction=val_fraction, **options)
+
+
+def _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count):
+    if val_fraction is not None and not 0 < val_fraction < 1:
+        raise DataError(f"--val_fraction must be between 0 and 1, got {val_fraction}")
+    if num_proc < 1:
+        raise DataError(f"--num_proc must be at least 1, got {num_proc}")
+    if not 1 <= shard_tokens <= MAX_TOKENS:
+        raise DataError(f"--shard_tokens must be 1 to {MAX_TOKENS:,}, got {shard_tokens}")
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"--max_tokens must be at least 1, got {max_tokens}")
+    if not 0 <= shard_index < shard_count:
+        raise DataError(f"--shard_index must be 0 to --shard_count - 1, got {shard_index} of {shard_count}")
+    if max_tokens is not None and shard_count > 1:
+        raise DataError("--max_tokens counts from the first document on, which --shard_count divides: give one of them")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is to be done, and what is done already.
+
+
+def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
+    """The folder's plan: a Manifest without shards. With shards, it is finished."""
+    if out.is_symlink() and not out.exists():
+        raise DataError(f"{out} is a link that leads nowhere; remove it or choose another --out")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose another --out")
+    asked = {
+        "source": source.settings,
+        "val_fraction": val_fraction,
+        "shard_tokens": None if val_fraction is None else shard_tokens,
+        "max_tokens": max_tokens,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        plan = read_manifest(out) or read_manifest(out, PREPARING)
+        if plan is not None:
+            state = "is there already" if plan.shards else "was begun"
+            _compare(plan, asked, f"{out} {state} with")
+            if plan.shards:
+                return plan
+            if not hasattr(source, "repository") and _without_parts(plan.inputs) != source.inputs():
+                raise DataError(f"{out} was begun with other files, or they have changed; choose another --out")
+            if hasattr(source, "repository"):
+                source.repository.pin(plan.source["revision"])
+            return plan
+        if any(not entry.name.startswith(".") for entry in out.iterdir()) and not _lies_in(source, out):
+            raise DataError(f"{out} is there already and has something else in it; remove it or choose another --out")
+        plan = Manifest(
+            name=name,
+            inputs=_in_parts(source),
+            source={**source.settings, **source.note},
+            split_rule=SPLIT_RULE if val_fraction is not None else "as its maker dealt them: by the files' names",
+            versions=_versions(engine),
+            **{key: value for key, value in asked.items() if key != "source"},
+        )
+        plan.write(out / PREPARING)
+    return plan
+
+
+@contextlib.contextmanager
+def _locked(out):
+    """Where only one process is at a time. The lock's file goes when the folder is not in preparation (any more)."""
+    with FileLock(out / _LOCK):
+        try:
+            yield
+        finally:
+            if not (out / PREPARING).exists():
+                (out / _LOCK).unlink(missing_ok=True)
+
+
+def _compare(plan, asked, what):
+    """Raises where a folder's plan is not what is asked for now."""
+    was = {"val_fraction": plan.val_fraction, "shard_tokens": plan.shard_tokens, "max_tokens": plan.max_tokens}
+    was |= {key: plan.source.get(key) for key in plan.source.keys() & asked["source"].keys() | {"kind"}}
+    now = {**{key: value for key, value in asked.items() if key != "source"}, **asked["source"]}
+    for key, value in now.items():
+        if was.get(key) != value:
+            raise DataError(
+                f"{what} {key} {was.get(key)!r}, and not {value!r}; give the same, choose another --out, or remove it"
+            )
+
+
+def _in_parts(source):
+    """The source's files with the part each belongs to."""
+    files, part, size = [], 0, 0
+    limit = 0 if hasattr(source, "adopt") else _PART_BYTES
+    for file in source.inputs():
+        if files and size + file["bytes"] > limit:
+            part, size = part + 1, 0
+        files.append({**file, "part": part})
+        size += file["bytes"]
+    return files
+
+
+def _without_parts(files):
+    return [{key: value for key, value in file.items() if key != "part"} for file in files]
+
+
+def _lies_in(source, out):
+    return isinstance(source, LocalShards) and source.folder.resolve() == out.resolve()
+
+
+def _versions(engine):
+    """What the tokens depend on, for the manifest."""
+    versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
+    for package in ("gpt2-repro", *([engine] if engine != "tiktoken" else [])):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # the rooms run from a checkout, installed or not
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _notes(out):
+    """{part: note} of the finished parts; a note is {"part", "shards", "is_full"}."""
+    notes = [read_sealed(path) for path in sorted((out / _PARTS).glob("*.json"))]
+    return {note["part"]: note for note in notes}
+
+
+def _is_complete(plan, notes):
+    """Whether no part is missing. A part that filled max_tokens is the last."""
+    full = [part for part, note in notes.items() if note["is_full"]]
+    last = min(full) if full else plan.num_parts - 1
+    return all(part in notes for part in range(last + 1))
+
+
+def _holds_something(out):
+    return any(True for _ in (out / _PARTS).glob("*.json")) or any(
+        (out / name).exists() for name in (MANIFEST, _DOWNLOADS)
+    )
+
+
+def kept(out):
+    """Half a sentence for an error message: what a next try need not do again."""
+    with contextlib.suppress(DataError, OSError):
+        plan, notes = read_manifest(out, PREPARING), _notes(Path(out))
+        if plan is not None and notes:
+            return f". {len(notes)} of {plan.num_parts} parts are kept in {out}: the same command goes on from there"
+    return ""
+
+
+def _check_disk(plan, source, out, mine, say):
+    notes = _notes(out)
+    files = [file for file in plan.inputs if file["part"] in mine and file["part"] not in notes]
+    if isinstance(source, LocalShards) or not files:
+        return
+    sizes = sorted((file["bytes"] for file in files), reverse=True)
+    if isinstance(source, HubShards):
+        needed = sum(sizes)
+    else:
+        needed = sum(file["bytes"] * _SHARDS_PER_BYTE.get(Path(file["path"]).suffix, 0.5) for file in files)
+        if plan.max_tokens is not None:
+            needed = min(needed, 2 * plan.max_tokens)
+    if isinstance(source, HubSource):
+        needed += sum(sizes) if source.keep else sum(sizes[:2])  # one is read while the next comes
+    free = shutil.disk_usage(out).free
+    say(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
+    if needed > free:
+        raise DataError(
+            f"{out} needs about {needed / 1e9:,.1f} GB (an estimate), and its disk has {free / 1e9:,.1f} GB free; "
+            "make room, choose another --out, or give --max_tokens"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Doing it.
+
+
+def _prepare_parts(plan, source, out, mine, *, num_proc, engine, say):
+    notes = _notes(out)
+    if _is_complete(plan, notes):
+        return
+    todo = [part for part in mine if part not in notes]
+    (out / _PARTS).mkdir(exist_ok=True)
+    files = [file for file in plan.inputs if file["part"] in todo]
+    progress = Progress(sum(file["bytes"] for file in plan.inputs if file["part"] in mine))
+    progress.bytes_done = progress.total_bytes - sum(file["bytes"] for file in files)
+    if progress.bytes_done:
+        say(f"resume    {len(mine) - len(todo)} of {len(mine)} parts are done")
+    with _Display(progress, plan.max_tokens, say) as display, ThreadPoolExecutor(1) as finisher:
+        with _encoder(plan, num_proc, engine) if not hasattr(source, "adopt") else contextlib.nullcontext() as encoder:
+            left = None
+            if plan.max_tokens is not None and encoder is not None:
+                left = plan.max_tokens - sum(s["tokens"] for note in notes.values() for s in note["shards"])
+            wants_next = [True]
+            copies = _fetched(source, files, wants_next, display)
+            for part in todo:
+                with _part_lock(out, part):
+                    if encoder is None:
+                        note = _adopt_part(source, part, out, copies, display)
+                    else:
+                        note, paths = _tokenise_part(
+                            plan, source, part, out, copies, encoder, finisher, display, left, wants_next
+                        )
+                    write_sealed(out / _PARTS / f"{part:05d}.json", note)
+                    if encoder is not None:
+                        for path in paths:
+                            source.done_with(path)
+                if left is not None:
+                    left -= sum(shard["tokens"] for shard in note["shards"])
+                if note["is_full"]:
+                    return
+
+
+def make_part(manifest, source, part, out, *, num_proc):
+    """
+    One part again, for a folder that is finished.
+
+    Args:
+        manifest: of that folder.
+        source: as `source_of` gives it.
+        part: its number.
+        out: where the part's shards go.
+        num_proc: processes that tokenise.
+
+    Returns:
+        the part's shards, as in a manifest.
+    """
+    files = [file for file in manifest.inputs if file["part"] == part]
+    display = _Display(Progress(sum(file["bytes"] for file in files)), None, lambda line: None)
+    copies = _fetched(source, files, [True], display)
+    if hasattr(source, "adopt"):
+        return _adopt_part(source, part, out, copies, display)["shards"]
+    left = manifest.max_tokens
+    if left is not None:
+        left -= sum(shard["tokens"] for shard in manifest.shards if shard["part"] < part)
+    with _encoder(manifest, num_proc, "tiktoken") as encoder, ThreadPoolExecutor(1) as finisher:
+        note, _ = _tokenise_part(manifest, source, part, out, copies, encoder, finisher, display, left, [True])
+    return note["shards"]
+
+
+def _encoder(plan, num_proc, engine):
+    return Encoder(
+        num_proc=num_proc,
+        val_fraction=plan.val_fraction,
+        text_column=plan.source.get("text_column", "text"),
+        errors=plan.source.get("errors", "strict"),
+        engine=engine,
+    )
+
+
+@contextlib.contextmanager
+def _part_lock(out, part):
+    try:
+        with FileLock(out / _PARTS / f"{part:05d}.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise DataError(
+            f"another process is preparing part {part} of {out}; wait for it, or stop it and run this again"
+        ) from error
+
+
+def _fetched(source, files, wants_next, display):
+    """(file, path of a local copy) of each, the next one on its way meanwhile."""
+    coming = None
+    for number, file in enumerate(files):
+        if coming is None:
+            coming = _in_background(source.fetch, file)
+        display.waiting_for = file["path"]
+        path = coming.result()
+        display.waiting_for = None
+        is_last = number + 1 == len(files)
+        coming = None if is_last or not wants_next[0] else _in_background(source.fetch, files[number + 1])
+        yield file, path
+
+
+def _in_background(function, argument):
+    """A Future. Of a thread that does not outlive the program, as an executor's would."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(argument))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def _tokenise_part(plan, source, part, out, copies, encoder, finisher, display, left, wants_next):
+    """The part's note, and the copies of its files."""
+    for stale in out.glob(f"*{plan.name}_*_{part:05d}[0-9][0-9][0-9]*.bin*"):  # of an interrupted try
+        stale.unlink()
+    num_files = sum(file["part"] == part for file in plan.inputs)
+    paths = []
+
+    def records():
+        for _ in range(num_files):
+            if left is not None and left < plan.max_tokens / 2:
+                wants_next[0] = False  # may be full before the next file is needed
+            file, path = next(copies)
+            paths.append(path)
+            yield from source.records(file, path, display.progress)
+            display.progress.bytes_done += file["bytes"]
+            display.progress.bytes_here = 0
+
+    writers = {
+        split: ShardWriter(
+            out, f"{plan.name}_{split}_{part:05d}", shard_tokens=plan.shard_tokens, executor=finisher
+        )
+        for split in SPLITS
+    }
+    is_full = False
+    try:
+        with contextlib.closing(encoder.encode(records())) as batches:
+            for tokens, lengths, is_val in batches:
+                if left is not None:
+                    fitting = int(np.searchsorted(np.cumsum(lengths), left, side="right"))
+                    is_full = fitting < len(lengths)
+                    lengths, is_val = lengths[:fitting], is_val[:fitting]
+                    tokens = tokens[: lengths.sum()]
+                    left -= len(tokens)
+                if is_val.any():
+                    of_val = np.repeat(is_val, lengths)
+                    writers["val"].add(tokens[of_val], lengths[is_val])
+                    writers["train"].add(tokens[~of_val], lengths[~is_val])
+                else:
+                    writers["train"].add(tokens, lengths)
+                display.update(len(tokens), len(lengths))
+                if is_full:
+                    break
+        shards = [
+            {"file": shard.pop("file"), "split": split, "part": part, **shard}
+            for split in SPLITS
+            for shard in writers[split].finish()
+        ]
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    return {"part": part, "shards": shards, "is_full": is_full}, paths
+
+
+def _adopt_part(source, part, out, copies, display):
+    """The part's note: one shard, checked."""
+    file, path = next(copies)
+    entry = source.adopt(file, path, out)
+    display.progress.bytes_done += file["bytes"]
+    display.update(entry["tokens"], entry["documents"])
+    shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
+    return {"part": part, "shards": [shard], "is_full": False}
+
+
+class _Display:
+    """How far it is, on a terminal as a bar, into a file as lines."""
+
+    def __init__(self, progress, max_tokens, say):
+        self.progress, self._max_tokens, self._say = progress, max_tokens, say
+        self.waiting_for = None
+        self._tokens = self._documents = 0
+        self._at_start = progress.bytes_done
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=100.0,
+            bar_format="{percentage:3.0f}%|{bar}| {postfix} [{elapsed}]",
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self):
+        self._over = threading.Event()
+        threading.Thread(target=self._show_waiting, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._over.set()
+        if self._tokens:
+            self._say(self._line())
+        self._bar.close()
+
+    def _show_waiting(self):
+        while not self._over.wait(_SECONDS_BETWEEN_LINES):
+            if self.waiting_for is not None:
+                self._say(f"download  waiting for {self.waiting_for}")
+
+    def update(self, num_tokens, num_documents):
+        self._tokens += num_tokens
+        self._documents += num_documents
+        now = time.monotonic()
+        if not self._bar.disable:
+            self._bar.n = 100 * self._fraction()
+            self._bar.set_postfix_str(self._line())
+        elif now - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._say(self._line())
+
+    def _fraction(self):
+        read = self.progress.bytes_done + min(self.progress.bytes_here, self.progress.total_bytes)
+        fraction = read / max(1, self.progress.total_bytes)
+        if self._max_tokens is not None:
+            fraction = max(fraction, self._tokens / self._max_tokens)
+        return min(1.0, fraction)
+
+    def _line(self):
+        seconds = time.monotonic() - self._started
+        done, before = self._fraction(), self._at_start / max(1, self.progress.total_bytes)
+        left = ""
+        if done > before:
+            left = f", {timedelta(seconds=round((1 - done) / (done - before) * seconds))} left"
+        return (
+            f"tokens    {self._tokens:,} of {self._documents:,} documents, {self._documents / seconds:,.0f} documents/s, "
+            f"{self._tokens / seconds / 1e6:.2f}M tokens/s, {done:.0%}{left}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Many parts to one whole.
+
+
+def finish(out):
+    """
+    Writes the manifest when no part is missing any more, and removes the notes it is made of.
+
+    Returns:
+        Manifest, or None if parts are missing.
+
+    Raises:
+        DataError: a split without documents.
+    """
+    out = Path(out)
+    with _locked(out):
+        plan = read_manifest(out)
+        if plan is None:
+            plan, notes = read_manifest(out, PREPARING), _notes(out)
+            if not _is_complete(plan, notes):
+                return None
+            plan.shards = [shard for part in sorted(notes) for shard in notes[part]["shards"]]
+            for split in SPLITS:
+                if not plan.total(split, "documents"):
+                    for shard in plan.shards:
+                        if not Path(shard["file"]).is_absolute() and plan.source["kind"] != "pretokenized":
+                            (out / shard["file"]).unlink(missing_ok=True)
+                    shutil.rmtree(out / _PARTS)
+                    (out / PREPARING).unlink()
+                    raise DataError(
+                        f"no document fell into the {split} split (val_fraction {plan.val_fraction}): give more "
+                        "documents (--separator splits a long text into several) or another --val_fraction"
+                    )
+            plan.write(out / MANIFEST)
+        (out / PREPARING).unlink(missing_ok=True)
+        shutil.rmtree(out / _PARTS, ignore_errors=True)
+        downloads = out / _DOWNLOADS
+        if downloads.is_dir() and not any(path.is_file() and ".cache" not in path.parts for path in downloads.rglob("*")):
+            shutil.rmtree(downloads, ignore_errors=True)
+    return plan
+
+
+def merge(folders, out):
+    """
+    Makes one folder of those in which several machines prepared their parts of the same source.
+
+    Args:
+        folders: what they made; `out` may be among them.
+        out: the folder to make.
 
     Returns:
         Manifest.
 
     Raises:
-        DataError: `out` is there already or cannot be written, a document source's own errors, a split without
-            documents, a full disk, a process that was killed. Nothing is kept then.
+        DataError: a folder that is not one of these, parts of different preparations, a part that is missing.
     """
     out = Path(out)
-    if os.path.lexists(out):  # a link that leads nowhere too
-        raise DataError(f"{out} is there already; remove it or choose another --out")
-    if not 0 < val_fraction < 1:
-        raise DataError(f"--val_fraction must be between 0 and 1, got {val_fraction}")
-    if num_proc < 1 or shard_tokens < 1:
-        raise DataError(f"--num_proc and --shard_tokens must be at least 1, got {num_proc} and {shard_tokens}")
-    load_tiktoken()  # a missing vocabulary is said here, once, and not by each process
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        manifest = Manifest(
-            source=source,
-            split_rule=f"val where blake2b-8 of the UTF-8 text, over 2**64, is below {val_fraction}",
-            val_fraction=val_fraction,
-            versions=_versions(),
+    if (out / MANIFEST).exists():
+        raise DataError(f"{out} is prepared already; choose another --out")
+    plan = None
+    for folder in map(Path, folders):
+        found = read_manifest(folder, PREPARING)
+        if found is None:
+            raise DataError(f"{folder} holds no parts of a preparation (no {PREPARING} in it)")
+        if plan is None:
+            plan = found
+        elif asdict(found) | {"versions": None} != asdict(plan) | {"versions": None}:
+            raise DataError(f"{folder} and {folders[0]} are not parts of the same preparation")
+    (out / _PARTS).mkdir(parents=True, exist_ok=True)
+    if not (out / PREPARING).exists():
+        plan.write(out / PREPARING)
+    for folder in map(Path, folders):
+        if folder.resolve() != out.resolve():
+            for part, note in _notes(folder).items():
+                for shard in note["shards"]:
+                    _copy_shard(folder, shard, out)
+                write_sealed(out / _PARTS / f"{part:05d}.json", note)
+    manifest = finish(out)
+    if manifest is None:
+        missing = sorted(set(range(plan.num_parts)) - _notes(out).keys())
+        raise DataError(
+            f"of {plan.num_parts} parts, {len(missing)} are missing: {', '.join(map(str, missing[:20]))}"
+            f"{' ...' if len(missing) > 20 else ''}; prepare them (--shard_index, --shard_count) and merge again"
         )
-        writers = {
-            "val": _ShardWriter(aside, f"{name}_val", "val", 0, shard_tokens, manifest),
-            "train": _ShardWriter(aside, f"{name}_train", "train", 1, shard_tokens, manifest),
-        }
-        with (
-            contextlib.closing(_encoded(documents, val_fraction, num_proc)) as encoded,
-            tqdm(unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
-        ):
-            for number, (is_val, tokens) in enumerate(encoded, start=1):
-                writers["val" if is_val else "train"].add(tokens)
-                bar.update(len(tokens))
-                bar.set_postfix_str(f"{number:,} documents", refresh=False)
-        for split, writer in writers.items():
-            writer.close()
-            if not manifest.total(split, "documents"):
-                raise DataError(
-                    f"no document fell into the {split} split (val_fraction {val_fraction}): give more documents "
-                    "(--separator splits a long text into several) or another --val_fraction"
-                )
-        manifest.write(aside)
-        aside.rename(out)
-    except OSError as error:
-        what = f"no room for {out} on its disk" if error.errno == errno.ENOSPC else f"{out} was not made: {error}"
-        remedy = "make room or choose" if error.errno == errno.ENOSPC else "mend that or choose"
-        raise DataError(f"{what}; nothing was kept; {remedy} another --out") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return manifest
 
 
-def prepare_sample(out, *, val_fraction=_SAMPLE_VAL_FRACTION, num_proc=1):
-    """The offline sample corpus; train.py makes it when a recipe asks for it."""
-    source = {"kind": "sample", "python": platform.python_version()}
-    return prepare(sample_documents(), out, name="sample", source=source, val_fraction=val_fraction, num_proc=num_proc)
+def _copy_shard(folder, shard, out):
+    if Path(shard["file"]).is_absolute():
+        return
+    aside = out / f".{shard['file']}.partial"
+    try:
+        shutil.copyfile(folder / shard["file"], aside)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder / shard['file']} is missing; copy it there, or prepare its part again") from error
+    if scan_shard(aside)["sha256"] != shard["sha256"]:
+        raise DataError(f"{folder / shard['file']} is damaged; copy it again, or prepare its part again")
+    aside.replace(out / shard["file"])
 
 
-def _versions():
-    """What the tokens depend on, for the manifest."""
-    versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
-    with contextlib.suppress(metadata.PackageNotFoundError):  # the rooms run from a checkout, installed or not
-        versions["gpt2-repro"] = metadata.version("gpt2-repro")
-    return versions
+# ----------------------------------------------------------------------------------------------------------
+# The command.
 
 
-class _ShardWriter:
-    """Gathers the documents of one split and writes a shard whenever one is full."""
+def source_of(settings, *, out, revision=None, keep=False, max_tokens=None):
+    """
+    The source that has these settings.
 
-    def __init__(self, folder, prefix, split, first_number, shard_tokens, manifest):
-        self.folder, self.prefix, self.split = folder, prefix, split
-        self.number, self.shard_tokens, self.manifest = first_number, shard_tokens, manifest
-        self.documents, self.tokens = [], 0
-
-    def add(self, tokens):
-        if self.documents and self.tokens + len(tokens) > self.shard_tokens:
-            self.close()
-        self.documents.append(tokens)
-        self.tokens += len(tokens)
-
-    def close(self):
-        if not self.documents:
-            return
-        file = f"{self.prefix}_{self.number:06d}.bin"
-        sha256 = write_shard(self.folder / file, np.concatenate(self.documents))
-        self.manifest.shards.append(
-            {
-                "file": file,
-                "split": self.split,
-                "tokens": self.tokens,
-                "documents": len(self.documents),
-                "sha256": sha256,
-            }
+    Args:
+        settings: a source's own, as in a manifest.
+        out: the folder, where downloads go.
+        revision: the commit that was found before.
+        keep: see HubSource.
+        max_tokens: see data.pretokenized.
+    """
+    kind = settings["kind"]
+    options = {key: settings[key] for key in ("text_column", "separator", "errors") if key in settings}
+    repository = None
+    if "dataset" in settings:
+        repository = HubRepository(
+            settings["dataset"],
+            revision=settings["asked_revision"],
+            commit=revision,
+            download_folder=Path(out) / _DOWNLOADS,
         )
-        self.number += 1
-        self.documents, self.tokens = [], 0
+    if kind == "sample":
+        return SampleSource()
+    if kind == "files":
+        return FileSource(settings["paths"], **options)
+    if kind == "hub":
+        return HubSource(repository, subset=settings["subset"], keep=keep, **options)
+    if repository is not None:
+        return HubShards(repository, max_tokens=max_tokens)
+    return LocalShards(settings["folder"], max_tokens=max_tokens)
 
 
-def _encoded(documents, val_fraction, num_proc):
-    """(is_val, tokens) of each document, in order."""
-    batches = _batches(documents)
-    if num_proc == 1:
-        for batch in batches:
-            yield from _encode_batch(batch, val_fraction)
-        return
-    # spawn: the same on every platform, and no fork of a process that has threads.
-    pool = ProcessPoolExecutor(num_proc, mp_context=get_context("spawn"), initializer=_start_worker)
-    try:
-        pending = deque()
-        # A few batches ahead of the workers, so that memory stays flat however long the source is.
-        for batch in itertools.chain(batches, [None]):
-            if batch is not None:
-                with _interrupts_held():  # a submit may start a worker
-                    pending.append(pool.submit(_encode_batch, batch, val_fraction))
-            while pending and (batch is None or len(pending) > 2 * num_proc):
-                yield from pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenising process was killed, as a rule for want of memory; try again with a smaller --num_proc"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _interrupts_held():
-    """
-    Starts workers that Ctrl-C does not touch: a process takes over its parent's blocked signals.
-
-    A terminal sends Ctrl-C to all processes. It is the parent's to answer: a worker that dies of it may hold the lock
-    of the queue, and then the others wait for ever. Windows cannot block signals; there, `_start_worker` has to do.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile arrives now
-
-
-def _start_worker():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    load_tiktoken()
-
-
-def _batches(documents):
-    batch, characters = [], 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def _encode_batch(batch, val_fraction):
-    result = []
-    for text in batch:
-        # Half a surrogate pair, possible in JSON, is no Unicode text; it becomes U+FFFD.
-        content = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        share = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
-        tokens = np.array(encode_document(content.decode()), dtype=np.uint16)
-        result.append((share < val_fraction, tokens))
-    return result
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Text to shards of GPT-2 tokens.")
-    sources = parser.add_subparsers(dest="source", required=True)
-    sample = sources.add_parser("sample", help="English that every Python carries; needs no network")
-    files = sources.add_parser("files", help=".txt and .jsonl files of your own")
-    files.add_argument("paths", nargs="+", metavar="PATH", help="files, or folders of them")
-    files.add_argument("--text_key", default="text", help="where the text is in a .jsonl record (default: text)")
-    files.add_argument(
-        "--separator",
-        type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as one types them in a shell
-        help=r"what stands between the documents of a .txt file, \n for a line break (default: a file is a document)",
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare",
+        description="Text to shards of GPT-2 tokens. Interrupted, the same command goes on where it stopped.",
     )
-    files.add_argument("--shard_tokens", type=int, default=_SHARD_TOKENS, help="most tokens in a shard")
-    for source, fraction in ((sample, _SAMPLE_VAL_FRACTION), (files, 0.01)):
-        source.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
-        source.add_argument("--num_proc", type=int, default=1, help="processes that tokenise (default: 1)")
+    commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+
+    def command(name, help):
+        added = commands.add_parser(name, help=help, description=help)
+        added.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+        return added
+
+    sample = command("sample", "English that every Python carries; needs no network")
+    fineweb_edu = command("fineweb-edu", "HuggingFaceFW/fineweb-edu from the Hub, 10 billion tokens by default")
+    fineweb = command("fineweb", "HuggingFaceFW/fineweb from the Hub, 10 billion tokens by default")
+    hub = command("hub", "any text data set on the Hub")
+    files = command("files", "files of your own: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
+    pretokenized = command("pretokenized", "shards that others made, in llm.c's format or build-nanogpt's .npy")
+    merging = command("merge", "one folder of those that --shard_count made on several machines")
+    merging.add_argument("folders", nargs="+", metavar="PART_DIR", help="what each of them made")
+
+    hub.add_argument("--dataset", required=True, metavar="OWNER/NAME", help="its name on the Hub")
+    pretokenized.add_argument("where", metavar="OWNER/NAME|FOLDER", help="a data set on the Hub, or a folder here")
+    files.add_argument("paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("notes/**/*.txt")')
+    for source, subset in ((fineweb_edu, "sample-10BT"), (fineweb, "sample-10BT"), (hub, None)):
+        source.add_argument("--subset", default=subset, help="subset of the data set (default: %(default)s)")
+        source.add_argument("--keep_parquet", action="store_true", help="keep the downloaded files, in DIR/downloads")
+    for source in (fineweb_edu, fineweb, hub, pretokenized):
+        source.add_argument("--revision", default="main", help="branch, tag or commit (default: %(default)s)")
+    for source in (fineweb_edu, fineweb, hub, files):
+        source.add_argument("--text_column", default="text", help="column or key of the text (default: %(default)s)")
+        source.add_argument(
+            "--errors",
+            choices=("strict", "replace"),
+            default="strict",
+            help="what bytes that are not UTF-8 do: stop it, or become U+FFFD (default: %(default)s)",
+        )
+    for source in (hub, files):
+        source.add_argument(
+            "--separator",
+            type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as one types them in a shell
+            help=r"what stands between the documents of a .txt file, \n for a line break (default: a file is a document)",
+        )
+    for source in (fineweb_edu, fineweb, hub, files, pretokenized):
+        source.add_argument("--max_tokens", type=_number, help="no more tokens than this, 1e9 for example")
+        source.add_argument("--shard_index", type=int, default=0, help="of this machine, 0 to shard_count - 1")
+        source.add_argument("--shard_count", type=int, default=1, help="machines that share the files")
+    for source in (fineweb_edu, fineweb, hub, files):
+        source.add_argument("--shard_tokens", type=_number, default=_SHARD_TOKENS, help="most tokens in a shard")
+    for source, fraction in (*((s, 0.01) for s in (fineweb_edu, fineweb, hub, files)), (sample, _SAMPLE_VAL_FRACTION)):
         source.add_argument(
             "--val_fraction",
             type=float,
             default=fraction,
             help="share of documents for validation (default: %(default)s)",
         )
-    args = parser.parse_args(argv)
+        source.add_argument(
+            "--num_proc", type=int, default=_cores(), help="processes that tokenise (default: all cores, %(default)s)"
+        )
+        source.add_argument(
+            "--engine",
+            choices=ENGINES,
+            default="tiktoken",
+            help='what tokenises; gigatoken gives the same tokens faster (pip install -e ".[fast]")',
+        )
+    return parser
+
+
+def _number(text):
+    """An int, also written 1e9 or 1_000_000."""
+    value = float(text)
+    if value != int(value):
+        raise ValueError(text)
+    return int(value)
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _settings(args):
+    """The arguments as a source's settings."""
+    if args.source == "sample":
+        return {"kind": "sample"}
+    if args.source == "pretokenized":
+        if Path(args.where).is_dir() or args.where.count("/") != 1 or args.where.startswith((".", "~", "/")):
+            return {"kind": "pretokenized", "folder": args.where}
+        return {"kind": "pretokenized", "dataset": args.where, "asked_revision": args.revision}
+    settings = {"text_column": args.text_column, "errors": args.errors}
+    if args.source == "files":
+        return {**settings, "kind": "files", "paths": args.paths, "separator": args.separator}
+    dataset = args.dataset if args.source == "hub" else f"HuggingFaceFW/{args.source}"
+    return {
+        **settings,
+        "kind": "hub",
+        "dataset": dataset,
+        "subset": args.subset,
+        "asked_revision": args.revision,
+        "separator": getattr(args, "separator", None),
+    }
+
+
+def main(argv=None):
+    args = _parser().parse_args(argv)
     try:
-        if args.source == "sample":
-            manifest = prepare_sample(args.out, val_fraction=args.val_fraction, num_proc=args.num_proc)
+        if args.source == "merge":
+            manifest = merge(args.folders, args.out)
         else:
-            manifest = prepare(
-                file_documents(args.paths, text_key=args.text_key, separator=args.separator),
-                args.out,
-                name=Path(args.out).name,
-                source={"kind": "files", "paths": args.paths},
-                val_fraction=args.val_fraction,
-                shard_tokens=args.shard_tokens,
-                num_proc=args.num_proc,
+            source = source_of(
+                _settings(args),
+                out=args.out,
+                keep=getattr(args, "keep_parquet", False),
+                max_tokens=getattr(args, "max_tokens", None),
             )
+            given = {
+                key: getattr(args, key)
+                for key in ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "engine", "shard_index", "shard_count")
+                if hasattr(args, key)
+            }
+            name = "sample" if args.source == "sample" else Path(args.out).resolve().name
+            manifest = prepare(source, args.out, name=name, say=tqdm.write, **given)
     except DataError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted: nothing was kept", file=sys.stderr)
+        print(f"interrupted{kept(args.out) or ': nothing was kept'}", file=sys.stderr)
         sys.exit(130)
-    for split in ("train", "val"):
+    if manifest is None:
         print(
-            f"{split:5s}  {manifest.total(split, 'documents'):,} documents, {manifest.total(split, 'tokens'):,} tokens"
+            f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}; when all are, "
+            f"`python -m data.prepare merge {args.out} ... --out DIR` (or the last of them, in the same folder) joins them"
         )
-    print(f"in     {args.out}")
+        return
+    for split in SPLITS:
+        print(
+            f"{split:9s} {manifest.total(split, 'documents'):,} documents, {manifest.total(split, 'tokens'):,} tokens"
+        )
+    print(f"in        {args.out}")
 
 
 if __name__ == "__main__":

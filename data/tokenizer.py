@@ -13,6 +13,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from data import DataError
 
 VOCAB_SIZE = 50257
@@ -30,6 +32,13 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 _WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_WHITE = 100_000
 _LONG_WHITE_RUN = re.compile(rf"(?<!{_WHITE}){_WHITE}{{{_LONG_WHITE},}}+(?!\Z)")
+
+# No piece of SPLIT_PATTERN goes over the place between a letter and the white space after it.
+_PIECE_END = re.compile(r"[A-Za-z](?=[ \n])")
+_PIECE_CHARACTERS = 1_000_000
+
+ENGINES = ("tiktoken", "gigatoken")
+_EOT_ARRAY = np.array([EOT], dtype=np.uint32)
 
 
 @cache
@@ -98,20 +107,68 @@ def load_tiktoken():
     )
 
 
-def encode_document(text):
+@cache
+def load_encoder(engine="tiktoken"):
+    """
+    Args:
+        engine: "tiktoken", or "gigatoken" (the extra `fast`): the same ids, several times as fast.
+
+    Returns:
+        function str -> [N] array of token ids, for which `<|endoftext|>` is plain characters.
+
+    Raises:
+        DataError: the engine's package is missing, or there is no such engine.
+    """
+    if engine == "tiktoken":
+        encoding = load_tiktoken()
+        return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+    if engine != "gigatoken":
+        raise DataError(f"no tokenising engine {engine!r}; give one of {', '.join(ENGINES)}")
+    try:
+        from gigatoken import Tokenizer
+    except ImportError as error:
+        raise DataError('the engine gigatoken is not installed: pip install -e ".[fast]"') from error
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    description = {  # a tokenizer.json without special tokens, which gigatoken would find in a text
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": json.loads(vocabulary_files()[1]), "merges": _merges()},
+    }
+    return Tokenizer.from_json(json.dumps(description)).encode
+
+
+def encode_document(text, engine="tiktoken"):
     """
     Args:
         text: a whole document; `<|endoftext|>` in it is plain characters.
+        engine: see `load_encoder`.
 
     Returns:
-        list of token ids that begins with EOT.
+        [N] uint16 array of token ids that begins with EOT.
     """
-    encoding, tokens, start = load_tiktoken(), [EOT], 0
-    # Cut before the last character of a long run, where SPLIT_PATTERN ends a piece anyway: the same tokens.
-    for run in _LONG_WHITE_RUN.finditer(text) if len(text) > _LONG_WHITE else ():
-        tokens += encoding.encode_ordinary(text[start : run.end() - 1])
-        start = run.end() - 1
-    return tokens + encoding.encode_ordinary(text[start:])
+    encode, parts = load_encoder(engine), [_EOT_ARRAY]
+    for begin, end in _pieces(text):
+        piece, start = text[begin:end], 0
+        # Cut before the last character of a long run, where SPLIT_PATTERN ends a piece anyway: the same tokens.
+        for run in _LONG_WHITE_RUN.finditer(piece) if len(piece) > _LONG_WHITE else ():
+            parts.append(encode(piece[start : run.end() - 1]))
+            start = run.end() - 1
+        parts.append(encode(piece[start:]))
+    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+
+
+def _pieces(text):
+    """(begin, end) of parts of a long text that have the text's own tokens, so that memory stays small."""
+    begin = 0
+    while len(text) - begin > _PIECE_CHARACTERS:
+        cut = _PIECE_END.search(text, begin + _PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield begin, cut.end()
+        begin = cut.end()
+    yield begin, len(text)
 
 
 def load_hf_tokenizer(model_max_length=1024):

@@ -1,5 +1,6 @@
 """A tiny run of train.py that the end-to-end tests look at from all sides."""
 
+import json
 import subprocess
 import sys
 
@@ -28,11 +29,12 @@ def launch(tmp_path_factory):
 def tiny(tmp_path_factory):
     """A recipe's path and the shards it names: 60 short documents of real text."""
     from data.prepare import prepare
-    from data.sources import sample_documents
+    from data.sources import FileSource, sample_documents
 
     folder = tmp_path_factory.mktemp("tiny")
     documents = [text[:1500] for text, _ in zip(sample_documents(), range(60), strict=False)]
-    prepare(documents, folder / "shards", name="tiny", source={"kind": "test"}, val_fraction=0.2)
+    (folder / "tiny.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in documents))
+    prepare(FileSource([folder / "tiny.jsonl"]), folder / "shards", name="tiny", val_fraction=0.2)
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE + f"data: {{path: '{folder / 'shards'}'}}\n")
     return recipe

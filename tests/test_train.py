@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_run import ROOT, clean_environment, losses
 
 import train
-from data.shards import open_split
+from data.manifest import open_split
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 

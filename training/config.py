@@ -46,6 +46,10 @@ class DataConfig:
     """folder of shards, as `python -m data.prepare` leaves it"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` when nothing is there"""
+    order: Literal["shuffled", "sequential"] = "shuffled"
+    """of the windows in an epoch: by (seed, epoch), or as they lie in the shards (the lecture's)"""
+    boundary: Literal["ignore", "document"] = "ignore"
+    """document: positions begin again with each document of a window, and attention stays inside it"""
 
 
 @dataclass(kw_only=True)

@@ -1,17 +1,14 @@
 """A tiny GPT-2 with GPT-2's real tokenizer, and a Hugging Face Hub on localhost."""
 
-import functools
-import hashlib
-import http.server
-import json
+import contextlib
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.tokenizer import load_hf_tokenizer
@@ -104,67 +101,5 @@ def local_hub():
     `local_hub({"datasets/owner/name": {path: bytes}, "models/...": ...})` gives the address of a server that
     answers as the Hub does, as far as `from_pretrained` and `load_dataset` ask.
     """
-    servers = []
-
-    def serve(repos):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_HubHandler, repos))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
-
-    yield serve
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-class _HubHandler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    COMMIT = "c" * 40
-
-    def __init__(self, repos, *arguments):
-        self.repos = repos
-        super().__init__(*arguments)
-
-    def do_GET(self):
-        path = self.path.partition("?")[0].strip("/")
-        is_api = path.startswith("api/")
-        path = path.removeprefix("api/")
-        if not path.startswith(("datasets/", "models/")):
-            path = f"models/{path}"
-        for repo, files in self.repos.items():
-            if path.startswith(repo):
-                rest = path.removeprefix(repo).strip("/")
-                return self._api(rest, files) if is_api else self._file(rest, files)
-        return self._reply(404, headers={"X-Error-Code": "RepoNotFound"})
-
-    do_HEAD = do_GET
-
-    def _file(self, rest, files):  # resolve/REVISION/PATH
-        name = rest.split("/", 2)[-1]
-        if name not in files:
-            return self._reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.COMMIT})
-        etag = hashlib.sha1(files[name]).hexdigest()
-        return self._reply(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": self.COMMIT})
-
-    def _api(self, rest, files):
-        if rest == f"tree/{self.COMMIT}":
-            answer = [
-                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40} for name, content in files.items()
-            ]
-        elif rest.startswith("tree/"):  # a folder: these repositories have none
-            return self._reply(404, headers={"X-Error-Code": "EntryNotFound"})
-        else:
-            answer = {"id": "any", "sha": self.COMMIT, "siblings": [{"rfilename": name} for name in files]}
-        return self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
-
-    def _reply(self, status, body=b"", headers=None):
-        self.send_response(status)
-        for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
+    with contextlib.ExitStack() as servers:
+        yield lambda repos: servers.enter_context(HubServer(repos)).address
