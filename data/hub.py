@@ -58,7 +58,7 @@ class HubRepository:
             return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
 
         info = self._asked(ask, f"the data set {self.dataset}")
-        self._commit, self._card = self._commit or info.sha, dict(info.card_data or {})
+        self._commit, self._card = self._commit or info.sha, info.card_data.to_dict() if info.card_data else {}
 
     def files(self, folder=""):
         """

@@ -155,10 +155,10 @@ def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
             _compare(plan, asked, f"{out} {state} with")
             if plan.shards:
                 return plan
-            if not hasattr(source, "repository") and _without_parts(plan.inputs) != source.inputs():
-                raise DataError(f"{out} was begun with other files, or they have changed; choose another --out")
             if hasattr(source, "repository"):
                 source.repository.pin(plan.source["revision"])
+            else:
+                _look_again(plan, source, out)
             return plan
         if any(not entry.name.startswith(".") for entry in out.iterdir()) and not _lies_in(source, out):
             raise DataError(f"{out} is there already and has something else in it; remove it or choose another --out")
@@ -209,8 +209,18 @@ def _in_parts(source):
     return files
 
 
-def _without_parts(files):
-    return [{key: value for key, value in file.items() if key != "part"} for file in files]
+def _look_again(plan, source, out):
+    """Takes over that files have changed whose part is not done yet: as a rule, somebody mended them."""
+    now, notes = source.inputs(), _notes(out)
+    if [file["path"] for file in now] != [file["path"] for file in plan.inputs]:
+        raise DataError(f"{out} was begun with other files; choose another --out, or remove it")
+    for file, was in zip(now, plan.inputs, strict=True):
+        if file["bytes"] != was["bytes"] and was["part"] in notes:
+            raise DataError(f"{file['path']} has changed since its part of {out} was made; remove {out}")
+    inputs = [{**file, "part": was["part"]} for file, was in zip(now, plan.inputs, strict=True)]
+    if inputs != plan.inputs:
+        plan.inputs = inputs
+        plan.write(out / PREPARING)
 
 
 def _lies_in(source, out):
@@ -540,7 +550,7 @@ def finish(out):
                 return None
             plan.shards = [shard for part in sorted(notes) for shard in notes[part]["shards"]]
             for split in SPLITS:
-                if not plan.total(split, "documents"):
+                if not plan.total(split, "tokens"):
                     for shard in plan.shards:
                         if not Path(shard["file"]).is_absolute() and plan.source["kind"] != "pretokenized":
                             (out / shard["file"]).unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from data import DataError
 from data.manifest import foreign_shards
 from data.shards import HEADER_BYTES, scan_shard
 
+_NPY_HEADER_BYTES = 128
 NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy)"
 
 
@@ -114,7 +115,9 @@ def _chosen(shards, max_tokens, where):
     for split, file in sorted(shards, key=lambda shard: (shard[0], shard[1]["path"])):
         if split == "val" or max_tokens is None or tokens < max_tokens:
             chosen.append(file)
-            tokens += (file["bytes"] - HEADER_BYTES) // 2 if split == "train" else 0
+            if split == "train":
+                header = _NPY_HEADER_BYTES if file["path"].endswith(".npy") else HEADER_BYTES
+                tokens += (file["bytes"] - header) // 2
     return chosen
 
 

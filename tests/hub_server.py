@@ -32,7 +32,7 @@ class HubServer:
     def __enter__(self):
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, self))
         self._server.daemon_threads = True
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=[0.02], daemon=True).start()
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         return self
 
@@ -60,7 +60,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.hub.log.append((self.command, self.path))
         self.fault = self.hub.fault_of(f"{self.command} {self.path}")
         if isinstance(self.fault, int):
-            return self._reply(self.fault, headers={"Retry-After": "1"})
+            return self._reply(self.fault, headers={"Retry-After": "1"} if self.fault == 429 else {})
         path = unquote(self.path.partition("?")[0]).strip("/")
         is_api = path.startswith("api/")
         path = path.removeprefix("api/")

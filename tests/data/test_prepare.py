@@ -154,7 +154,7 @@ def test_errors_leave_nothing_behind(run, tmp_path):
 def test_a_broken_file_keeps_the_parts_before_it(run, small_parts, tmp_path):
     run("undisturbed", files=4)
     whole = (tmp_path / "text" / "2.jsonl").read_bytes()
-    broken = whole[:-20] + b"\xff" + whole[-19:]
+    broken = whole[:-20] + b"\xff" + whole[-20:]
     (tmp_path / "text" / "2.jsonl").write_bytes(broken)
     source = FileSource([tmp_path / "text"])
     with pytest.raises(DataError, match=r"2\.jsonl:50: not UTF-8"):
@@ -202,8 +202,10 @@ def test_changed_files_and_settings_are_not_mixed(run, small_parts, tmp_path, mo
     monkeypatch.undo()
     with pytest.raises(DataError, match="was begun with shard_tokens"):
         run(files=3, shard_tokens=999)
-    with pytest.raises(DataError, match="other files"):
+    with pytest.raises(DataError, match=r"2\.jsonl has changed since its part"):
         run(files=3, documents=[*DOCUMENTS[:-1], "another last one"])
+    with pytest.raises(DataError, match="other files"):
+        run(files=4)
 
 
 def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
@@ -411,7 +413,7 @@ def test_an_interrupt_ends_it_and_says_what_is_kept(big, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
-    """The peak over 200 MB of text is that over 20 MB, but for the shard's pages that are being read again."""
+    """The peak over 200 MB of text is less than 200 MB above that over 20 MB: Arrow has buffers of up to 130 MB."""
     pytest.importorskip("gigatoken")
     program = PROGRAM + (
         "    peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
@@ -425,7 +427,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
         if kind == "txt":
             path.write_text("\n--\n".join(texts))
         elif kind == "parquet":
-            parquet.write_table(pyarrow.table({"text": texts}), path)  # one row group
+            parquet.write_table(pyarrow.table({"text": texts}), path, use_dictionary=False)  # one row group
         else:
             with gzip.open(path, "wt", compresslevel=1) as file:
                 file.writelines(f"{json.dumps(text)}\n" for text in texts)
@@ -437,6 +439,5 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stderr))
-    assert peaks[1] < peaks[0] + 80, peaks
-    print(peaks)
-    assert peaks[1] < 600
+    assert peaks[1] < peaks[0] + (150 if kind == "parquet" else 50), peaks
+    assert peaks[1] < 450

@@ -1,13 +1,14 @@
-import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError
-from data.shards import Manifest, identity, open_shard, open_split, write_shard
+from data import DataError, shards
+from data.shards import BLOCK_TOKENS, Shard, ShardWriter, open_shard, scan_shard, write_shard
+from data.tokenizer import EOT
 
 
 def independent_read(path):
@@ -32,17 +33,19 @@ def test_round_trip_and_exchange(tmp_path_factory, tokens):
     write_shard(folder / "a.bin", np.array(tokens))
     assert independent_read(folder / "a.bin") == tokens
     independent_write(folder / "b.bin", tokens)
-    assert open_shard(folder / "b.bin").tolist() == tokens
-    assert open_shard(folder / "b.bin").dtype == np.uint16
-    assert {p.name for p in folder.iterdir()} == {"a.bin", "b.bin"}
+    assert open_shard(folder / "b.bin")[:].tolist() == tokens
+    assert open_shard(folder / "b.bin")[:].dtype == np.uint16
+    np.save(folder / "c.npy", np.array(tokens, dtype=np.uint16))
+    assert open_shard(folder / "c.npy")[:].tolist() == tokens
+    assert {p.name for p in folder.iterdir()} == {"a.bin", "b.bin", "c.npy"}
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda content: content[:-2], ["header promises 10 tokens", "1,042"]),
-        (lambda content: content + b"\0\0", ["header promises 10 tokens", "1,046"]),
-        (lambda content: content[:500], ["500 bytes", "header"]),
+        (lambda content: content[:-2], ["promises 10 tokens", "1,042", "bytes 1,042 to 1,043 are missing"]),
+        (lambda content: content + b"\0\0", ["promises 10 tokens", "1,046", "bytes from 1,044 on"]),
+        (lambda content: content[:500], ["500 bytes", "header", "bytes 500 to 1,023 are missing"]),
         (lambda content: b"", ["0 bytes"]),
         (lambda content: b"PK\x03\x04" + content[4:], ["not a token shard"]),
         (lambda content: content[:4] + struct.pack("<i", 2) + content[8:], ["version 2"]),
@@ -55,8 +58,32 @@ def test_damaged_shards_are_named(tmp_path, damage, words):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError) as error:
         open_shard(path)
-    for word in [str(path), *words]:
+    for word in [str(path), "--repair", *words]:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.arange(10, dtype=np.int64), "int64"),
+        (np.zeros((2, 5), dtype=np.uint16), r"\[2, 5\]"),
+        (np.arange(10, dtype=">u2"), ">u2"),
+        (np.array([None]), "not a whole .npy"),  # would be a pickle
+    ],
+)
+def test_other_npy_files_are_refused(tmp_path, array, words):
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=words):
+        open_shard(tmp_path / "x.npy")
+
+
+def test_torn_npy_files_are_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(100, dtype=np.uint16))
+    content = (tmp_path / "x.npy").read_bytes()
+    for damaged in (content[:-2], content + b"\0\0", content[:50], b"", b"PK" + content[2:]):
+        (tmp_path / "x.npy").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"x\.npy"):
+            open_shard(tmp_path / "x.npy")
 
 
 @settings(max_examples=100, deadline=None)
@@ -78,47 +105,66 @@ def test_ids_outside_the_vocabulary_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def folder(tmp_path):
-    shards = []
-    for name, split, count in (("s_val_000000.bin", "val", 5), ("s_train_000001.bin", "train", 9)):
-        sha256 = write_shard(tmp_path / name, np.arange(count))
-        shards.append({"file": name, "split": split, "tokens": count, "documents": 1, "sha256": sha256})
-    Manifest(source={"kind": "test"}, split_rule="by hand", shards=shards).write(tmp_path)
-    return tmp_path
+def test_a_changed_token_is_an_error_where_it_is_read_and_only_there(tmp_path):
+    path = tmp_path / "a.bin"
+    tokens = np.random.RandomState(0).randint(0, 50257, 3 * BLOCK_TOKENS + 100)
+    write_shard(path, tokens)
+    crc32 = scan_shard(path)["crc32"]
+    assert np.array_equal(open_shard(path, crc32)[:], tokens)
+    content = bytearray(path.read_bytes())
+    place = BLOCK_TOKENS + 5
+    content[1024 + 2 * place] ^= 1  # still a token of GPT-2's
+    path.write_bytes(content)
+    shard = open_shard(path, crc32)
+    assert np.array_equal(shard[:BLOCK_TOKENS], tokens[:BLOCK_TOKENS])
+    assert np.array_equal(shard[2 * BLOCK_TOKENS :], tokens[2 * BLOCK_TOKENS :])
+    for window in (slice(place, place + 1), slice(BLOCK_TOKENS - 1, BLOCK_TOKENS + 1), slice(None)):
+        with pytest.raises(DataError, match=r"bytes 66,560 to 132,095 are not what was written.*--repair"):
+            shard[window]
+    assert open_shard(path)[place : place + 1] != tokens[place]  # nobody wrote a checksum down: it cannot be known
 
 
-def test_open_split_with_and_without_a_manifest(folder):
-    assert [shard.tolist() for shard in open_split(folder, "train")] == [list(range(9))]
-    write_shard(folder / "s_train_000002.bin", np.arange(3))  # not in the manifest: not part of the set
-    assert len(open_split(folder, "train")) == 1
-    assert identity(folder)["train_tokens"] == 9
-    (folder / "manifest.json").unlink()
-    assert [len(shard) for shard in open_split(folder, "train")] == [9, 3]
-    assert identity(folder)["manifest_sha256"] is None
+def test_a_foreign_token_is_named():
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[41] = 60000
+    with pytest.raises(DataError, match=r"token 41 is 60000.*bytes 1,106 to 1,107"):
+        Shard(tokens)[40:50]
 
 
-def test_what_is_wrong_with_a_folder_is_said(folder, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere.*data\.prepare"):
-        open_split(tmp_path / "nowhere", "train")
-    manifest = json.loads((folder / "manifest.json").read_text())
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), size=st.integers(1, 50), cuts=st.integers(1, 9))
+def test_the_writer_closes_a_shard_when_the_next_document_would_not_fit(tmp_path_factory, lengths, size, cuts):
+    folder = tmp_path_factory.mktemp("written")
+    documents = [[EOT, *range(length - 1)] for length in lengths]
+    with ThreadPoolExecutor(1) as executor:
+        writer = ShardWriter(folder, "w_train_", shard_tokens=size, executor=executor)
+        for start in range(0, len(documents), cuts):  # however the documents come
+            batch = documents[start : start + cuts]
+            writer.add(np.concatenate(batch).astype(np.uint16), [len(document) for document in batch])
+        entries = writer.finish()
+    expected = [[]]
+    for document in documents:  # the slow reference
+        if expected[-1] and len(expected[-1]) + len(document) > size:
+            expected.append([])
+        expected[-1] += document
+    assert [entry["file"] for entry in entries] == sorted(path.name for path in folder.iterdir())
+    assert [independent_read(folder / entry["file"]) for entry in entries] == expected
+    assert [entry["documents"] for entry in entries] == [tokens.count(EOT) for tokens in expected]
 
-    def broken(change):
-        (folder / "manifest.json").write_text(json.dumps(change))
-        with pytest.raises(DataError) as error:
-            open_split(folder, "train")
-        return str(error.value)
 
-    shards = [dict(shard) for shard in manifest["shards"]]
-    shards[1]["tokens"] = 8
-    assert "9 tokens" in broken(manifest | {"shards": shards})
-    assert "not a manifest" in broken({"shards": []})
-    assert "not a manifest" in broken([1])
-    assert "not a manifest" in broken(manifest | {"shards": [{"file": "a"}]})
-    assert "another tokenizer" in broken(manifest | {"tokenizer_sha256": "0"})
-    assert "format 99" in broken(manifest | {"format_version": 99})
-    assert "no train shards" in broken(manifest | {"shards": []})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "s_train_000001.bin").unlink()
-    with pytest.raises(DataError, match=r"s_train_000001\.bin"):
-        open_split(folder, "train")
+def test_a_disk_that_lies_is_found_out(tmp_path, monkeypatch):
+    original = shards._header
+
+    def scribble(num_tokens):  # after the tokens were written, before they are read again
+        path = next(tmp_path.glob(".*.partial"))
+        with path.open("r+b") as file:
+            file.seek(1030)
+            file.write(b"\7\7")
+        return original(num_tokens)
+
+    monkeypatch.setattr(shards, "_header", scribble)
+    with ThreadPoolExecutor(1) as executor:
+        writer = ShardWriter(tmp_path, "w_train_", shard_tokens=100, executor=executor)
+        writer.add(np.arange(50, dtype=np.uint16), [50])
+        with pytest.raises(DataError, match="other bytes than were written"):
+            writer.finish()

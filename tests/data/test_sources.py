@@ -1,13 +1,41 @@
+import gzip
+import json
+import lzma
+
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from data import DataError
-from data.sources import docstrings, file_documents, sample_documents
+from data.sources import FileSource, Progress, docstrings, document, sample_documents
+
+
+def documents(paths, **options):
+    """The texts of all files."""
+    source = FileSource(paths, **options)
+    options = {"text_column": source.text_column, "errors": source.errors}
+    return [
+        document(record, **options)
+        for file in source.inputs()
+        for record in source.records(file, source.fetch(file), Progress(0))
+    ]
+
+
+def zstd(content, *, frames=1):
+    sink = pyarrow.BufferOutputStream()
+    step = -(-len(content) // frames)
+    for start in range(0, len(content), step):
+        part = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(part, "zstd") as stream:
+            stream.write(content[start : start + step])
+        sink.write(part.getvalue())
+    return sink.getvalue().to_pybytes()
 
 
 def test_the_sample_is_english_prose_and_always_the_same():
-    documents = list(sample_documents())
-    assert documents == list(sample_documents())
-    text = "\n".join(documents)
+    texts = list(sample_documents())
+    assert texts == list(sample_documents())
+    text = "\n".join(texts)
     assert 1_000_000 < len(text) < 5_000_000
     assert 'The "with" statement' in text  # the language reference
     assert "Return a list of" in text  # docstrings
@@ -26,40 +54,134 @@ def test_docstrings_in_order(tmp_path):
     assert docstrings(path) == ""
 
 
-def test_files_folders_records_and_separators(tmp_path):
+def test_files_folders_patterns_records_and_separators(tmp_path):
     (tmp_path / "b.txt").write_text("one\n---\ntwo\n---\n \n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_text('{"text": "three"}\n\n"four"\n{"text": ""}\n')
     (tmp_path / "ignored.md").write_text("no")
-    assert list(file_documents([tmp_path / "b.txt"])) == ["one\n---\ntwo\n---\n \n"]
-    assert list(file_documents([tmp_path], separator="\n---\n")) == ["one", "two", "three", "four"]
-    assert list(file_documents([tmp_path / "sub", tmp_path / "b.txt"]))[:2] == ["three", "four"]
+    assert documents([tmp_path / "b.txt"]) == ["one\n---\ntwo\n---\n \n"]
+    assert documents([tmp_path], separator="\n---\n") == ["one", "two", "three", "four", ""]
+    assert documents([tmp_path / "sub", tmp_path / "b.txt"])[:2] == ["three", "four"]
     (tmp_path / "k.jsonl").write_text('{"body": "five"}\n')
-    assert list(file_documents([tmp_path / "k.jsonl"], text_key="body")) == ["five"]
+    assert documents([tmp_path / "k.jsonl"], text_column="body") == ["five"]
+    (tmp_path / "[odd] name.txt").write_text("six")
+    assert documents([tmp_path / "[odd] name.txt"]) == ["six"]  # a name before a pattern
+    assert documents([f"{tmp_path}/**/a.*"]) == ["three", "four", ""]
+
+
+TEXTS = ["first", "zweiter: Grüße", "third\nwith lines", "x" * 3_000_000, "last"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        ("", bytes),
+        (".gz", gzip.compress),
+        (".xz", lzma.compress),
+        (".zst", zstd),
+        (".zst", lambda content: zstd(content, frames=5)),  # as parallel compressors write them
+    ],
+)
+def test_compressed_files_hold_the_same_documents(tmp_path, suffix, compress):
+    lines = "".join(f"{json.dumps({'text': text})}\n" for text in TEXTS)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(lines.encode()))
+    assert documents([tmp_path / f"a.jsonl{suffix}"]) == TEXTS
+    (tmp_path / f"b.txt{suffix}").write_bytes(compress("<|sep|>".join(TEXTS).encode()))
+    assert documents([tmp_path / f"b.txt{suffix}"], separator="<|sep|>") == TEXTS
+
+
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), "dictionary"])
+def test_parquet(tmp_path, kind):
+    column = pyarrow.array([*TEXTS, None, ""])
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
+    table = pyarrow.table({"id": list(range(len(column))), "body": column})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    assert documents([tmp_path / "a.parquet"], text_column="body") == TEXTS
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf"one"\n"two"')
+    assert documents([tmp_path / "a.txt"]) == ["one\ntwo"]
+    assert documents([tmp_path / "b.jsonl"]) == ["one", "two"]
+
+
+def test_separators_on_the_edges_of_what_is_read_at_once(tmp_path, monkeypatch):
+    text = "a<s>bb<s><s>ccc<s>"
+    (tmp_path / "a.txt").write_text(text)
+    for size in range(1, 9):
+        monkeypatch.setattr("data.sources._READ_BYTES", size)
+        assert documents([tmp_path / "a.txt"], separator="<s>") == ["a", "bb", "ccc"]
+
+
+def test_replaced_bytes(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'"ok"\n"\xff!"\n')
+    assert documents([tmp_path / "a.jsonl"], errors="replace") == ["ok", "\ufffd!"]
+    table = pyarrow.table({"text": pyarrow.array([b"ok", b"\xff!"], pyarrow.binary()).cast(pyarrow.string(), safe=False)})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert documents([tmp_path / "a.parquet"], errors="replace") == ["ok", "\ufffd!"]
+    with pytest.raises(DataError, match=r"a\.parquet:2: not UTF-8"):
+        documents([tmp_path / "a.parquet"])
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"text": "ok"}\n{"text": \n', ["a.jsonl:2", "not JSON"]),
-        ("a.jsonl", b'{"body": "x"}\n', ["a.jsonl:1", "'text'", "['body']", "--text_key"]),
+        ("a.jsonl", b'{"body": "x"}\n', ["a.jsonl:1", "'text'", "['body']", "--text_column"]),
         ("a.jsonl", b'{"text": 3}\n', ["a.jsonl:1", "'text'"]),
         ("a.jsonl", b"\n\n[1]\n", ["a.jsonl:3"]),
-        ("a.jsonl", b'"ok"\n"\xff"\n', ["a.jsonl:2", "UTF-8"]),
+        ("a.jsonl", b'"ok"\n"\xff"\n', ["a.jsonl:2", "UTF-8", "--errors replace"]),
         ("a.txt", b"fine\nfine\n\xffbad", ["a.txt:3", "byte 10", "UTF-8"]),
         ("a.pdf", b"x", ["a.pdf", "'.pdf'", ".jsonl"]),
+        ("a.jsonl.gz", gzip.compress(b'"x"\n' * 9999)[:-20], ["a.jsonl.gz", "cut short"]),
+        ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz", "damaged"]),
+        ("a.jsonl.xz", lzma.compress(b'"x"\n' * 9999)[:-20], ["a.jsonl.xz", "cut short"]),
+        ("a.jsonl.zst", zstd(b'"x"\n' * 9999)[:-5], ["a.jsonl.zst", "cut short"]),
+        ("a.jsonl.zst", b"no zstd", ["a.jsonl.zst", "damaged"]),
+        ("a.parquet", b"PAR1 no parquet", ["a.parquet", "damaged"]),
+        ("a.parquet", b"", ["a.parquet", "damaged"]),
     ],
 )
 def test_unreadable_input_names_file_and_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
-        list(file_documents([tmp_path / name]))
+        documents([tmp_path / name])
     for word in words:
         assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_without_the_column(tmp_path):
+    parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'text'.*'body'.*--text_column"):
+        documents([tmp_path / "a.parquet"])
+    with pytest.raises(DataError, match=r"holds int64 and not text"):
+        documents([tmp_path / "a.parquet"], text_column="n")
+
+
+def test_a_damaged_parquet_page(tmp_path):
+    parquet.write_table(pyarrow.table({"text": [f"some text {n}" for n in range(9999)]}), tmp_path / "a.parquet")
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[2000:2100] = bytes(100)
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.parquet: damaged"):
+        documents([tmp_path / "a.parquet"])
+
+
+def test_a_document_too_large_for_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources._MAX_DOCUMENT_BYTES", 3_000_000)
+    (tmp_path / "a.txt").write_text("x" * 9_000_000)
+    with pytest.raises(DataError, match=r"a\.txt:1: a document of more than 3,000,000 bytes.*--separator"):
+        documents([tmp_path / "a.txt"])
 
 
 def test_missing_and_empty_paths(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt"):
-        list(file_documents([tmp_path / "nowhere.txt"]))
-    with pytest.raises(DataError, match=r"no \.txt or \.jsonl"):
-        list(file_documents([tmp_path]))
+        documents([tmp_path / "nowhere.txt"])
+    with pytest.raises(DataError, match=r"no \.txt, \.jsonl"):
+        documents([tmp_path])
+    with pytest.raises(DataError, match="no file has a name like this"):
+        documents([f"{tmp_path}/*.txt"])
+    with pytest.raises(DataError, match="separator is empty"):
+        documents([tmp_path], separator="")

@@ -1,0 +1,57 @@
+"""A Hub on localhost for the tests of data, and commands that ask it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from hub_server import HubServer
+
+from data import hub
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def server():
+    """A HubServer without repositories."""
+    with HubServer({}) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server, monkeypatch, tmp_path):
+    """The Hub's client in this process asks the server."""
+    monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + template.removeprefix("https://huggingface.co")
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
+    return server
+
+
+
+@pytest.fixture
+def run_command(tmp_path):
+    """run_command(*arguments, **environment) runs `python -m data.prepare ... --out tmp_path / "out"`."""
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "data.prepare", *map(str, arguments), "--out", tmp_path / "out"],
+            cwd=ROOT,
+            env={
+                **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
+                "HF_HOME": str(tmp_path / "hf_home"),
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run

@@ -1,0 +1,138 @@
+"""Shards of llm.c and build-nanogpt, written here by independent code."""
+
+import struct
+
+import numpy as np
+import pytest
+from hub_server import COMMIT
+
+from data import DataError
+from data.hub import HubRepository
+from data.manifest import open_split, read_manifest
+from data.prepare import prepare
+from data.pretokenized import HubShards, LocalShards
+from data.verify import repair, verify
+
+CHANCE = np.random.RandomState(0)
+TOKENS = {f"fineweb_{split}_{number:06d}": CHANCE.randint(0, 50257, 700) for split, number in [("val", 0), ("train", 1), ("train", 2), ("train", 3)]}
+
+
+def llm_c(tokens):
+    """As llm.c's dev/data/data_common.py writes them."""
+    return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+@pytest.fixture(params=["bin", "npy"])
+def folder(request, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    for name, tokens in TOKENS.items():
+        if request.param == "bin":
+            (tmp_path / "theirs" / f"{name}.bin").write_bytes(llm_c(tokens))
+        else:
+            np.save(tmp_path / "theirs" / f"{name}.npy", tokens.astype(np.uint16))
+    return tmp_path / "theirs"
+
+
+def train_tokens(folder):
+    return [shard[:].tolist() for shard in open_split(folder, "train")]
+
+
+EXPECTED = [tokens.tolist() for name, tokens in TOKENS.items() if "train" in name]
+
+
+@pytest.mark.parametrize("where", ["theirs", "ours"])
+def test_used_where_they_lie(folder, tmp_path, where):
+    """The manifest goes beside them, or into a folder of its own."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    manifest = prepare(LocalShards(folder), tmp_path / where, name="any")
+    assert train_tokens(tmp_path / where) == EXPECTED
+    assert manifest.total("train", "documents") == sum(tokens.count(50256) for tokens in EXPECTED)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"} == before
+    assert {path.name for path in (tmp_path / "ours").glob("*")} <= {"manifest.json"}
+    assert verify(tmp_path / where)[1] == {}
+    victim = next(folder.glob("*_train_000002*"))
+    content = bytearray(victim.read_bytes())
+    content[-3] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(DataError, match=r"_train_000002\.\w+: bytes .* are not what was written"):
+        train_tokens(tmp_path / where)
+    with pytest.raises(DataError, match="were made elsewhere; copy these again"):
+        repair(tmp_path / where)
+
+
+def test_what_is_no_shard_is_said(folder, tmp_path):
+    victim = next(folder.glob("*_train_000002*"))
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:-2])
+    with pytest.raises(DataError, match=r"_train_000002"):
+        prepare(LocalShards(folder), tmp_path / "out", name="any")
+    victim.write_bytes(whole[:-2] + struct.pack("<H", 50257))
+    with pytest.raises(DataError, match=r"_train_000002\.\w+: token 699 is 50257"):
+        prepare(LocalShards(folder), tmp_path / "out", name="any")
+    victim.write_bytes(whole)
+    prepare(LocalShards(folder), tmp_path / "out", name="any")  # goes on
+    assert train_tokens(tmp_path / "out") == EXPECTED
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no train shards; they are recognised by their names"):
+        prepare(LocalShards(tmp_path / "empty"), tmp_path / "out2", name="any")
+    with pytest.raises(DataError, match="no such folder"):
+        prepare(LocalShards(tmp_path / "nowhere"), tmp_path / "out3", name="any")
+
+
+def test_max_tokens_takes_whole_shards(folder, tmp_path):
+    prepare(LocalShards(folder, max_tokens=800), tmp_path / "out", name="any", max_tokens=800)
+    assert train_tokens(tmp_path / "out") == EXPECTED[:2]
+
+
+@pytest.fixture
+def hub(client):
+    client.repos["datasets/kjj0/fineweb10B-gpt2"] = {f"{name}.bin": llm_c(tokens) for name, tokens in TOKENS.items()}
+    return client
+
+
+def shards_on_hub(tmp_path, **options):
+    repository = HubRepository("kjj0/fineweb10B-gpt2", download_folder=tmp_path / "out" / "downloads")
+    return HubShards(repository, **options)
+
+
+def test_from_the_hub(hub, tmp_path):
+    hub.faults += [("GET .*train_000002", fault) for fault in ("drop", "corrupt", "truncate")]
+    manifest = prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
+    assert manifest.source["revision"] == COMMIT
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", *(f"{name}.bin" for name in TOKENS)}
+    assert train_tokens(tmp_path / "out") == EXPECTED
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "fineweb_train_000002.bin").unlink()
+    hub.log.clear()
+    repair(tmp_path / "out", say=lambda line: None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path for method, path in hub.log if method == "GET" and "resolve" in path} == {
+        f"/datasets/kjj0/fineweb10B-gpt2/resolve/{COMMIT}/fineweb_train_000002.bin"
+    }
+
+
+def test_an_interrupted_download_goes_on(hub, tmp_path):
+    hub.faults += [("GET .*train_000003", 404)]
+    with pytest.raises(DataError, match="HTTP 404"):
+        prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
+    hub.log.clear()
+    prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
+    assert train_tokens(tmp_path / "out") == EXPECTED
+    assert not any("train_000001" in path and "resolve" in path for _, path in hub.log)
+
+
+def test_only_as_many_as_asked_for(hub, tmp_path):
+    prepare(shards_on_hub(tmp_path, max_tokens=700), tmp_path / "out", name="any", max_tokens=700)
+    assert train_tokens(tmp_path / "out") == EXPECTED[:1]
+    assert not any("train_000002" in path for _, path in hub.log)
+
+
+def test_the_commands(server, run_command, tmp_path):
+    server.repos["datasets/kjj0/fineweb10B-gpt2"] = {f"{name}.bin": llm_c(tokens) for name, tokens in TOKENS.items()}
+    done = run_command("pretokenized", "kjj0/fineweb10B-gpt2", HF_ENDPOINT=server.address)
+    assert done.returncode == 0, done.stderr
+    assert train_tokens(tmp_path / "out") == EXPECTED
+    (tmp_path / "out" / "manifest.json").unlink()  # lost: the shards themselves are enough for another
+    done = run_command("pretokenized", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(read_manifest(tmp_path / "out").shards) == 4

@@ -1,0 +1,202 @@
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import DataError
+from data.manifest import open_split, read_manifest
+from data.prepare import prepare
+from data.shards import write_shard
+from data.sources import FileSource
+from data.verify import repair, verify
+
+ROOT = Path(__file__).parents[2]
+TEXTS = [f"Document {i}. " + "Some words of it, again and again. " * (i % 9) for i in range(120)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Six parts of one or two shards."""
+    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
+    (tmp_path / "text").mkdir()
+    for number in range(6):
+        lines = (f"{json.dumps(text)}\n" for text in TEXTS[number * 20 : number * 20 + 20])
+        (tmp_path / "text" / f"{number}.jsonl").write_text("".join(lines))
+    prepare(FileSource([tmp_path / "text"]), tmp_path / "out", name="t", val_fraction=0.2, shard_tokens=400)
+    return tmp_path / "out"
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_whole_folder_is_whole(folder):
+    checked, problems = verify(folder)
+    assert len(checked) == len(read_manifest(folder).shards) > 12
+    assert problems == {}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: content[:1200] + b"\1\1" + content[1202:], "bytes 1,024 to 1,"),
+        (lambda content: content[:-4], "are missing"),
+        (lambda content: content + b"\0\0", "bytes from"),
+        (lambda content: content[:600] + b"\1" + content[601:], "bytes 0 to 1,023"),
+        (lambda content: b"#!/bin/sh" + content[9:], "bytes 0 to 3"),
+        (None, "is missing"),
+    ],
+)
+def test_damage_is_named_and_repaired(folder, damage, words):
+    before = content_of(folder)
+    entry = read_manifest(folder).shards[5]
+    victim = folder / entry["file"]
+    if damage:
+        victim.write_bytes(damage(victim.read_bytes()))
+    else:
+        victim.unlink()
+    _, problems = verify(folder)
+    assert list(problems) == [victim.name]
+    assert words in problems[victim.name]
+    others = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
+    lines = []
+    repair(folder, say=lines.append)
+    assert lines == [f"repair    making part {entry['part']} again", f"repair    {victim.name} is as it was"]
+    assert content_of(folder) == before
+    assert others == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
+
+
+def test_repair_takes_no_other_tokens_than_were_there(folder, tmp_path):
+    victim = folder / read_manifest(folder).shards[0]["file"]
+    victim.unlink()
+    text = (tmp_path / "text" / "0.jsonl").read_text()
+    (tmp_path / "text" / "0.jsonl").write_text(text.replace("Document 1.", "Document I."))
+    with pytest.raises(DataError, match="the source gives other documents than it did"):
+        repair(folder)
+    assert not victim.exists()
+    assert not (folder / ".repair").exists()
+    (tmp_path / "text" / "0.jsonl").unlink()
+    with pytest.raises(DataError, match=r"0\.jsonl"):
+        repair(folder)
+
+
+def test_repair_stops_at_max_tokens_too(folder, tmp_path):
+    out = tmp_path / "some"
+    prepare(FileSource([tmp_path / "text"]), out, name="t", val_fraction=0.2, shard_tokens=400, max_tokens=2500)
+    before = content_of(out)
+    last = out / read_manifest(out).shards[-1]["file"]
+    last.unlink()
+    repair(out, say=lambda line: None)
+    assert content_of(out) == before
+
+
+def test_other_peoples_shards(tmp_path):
+    write_shard(tmp_path / "x_train_000001.bin", np.arange(50))
+    write_shard(tmp_path / "x_val_000000.bin", np.arange(50))
+    assert verify(tmp_path)[1] == {}
+    content = bytearray((tmp_path / "x_train_000001.bin").read_bytes())
+    content[1122:1124] = b"\xff\xff"
+    (tmp_path / "x_train_000001.bin").write_bytes(content)
+    assert "token 49 is 65535" in verify(tmp_path)[1]["x_train_000001.bin"]
+    with pytest.raises(DataError, match=r"no manifest\.json that says where"):
+        repair(tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        verify(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no shards"):
+        verify(tmp_path / "empty")
+
+
+def test_the_command(folder):
+    def run(*arguments):
+        command = [sys.executable, "-m", "data.verify", folder, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "are what was written" in done.stdout
+    victim = next(folder.glob("*.bin"))
+    victim.write_bytes(victim.read_bytes()[:-2])
+    done = run()
+    assert done.returncode == 1
+    assert f"error: {victim}: " in done.stderr
+    assert "1 of " in done.stderr
+    assert "Traceback" not in done.stderr
+    done = run("--repair")
+    assert done.returncode == 0, done.stderr
+    assert run().returncode == 0
+
+
+def mutate(chance, folder):
+    """One random damage; its description."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    path = chance.choice([*paths, folder / "manifest.json"])
+    content = bytearray(path.read_bytes())
+    kind = chance.choice(["flip", "flip", "bytes", "zero", "cut", "longer", "shift", "swap", "text", "gone", "double"])
+    place = chance.randrange(len(content))
+    if kind == "flip":
+        content[place] ^= 1 << chance.randrange(8)
+    elif kind == "bytes":
+        for _ in range(chance.randrange(1, 20)):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+    elif kind == "zero":
+        content[place : place + chance.randrange(1, 300)] = bytes(min(chance.randrange(1, 300), len(content) - place))
+    elif kind == "cut":
+        del content[place:]
+    elif kind == "longer":
+        content += bytes(chance.randrange(256) for _ in range(chance.randrange(1, 10)))
+    elif kind == "shift":
+        del content[place : place + chance.randrange(1, 5)]
+    elif kind == "swap":
+        other = chance.choice(paths).read_bytes()
+        content = bytearray(other)
+    elif kind == "text":
+        content = bytearray(bytes(content).replace(b"train", b"val", chance.randrange(1, 3)))
+    elif kind == "double":
+        content[place:place] = content[place : place + chance.randrange(1, 100)]
+    if kind == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    return kind, path
+
+
+def all_tokens(folder):
+    return {split: [shard[:].tolist() for shard in open_split(folder, split)] for split in ("train", "val")}
+
+
+def test_damage_is_never_a_crash_and_never_a_wrong_token(tmp_path, rounds=5000):
+    """Shards and manifests mutated at random: the same tokens, or one DataError; and `verify` sees what changed."""
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in TEXTS))
+    folder = tmp_path / "out"
+    prepare(FileSource([tmp_path / "text"]), folder, name="t", val_fraction=0.2, shard_tokens=1500)
+    whole, tokens = content_of(folder), all_tokens(folder)
+    chance = random.Random(rounds)
+    refused = 0
+    for _ in range(rounds):
+        kind, path = mutate(chance, folder)
+        is_changed = content_of(folder) != whole
+        try:
+            assert all_tokens(folder) == tokens, (kind, path)
+        except DataError as error:
+            assert "\n" not in str(error)
+            assert str(folder) in str(error)
+            refused += 1
+        try:
+            problems = verify(folder)[1]
+        except DataError as error:
+            assert str(folder) in str(error)
+            problems = {"manifest.json": error}
+        if is_changed and path.suffix == ".bin":
+            assert list(problems) == [path.name], (kind, path)
+        elif not is_changed:
+            assert problems == {}
+        for name, content in whole.items():
+            if not (folder / name).exists() or (folder / name).read_bytes() != content:
+                (folder / name).write_bytes(content)
+    assert refused > rounds / 2
