@@ -17,11 +17,11 @@ import numpy as np
 
 from data import DataError
 from data.sources import document
-from data.tokenizer import encode_document, load_encoder
+from data.tokenizer import check_engine, encode_document, load_encoder
 
 # Records go to the processes in batches of about this many bytes: large against the cost of sending them, small
 # against the memory of a machine.
-_BATCH_BYTES = 500_000
+_BATCH_BYTES = 1_000_000
 
 
 class Encoded(NamedTuple):
@@ -56,13 +56,13 @@ class Encoder:
         """
         self._options = (val_fraction, text_column, errors, engine)
         self._num_proc, self._pool = num_proc, None
-        load_encoder(engine)  # what is missing is said here, once, and not by each process
+        check_engine(engine)  # what is missing is said here, once, and not by each process
 
     def __enter__(self):
         if self._num_proc > 1:
             # spawn: the same on every platform, and no fork of a process that has threads.
             self._pool = ProcessPoolExecutor(
-                self._num_proc, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+                self._num_proc, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=[self._options[-1]]
             )
         return self
 
@@ -122,8 +122,9 @@ def _interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile arrives now
 
 
-def _start_worker():
+def _start_worker(engine):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    load_encoder(engine)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

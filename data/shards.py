@@ -11,6 +11,7 @@ block the first time it is read from, so a token that is not the one that was wr
 
 import contextlib
 import hashlib
+import mmap
 import os
 import zlib
 from pathlib import Path
@@ -31,15 +32,16 @@ REMEDY = "mend it with `python -m data.verify DIR --repair`, copy the file again
 class Shard:
     """The tokens of one file, memory-mapped; slices of it are checked the first time their blocks are read."""
 
-    def __init__(self, tokens, *, path="shard", crc32=None):
+    def __init__(self, tokens, *, path=None, offset=HEADER_BYTES, crc32=None):
         """
         Args:
             tokens: [N] uint16 array, or memory map.
-            path: for messages.
+            path: the file that is mapped; None where there is none.
+            offset: bytes of the file before the tokens.
             crc32: hex, 8 digits a block, as `scan_shard` gives them; None where nobody wrote them down, and then
                 only ids that GPT-2 does not have are errors.
         """
-        self.tokens, self.path = tokens, path
+        self.tokens, self.path, self.offset = tokens, path, offset
         self._crc32 = crc32
         self._is_checked = np.zeros(-(-len(tokens) // BLOCK_TOKENS), dtype=bool)
 
@@ -68,34 +70,41 @@ class Shard:
     def _check(self, block):
         begin = block * BLOCK_TOKENS
         tokens = self.tokens[begin : begin + BLOCK_TOKENS]
+        if self.path is not None:
+            # Read, and not through the map, which would take the block from the disk page by page.
+            try:
+                with open(self.path, "rb", buffering=0) as file:
+                    file.seek(self.offset + 2 * begin)
+                    content = file.read(2 * len(tokens))
+            except OSError as error:
+                raise DataError(f"{self.path}: {error.strerror or error}; {REMEDY}") from error
+            if len(content) != 2 * len(tokens):
+                raise DataError(f"{self.path}: became shorter while it was read; {REMEDY}")
+            tokens = np.frombuffer(content, dtype="<u2")
         if self._crc32 is not None and f"{zlib.crc32(tokens):08x}" != self._crc32[8 * block : 8 * block + 8]:
-            raise DataError(
-                f"{self.path}: {byte_range(self.tokens, begin, begin + len(tokens))} are not what was written; {REMEDY}"
-            )
-        check_ids(tokens, self.path, begin)
+            raise DataError(f"{self.path}: {self.byte_range(begin, len(tokens))} are not what was written; {REMEDY}")
+        self.check_ids(tokens, begin)
         self._is_checked[block] = True
 
+    def byte_range(self, begin, count):
+        """Where `count` tokens from `begin` on stand in the file: "bytes 1,024 to 66,559"."""
+        first = self.offset + 2 * begin
+        return f"bytes {first:,} to {first + 2 * count - 1:,}"
 
-def byte_range(tokens, begin, end):
-    """Where the tokens from `begin` to `end` stand in their file: "bytes 1,024 to 66,559"."""
-    offset = getattr(tokens, "offset", HEADER_BYTES)
-    return f"bytes {offset + 2 * begin:,} to {offset + 2 * end - 1:,}"
+    def check_ids(self, tokens, begin):
+        """
+        Args:
+            tokens: [n] token ids, those of the shard from `begin` on.
 
-
-def check_ids(tokens, path, begin=0):
-    """
-    Args:
-        tokens: [N] token ids: those of `path` from `begin` on.
-
-    Raises:
-        DataError: an id that GPT-2 does not have; names the file and the token's place in it.
-    """
-    if len(tokens) and tokens.max() >= VOCAB_SIZE:
-        place = begin + int((tokens >= VOCAB_SIZE).argmax())
-        raise DataError(
-            f"{path}: token {place:,} is {tokens[place - begin]}, and GPT-2 has only {VOCAB_SIZE}: made with another "
-            f"tokenizer, or damaged at {byte_range(tokens, place, place + 1)}; {REMEDY}"
-        )
+        Raises:
+            DataError: an id that GPT-2 does not have; names the file and the token's place in it.
+        """
+        if len(tokens) and tokens.max() >= VOCAB_SIZE:
+            place = int((tokens >= VOCAB_SIZE).argmax())
+            raise DataError(
+                f"{self.path or 'shard'}: token {begin + place:,} is {tokens[place]}, and GPT-2 has only {VOCAB_SIZE}: "
+                f"made with another tokenizer, or damaged at {self.byte_range(begin + place, 1)}; {REMEDY}"
+            )
 
 
 class ShardWriter:
@@ -251,13 +260,22 @@ def open_shard(path, crc32=None):
     """
     path = Path(path)
     try:
-        tokens = _map_npy(path) if path.name.removesuffix(".partial").endswith(".npy") else _map_bin(path)
+        offset, count = _npy_extent(path) if path.suffix == ".npy" else _bin_extent(path)
+        if count == 0:
+            return Shard(np.zeros(0, dtype="<u2"), path=path, offset=offset, crc32=crc32)
+        with path.open("rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
-    return Shard(tokens, path=path, crc32=crc32)
+    if hasattr(content, "madvise"):
+        # Windows are read in random order: without this, each page comes with the megabytes around it.
+        content.madvise(mmap.MADV_RANDOM)
+    tokens = np.frombuffer(content, dtype="<u2", offset=offset, count=count)
+    return Shard(tokens, path=path, offset=offset, crc32=crc32)
 
 
-def _map_bin(path):
+def _bin_extent(path):
+    """(bytes before the tokens, number of tokens)"""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
@@ -280,12 +298,11 @@ def _map_bin(path):
             f"{path}: the header (bytes 8 to 11) promises {count:,} tokens, {expected:,} bytes, and the file has "
             f"{size:,}: torn or still being written ({where}); {REMEDY}"
         )
-    if count == 0:
-        return np.zeros(0, dtype="<u2")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    return HEADER_BYTES, count
 
 
-def _map_npy(path):
+def _npy_extent(path):
+    """(bytes before the tokens, number of tokens)"""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
@@ -293,9 +310,10 @@ def _map_npy(path):
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype != "<u2":
         found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
         raise DataError(f"{path}: {found}, and a shard is uint16 [N]; {REMEDY}")
-    if path.stat().st_size != getattr(tokens, "offset", path.stat().st_size) + tokens.nbytes:
+    offset = path.stat().st_size - tokens.nbytes
+    if offset != getattr(tokens, "offset", offset):
         raise DataError(f"{path}: longer than its header says; {REMEDY}")
-    return tokens
+    return offset, len(tokens)
 
 
 def scan_shard(path):
@@ -310,17 +328,16 @@ def scan_shard(path):
         DataError: as `open_shard`; an id that GPT-2 does not have.
     """
     path = Path(path)
-    tokens = open_shard(path).tokens
+    shard = open_shard(path)
     sha256, crcs, crc32_of_all, documents = hashlib.sha256(), [], 0, 0
     block_bytes = 2 * BLOCK_TOKENS
     try:
         with path.open("rb") as file:
-            sha256.update(file.read(path.stat().st_size - tokens.nbytes))
-            # Read, not mapped: what the disk took away meanwhile is an error here, and a dead process there.
-            for begin in range(0, len(tokens), BLOCK_TOKENS):
-                content = file.read(min(block_bytes, 2 * (len(tokens) - begin)))
+            sha256.update(file.read(shard.offset))
+            for begin in range(0, len(shard), BLOCK_TOKENS):
+                content = file.read(min(block_bytes, 2 * (len(shard) - begin)))
                 block = np.frombuffer(content, dtype="<u2")
-                check_ids(block, path, begin)
+                shard.check_ids(block, begin)
                 sha256.update(content)
                 crcs.append(f"{zlib.crc32(content):08x}")
                 crc32_of_all = zlib.crc32(content, crc32_of_all)
@@ -328,7 +345,7 @@ def scan_shard(path):
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
     return {
-        "tokens": len(tokens),
+        "tokens": len(shard),
         "documents": documents,
         "sha256": sha256.hexdigest(),
         "crc32": "".join(crcs),

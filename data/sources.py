@@ -229,8 +229,7 @@ def file_records(path, *, where, text_column, separator, progress):
         is_json = file_kind(path) == ".jsonl"
         between = "\n" if is_json else separator
         with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
-            for number, content in _between(stream, between and between.encode(), where):
-                progress.bytes_here = raw.tell()
+            for number, content in _between(stream, between and between.encode(), where, raw, progress):
                 if content and not content.isspace():
                     yield Record(content, is_json, where, number)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -252,9 +251,10 @@ def _decompressed(raw, suffix):
     return raw
 
 
-def _between(stream, separator, where):
+def _between(stream, separator, where, raw, progress):
     """(line number, bytes) of what stands between separators; without one, of the whole."""
     number, rest = 1, b""
+    lines_between = separator.count(b"\n") if separator else 0
     is_first = True
     while True:
         chunk = stream.read(max(_READ_BYTES, len(rest)))
@@ -262,10 +262,11 @@ def _between(stream, separator, where):
             chunk, is_first = chunk.removeprefix(b"\xef\xbb\xbf"), False  # a byte-order mark
         if not chunk:
             break
+        progress.bytes_here = raw.tell()
         *pieces, rest = (rest + chunk).split(separator) if separator else [rest + chunk]
         for piece in pieces:
             yield number, piece
-            number += piece.count(b"\n") + separator.count(b"\n")
+            number += lines_between if separator == b"\n" else piece.count(b"\n") + lines_between
         if len(rest) > _MAX_DOCUMENT_BYTES:
             raise DataError(
                 f"{where}:{number}: a document of more than {_MAX_DOCUMENT_BYTES:,} bytes begins here; "

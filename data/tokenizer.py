@@ -107,6 +107,18 @@ def load_tiktoken():
     )
 
 
+def check_engine(engine):
+    """
+    Raises:
+        DataError: as `load_encoder` would, without its cost.
+    """
+    if engine not in ENGINES:
+        raise DataError(f"no tokenising engine {engine!r}; give one of {', '.join(ENGINES)}")
+    if importlib.util.find_spec(engine) is None:
+        raise DataError(f'the engine {engine} is not installed: pip install -e ".[fast]"')
+    vocabulary_files()
+
+
 @cache
 def load_encoder(engine="tiktoken"):
     """
@@ -119,15 +131,12 @@ def load_encoder(engine="tiktoken"):
     Raises:
         DataError: the engine's package is missing, or there is no such engine.
     """
+    check_engine(engine)
     if engine == "tiktoken":
         encoding = load_tiktoken()
         return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
-    if engine != "gigatoken":
-        raise DataError(f"no tokenising engine {engine!r}; give one of {', '.join(ENGINES)}")
-    try:
-        from gigatoken import Tokenizer
-    except ImportError as error:
-        raise DataError('the engine gigatoken is not installed: pip install -e ".[fast]"') from error
+    from gigatoken import Tokenizer
+
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     description = {  # a tokenizer.json without special tokens, which gigatoken would find in a text
         "version": "1.0",

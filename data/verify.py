@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, foreign_shards, read_manifest
 from data.prepare import make_part, source_of
-from data.shards import BLOCK_TOKENS, HEADER_BYTES, byte_range, check_ids, open_shard, scan_shard
+from data.shards import BLOCK_TOKENS, HEADER_BYTES, open_shard, scan_shard
 from data.tokenizer import EOT
 
 _REPAIR = ".repair"
@@ -43,21 +43,21 @@ def problem_with(folder, entry):
     if not path.is_file():
         return f"{path}: the file is missing"
     try:
-        tokens = open_shard(path).tokens
-        if len(tokens) != entry["tokens"]:
+        shard = open_shard(path)
+        if len(shard) != entry["tokens"]:
             return (
-                f"{path}: {len(tokens):,} tokens, {MANIFEST} says {entry['tokens']:,} "
+                f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,} "
                 f"(first bad: bytes 8 to 11, the header's count)"
             )
         sha256, documents, is_whole = hashlib.sha256(), 0, True
         with path.open("rb") as file:
-            sha256.update(file.read(path.stat().st_size - tokens.nbytes))
-            for block, begin in enumerate(range(0, len(tokens), BLOCK_TOKENS)):
-                content = file.read(2 * min(BLOCK_TOKENS, len(tokens) - begin))
+            sha256.update(file.read(shard.offset))
+            for block, begin in enumerate(range(0, len(shard), BLOCK_TOKENS)):
+                content = file.read(2 * min(BLOCK_TOKENS, len(shard) - begin))
                 found = np.frombuffer(content, dtype="<u2")
                 if f"{zlib.crc32(content):08x}" != entry["crc32"][8 * block : 8 * block + 8]:
-                    return f"{path}: {byte_range(tokens, begin, begin + len(found))} are not what was written"
-                check_ids(found, path, begin)
+                    return f"{path}: {shard.byte_range(begin, len(found))} are not what was written"
+                shard.check_ids(found, begin)
                 sha256.update(content)
                 documents += int(np.count_nonzero(found == EOT))
     except (DataError, OSError) as error:

@@ -12,7 +12,10 @@ ROOMS = {"modeling_gpt2repro", "data", "training", "eval", "train"}
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "modeling_gpt2repro": {"torch", "transformers"},
-    "data": {"data", "numpy", "torch", "tqdm", "datasets", "tiktoken", "transformers"},
+    "data": {
+        *("data", "numpy", "torch", "tqdm", "tiktoken", "transformers", "gigatoken"),
+        *("filelock", "fsspec", "huggingface_hub", "pyarrow"),
+    },
     "training": {"training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"},
     "eval": {"eval", "torch", "numpy", "tqdm", "transformers", "datasets", "evaluate", "huggingface_hub"},
 }

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny_run import ROOT, clean_environment, losses
 
 import train
+from data.loader import Permutation
 from data.manifest import open_split
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -72,7 +73,8 @@ def test_losses_follow_a_plain_pytorch_loop(finished_run, tiny):
     for shard in sorted((tiny.parent / "shards").glob("*_train_*.bin")):
         tokens = np.fromfile(shard, dtype="<u2", offset=1024).astype(np.int64)
         windows += [tokens[i * 32 : i * 32 + 33] for i in range((len(tokens) - 1) // 32)]
-    order = np.concatenate([np.random.RandomState([1337, epoch]).permutation(len(windows)) for epoch in range(50)])
+    permutations = [Permutation(len(windows), f"seed 1337, epoch {epoch}") for epoch in range(50)]
+    order = np.concatenate([permutation(np.arange(len(windows))) for permutation in permutations])
     matrices = [p for p in gpt2.parameters() if p.dim() >= 2]
     vectors = [p for p in gpt2.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(

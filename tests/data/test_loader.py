@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError
-from data.loader import WindowLoader, validation_batches
+from data.loader import Permutation, WindowLoader, validation_batches
+from data.shards import Shard
+from data.tokenizer import EOT
 
 SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(lambda sizes: max(sizes) > 8)
 
@@ -15,17 +18,18 @@ SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(lambda size
 def make(sizes):
     """Shards whose tokens are all different, so that a window can be told from its tokens."""
     ends = np.cumsum([0, *sizes])
-    return [np.arange(a, b, dtype=np.uint16) for a, b in itertools.pairwise(ends)]
+    return [Shard(np.arange(a, b, dtype=np.uint16)) for a, b in itertools.pairwise(ends)]
 
 
 def windows_of(shards, seq_len):
     """All windows, by slicing: the slow reference."""
     return [
-        tuple(shard[i : i + seq_len + 1].tolist()) for shard in shards for i in range(0, len(shard) - seq_len, seq_len)
+        tuple(shard.tokens[i : i + seq_len + 1].tolist()) for shard in shards for i in range(0, len(shard) - seq_len, seq_len)
     ]
 
 
-def rows(inputs, targets):
+def rows(batch):
+    inputs, targets, _ = batch
     assert inputs.dtype == targets.dtype == torch.int64
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
     return [(*a, b[-1]) for a, b in zip(inputs.tolist(), targets.tolist(), strict=True)]
@@ -35,27 +39,32 @@ def rows(inputs, targets):
 @given(
     sizes=SHARDS,
     seq_len=st.integers(1, 8),
-    per_rank=st.integers(1, 3),
-    world_size=st.integers(1, 3),
+    accumulation=st.integers(1, 3),
+    world_size=st.sampled_from([1, 2, 3, 8]),
     seed=st.integers(0, 2**32 - 1),
+    order=st.sampled_from(["shuffled", "sequential"]),
 )
-def test_each_window_once_an_epoch_whatever_the_processes(sizes, seq_len, per_rank, world_size, seed):
+def test_each_window_once_an_epoch_whatever_the_processes(sizes, seq_len, accumulation, world_size, seed, order):
     shards = make(sizes)
     expected = sorted(windows_of(shards, seq_len))
-    batch_size = per_rank * world_size
-    options = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed}
+    batch_size = accumulation * world_size
+    options = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed, "order": order}
     alone = WindowLoader(shards, **options)
     assert alone.num_windows == len(expected)
     assert alone.tokens_per_epoch == len(expected) * seq_len
     ranks = [WindowLoader(shards, **options, rank=r, world_size=world_size) for r in range(world_size)]
     stream = []
     for step in range(2 * len(expected) // batch_size + 1):
-        together = [row for rank in ranks for row in rows(*rank.batch(step))]
-        assert together == rows(*alone.batch(step))
+        mine = [rank.batch(step) for rank in ranks]
+        together = [row for batch in mine for row in rows(batch)]
+        assert together == rows(alone.batch(step))
+        assert together == [row for batch in mine for micro_batch in batch.split(1) for row in rows(micro_batch)]
         stream += together
     n = len(expected)
     assert sorted(stream[:n]) == expected
     assert sorted(stream[n : 2 * n]) == expected
+    if order == "sequential":
+        assert stream[:n] == stream[n : 2 * n] == windows_of(shards, seq_len)
 
 
 def test_any_step_can_be_asked_for_at_once():
@@ -64,18 +73,46 @@ def test_any_step_can_be_asked_for_at_once():
     walked = WindowLoader(shards, **options)
     batches = [walked.batch(step) for step in range(60)]  # three and a half epochs
     for step in (59, 0, 17, 16, 33):
-        fresh = WindowLoader(shards, **options).batch(step)
-        assert torch.equal(fresh[0], batches[step][0])
-        assert torch.equal(fresh[1], batches[step][1])
+        assert rows(WindowLoader(shards, **options).batch(step)) == rows(batches[step])
+        ahead = list(WindowLoader(shards, **options).batches(step, min(60, step + 7)))  # restored there, read ahead
+        assert [rows(batch) for batch in ahead] == [rows(batch) for batch in batches[step : step + 7]]
 
 
 def test_the_order_is_frozen():
-    """A golden: this order must never change, or resumed runs would train on other data. numpy 2.4, 2026-11-23."""
+    """A golden: this order must never change, or resumed runs would train on other data. 2026-11-24."""
     loader = WindowLoader(make([81]), seq_len=4, batch_size=5, seed=1337)
     assert [loader.global_batch(step).tolist() for step in (0, 3, 4)] == GOLDEN
 
 
-GOLDEN = [[4, 10, 7, 0, 2], [6, 17, 8, 18, 15], [15, 0, 8, 12, 2]]
+GOLDEN = [[17, 10, 4, 16, 19], [9, 14, 6, 8, 3], [7, 18, 4, 2, 8]]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097, 99_999])
+def test_a_permutation_has_every_place_once(size):
+    assert sorted(Permutation(size, "key")(np.arange(size)).tolist()) == list(range(size))
+
+
+def test_permutations_look_random():
+    """Over many keys every item comes to every place equally often, and neighbours do not stay neighbours."""
+    size, keys = 10, 4000
+    found = np.array([Permutation(size, str(key))(np.arange(size)) for key in range(keys)])  # [keys, places]
+    counts = np.array([np.bincount(found[:, place], minlength=size) for place in range(size)])
+    chi_squared = ((counts - keys / size) ** 2 / (keys / size)).sum()
+    assert chi_squared < 81 + 5 * (2 * 81) ** 0.5  # 9 x 9 degrees of freedom, five standard deviations
+    order = Permutation(100_000, "key")(np.arange(100_000))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.016  # five standard deviations
+    assert abs(np.corrcoef(np.arange(100_000), order)[0, 1]) < 0.016
+    assert np.mean(np.abs(np.diff(order)) == 1) < 1e-3
+
+
+def test_ten_billion_tokens_cost_nothing_to_begin_with():
+    """Windows of 10B tokens: any step at once, without a list of them."""
+    loader = WindowLoader(make([81]), seq_len=4, batch_size=512, seed=1)
+    loader.windows.starts = np.array([0, 9_765_625])
+    for step in (0, 19_072, 10**6):
+        batch = loader.global_batch(step)
+        assert len(set(batch.tolist())) == 512
+        assert 0 <= batch.min() < batch.max() < 9_765_625
 
 
 def test_epochs_and_seeds_differ():
@@ -90,14 +127,72 @@ def test_too_little_and_undividable():
         WindowLoader(make([10]), seq_len=16, batch_size=1, seed=0)
     with pytest.raises(DataError, match=r"10 windows.*3 processes"):
         WindowLoader(make([100]), seq_len=4, batch_size=10, seed=0, world_size=3)
+    with pytest.raises(DataError, match=r"order 'random' is none of shuffled, sequential"):
+        WindowLoader(make([100]), seq_len=4, batch_size=10, seed=0, order="random")
+    with pytest.raises(DataError, match=r"boundary 'x' is none of ignore, document"):
+        WindowLoader(make([100]), seq_len=4, batch_size=10, seed=0, boundary="x")
 
 
-def test_a_foreign_token_is_named():
-    shard = np.arange(100, dtype=np.uint16)
-    shard[41] = 60000
-    loader = WindowLoader([shard], seq_len=4, batch_size=24, seed=0)
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_a_foreign_token_is_named(read_ahead):
+    tokens = np.arange(100, dtype=np.uint16)
+    tokens[41] = 60000
+    loader = WindowLoader([Shard(tokens)], seq_len=4, batch_size=24, seed=0)
     with pytest.raises(DataError, match="token 41 is 60000"):
-        loader.batch(0)
+        next(loader.batches(0, 3)) if read_ahead else loader.batch(0)
+
+
+def test_a_reader_that_is_given_up_stops():
+    before = threading.active_count()
+    batches = WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 10**6)
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), seq_len=st.integers(1, 12))
+def test_positions_begin_again_with_each_document(data, seq_len):
+    tokens = data.draw(st.lists(st.sampled_from([EOT, 1, 2]), min_size=20, max_size=60))
+    loader = WindowLoader(
+        [Shard(np.array(tokens, dtype=np.uint16))], seq_len=seq_len, batch_size=1, seed=0, boundary="document"
+    )
+    for step in range(loader.num_windows):
+        batch = loader.batch(step)
+        expected, place = [], -1
+        for token in batch.inputs[0].tolist():
+            place = 0 if token == EOT else place + 1
+            expected.append(place)
+        assert batch.position_ids[0].tolist() == expected
+
+
+def test_documents_of_a_window_do_not_see_each_other():
+    """Through the model: with boundary "document", a document's logits are those it has alone."""
+    from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+    torch.manual_seed(0)
+    model = GPT2ReproForCausalLM(
+        GPT2ReproConfig(n_layer=2, n_embd=32, n_head=2, n_positions=16, initializer_range=0.2)
+    ).eval()
+    tokens = [EOT, 5, 6, 7, EOT, 8, 9, EOT, 10, 11, 12, 13]
+    shard = Shard(np.array([*tokens, EOT], dtype=np.uint16))
+    batch = WindowLoader([shard], seq_len=12, batch_size=1, seed=0, boundary="document").batch(0)
+    together = model(batch.inputs, position_ids=batch.position_ids).logits[0]
+    for begin, end in ((0, 4), (4, 7), (7, 12)):
+        alone = model(torch.tensor([tokens[begin:end]])).logits[0]
+        torch.testing.assert_close(together[begin:end], alone, rtol=0, atol=2e-5)
+    ignored = model(batch.inputs).logits[0]
+    assert (ignored[4:] - together[4:]).abs().max() > 0.01
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pinned_memory():
+    batch = next(WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 3, pin_memory=True))
+    assert batch.inputs.is_pinned()
+    assert batch.targets.is_pinned()
+    assert batch.map(lambda x: x.cuda(non_blocking=True)).inputs.is_cuda
 
 
 @settings(max_examples=50, deadline=None)
@@ -106,11 +201,11 @@ def test_each_validation_window_on_exactly_one_process(sizes, seq_len, world_siz
     shards = make(sizes)
     seen = []
     for rank in range(world_size):
-        for inputs, targets in validation_batches(
+        for batch in validation_batches(
             shards, seq_len=seq_len, batch_size=2, max_tokens=limit, rank=rank, world_size=world_size
         ):
-            assert 1 <= len(inputs) <= 2
-            seen += rows(inputs, targets)
+            assert 1 <= len(batch.inputs) <= 2
+            seen += rows(batch)
     assert sorted(seen) == sorted(windows_of(shards, seq_len)[: limit // seq_len])
 
 

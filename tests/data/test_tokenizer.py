@@ -6,7 +6,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data import DataError, tokenizer
-from data.tokenizer import EOT, VOCAB_SIZE, load_hf_tokenizer, load_tiktoken
+from data.sources import sample_documents
+from data.tokenizer import EOT, VOCAB_SIZE, encode_document, load_encoder, load_hf_tokenizer, load_tiktoken
 
 # All of Unicode (hypothesis leaves out surrogates, which no UTF-8 text has), and what tokenizers trip over.
 PIECES = st.one_of(
@@ -40,6 +41,46 @@ def test_tiktoken_and_transformers_agree(both, text):
     assert hf(text)["input_ids"] == special
     assert encoding.decode(ordinary) == hf.decode(ordinary) == text
     assert all(0 <= token < VOCAB_SIZE - 1 for token in ordinary)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=TEXTS)
+@example(text="")
+@example(text="<|endoftext|>")
+@example(text=" " * 1000)
+@example(text="a" * 5000)
+@example(text="".join(map(chr, range(256))))
+def test_gigatoken_agrees(both, text):
+    pytest.importorskip("gigatoken")
+    text = text.encode("utf-8", "replace").decode()  # as documents come: half of a surrogate pair is no text
+    assert load_encoder("gigatoken")(text).tolist() == both[0].encode_ordinary(text)
+
+
+def test_engines_agree_on_real_text(both):
+    pytest.importorskip("gigatoken")
+    documents = list(sample_documents())
+    for text in documents:
+        expected = [EOT, *both[0].encode_ordinary(text)]
+        assert encode_document(text).tolist() == expected
+        assert encode_document(text, "gigatoken").tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS, words=st.lists(st.sampled_from(["word ", "two\n", "  ", "x", "\u2003", "\n\n", "'s ", "9 "]), max_size=60))
+def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(both, text, words):
+    text = "".join(words) + text + "".join(words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "_PIECE_CHARACTERS", 5)
+        assert encode_document(text).tolist() == [EOT, *both[0].encode_ordinary(text)]
+
+
+def test_an_engine_that_is_not_there_is_said(monkeypatch):
+    with pytest.raises(DataError, match="no tokenising engine 'x'; give one of tiktoken, gigatoken"):
+        load_encoder("x")
+    load_encoder.cache_clear()
+    monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DataError, match=r"pip install -e \"\.\[fast\]\""):
+        load_encoder("gigatoken")
 
 
 def test_known_ids(both):
