@@ -5,8 +5,9 @@ What the loader delivers, from one process, at T = 1,024 and 512 windows a step 
     python benchmarks/loader.py shards/mine --seconds 60    # a longer run, for the memory it takes
     python benchmarks/loader.py --ten_billion               # the first batch of 10B tokens, in a sparse set made for it
 
-Cold: the kernel is told to forget the files' pages before each round, and a fresh loader checks each block again. Memory
-is RssAnon: what the process holds itself, not the mapped pages of files, which the kernel takes back when it likes.
+Cold: the kernel is told to forget the files' pages before each round, and a fresh loader checks each block again.
+Memory is RssAnon: what the process holds itself, not the mapped pages of files, which the kernel takes back when it
+likes.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SEQ_LEN, WINDOWS = 1024, 512
 
 
 def held_megabytes():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
     return int(line.split()[1]) / 1024
 
 
@@ -86,8 +87,9 @@ def first_batch(folder):
     """In a process of its own: seconds for imports, to open the set, and to the first batch."""
     program = (
         "import json, sys, time; t = [time.perf_counter()]; from data.loader import WindowLoader; "
-        "from data.manifest import open_split; t.append(time.perf_counter()); shards = open_split(sys.argv[1], 'train'); "
-        f"t.append(time.perf_counter()); loader = WindowLoader(shards, seq_len={SEQ_LEN}, batch_size={WINDOWS}, seed=1); "
+        "from data.manifest import open_split; t.append(time.perf_counter()); "
+        "shards = open_split(sys.argv[1], 'train'); t.append(time.perf_counter()); "
+        f"loader = WindowLoader(shards, seq_len={SEQ_LEN}, batch_size={WINDOWS}, seed=1); "
         "next(loader.batches(int(sys.argv[2]), 10**9)); t.append(time.perf_counter()); "
         "print(json.dumps([b - a for a, b in zip(t, t[1:])]))"
     )
@@ -117,7 +119,9 @@ def main():
             for boundary in ("ignore", "document"):
                 for is_cold in (False, True):
                     rate, more = deliver(args.folder, args.seconds, boundary, is_cold)
-                    print(f"| {boundary} | {'cold' if is_cold else 'warm'} | {rate / 1e6:.1f} | {more:.1f} |", flush=True)
+                    print(
+                        f"| {boundary} | {'cold' if is_cold else 'warm'} | {rate / 1e6:.1f} | {more:.1f} |", flush=True
+                    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ How fast text becomes tokens, in turns on the same documents:
     tiktoken        tiktoken alone: each process encodes its share of documents that are in its memory already
     lecture         build-nanogpt's fineweb.py: multiprocessing's imap over single documents, shards filled as they come
     tokenizers      Hugging Face tokenizers' batch call, with as many threads
-    prepare         the whole `python -m data.prepare` command: starting, reading, tokenising, writing, hashing, verifying
+    prepare         the whole `python -m data.prepare` command: start, read, tokenise, write, hash, verify
     prepare-giga    the same with --engine gigatoken
 
 Prints a table for RECORDS.md: medians (lowest to highest), and medians of the ratios to `tiktoken` within a round.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 if __name__ == "tokenize":
     # The other benchmarks' folder is this one, and what they import wants the standard library's module of this name.
-    spec = PathFinder.find_spec("tokenize", [os.path.dirname(os.__file__)])
+    spec = PathFinder.find_spec("tokenize", [str(Path(os.__file__).parent)])
     sys.modules["tokenize"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["tokenize"])
 
@@ -143,9 +143,7 @@ def main():
 
     source = FileSource(args.paths, separator=args.separator)
     documents = [
-        document(record)
-        for file in source.inputs()
-        for record in source.records(file, source.fetch(file), Progress(0))
+        document(record) for file in source.inputs() for record in source.records(file, source.fetch(file), Progress(0))
     ]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)

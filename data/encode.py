@@ -62,7 +62,10 @@ class Encoder:
         if self._num_proc > 1:
             # spawn: the same on every platform, and no fork of a process that has threads.
             self._pool = ProcessPoolExecutor(
-                self._num_proc, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=[self._options[-1]]
+                self._num_proc,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=[self._options[-1]],
             )
         return self
 

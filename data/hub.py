@@ -118,13 +118,15 @@ class HubRepository:
         disable_progress_bars()
         # The client's base class for what its HTTP library raises, whichever library that is in its version.
         problems = (errors.HfHubHTTPError.__bases__[0], OSError, RuntimeError)
-        for attempt in range(1, _ATTEMPTS + 1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return ask(HfApi())
             except errors.GatedRepoError as error:
                 raise DataError(
-                    f"{self.dataset} asks for consent: accept its terms on {constants.ENDPOINT}/datasets/{self.dataset} "
-                    "and log in with `hf auth login`"
+                    f"{self.dataset} asks for consent: accept its terms on {constants.ENDPOINT}/datasets/"
+                    f"{self.dataset} and log in with `hf auth login`"
                 ) from error
             except errors.RepositoryNotFoundError as error:
                 raise DataError(

@@ -129,9 +129,7 @@ def _positions(inputs):
 class WindowLoader:
     """The training batches of one process; see the head of this file."""
 
-    def __init__(
-        self, shards, *, seq_len, batch_size, seed, order="shuffled", boundary="ignore", rank=0, world_size=1
-    ):
+    def __init__(self, shards, *, seq_len, batch_size, seed, order="shuffled", boundary="ignore", rank=0, world_size=1):
         """
         Args:
             shards: list of data.shards.Shard, as `data.manifest.open_split` gives them.

@@ -16,6 +16,7 @@ machines can share them out (--shard_index, --shard_count), with the same bytes 
 import argparse
 import contextlib
 import errno
+import glob
 import os
 import platform
 import shutil
@@ -297,34 +298,22 @@ def _prepare_parts(plan, source, out, mine, *, num_proc, engine, say):
         return
     todo = [part for part in mine if part not in notes]
     (out / _PARTS).mkdir(exist_ok=True)
-    files = [file for file in plan.inputs if file["part"] in todo]
     progress = Progress(sum(file["bytes"] for file in plan.inputs if file["part"] in mine))
-    progress.bytes_done = progress.total_bytes - sum(file["bytes"] for file in files)
+    progress.bytes_done = sum(file["bytes"] for file in plan.inputs if file["part"] in mine and file["part"] in notes)
     if progress.bytes_done:
         say(f"resume    {len(mine) - len(todo)} of {len(mine)} parts are done")
-    with _Display(progress, plan.max_tokens, say) as display, ThreadPoolExecutor(1) as finisher:
-        with _encoder(plan, num_proc, engine) if not hasattr(source, "adopt") else contextlib.nullcontext() as encoder:
-            left = None
-            if plan.max_tokens is not None and encoder is not None:
-                left = plan.max_tokens - sum(s["tokens"] for note in notes.values() for s in note["shards"])
-            wants_next = [True]
-            copies = _fetched(source, files, wants_next, display)
-            for part in todo:
-                with _part_lock(out, part):
-                    if encoder is None:
-                        note = _adopt_part(source, part, out, copies, display)
-                    else:
-                        note, paths = _tokenise_part(
-                            plan, source, part, out, copies, encoder, finisher, display, left, wants_next
-                        )
-                    write_sealed(out / _PARTS / f"{part:05d}.json", note)
-                    if encoder is not None:
-                        for path in paths:
-                            source.done_with(path)
-                if left is not None:
-                    left -= sum(shard["tokens"] for shard in note["shards"])
-                if note["is_full"]:
-                    return
+    earlier = [shard for note in notes.values() for shard in note["shards"]]
+    with (
+        _Display(progress, plan.max_tokens, say) as display,
+        _Work(plan, source, out, todo, display, earlier, num_proc=num_proc, engine=engine) as work,
+    ):
+        for part in todo:
+            with _part_lock(out, part):
+                note = work.do(part)
+                write_sealed(out / _PARTS / f"{part:05d}.json", note)
+                work.clear_up()
+            if note["is_full"]:
+                return
 
 
 def make_part(manifest, source, part, out, *, num_proc):
@@ -341,27 +330,13 @@ def make_part(manifest, source, part, out, *, num_proc):
     Returns:
         the part's shards, as in a manifest.
     """
-    files = [file for file in manifest.inputs if file["part"] == part]
-    display = _Display(Progress(sum(file["bytes"] for file in files)), None, lambda line: None)
-    copies = _fetched(source, files, [True], display)
-    if hasattr(source, "adopt"):
-        return _adopt_part(source, part, out, copies, display)["shards"]
-    left = manifest.max_tokens
-    if left is not None:
-        left -= sum(shard["tokens"] for shard in manifest.shards if shard["part"] < part)
-    with _encoder(manifest, num_proc, "tiktoken") as encoder, ThreadPoolExecutor(1) as finisher:
-        note, _ = _tokenise_part(manifest, source, part, out, copies, encoder, finisher, display, left, [True])
-    return note["shards"]
-
-
-def _encoder(plan, num_proc, engine):
-    return Encoder(
-        num_proc=num_proc,
-        val_fraction=plan.val_fraction,
-        text_column=plan.source.get("text_column", "text"),
-        errors=plan.source.get("errors", "strict"),
-        engine=engine,
-    )
+    progress = Progress(sum(file["bytes"] for file in manifest.inputs if file["part"] == part))
+    earlier = [shard for shard in manifest.shards if shard["part"] < part]
+    with (
+        _Display(progress, None, lambda line: None) as display,
+        _Work(manifest, source, out, [part], display, earlier, num_proc=num_proc, engine="tiktoken") as work,
+    ):
+        return work.do(part)["shards"]
 
 
 @contextlib.contextmanager
@@ -375,18 +350,119 @@ def _part_lock(out, part):
         ) from error
 
 
-def _fetched(source, files, wants_next, display):
-    """(file, path of a local copy) of each, the next one on its way meanwhile."""
-    coming = None
-    for number, file in enumerate(files):
-        if coming is None:
-            coming = _in_background(source.fetch, file)
-        display.waiting_for = file["path"]
-        path = coming.result()
-        display.waiting_for = None
-        is_last = number + 1 == len(files)
-        coming = None if is_last or not wants_next[0] else _in_background(source.fetch, files[number + 1])
-        yield file, path
+class _Work:
+    """Makes parts, in order, with one pool of processes and the next file on its way."""
+
+    def __init__(self, plan, source, out, parts, display, earlier, *, num_proc, engine):
+        """
+        Args:
+            plan, source, out: see `prepare`.
+            parts: those to make.
+            display: _Display.
+            earlier: entries of the shards before them, which count for max_tokens.
+        """
+        self.plan, self.source, self.out, self.display = plan, source, out, display
+        self.files = [file for file in plan.inputs if file["part"] in parts]
+        self.copies, self.used = self._copies(), []
+        self.left = None  # tokens until max_tokens
+        self.encoder = None
+        if not hasattr(source, "adopt"):
+            self.encoder = Encoder(
+                num_proc=num_proc,
+                val_fraction=plan.val_fraction,
+                text_column=plan.source.get("text_column", "text"),
+                errors=plan.source.get("errors", "strict"),
+                engine=engine,
+            )
+            if plan.max_tokens is not None:
+                self.left = plan.max_tokens - sum(shard["tokens"] for shard in earlier)
+        self.finisher = ThreadPoolExecutor(1)
+
+    def __enter__(self):
+        if self.encoder is not None:
+            self.encoder.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        if self.encoder is not None:
+            self.encoder.__exit__(*error)
+        self.finisher.shutdown()
+
+    def do(self, part):
+        """The part's note: {"part", "shards", "is_full"}."""
+        return self._adopt(part) if self.encoder is None else self._tokenise(part)
+
+    def clear_up(self):
+        """When the part is noted down: nobody needs its files any more."""
+        while self.used and self.encoder is not None:
+            self.source.done_with(self.used.pop())
+
+    def _copies(self):
+        """(file, path of a local copy) of each, the next one on its way meanwhile."""
+        coming = None
+        for number, file in enumerate(self.files):
+            if coming is None:
+                coming = _in_background(self.source.fetch, file)
+            self.display.waiting_for = file["path"]
+            path = coming.result()
+            self.display.waiting_for = None
+            coming = None
+            # With max_tokens, this one may be the last: a token is 2 to 4 bytes of most kinds of file.
+            if number + 1 < len(self.files) and (self.left is None or self.left > file["bytes"] / 4):
+                coming = _in_background(self.source.fetch, self.files[number + 1])
+            yield file, path
+
+    def _records(self, part):
+        for _ in range(sum(file["part"] == part for file in self.files)):
+            file, path = next(self.copies)
+            self.used.append(path)
+            yield from self.source.records(file, path, self.display.progress)
+            self.display.progress.bytes_done += file["bytes"]
+            self.display.progress.bytes_here = 0
+
+    def _tokenise(self, part):
+        writers = {}
+        for split in SPLITS:
+            prefix = f"{self.plan.name}_{split}_{part:05d}"
+            for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
+                stale.unlink()  # of an interrupted try
+            writers[split] = ShardWriter(self.out, prefix, shard_tokens=self.plan.shard_tokens, executor=self.finisher)
+        is_full = False
+        try:
+            with contextlib.closing(self.encoder.encode(self._records(part))) as batches:
+                for tokens, lengths, is_val in batches:
+                    if self.left is not None:
+                        fitting = int(np.searchsorted(np.cumsum(lengths), self.left, side="right"))
+                        is_full = fitting < len(lengths)
+                        lengths, is_val = lengths[:fitting], is_val[:fitting]
+                        tokens = tokens[: lengths.sum()]
+                        self.left -= len(tokens)
+                    if is_val.any():
+                        of_val = np.repeat(is_val, lengths)
+                        writers["val"].add(tokens[of_val], lengths[is_val])
+                        writers["train"].add(tokens[~of_val], lengths[~is_val])
+                    else:
+                        writers["train"].add(tokens, lengths)
+                    self.display.update(len(tokens), len(lengths))
+                    if is_full:
+                        break
+            shards = [
+                {"file": shard.pop("file"), "split": split, "part": part, **shard}
+                for split in SPLITS
+                for shard in writers[split].finish()
+            ]
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+        return {"part": part, "shards": shards, "is_full": is_full}
+
+    def _adopt(self, part):
+        file, path = next(self.copies)
+        entry = self.source.adopt(file, path, self.out)
+        self.display.progress.bytes_done += file["bytes"]
+        self.display.update(entry["tokens"], entry["documents"])
+        shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
+        return {"part": part, "shards": [shard], "is_full": False}
 
 
 def _in_background(function, argument):
@@ -401,69 +477,6 @@ def _in_background(function, argument):
 
     threading.Thread(target=work, daemon=True).start()
     return future
-
-
-def _tokenise_part(plan, source, part, out, copies, encoder, finisher, display, left, wants_next):
-    """The part's note, and the copies of its files."""
-    for stale in out.glob(f"*{plan.name}_*_{part:05d}[0-9][0-9][0-9]*.bin*"):  # of an interrupted try
-        stale.unlink()
-    num_files = sum(file["part"] == part for file in plan.inputs)
-    paths = []
-
-    def records():
-        for _ in range(num_files):
-            if left is not None and left < plan.max_tokens / 2:
-                wants_next[0] = False  # may be full before the next file is needed
-            file, path = next(copies)
-            paths.append(path)
-            yield from source.records(file, path, display.progress)
-            display.progress.bytes_done += file["bytes"]
-            display.progress.bytes_here = 0
-
-    writers = {
-        split: ShardWriter(
-            out, f"{plan.name}_{split}_{part:05d}", shard_tokens=plan.shard_tokens, executor=finisher
-        )
-        for split in SPLITS
-    }
-    is_full = False
-    try:
-        with contextlib.closing(encoder.encode(records())) as batches:
-            for tokens, lengths, is_val in batches:
-                if left is not None:
-                    fitting = int(np.searchsorted(np.cumsum(lengths), left, side="right"))
-                    is_full = fitting < len(lengths)
-                    lengths, is_val = lengths[:fitting], is_val[:fitting]
-                    tokens = tokens[: lengths.sum()]
-                    left -= len(tokens)
-                if is_val.any():
-                    of_val = np.repeat(is_val, lengths)
-                    writers["val"].add(tokens[of_val], lengths[is_val])
-                    writers["train"].add(tokens[~of_val], lengths[~is_val])
-                else:
-                    writers["train"].add(tokens, lengths)
-                display.update(len(tokens), len(lengths))
-                if is_full:
-                    break
-        shards = [
-            {"file": shard.pop("file"), "split": split, "part": part, **shard}
-            for split in SPLITS
-            for shard in writers[split].finish()
-        ]
-    finally:
-        for writer in writers.values():
-            writer.abandon()
-    return {"part": part, "shards": shards, "is_full": is_full}, paths
-
-
-def _adopt_part(source, part, out, copies, display):
-    """The part's note: one shard, checked."""
-    file, path = next(copies)
-    entry = source.adopt(file, path, out)
-    display.progress.bytes_done += file["bytes"]
-    display.update(entry["tokens"], entry["documents"])
-    shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
-    return {"part": part, "shards": [shard], "is_full": False}
 
 
 class _Display:
@@ -522,8 +535,8 @@ class _Display:
         if done > before:
             left = f", {timedelta(seconds=round((1 - done) / (done - before) * seconds))} left"
         return (
-            f"tokens    {self._tokens:,} of {self._documents:,} documents, {self._documents / seconds:,.0f} documents/s, "
-            f"{self._tokens / seconds / 1e6:.2f}M tokens/s, {done:.0%}{left}"
+            f"tokens    {self._tokens:,} of {self._documents:,} documents, {self._documents / seconds:,.0f} "
+            f"documents/s, {self._tokens / seconds / 1e6:.2f}M tokens/s, {done:.0%}{left}"
         )
 
 
@@ -564,7 +577,9 @@ def finish(out):
         (out / PREPARING).unlink(missing_ok=True)
         shutil.rmtree(out / _PARTS, ignore_errors=True)
         downloads = out / _DOWNLOADS
-        if downloads.is_dir() and not any(path.is_file() and ".cache" not in path.parts for path in downloads.rglob("*")):
+        if downloads.is_dir() and not any(
+            path.is_file() and ".cache" not in path.parts for path in downloads.rglob("*")
+        ):
             shutil.rmtree(downloads, ignore_errors=True)
     return plan
 
@@ -686,7 +701,9 @@ def _parser():
 
     hub.add_argument("--dataset", required=True, metavar="OWNER/NAME", help="its name on the Hub")
     pretokenized.add_argument("where", metavar="OWNER/NAME|FOLDER", help="a data set on the Hub, or a folder here")
-    files.add_argument("paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("notes/**/*.txt")')
+    files.add_argument(
+        "paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("notes/**/*.txt")'
+    )
     for source, subset in ((fineweb_edu, "sample-10BT"), (fineweb, "sample-10BT"), (hub, None)):
         source.add_argument("--subset", default=subset, help="subset of the data set (default: %(default)s)")
         source.add_argument("--keep_parquet", action="store_true", help="keep the downloaded files, in DIR/downloads")
@@ -704,7 +721,7 @@ def _parser():
         source.add_argument(
             "--separator",
             type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as one types them in a shell
-            help=r"what stands between the documents of a .txt file, \n for a line break (default: a file is a document)",
+            help=r"what is between documents of a .txt file, \n for a line break (default: a file is a document)",
         )
     for source in (fineweb_edu, fineweb, hub, files, pretokenized):
         source.add_argument("--max_tokens", type=_number, help="no more tokens than this, 1e9 for example")
@@ -779,7 +796,15 @@ def main(argv=None):
             )
             given = {
                 key: getattr(args, key)
-                for key in ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "engine", "shard_index", "shard_count")
+                for key in (
+                    "val_fraction",
+                    "shard_tokens",
+                    "max_tokens",
+                    "num_proc",
+                    "engine",
+                    "shard_index",
+                    "shard_count",
+                )
                 if hasattr(args, key)
             }
             name = "sample" if args.source == "sample" else Path(args.out).resolve().name
@@ -791,8 +816,9 @@ def main(argv=None):
         sys.exit(130)
     if manifest is None:
         print(
-            f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}; when all are, "
-            f"`python -m data.prepare merge {args.out} ... --out DIR` (or the last of them, in the same folder) joins them"
+            f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. The last of "
+            "the machines that write there joins them all; what stands in several folders, this does:\n"
+            f"python -m data.prepare merge {args.out} ... --out DIR"
         )
         return
     for split in SPLITS:

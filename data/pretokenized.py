@@ -1,6 +1,5 @@
 """Shards that somebody else has made: in llm.c's format, or build-nanogpt's .npy. Checked, and used as they are."""
 
-import os
 from pathlib import Path, PurePosixPath
 
 from data import DataError
@@ -14,15 +13,13 @@ NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy)"
 class LocalShards:
     """A folder of shards on this machine; they stay where they lie."""
 
-    note = {}
-
     def __init__(self, folder, *, max_tokens=None):
         """
         Args:
             folder: where they are.
             max_tokens: take no more training shards than hold this many tokens.
         """
-        self.folder, self.max_tokens = Path(folder), max_tokens
+        self.folder, self.max_tokens, self.note = Path(folder), max_tokens, {}
         self.settings = {"kind": "pretokenized", "folder": str(folder)}
 
     def inputs(self):
@@ -95,7 +92,7 @@ class HubShards:
         """See LocalShards.adopt; the shard moves into the folder."""
         name = PurePosixPath(file["path"]).name
         entry = _entry(file, path, name)
-        os.replace(path, Path(folder) / name)
+        path.replace(Path(folder) / name)
         return entry
 
 

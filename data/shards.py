@@ -73,7 +73,7 @@ class Shard:
         if self.path is not None:
             # Read, and not through the map, which would take the block from the disk page by page.
             try:
-                with open(self.path, "rb", buffering=0) as file:
+                with self.path.open("rb", buffering=0) as file:
                     file.seek(self.offset + 2 * begin)
                     content = file.read(2 * len(tokens))
             except OSError as error:
@@ -161,9 +161,7 @@ class ShardWriter:
 
     def _close(self):
         file, self._file = self._file, None
-        self._finishing.append(
-            self._executor.submit(_finish_shard, file, self._path, self._num_tokens, self._crc32)
-        )
+        self._finishing.append(self._executor.submit(_finish_shard, file, self._path, self._num_tokens, self._crc32))
 
     def finish(self):
         """
@@ -286,9 +284,7 @@ def _bin_extent(path):
             f"(bytes {size:,} to {HEADER_BYTES - 1:,} are missing); {REMEDY}"
         )
     if magic != MAGIC:
-        raise DataError(
-            f"{path}: not a token shard (bytes 0 to 3 are {magic}, those of a shard {MAGIC}); {REMEDY}"
-        )
+        raise DataError(f"{path}: not a token shard (bytes 0 to 3 are {magic}, those of a shard {MAGIC}); {REMEDY}")
     if version != VERSION:
         raise DataError(f"{path}: shard version {version} (bytes 4 to 7), this program reads {VERSION}; {REMEDY}")
     expected = HEADER_BYTES + 2 * count

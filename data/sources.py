@@ -66,9 +66,8 @@ class SampleSource:
     little between Python versions.
     """
 
-    note = {}
-
     def __init__(self):
+        self.note = {}
         self.settings = {"kind": "sample", "python": platform.python_version()}
 
     def inputs(self):
@@ -132,8 +131,6 @@ class FileSource:
     .parquet file is one.
     """
 
-    note = {}
-
     def __init__(self, paths, *, text_column="text", separator=None, errors="strict"):
         """
         Args:
@@ -150,6 +147,7 @@ class FileSource:
         if separator == "":
             raise DataError("the separator is empty; leave it out where a file is one document")
         self.text_column, self.separator, self.errors = text_column, separator, errors
+        self.note = {}
         self.paths = [str(path) for path in paths]
         self.settings = {
             "kind": "files",
@@ -175,7 +173,7 @@ class FileSource:
             elif path.exists():
                 files.append(_checked_kind(path))
             elif glob.has_magic(name):
-                inside = [Path(found) for found in sorted(glob.glob(name, recursive=True))]
+                inside = [Path(found) for found in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207  (relative or absolute)
                 inside = [_checked_kind(found) for found in inside if found.is_file()]
                 if not inside:
                     raise DataError(f"{name}: no file has a name like this")
@@ -294,7 +292,9 @@ def _parquet_records(path, where, text_column, progress):
             if pyarrow.types.is_dictionary(kind):
                 kind = kind.value_type
             if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise DataError(f"{where}: column {text_column!r} holds {kind} and not text; name another --text_column")
+                raise DataError(
+                    f"{where}: column {text_column!r} holds {kind} and not text; name another --text_column"
+                )
             row = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_column], use_threads=False):
                 column = batch.column(0)

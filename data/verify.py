@@ -49,7 +49,7 @@ def problem_with(folder, entry):
                 f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,} "
                 f"(first bad: bytes 8 to 11, the header's count)"
             )
-        sha256, documents, is_whole = hashlib.sha256(), 0, True
+        sha256, documents = hashlib.sha256(), 0
         with path.open("rb") as file:
             sha256.update(file.read(shard.offset))
             for block, begin in enumerate(range(0, len(shard), BLOCK_TOKENS)):
@@ -131,15 +131,13 @@ def repair(folder, *, num_proc=1, say=print):
     if manifest is None:
         raise DataError(f"{folder} has no {MANIFEST} that says where the shards came from; copy the bad files again")
     if manifest.source["kind"] == "pretokenized" and "dataset" not in manifest.source:
-        raise DataError(
-            f"the shards in {folder} were made elsewhere; copy these again: {', '.join(sorted(problems))}"
-        )
+        raise DataError(f"the shards in {folder} were made elsewhere; copy these again: {', '.join(sorted(problems))}")
     aside = folder / _REPAIR
     source = source_of(manifest.source, out=aside, revision=manifest.source.get("revision"))
     if manifest.source["kind"] == "sample" and source.settings["python"] != manifest.source["python"]:
         raise DataError(
-            f"the sample in {folder} is of Python {manifest.source['python']}, and this is {source.settings['python']}; "
-            "repair it with that one, or prepare it again"
+            f"the sample in {folder} is of Python {manifest.source['python']}, and this is "
+            f"{source.settings['python']}; repair it with that one, or prepare it again"
         )
     damaged = [entry for entry in manifest.shards if entry["file"] in problems]
     shutil.rmtree(aside, ignore_errors=True)
@@ -156,7 +154,7 @@ def repair(folder, *, num_proc=1, say=print):
                         f"{folder / entry['file']} cannot be made again: the source gives other documents than it did "
                         "(its files, or the program that reads them, have changed); prepare the folder again"
                     )
-                os.replace(aside / entry["file"], folder / entry["file"])
+                (aside / entry["file"]).replace(folder / entry["file"])
                 say(f"repair    {entry['file']} is as it was")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -164,9 +162,13 @@ def repair(folder, *, num_proc=1, say=print):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m data.verify", description="Checks a folder of shards.")
-    parser.add_argument("folder", metavar="DIR", help="as `python -m data.prepare` leaves it, or of other people's shards")
+    parser.add_argument(
+        "folder", metavar="DIR", help="as `python -m data.prepare` leaves it, or of other people's shards"
+    )
     parser.add_argument("--repair", action="store_true", help="make damaged or missing shards again from their source")
-    parser.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="files at a time (default: %(default)s)")
+    parser.add_argument(
+        "--num_proc", type=int, default=os.cpu_count() or 1, help="files at a time (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.num_proc < 1:
         sys.exit(f"error: --num_proc must be at least 1, got {args.num_proc}")
@@ -185,7 +187,11 @@ def main(argv=None):
     if problems:
         print(f"error: {len(problems)} of {len(checked)} shards are bad", file=sys.stderr)
         sys.exit(1)
-    what = "are what was written" if (Path(args.folder) / MANIFEST).exists() else f"are whole (no {MANIFEST}: no checksums)"
+    what = (
+        "are what was written"
+        if (Path(args.folder) / MANIFEST).exists()
+        else f"are whole (no {MANIFEST}: no checksums)"
+    )
     print(f"{args.folder}: {len(checked)} shards {what}")
 
 

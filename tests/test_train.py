@@ -16,7 +16,8 @@ from tiny_run import ROOT, clean_environment, losses
 
 import train
 from data.loader import Permutation
-from data.manifest import open_split
+from data.manifest import is_to_be_prepared, open_split, read_manifest
+from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -348,6 +349,33 @@ def test_resuming_another_run_is_refused(finished_run, fails):
     assert "seed=1337" in message
     assert "7" in message
     assert "no checkpoint" in fails("--resume", output)
+
+
+def test_order_and_boundary(launch, tiny, finished_run, tmp_path):
+    """The lecture's order, documents kept apart: another run, that cannot be resumed as the first kind."""
+    options = ("--config", tiny, "--data.order", "sequential", "--data.boundary", "document", "--max_steps", 3)
+    launch(*options, "--output_dir", tmp_path / "run")
+    output, _ = finished_run
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(output)[0], abs=0.3)
+    assert losses(tmp_path / "run")[0] != losses(output)[0]
+    done = launch(*options[:2], "--output_dir", tmp_path / "run", "--resume", "auto", check=False)
+    assert "order=sequential, this run has shuffled" in done.stderr
+
+
+def test_an_interrupted_sample_is_finished(tmp_path):
+    """What a killed preparation left is no reason to stop: the sample is made whole."""
+    (tmp_path / "sample").mkdir()
+    assert not is_to_be_prepared(tmp_path / "sample")
+    prepare_sample(tmp_path / "whole")
+    plan = read_manifest(tmp_path / "whole")
+    plan.shards = []
+    plan.write(tmp_path / "sample" / "preparing.json")
+    (tmp_path / "sample" / ".sample_train_00000000.bin.partial").write_bytes(b"half of it")
+    assert is_to_be_prepared(tmp_path / "sample")
+    prepare_sample(tmp_path / "sample")
+    assert not is_to_be_prepared(tmp_path / "sample")
+    whole, again = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "sample"))
+    assert whole == again
 
 
 def test_the_launched_command_fails_with_one_line(launch, tiny, tmp_path):

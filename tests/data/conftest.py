@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 from hub_server import HubServer
+from huggingface_hub import constants
 
 from data import hub
 
@@ -33,7 +33,6 @@ def client(server, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("data.prepare._PART_BYTES", 1)
     return server
-
 
 
 @pytest.fixture

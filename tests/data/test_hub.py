@@ -5,8 +5,8 @@ import json
 
 import pyarrow
 import pytest
-from huggingface_hub import constants
 from hub_server import COMMIT
+from huggingface_hub import constants
 from pyarrow import parquet
 
 from data import DataError
@@ -96,7 +96,9 @@ FAULTS = [429, 500, 503, "drop", "truncate", "corrupt"]
 def test_faults_are_overcome(client, expected, tmp_path, fault, capsys):
     """Each kind at each kind of request; the last file twice in a row."""
     asked = ["GET .*001_00000", "GET .*005_00000", "GET .*005_00000"]
-    client.faults += [(pattern, fault) for pattern in [*asked, *(["revision", "tree"] if isinstance(fault, int) else [])]]
+    client.faults += [
+        (pattern, fault) for pattern in [*asked, *(["revision", "tree"] if isinstance(fault, int) else [])]
+    ]
     prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert client.faults == []
     assert tokens_of(tmp_path / "out") == expected

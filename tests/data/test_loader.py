@@ -24,7 +24,9 @@ def make(sizes):
 def windows_of(shards, seq_len):
     """All windows, by slicing: the slow reference."""
     return [
-        tuple(shard.tokens[i : i + seq_len + 1].tolist()) for shard in shards for i in range(0, len(shard) - seq_len, seq_len)
+        tuple(shard.tokens[i : i + seq_len + 1].tolist())
+        for shard in shards
+        for i in range(0, len(shard) - seq_len, seq_len)
     ]
 
 

@@ -56,7 +56,15 @@ def test_what_is_wrong_with_a_folder_is_said(folder, tmp_path):
     assert "another tokenizer" in sealed({"tokenizer_sha256": "0"})
     assert "format 99" in sealed({"format_version": 99})
     assert "no train shards" in sealed({"shards": []})
-    for text in ("", "[1]", "null", "{}", "{", whole[:-100], "\ud800".encode("utf-8", "surrogatepass").decode("latin1")):
+    for text in (
+        "",
+        "[1]",
+        "null",
+        "{}",
+        "{",
+        whole[:-100],
+        "\ud800".encode("utf-8", "surrogatepass").decode("latin1"),
+    ):
         assert "pretokenized DIR" in message(lambda text=text: path.write_text(text))
     for old, new in (('"tokens": 9', '"tokens": 8'), ('"train"', '"tram"'), ('"name": "s"', '"name": "t"')):
         assert "its checksum is not" in message(lambda old=old, new=new: path.write_text(whole.replace(old, new)))

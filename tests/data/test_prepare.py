@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import gzip
 import itertools
@@ -256,9 +257,9 @@ def test_what_cannot_be_merged(run, small_parts, tmp_path):
 
 
 def test_one_part_is_not_prepared_twice_at_a_time(run, small_parts, tmp_path):
-    with pytest.raises(DataError, match="another process is preparing part 0"):
-        with prepare_module.FileLock(lock_of_part(tmp_path / "out", 0)):
-            run(files=3)
+    lock = prepare_module.FileLock(lock_of_part(tmp_path / "out", 0))
+    with lock, pytest.raises(DataError, match="another process is preparing part 0"):
+        run(files=3)
 
 
 def lock_of_part(out, part):
@@ -375,10 +376,8 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(big, tmp_path, seed
                 workers = workers_of(process)
                 victim = chance.choice([process.pid, *workers])
                 kills += process.poll() is None
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()

@@ -14,7 +14,10 @@ from data.pretokenized import HubShards, LocalShards
 from data.verify import repair, verify
 
 CHANCE = np.random.RandomState(0)
-TOKENS = {f"fineweb_{split}_{number:06d}": CHANCE.randint(0, 50257, 700) for split, number in [("val", 0), ("train", 1), ("train", 2), ("train", 3)]}
+TOKENS = {
+    f"fineweb_{split}_{number:06d}": CHANCE.randint(0, 50257, 700)
+    for split, number in [("val", 0), ("train", 1), ("train", 2), ("train", 3)]
+}
 
 
 def llm_c(tokens):
@@ -99,7 +102,10 @@ def test_from_the_hub(hub, tmp_path):
     hub.faults += [("GET .*train_000002", fault) for fault in ("drop", "corrupt", "truncate")]
     manifest = prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
     assert manifest.source["revision"] == COMMIT
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"manifest.json", *(f"{name}.bin" for name in TOKENS)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "manifest.json",
+        *(f"{name}.bin" for name in TOKENS),
+    }
     assert train_tokens(tmp_path / "out") == EXPECTED
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "fineweb_train_000002.bin").unlink()

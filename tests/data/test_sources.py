@@ -117,7 +117,9 @@ def test_separators_on_the_edges_of_what_is_read_at_once(tmp_path, monkeypatch):
 def test_replaced_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"ok"\n"\xff!"\n')
     assert documents([tmp_path / "a.jsonl"], errors="replace") == ["ok", "\ufffd!"]
-    table = pyarrow.table({"text": pyarrow.array([b"ok", b"\xff!"], pyarrow.binary()).cast(pyarrow.string(), safe=False)})
+    table = pyarrow.table(
+        {"text": pyarrow.array([b"ok", b"\xff!"], pyarrow.binary()).cast(pyarrow.string(), safe=False)}
+    )
     parquet.write_table(table, tmp_path / "a.parquet")
     assert documents([tmp_path / "a.parquet"], errors="replace") == ["ok", "\ufffd!"]
     with pytest.raises(DataError, match=r"a\.parquet:2: not UTF-8"):

@@ -66,7 +66,10 @@ def test_engines_agree_on_real_text(both):
 
 
 @settings(max_examples=200, deadline=None)
-@given(text=TEXTS, words=st.lists(st.sampled_from(["word ", "two\n", "  ", "x", "\u2003", "\n\n", "'s ", "9 "]), max_size=60))
+@given(
+    text=TEXTS,
+    words=st.lists(st.sampled_from(["word ", "two\n", "  ", "x", "\u2003", "\n\n", "'s ", "9 "]), max_size=60),
+)
 def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(both, text, words):
     text = "".join(words) + text + "".join(words)
     with pytest.MonkeyPatch.context() as patch:
