@@ -372,7 +372,10 @@ def test_killed_at_random_and_run_again_gives_the_same_bytes(big, tmp_path, seed
         process = start(files, out)
         try:
             if kills < 6:
-                time.sleep(chance.uniform(0.4, 2.0))
+                goal = chance.randrange(0, 4) + len(list(out.glob("parts/*.json")))
+                while process.poll() is None and len(list(out.glob("parts/*.json"))) < goal:
+                    time.sleep(0.01)
+                time.sleep(chance.uniform(0, 0.5))
                 workers = workers_of(process)
                 victim = chance.choice([process.pid, *workers])
                 kills += process.poll() is None
