@@ -9,7 +9,9 @@ import hashlib
 import random
 import re
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 
 from data import DataError
@@ -18,6 +20,7 @@ from data.sources import KINDS, file_kind, file_records
 _ATTEMPTS = 6
 _FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...: half a minute in all
 _LONGEST_PAUSE_SECONDS = 120.0
+_LISTING_SECONDS = 120.0  # for which the client itself would wait without end
 
 
 class HubRepository:
@@ -57,7 +60,7 @@ class HubRepository:
         def ask(api):
             return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
 
-        info = self._asked(ask, f"the data set {self.dataset}")
+        info = self._asked(in_time(ask), f"the data set {self.dataset}")
         self._commit, self._card = self._commit or info.sha, info.card_data.to_dict() if info.card_data else {}
 
     def files(self, folder=""):
@@ -76,7 +79,7 @@ class HubRepository:
             )
             return [entry for entry in tree if isinstance(entry, RepoFile)]
 
-        found = self._asked(ask, f"the list of files of {self.dataset}/{folder}".rstrip("/"))
+        found = self._asked(in_time(ask), f"the list of files of {self.dataset}/{folder}".rstrip("/"))
         files = [{"path": f.path, "bytes": f.size, "sha256": f.lfs.sha256 if f.lfs else None} for f in found]
         return sorted(files, key=lambda file: file["path"])
 
@@ -170,6 +173,32 @@ class HubRepository:
         pause = min(pause, _LONGEST_PAUSE_SECONDS)
         print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr)
         time.sleep(pause)
+
+
+def in_background(function, *arguments):
+    """A Future. Of a thread that does not outlive the program, as an executor's would."""
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def in_time(ask):
+    """The same, with a TimeoutError after _LISTING_SECONDS."""
+
+    def ask_in_time(api):
+        try:
+            return in_background(ask, api).result(_LISTING_SECONDS)
+        except TimeoutError:
+            raise TimeoutError(f"no answer in {_LISTING_SECONDS:.0f} seconds") from None
+
+    return ask_in_time
 
 
 def _difference(path, file):

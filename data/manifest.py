@@ -73,8 +73,11 @@ def write_sealed(path, content):
     write_and_rename(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_sealed(path):
+def read_sealed(path, mend=_MEND):
     """
+    Args:
+        mend: what to do about a damaged one, for the message.
+
     Returns:
         dict.
 
@@ -89,9 +92,9 @@ def read_sealed(path):
         raise DataError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} is damaged or no manifest ({type(error).__name__}: {reason}); {_MEND}") from error
+        raise DataError(f"{path} is damaged or no manifest ({type(error).__name__}: {reason}); {mend}") from error
     if not is_whole:
-        raise DataError(f"{path} is damaged: its checksum is not that of its content; {_MEND}")
+        raise DataError(f"{path} is damaged: its checksum is not that of its content; {mend}")
     return content
 
 
@@ -113,10 +116,11 @@ def read_manifest(folder, name=MANIFEST):
     path = Path(folder) / name
     if not path.exists():
         return None
-    content = read_sealed(path)
+    mend = _MEND if name == MANIFEST else f"remove {folder} and prepare it again"
+    content = read_sealed(path, mend)
     if content.get("format_version") != FORMAT_VERSION:  # first: another format may have other keys
         raise DataError(
-            f"{path}: format {content.get('format_version')!r}, this program reads {FORMAT_VERSION}; {_MEND}"
+            f"{path}: format {content.get('format_version')!r}, this program reads {FORMAT_VERSION}; {mend}"
         )
     if content.get("tokenizer_sha256") != tokenizer_sha256():
         raise DataError(f"{path}: these shards were made with another tokenizer than GPT-2's; prepare them again")

@@ -23,7 +23,7 @@ import shutil
 import sys
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import metadata
@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from data import DataError
 from data.encode import SPLIT_RULE, Encoder
-from data.hub import HubRepository, HubSource
+from data.hub import HubRepository, HubSource, in_background
 from data.manifest import MANIFEST, PREPARING, SPLITS, Manifest, read_manifest, read_sealed, write_sealed
 from data.pretokenized import HubShards, LocalShards
 from data.shards import MAX_TOKENS, ShardWriter, scan_shard
@@ -69,7 +69,7 @@ def prepare(
     """
     Makes a folder of shards with a manifest, or goes on making it.
 
-    A document never crosses two shards. The bytes written depend on the source, `val_fraction`, `shard_tokens` and
+    A document never crosses two shards. The shards' bytes depend on the source, `val_fraction`, `shard_tokens` and
     `max_tokens`; not on `num_proc`, `engine`, `shard_count` or on how often this was interrupted.
 
     Args:
@@ -104,9 +104,9 @@ def prepare(
         _prepare_parts(plan, source, out, mine, num_proc=num_proc, engine=engine, say=say)
         return finish(out)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise DataError(f"no room for {out} on its disk; make room or choose another --out{kept(out)}") from error
-        raise DataError(f"{out} was not made: {error}; mend that or choose another --out{kept(out)}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"no room for {out} on its disk; make room or choose another --out") from error
+        raise DataError(f"{out} was not made: {error}; mend that or choose another --out") from error
     finally:
         if is_new and shard_count == 1 and out.is_dir() and not _holds_something(out):
             shutil.rmtree(out)
@@ -239,7 +239,8 @@ def _versions(engine):
 
 def _notes(out):
     """{part: note} of the finished parts; a note is {"part", "shards", "is_full"}."""
-    notes = [read_sealed(path) for path in sorted((out / _PARTS).glob("*.json"))]
+    mend = "remove it, and its part is made again"
+    notes = [read_sealed(path, mend) for path in sorted((out / _PARTS).glob("*.json"))]
     return {note["part"]: note for note in notes}
 
 
@@ -402,14 +403,14 @@ class _Work:
         coming = None
         for number, file in enumerate(self.files):
             if coming is None:
-                coming = _in_background(self.source.fetch, file)
+                coming = in_background(self.source.fetch, file)
             self.display.waiting_for = file["path"]
             path = coming.result()
             self.display.waiting_for = None
             coming = None
             # With max_tokens, this one may be the last: a token is 2 to 4 bytes of most kinds of file.
             if number + 1 < len(self.files) and (self.left is None or self.left > file["bytes"] / 4):
-                coming = _in_background(self.source.fetch, self.files[number + 1])
+                coming = in_background(self.source.fetch, self.files[number + 1])
             yield file, path
 
     def _records(self, part):
@@ -463,20 +464,6 @@ class _Work:
         self.display.update(entry["tokens"], entry["documents"])
         shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
         return {"part": part, "shards": [shard], "is_full": False}
-
-
-def _in_background(function, argument):
-    """A Future. Of a thread that does not outlive the program, as an executor's would."""
-    future = Future()
-
-    def work():
-        try:
-            future.set_result(function(argument))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
 
 
 class _Display:
@@ -810,7 +797,7 @@ def main(argv=None):
             name = "sample" if args.source == "sample" else Path(args.out).resolve().name
             manifest = prepare(source, args.out, name=name, say=tqdm.write, **given)
     except DataError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}{kept(args.out)}")
     except KeyboardInterrupt:
         print(f"interrupted{kept(args.out) or ': nothing was kept'}", file=sys.stderr)
         sys.exit(130)

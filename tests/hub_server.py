@@ -21,7 +21,8 @@ class HubServer:
         cards: {repository: dict}, the metadata of READMEs.
         faults: list of (pattern, fault). The first whose pattern is found in a request's path and query is used up by
             it. A fault is a status (429, 500, ...), "drop" (the connection ends halfway through the body), "truncate"
-            (half the body, under a header that says so), "corrupt" (other bytes, as many) or "slow".
+            (half the body, under a header that says so), "corrupt" (other bytes, as many) or "hang" (no answer for a
+            second, and then the connection's end).
         log: (method, path) of every request.
     """
 
@@ -59,6 +60,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.hub.log.append((self.command, self.path))
         self.fault = self.hub.fault_of(f"{self.command} {self.path}")
+        if self.fault == "hang":
+            time.sleep(1)
+            self.close_connection = True
+            return None
         if isinstance(self.fault, int):
             return self._reply(self.fault, headers={"Retry-After": "1"} if self.fault == 429 else {})
         path = unquote(self.path.partition("?")[0]).strip("/")
@@ -120,12 +125,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             self.connection.close()
             self.close_connection = True
-            return
-        if fault == "slow":
-            for start in range(0, len(body), len(body) // 20 + 1):
-                self.wfile.write(body[start : start + len(body) // 20 + 1])
-                self.wfile.flush()
-                time.sleep(0.1)
             return
         self.wfile.write(body)
 

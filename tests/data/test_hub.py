@@ -111,6 +111,14 @@ def test_every_request_fails_once(client, expected, tmp_path):
     assert tokens_of(tmp_path / "out") == expected
 
 
+def test_a_server_that_does_not_answer(client, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.hub._LISTING_SECONDS", 0.3)
+    client.faults += [("revision", "hang"), ("tree", "hang")]
+    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+    assert tokens_of(tmp_path / "out") == expected
+    assert capsys.readouterr().err.count("no answer in 0 seconds") == 2
+
+
 def test_giving_up_keeps_what_is_done_and_goes_on_later(client, expected, tmp_path, capsys):
     client.faults += [("GET .*003_00000", 500)] * 100
     with pytest.raises(DataError, match=r"003_00000\.parquet was not to be had.*after 6 attempts \(HTTP 500\)"):

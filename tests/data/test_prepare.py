@@ -161,6 +161,12 @@ def test_a_broken_file_keeps_the_parts_before_it(run, small_parts, tmp_path):
     with pytest.raises(DataError, match=r"2\.jsonl:50: not UTF-8"):
         prepare(source, tmp_path / "out", name="t", val_fraction=0.1)
     assert "2 of 4 parts are kept" in prepare_module.kept(tmp_path / "out")
+    note = tmp_path / "out" / "parts" / "00001.json"
+    sound = note.read_text()
+    note.write_text(sound.replace('"train"', '"val"'))
+    with pytest.raises(DataError, match=r"00001\.json is damaged.*remove it, and its part is made again"):
+        prepare(source, tmp_path / "out", name="t", val_fraction=0.1)
+    note.write_text(sound)
     with pytest.raises(DataError, match="not finished"):
         open_split(tmp_path / "out", "train")
     (tmp_path / "text" / "2.jsonl").write_bytes(whole)
