@@ -284,7 +284,7 @@ def _check_disk(plan, source, out, mine, say):
     say(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
     if needed > free:
         raise DataError(
-            f"{out} needs about {needed / 1e9:,.1f} GB (an estimate), and its disk has {free / 1e9:,.1f} GB free; "
+            f"{out} needs about {needed / 1e9:,.2f} GB (an estimate), and its disk has {free / 1e9:,.2f} GB free; "
             "make room, choose another --out, or give --max_tokens"
         )
 
@@ -477,7 +477,7 @@ class _Display:
         self._started = self._last_line = time.monotonic()
         self._bar = tqdm(
             total=100.0,
-            bar_format="{percentage:3.0f}%|{bar}| {postfix} [{elapsed}]",
+            bar_format="{percentage:3.0f}% |{bar:25}| {desc}",
             disable=not sys.stderr.isatty(),
         )
 
@@ -501,12 +501,13 @@ class _Display:
         self._tokens += num_tokens
         self._documents += num_documents
         now = time.monotonic()
-        if not self._bar.disable:
-            self._bar.n = 100 * self._fraction()
-            self._bar.set_postfix_str(self._line())
-        elif now - self._last_line > _SECONDS_BETWEEN_LINES:
+        if now - self._last_line > (_SECONDS_BETWEEN_LINES if self._bar.disable else 0.1):
             self._last_line = now
-            self._say(self._line())
+            if self._bar.disable:
+                self._say(self._line())
+            else:
+                self._bar.n = 100 * self._fraction()
+                self._bar.set_description_str(self._line().removeprefix("tokens    "))
 
     def _fraction(self):
         read = self.progress.bytes_done + min(self.progress.bytes_here, self.progress.total_bytes)
@@ -523,7 +524,7 @@ class _Display:
             left = f", {timedelta(seconds=round((1 - done) / (done - before) * seconds))} left"
         return (
             f"tokens    {self._tokens:,} of {self._documents:,} documents, {self._documents / seconds:,.0f} "
-            f"documents/s, {self._tokens / seconds / 1e6:.2f}M tokens/s, {done:.0%}{left}"
+            f"documents/s, {self._tokens / seconds / 1e6:.2f}M tokens/s{left}"
         )
 
 
@@ -737,10 +738,13 @@ def _parser():
 
 def _number(text):
     """An int, also written 1e9 or 1_000_000."""
-    value = float(text)
-    if value != int(value):
-        raise ValueError(text)
-    return int(value)
+    try:
+        value = float(text)
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write 1000000 or 1e6")
 
 
 def _cores():
