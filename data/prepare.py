@@ -98,7 +98,7 @@ def prepare(
         plan = _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine)
         if plan.shards:
             say(f"{out} is prepared already: nothing to do")
-            return plan
+            return finish(out)  # which clears up where that was interrupted
         mine = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
         _check_disk(plan, source, out, mine, say)
         _prepare_parts(plan, source, out, mine, num_proc=num_proc, engine=engine, say=say)
@@ -565,9 +565,8 @@ def finish(out):
         (out / PREPARING).unlink(missing_ok=True)
         shutil.rmtree(out / _PARTS, ignore_errors=True)
         downloads = out / _DOWNLOADS
-        if downloads.is_dir() and not any(
-            path.is_file() and ".cache" not in path.parts for path in downloads.rglob("*")
-        ):
+        shutil.rmtree(downloads / ".cache", ignore_errors=True)  # the client's
+        if not any(path.is_file() for path in downloads.rglob("*")):
             shutil.rmtree(downloads, ignore_errors=True)
     return plan
 

@@ -83,6 +83,7 @@ def test_a_subset_file_by_file(client, expected, tmp_path):
 
 
 def test_keeping_the_parquet_files(client, tmp_path):
+    tmp_path = tmp_path / ".cache"  # a folder's name is no reason to throw things away
     prepare(source(tmp_path, subset="sample-10BT", keep=True), tmp_path / "out", name="out", val_fraction=0.1)
     for path, content in FINEWEB.items():
         if path.startswith("sample"):

@@ -189,6 +189,23 @@ def test_a_finished_folder_is_left_alone(run, tmp_path):
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
 
 
+def test_interrupted_while_clearing_up(run, small_parts, tmp_path, monkeypatch):
+    run("undisturbed", files=3)
+
+    def killed(self, missing_ok=False):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)  # the first thing after the manifest is written
+    with pytest.raises(KeyboardInterrupt):
+        run(files=3)
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert (tmp_path / "out" / "parts").exists()
+    monkeypatch.setattr(prepare_module, "_PART_BYTES", 1)
+    run(files=3)
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "undisturbed")
+
+
 def test_what_else_may_stand_in_the_way(run, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
