@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from data import DataError
 from data.shards import REMEDY, open_shard, write_and_rename
@@ -196,11 +196,17 @@ def foreign_shards(folder):
     """
     found = {}
     for path in sorted(Path(folder).iterdir()):
-        # From the right: a name may well have "_val_" in it too.
-        split = (path.stem.split("_")[-2:-1] or [""])[0]
-        if path.suffix in (".bin", ".npy") and split in SPLITS and not path.name.startswith("."):
+        split = split_of(path)
+        if split and not path.name.startswith("."):
             found.setdefault(split, []).append(path)
     return found
+
+
+def split_of(path):
+    """ "train", "val", or None where a file's name does not say that it is a shard."""
+    path = PurePath(path)
+    split = (path.stem.split("_")[-2:-1] or [""])[0]  # from the right: a name may well have "_val_" in it too
+    return split if path.suffix in (".bin", ".npy") and split in SPLITS else None
 
 
 def identity(folder):

@@ -633,14 +633,13 @@ def _copy_shard(folder, shard, out):
 # The command.
 
 
-def source_of(settings, *, out, revision=None, keep=False, max_tokens=None):
+def source_of(settings, *, out, keep=False, max_tokens=None):
     """
     The source that has these settings.
 
     Args:
-        settings: a source's own, as in a manifest.
+        settings: a source's own, or those in a manifest, which have the revision that was found, too.
         out: the folder, where downloads go.
-        revision: the commit that was found before.
         keep: see HubSource.
         max_tokens: see data.pretokenized.
     """
@@ -651,7 +650,7 @@ def source_of(settings, *, out, revision=None, keep=False, max_tokens=None):
         repository = HubRepository(
             settings["dataset"],
             revision=settings["asked_revision"],
-            commit=revision,
+            commit=settings.get("revision"),
             download_folder=Path(out) / _DOWNLOADS,
         )
     if kind == "sample":

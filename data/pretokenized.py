@@ -3,7 +3,7 @@
 from pathlib import Path, PurePosixPath
 
 from data import DataError
-from data.manifest import foreign_shards
+from data.manifest import foreign_shards, split_of
 from data.shards import HEADER_BYTES, scan_shard
 
 _NPY_HEADER_BYTES = 128
@@ -94,13 +94,6 @@ class HubShards:
         entry = _entry(file, path, name)
         path.replace(Path(folder) / name)
         return entry
-
-
-def split_of(path):
-    """ "train", "val", or None where a file's name does not say that it is a shard."""
-    path = PurePosixPath(path)
-    split = (path.stem.split("_")[-2:-1] or [""])[0]
-    return split if path.suffix in (".bin", ".npy") and split in ("train", "val") else None
 
 
 def _chosen(shards, max_tokens, where):

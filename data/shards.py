@@ -81,10 +81,23 @@ class Shard:
             if len(content) != 2 * len(tokens):
                 raise DataError(f"{self.path}: became shorter while it was read; {REMEDY}")
             tokens = np.frombuffer(content, dtype="<u2")
-        if self._crc32 is not None and f"{zlib.crc32(tokens):08x}" != self._crc32[8 * block : 8 * block + 8]:
+        self.check_block(block, tokens, f"{zlib.crc32(tokens):08x}")
+        self._is_checked[block] = True
+
+    def check_block(self, block, tokens, crc32):
+        """
+        Args:
+            block: its number.
+            tokens: what stands there.
+            crc32: theirs, 8 hex digits.
+
+        Raises:
+            DataError: they are not what was written, or not GPT-2's.
+        """
+        begin = block * BLOCK_TOKENS
+        if self._crc32 is not None and crc32 != self._crc32[8 * block : 8 * block + 8]:
             raise DataError(f"{self.path}: {self.byte_range(begin, len(tokens))} are not what was written; {REMEDY}")
         self.check_ids(tokens, begin)
-        self._is_checked[block] = True
 
     def byte_range(self, begin, count):
         """Where `count` tokens from `begin` on stand in the file: "bytes 1,024 to 66,559"."""
@@ -312,19 +325,22 @@ def _npy_extent(path):
     return offset, len(tokens)
 
 
-def scan_shard(path):
+def scan_shard(path, crc32=None):
     """
     Reads a whole shard.
+
+    Args:
+        crc32: see `Shard`.
 
     Returns:
         dict: "tokens", "documents" (tokens 50256), "sha256" (of the file, hex), "crc32" (of each block of
         BLOCK_TOKENS tokens, 8 hex digits each) and "crc32_of_all" (of all tokens, a number).
 
     Raises:
-        DataError: as `open_shard`; an id that GPT-2 does not have.
+        DataError: as `open_shard`; tokens that were not written, or that GPT-2 does not have.
     """
     path = Path(path)
-    shard = open_shard(path)
+    shard = open_shard(path, crc32)
     sha256, crcs, crc32_of_all, documents = hashlib.sha256(), [], 0, 0
     block_bytes = 2 * BLOCK_TOKENS
     try:
@@ -333,9 +349,9 @@ def scan_shard(path):
             for begin in range(0, len(shard), BLOCK_TOKENS):
                 content = file.read(min(block_bytes, 2 * (len(shard) - begin)))
                 block = np.frombuffer(content, dtype="<u2")
-                shard.check_ids(block, begin)
                 sha256.update(content)
                 crcs.append(f"{zlib.crc32(content):08x}")
+                shard.check_block(begin // BLOCK_TOKENS, block, crcs[-1])
                 crc32_of_all = zlib.crc32(content, crc32_of_all)
                 documents += int(np.count_nonzero(block == EOT))
     except OSError as error:

@@ -10,22 +10,18 @@ shards again from their source (the same parts, and no others), and takes them o
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, foreign_shards, read_manifest
 from data.prepare import make_part, source_of
-from data.shards import BLOCK_TOKENS, HEADER_BYTES, open_shard, scan_shard
-from data.tokenizer import EOT
+from data.shards import HEADER_BYTES, open_shard, scan_shard
 
 _REPAIR = ".repair"
 
@@ -49,23 +45,13 @@ def problem_with(folder, entry):
                 f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,} "
                 f"(first bad: bytes 8 to 11, the header's count)"
             )
-        sha256, documents = hashlib.sha256(), 0
-        with path.open("rb") as file:
-            sha256.update(file.read(shard.offset))
-            for block, begin in enumerate(range(0, len(shard), BLOCK_TOKENS)):
-                content = file.read(2 * min(BLOCK_TOKENS, len(shard) - begin))
-                found = np.frombuffer(content, dtype="<u2")
-                if f"{zlib.crc32(content):08x}" != entry["crc32"][8 * block : 8 * block + 8]:
-                    return f"{path}: {shard.byte_range(begin, len(found))} are not what was written"
-                shard.check_ids(found, begin)
-                sha256.update(content)
-                documents += int(np.count_nonzero(found == EOT))
+        found = scan_shard(path, entry["crc32"])
     except (DataError, OSError) as error:
         return str(error)
-    if sha256.hexdigest() != entry["sha256"]:
+    if found["sha256"] != entry["sha256"]:
         return f"{path}: bytes 0 to {HEADER_BYTES - 1:,}, the header, are not what was written"
-    if documents != entry["documents"]:
-        return f"{path}: {documents:,} documents, {MANIFEST} says {entry['documents']:,}"
+    if found["documents"] != entry["documents"]:
+        return f"{path}: {found['documents']:,} documents, {MANIFEST} says {entry['documents']:,}"
     return None
 
 
@@ -133,7 +119,7 @@ def repair(folder, *, num_proc=1, say=print):
     if manifest.source["kind"] == "pretokenized" and "dataset" not in manifest.source:
         raise DataError(f"the shards in {folder} were made elsewhere; copy these again: {', '.join(sorted(problems))}")
     aside = folder / _REPAIR
-    source = source_of(manifest.source, out=aside, revision=manifest.source.get("revision"))
+    source = source_of(manifest.source, out=aside)
     if manifest.source["kind"] == "sample" and source.settings["python"] != manifest.source["python"]:
         raise DataError(
             f"the sample in {folder} is of Python {manifest.source['python']}, and this is "

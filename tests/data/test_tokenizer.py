@@ -26,13 +26,18 @@ def both():
     return load_tiktoken(), load_hf_tokenizer()
 
 
-@settings(max_examples=400, deadline=None)
-@given(text=TEXTS)
-@example(text="")
-@example(text="<|endoftext|>")
-@example(text=" " * 1000)
-@example(text="a" * 5000)
-@example(text="".join(map(chr, range(256))))
+def on_any_text(max_examples):
+    """Decorator: the test runs on so many of TEXTS and on those that are known to be hard."""
+
+    def decorate(test):
+        for text in ("", "<|endoftext|>", " " * 1000, "a" * 5000, "".join(map(chr, range(256)))):
+            test = example(text=text)(test)
+        return settings(max_examples=max_examples, deadline=None)(given(text=TEXTS)(test))
+
+    return decorate
+
+
+@on_any_text(400)
 def test_tiktoken_and_transformers_agree(both, text):
     encoding, hf = both
     ordinary = encoding.encode_ordinary(text)
@@ -43,13 +48,7 @@ def test_tiktoken_and_transformers_agree(both, text):
     assert all(0 <= token < VOCAB_SIZE - 1 for token in ordinary)
 
 
-@settings(max_examples=300, deadline=None)
-@given(text=TEXTS)
-@example(text="")
-@example(text="<|endoftext|>")
-@example(text=" " * 1000)
-@example(text="a" * 5000)
-@example(text="".join(map(chr, range(256))))
+@on_any_text(300)
 def test_gigatoken_agrees(both, text):
     pytest.importorskip("gigatoken")
     text = text.encode("utf-8", "replace").decode()  # as documents come: half of a surrogate pair is no text
