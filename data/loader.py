@@ -21,7 +21,7 @@ import torch
 from data import DataError
 from data.tokenizer import EOT
 
-ORDERS = ("shuffled", "sequential")
+ORDERS = ("shuffled", "sequential", "lecture")
 BOUNDARIES = ("ignore", "document")
 _ROUNDS = 8
 _STEPS_AHEAD = 2
@@ -97,19 +97,23 @@ def _mix(x):
 class _Windows:
     """All windows of some shards under one numbering."""
 
-    def __init__(self, shards, seq_len):
+    def __init__(self, shards, seq_len, multiple=1):
         self.shards, self.seq_len = shards, seq_len
-        counts = [max(0, (len(shard) - 1) // seq_len) for shard in shards]
+        counts = [max(0, (len(shard) - 1) // seq_len) // multiple * multiple for shard in shards]
         self.starts = np.cumsum([0, *counts])  # first window of each shard
 
     def __len__(self):
         return int(self.starts[-1])
 
+    def locate(self, indices):
+        """([N] numbers of the shards, [N] first tokens in them) of these windows."""
+        numbers = np.searchsorted(self.starts, indices, side="right") - 1
+        return numbers, (indices - self.starts[numbers]) * self.seq_len
+
     def read(self, indices, boundary):
         """Batch of len(indices) rows."""
         T = self.seq_len
-        numbers = np.searchsorted(self.starts, indices, side="right") - 1
-        begins = (indices - self.starts[numbers]) * T
+        numbers, begins = self.locate(indices)
         rows = np.empty((len(indices), T + 1), dtype=np.uint16)
         for row, number, begin in zip(rows, numbers.tolist(), begins.tolist(), strict=True):
             row[:] = self.shards[number][begin : begin + T + 1]
@@ -136,7 +140,8 @@ class WindowLoader:
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows in a step over all processes.
             seed: of the order.
-            order: "shuffled", or "sequential": as the windows lie in the shards, every epoch alike (the lecture's).
+            order: "shuffled"; "sequential": as the windows lie in the shards, every epoch alike; or "lecture": so, and
+                of each shard without the windows that do not fill a whole batch (build-nanogpt's on 8 GPUs).
             boundary: "ignore" documents in a window, or "document": position ids begin again with each.
             rank, world_size: this process and how many there are.
 
@@ -149,11 +154,13 @@ class WindowLoader:
         for name, value, known in (("order", order, ORDERS), ("boundary", boundary, BOUNDARIES)):
             if value not in known:
                 raise DataError(f"{name} {value!r} is none of {', '.join(known)}")
-        self.windows = _Windows(shards, seq_len)
+        at_once = batch_size if order == "lecture" else 1
+        self.windows = _Windows(shards, seq_len, multiple=at_once)
         if not len(self.windows):
             raise DataError(
-                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) hold no window of "
-                f"{seq_len} + 1 tokens; give more text or a shorter batch.seq_len"
+                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) hold no "
+                + (f"batch of {at_once} x {seq_len} + 1" if order == "lecture" else f"window of {seq_len} + 1")
+                + " tokens; give more text or a shorter batch.seq_len"
             )
         self.batch_size, self.seed, self.order, self.boundary = batch_size, seed, order, boundary
         self.rank, self.world_size = rank, world_size
@@ -177,6 +184,24 @@ class WindowLoader:
                 places[epochs == epoch] = permutation(places[epochs == epoch])
         return places
 
+    def places(self, step):
+        """
+        Where this process's rows of a step come from.
+
+        Returns:
+            list of {"shard": file name, "first_token": its place among the shard's tokens}, a row each.
+        """
+        numbers, begins = self.windows.locate(self._mine(step))
+        names = [shard.path and shard.path.name for shard in self.windows.shards]
+        return [
+            {"shard": names[number], "first_token": begin}
+            for number, begin in zip(numbers.tolist(), begins.tolist(), strict=True)
+        ]
+
+    def _mine(self, step):
+        rows = self.batch_size // self.world_size
+        return self.global_batch(step)[self.rank * rows : (self.rank + 1) * rows]
+
     def batch(self, step):
         """
         Args:
@@ -188,9 +213,7 @@ class WindowLoader:
         Raises:
             DataError: a token that is not the one that was written, or that GPT-2 does not have.
         """
-        rows = self.batch_size // self.world_size
-        mine = self.global_batch(step)[self.rank * rows : (self.rank + 1) * rows]
-        return self.windows.read(mine, self.boundary)
+        return self.windows.read(self._mine(step), self.boundary)
 
     def batches(self, first_step, last_step, *, pin_memory=False):
         """

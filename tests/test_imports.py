@@ -16,7 +16,10 @@ ALLOWED = {
         *("data", "numpy", "torch", "tqdm", "tiktoken", "transformers", "gigatoken"),
         *("filelock", "fsspec", "huggingface_hub", "pyarrow"),
     },
-    "training": {"training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"},
+    "training": {
+        *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"),
+        *("filelock", "psutil"),
+    },
     "eval": {"eval", "torch", "numpy", "tqdm", "transformers", "datasets", "evaluate", "huggingface_hub"},
 }
 FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]

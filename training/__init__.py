@@ -2,11 +2,21 @@
 How the model is trained: everything that has a test of its own outside train.py.
 
     config.py       a run's settings: dataclasses, recipe YAML, command line
+    plan.py         what a run will take: memory, time, money
+    hardware.py     what a device can do at best, and what it costs
+    microbatch.py   the largest micro-batch that fits
+    precision.py    what "auto" mixed precision means on this hardware
+    memory.py       what glibc does with freed memory
     schedule.py     the learning rate, a pure function of the step
     optim.py        AdamW with weight decay on matrices only
-    precision.py    what "auto" mixed precision means on this hardware
-    checkpoint.py   checkpoint folders: written aside and renamed, found, resumed
-    metrics.py      metrics.jsonl and curves.png
+    state.py        what a run has learnt, as whole tensors by name
+    checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
+    stopping.py     signals and time limits: save, and ask to be resumed
+    run_folder.py   one run at a time; status.json
+    files.py        files written aside, flushed, renamed
+    metrics.py      metrics.jsonl
+    curves.py       curves.png
+    trackers.py     TensorBoard, W&B, Trackio
     provenance.py   provenance.json: what made this run
 
 Knows nothing of the model's class, the data's format or the evaluation: train.py puts the rooms together.

@@ -2,27 +2,41 @@
 Checkpoints: `checkpoints/step_000100/`, a Hugging Face model folder plus `training_state/`.
 
     config.json, model.safetensors, tokenizer.json, ...   what from_pretrained opens
-    training_state/state.json                             step, seed, batch and data the step number refers to
+    training_state/state.json                             step, validation loss, and what the step number refers to
     training_state/optimizer.safetensors                  AdamW's moments, by parameter name
-    training_state/rng_00000.safetensors                  random state, one file a process
+    training_state/rng.safetensors                        random state of each process
+    training_state/manifest.json                          size and SHA-256 of each file above, written last
 
-A folder is written under another name and renamed when it is whole, so one that is there is complete.
+A folder is written under another name, flushed to the disk, and renamed when it is whole. So whatever is killed when, a
+folder `step_...` is a whole one, unless the disk or somebody changed it since; that the manifest tells.
+`checkpoints/best` is a link to the one with the lowest validation loss.
 """
 
 import contextlib
+import hashlib
 import json
-import os
 import re
 import shutil
+from concurrent import futures
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from training import TrainingError
+from training.files import flush_to_disk, write_json
+from training.state import blank_copy, fill, full_state, load_moments
 
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
+_LEFT_OVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
+# Files beside the tensors (tokenizer, configuration, code), and the disk's own rounding up.
+_SMALL_FILES_BYTES = 16 * 2**20
+
+
+class SaveError(TrainingError):
+    """A checkpoint could not be written; the ones before it are whole."""
 
 
 def checkpoint_folder(output_dir, step):
@@ -30,37 +44,100 @@ def checkpoint_folder(output_dir, step):
     return Path(output_dir) / "checkpoints" / f"step_{step:06d}"
 
 
-def save_checkpoint(folder, *, accelerator, model, tokenizer, optimizer, state):
+class CheckpointWriter:
     """
-    Writes a checkpoint. Every process calls it.
-
-    Args:
-        folder: where it shall be; an older one of the same step is replaced.
-        model: the bare PreTrainedModel, neither compiled nor wrapped.
-        tokenizer: a Hugging Face tokenizer.
-        optimizer: its state is saved under the parameters' names.
-        state: JSON-able dict, with "step" at least.
-
-    Raises:
-        TrainingError: the disk would not take it; what was there before is untouched.
+    Writes checkpoints and removes old ones. On a GPU, training waits only while the state is copied to the host's memory;
+    hashing and writing it is the work of a thread, one checkpoint at a time.
     """
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.partial")
-    try:
+
+    def __init__(
+        self,
+        output_dir,
+        *,
+        accelerator,
+        model,
+        tokenizer,
+        keep_last=None,
+        keep_every=None,
+        keep_best=True,
+        in_background=None,
+    ):
+        """
+        Args:
+            output_dir: the run's folder.
+            model: the bare PreTrainedModel, before `accelerator.prepare` changes its class.
+            tokenizer: a Hugging Face tokenizer, saved with each checkpoint.
+            keep_last: how many of the newest checkpoints stay; None: all.
+            keep_every: checkpoints of steps that are multiples of it stay as well.
+            keep_best: the one with the lowest validation loss stays as well.
+            in_background: whether training goes on while a checkpoint is written; None: unless it is on a CPU.
+        """
+        self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
+        self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
+        self._blank = blank_copy(model)  # what the thread saves; never the model that is being trained
+        # On a CPU the thread would take its time from training, and the copies would take memory for nothing.
+        self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = None
+
+    def save(self, model, optimizer, state):
+        """
+        Writes a checkpoint, or starts to. Every process calls it; the main one writes. How it went, `finished` tells.
+
+        Args:
+            model: the bare model, its parameters as training has them.
+            optimizer: as `accelerator.prepare` gave it.
+            state: JSON-able dict, with "step" and "val_loss" (None if not known) at least.
+        """
+        accelerator = self.accelerator
+        tensors, moments = full_state(model, optimizer, accelerator, copy=self._in_background)
+        rng = gather_object([_rng_state(accelerator.device)])
         if accelerator.is_main_process:
+            rng = {f"{rank}.{name}": tensor for rank, of_rank in enumerate(rng) for name, tensor in of_rank.items()}
+            self._writing = self._thread.submit(self._write, tensors, moments, rng, state)
+            if not self._in_background:
+                futures.wait([self._writing])
+
+    def finished(self, wait=False):
+        """
+        Args:
+            wait: until what is being written is on the disk.
+
+        Returns:
+            The folder of a checkpoint that is whole since the last call, or None.
+
+        Raises:
+            SaveError: it could not be written, and why. Those before it are whole.
+        """
+        if self._writing is None or not (wait or self._writing.done()):
+            return None
+        writing, self._writing = self._writing, None
+        return writing.result()
+
+    def _write(self, tensors, moments, rng, state):
+        folder = checkpoint_folder(self.output_dir, state["step"])
+        aside = folder.with_name(f".{folder.name}.partial")
+        needed = sum(t.nbytes for t in (*tensors.values(), *moments.values())) + _SMALL_FILES_BYTES
+        try:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / "training_state").mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        rng_file = aside / "training_state" / f"rng_{accelerator.process_index:05d}.safetensors"
-        save_file(_rng_state(accelerator.device), rng_file)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            save_file(_optimizer_tensors(model, optimizer), aside / "training_state" / "optimizer.safetensors")
-            (aside / "training_state" / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            for path in aside.rglob("*"):
-                _flush_to_disk(path)
+            free = shutil.disk_usage(aside).free
+            if free < needed:
+                raise OSError(f"the disk has {free / 1e9:.2f} GB left")
+            fill(self._blank, tensors).save_pretrained(aside)
+            self.tokenizer.save_pretrained(aside)
+            save_file(moments, aside / "training_state" / "optimizer.safetensors")
+            save_file(rng, aside / "training_state" / "rng.safetensors")
+            write_json(aside / "training_state" / "state.json", state)
+            files = sorted(path for path in aside.rglob("*") if path.is_file())
+            for path in files:
+                flush_to_disk(path)
+            write_json(
+                aside / "training_state" / "manifest.json",
+                {"files": {path.relative_to(aside).as_posix(): _described(path) for path in files}},
+            )
+            flush_to_disk(aside / "training_state")
+            flush_to_disk(aside)
             if folder.exists():  # the same step again, after resuming from an earlier one
                 replaced = folder.with_name(f".{folder.name}.replaced")
                 folder.rename(replaced)
@@ -68,50 +145,134 @@ def save_checkpoint(folder, *, accelerator, model, tokenizer, optimizer, state):
                 shutil.rmtree(replaced)
             else:
                 aside.rename(folder)
-            _flush_to_disk(folder.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is an OSError here and a SafetensorError there
-        shutil.rmtree(aside, ignore_errors=True)
-        raise TrainingError(
-            f"could not write the checkpoint {folder}: {error}. Earlier checkpoints are whole; make room "
-            "and go on with --resume auto"
-        ) from error
-    accelerator.wait_for_everyone()
+            flush_to_disk(folder.parent)
+            self._link_best_and_remove_old(state["step"])
+            return folder
+        except (OSError, SafetensorError) as error:  # a full disk is an OSError here and a SafetensorError there
+            shutil.rmtree(aside, ignore_errors=True)
+            raise SaveError(
+                f"could not write the checkpoint {folder}: {error}. It needs {needed / 1e9:.2f} GB: make room on the "
+                "disk, or lower keep_last. The checkpoints before it are whole"
+            ) from error
+        finally:
+            self._blank.to("meta")  # gives the copy's memory back
+
+    def _link_best_and_remove_old(self, step):
+        """Both follow from the folders that are there alone, so that a crash in between changes nothing."""
+        # A run that was resumed from an earlier step leaves the later ones alone until it comes there again.
+        folders = {s: folder for s, folder in _step_folders(self.output_dir).items() if s <= step}
+        losses = {}
+        for s, folder in folders.items():
+            with contextlib.suppress(OSError, ValueError):  # a damaged one is not the best
+                val_loss = json.loads((folder / "training_state" / "state.json").read_text())["val_loss"]
+                if val_loss is not None:
+                    losses[s] = val_loss
+        best = min(losses, key=losses.get, default=None)
+        if best is not None:
+            link = self.output_dir / "checkpoints" / "best"
+            aside = link.with_name(".best.partial")
+            aside.unlink(missing_ok=True)
+            with contextlib.suppress(NotImplementedError, PermissionError):  # Windows wants a privilege for links
+                aside.symlink_to(folders[best].name, target_is_directory=True)
+                aside.replace(link)
+        if self.keep_last is None:
+            return
+        kept = set(sorted(folders)[-self.keep_last :])
+        if self.keep_every:
+            kept |= {s for s in folders if s % self.keep_every == 0}
+        if self.keep_best and best is not None:
+            kept.add(best)
+        for s in folders.keys() - kept:
+            # Renamed first: a folder half removed must not look like a checkpoint.
+            removed = folders[s].with_name(f".{folders[s].name}.partial")
+            folders[s].rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
-def find_checkpoint(resume, output_dir):
+def _described(path):
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def clear_left_overs(output_dir):
+    """What a process killed while saving left behind; nobody else may be writing in the folder."""
+    for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
+        found = _LEFT_OVER.fullmatch(path.name)
+        if found is None:
+            continue
+        folder = path.with_name(found[1])
+        if found[2] == "replaced" and not folder.exists():  # killed between the two renames
+            path.rename(folder)
+        else:
+            shutil.rmtree(path)
+
+
+def find_checkpoint(resume, output_dir, say):
     """
     Args:
         resume: None, "auto" or the path of a checkpoint.
+        say: called with a line about each damaged checkpoint that is passed over.
 
     Returns:
-        Path, or None for a fresh start ("auto" with no checkpoint there, or None).
+        Path of a whole checkpoint, every byte of it checked; or None for a fresh start ("auto" with no checkpoint
+        there, or None).
 
     Raises:
-        TrainingError: the path is no checkpoint; or a fresh start would overwrite a finished part of a run.
+        TrainingError: the path is no checkpoint, or a damaged one; a fresh start would overwrite a run; "auto", and
+            every checkpoint is damaged.
     """
-    newest = _newest(output_dir)
+    folders = _step_folders(output_dir)
     if resume is None:
-        if newest is not None:
+        if folders:
             raise TrainingError(
-                f"{output_dir} already holds a run with the checkpoint {newest.name}: go on from it with "
-                "--resume auto, choose another --output_dir, or remove the folder"
+                f"{output_dir} already holds a run with the checkpoint {folders[max(folders)].name}: go on from it "
+                "with --resume auto, choose another --output_dir, or remove the folder"
             )
         return None
     if resume == "auto":
-        return newest
+        for step in sorted(folders, reverse=True):
+            damage = find_damage(folders[step])
+            if damage is None:
+                return folders[step]
+            say(f"resume    passing over {folders[step]}: {damage}")
+        if folders:
+            raise TrainingError(
+                f"every checkpoint in {output_dir} is damaged: choose another --output_dir for a fresh start, or "
+                "bring back a whole one"
+            )
+        return None
     folder = Path(resume)
     if not (folder / "training_state" / "state.json").is_file():
         raise TrainingError(f"--resume {resume}: no training_state/state.json there, so no checkpoint of train.py")
+    if damage := find_damage(folder):
+        raise TrainingError(f"--resume {resume}: {damage}; resume from another checkpoint, or --resume auto")
     return folder
 
 
-def _newest(output_dir):
-    folders = [
-        path
-        for path in (Path(output_dir) / "checkpoints").glob("step_*")
-        if _STEP_FOLDER.fullmatch(path.name) and (path / "training_state" / "state.json").is_file()
-    ]
-    return max(folders, key=lambda path: int(_STEP_FOLDER.fullmatch(path.name)[1]), default=None)
+def find_damage(folder):
+    """What is wrong with a checkpoint, in words, or None: every byte is compared with its manifest."""
+    manifest = Path(folder) / "training_state" / "manifest.json"
+    try:
+        files = json.loads(manifest.read_text())["files"]
+        for name, expected in files.items():
+            path = Path(folder) / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes and not {expected['bytes']:,}"
+            if _described(path) != expected:
+                return f"{name} is not what was written (another SHA-256)"
+    except FileNotFoundError:
+        return "no training_state/manifest.json, so it is not whole"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def _step_folders(output_dir):
+    """{step: folder}"""
+    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in (Path(output_dir) / "checkpoints").glob("step_*"))
+    return {int(match[1]): path for match, path in found if match and path.is_dir()}
 
 
 def load_state(folder, must_match):
@@ -128,7 +289,10 @@ def load_state(folder, must_match):
     try:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
+        raise TrainingError(
+            f"{path} cannot be read ({error}). With several machines, output_dir must be on a disk that all of them "
+            "share"
+        ) from error
     for key, value in must_match.items():
         if state.get(key) != value:
             raise TrainingError(
@@ -138,34 +302,23 @@ def load_state(folder, must_match):
     return state
 
 
-def load_optimizer(folder, model, optimizer):
+def load_optimizer(folder, model, optimizer, accelerator):
     """Gives AdamW the moments it had, matched by parameter name. Raises TrainingError where they do not fit."""
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
-    index_of = _parameter_indices(optimizer)
-    state = {}
-    for name, parameter in model.named_parameters():
-        entry = {key: tensors.pop(f"{key}.{name}", None) for key in ("step", "exp_avg", "exp_avg_sq")}
-        if any(v is None for v in entry.values()) or entry["exp_avg"].shape != parameter.shape:
-            raise TrainingError(f"{path} has no fitting moments for {name} {tuple(parameter.shape)}")
-        state[index_of[parameter]] = entry
-    if tensors:
-        raise TrainingError(f"{path} has moments of parameters the model lacks, for example {min(tensors)}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        load_moments(load_file(path), model, optimizer, accelerator)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be used ({error}); resume from another checkpoint") from error
 
 
-def load_rng(folder, process_index, device):
+def load_rng(folder, rank, device):
     """Restores this process's random state; False where the saved run had fewer processes than this one."""
-    path = Path(folder) / "training_state" / f"rng_{process_index:05d}.safetensors"
-    if not path.is_file():
+    tensors = load_file(Path(folder) / "training_state" / "rng.safetensors")
+    if f"{rank}.cpu" not in tensors:
         return False
-    tensors = load_file(path)
-    torch.set_rng_state(tensors["cpu"])
-    if device.type in tensors and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(tensors[device.type])
+    torch.set_rng_state(tensors[f"{rank}.cpu"])
+    if device.type != "cpu" and f"{rank}.{device.type}" in tensors:
+        torch.get_device_module(device).set_rng_state(tensors[f"{rank}.{device.type}"])
     return True
 
 
@@ -174,28 +327,3 @@ def _rng_state(device):
     if device.type != "cpu":
         tensors[device.type] = torch.get_device_module(device).get_rng_state()
     return tensors
-
-
-def _optimizer_tensors(model, optimizer):
-    """{"exp_avg.transformer.wte.weight": ..., "step.transformer.wte.weight": ..., ...}"""
-    return {
-        f"{key}.{name}": value.detach().cpu().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _parameter_indices(optimizer):
-    """Parameter -> its number in optimizer.state_dict()."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {p: index for index, p in enumerate(parameters)}
-
-
-def _flush_to_disk(path):
-    # Windows cannot fsync a folder; its rename is already durable enough.
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -46,8 +46,9 @@ class DataConfig:
     """folder of shards, as `python -m data.prepare` leaves it"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` when nothing is there"""
-    order: Literal["shuffled", "sequential"] = "shuffled"
-    """of the windows in an epoch: by (seed, epoch), or as they lie in the shards (the lecture's)"""
+    order: Literal["shuffled", "sequential", "lecture"] = "shuffled"
+    """of the windows in an epoch: by (seed, epoch); as they lie in the shards; or so, and leaving out of each shard
+    what does not fill a whole step (the lecture's)"""
     boundary: Literal["ignore", "document"] = "ignore"
     """document: positions begin again with each document of a window, and attention stays inside it"""
 
@@ -60,8 +61,9 @@ class BatchConfig:
     """tokens in an optimizer step, over all processes"""
     seq_len: int = 1024
     """tokens in a training sequence, at most n_positions"""
-    micro_batch_size: int = 64
-    """sequences in one forward pass of one process, at most (a process with fewer takes them all at once)"""
+    micro_batch_size: int | Literal["auto"] = 64
+    """sequences in one forward pass of one process, at most (a process with fewer takes them all at once); auto: the
+    largest that fits into memory"""
 
 
 @dataclass(kw_only=True)
@@ -82,6 +84,8 @@ class OptimConfig:
     """on matrices and embeddings; never on biases and LayerNorms"""
     grad_clip: float = 1.0
     """largest norm of the whole gradient"""
+    max_skipped_steps: int = 10
+    """a step whose loss or gradient is not finite is skipped; after so many in a row the run stops"""
 
 
 @dataclass(kw_only=True)
@@ -124,6 +128,13 @@ class Config:
     """steps between evaluations"""
     save_every: int | None = None
     """steps between checkpoints; null: only after the last step"""
+    keep_last: int | None = None
+    """how many of the newest checkpoints stay on the disk; null: all"""
+    keep_every: int | None = None
+    """with keep_last: checkpoints of steps that are multiples of it stay as well"""
+    keep_best: bool = True
+    """with keep_last: the checkpoint with the lowest validation loss stays as well (save_every should be a multiple of
+    eval_every)"""
     log_every: int = 10
     """steps between lines on the console (metrics.jsonl has every step)"""
     seed: int = 1337
@@ -132,8 +143,16 @@ class Config:
     """auto: what the launcher was told, else bf16 where the hardware has it"""
     compile: bool = False
     """torch.compile the training and validation step"""
+    init_from: str | None = None
+    """start from these weights and their shape: a checkpoint, a folder or Hub id of a GPT-2 (openai-community/gpt2)"""
     resume: str | None = None
-    """`auto`: go on from the newest checkpoint in output_dir, if there is one; or a checkpoint's path"""
+    """`auto`: go on from the newest whole checkpoint in output_dir, if there is one; or a checkpoint's path"""
+    max_hours: float | None = None
+    """save, stop and exit with code 75 ("resume me") so many hours after the start; null: no limit"""
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """where accelerate logs the numbers to, beside metrics.jsonl"""
+    dollars_an_hour: float | None = None
+    """what one device costs, for the money on the console; null: training/hardware.py's price, if it knows the device"""
     dry_run: bool = False
     """print the plan and stop"""
 
@@ -212,15 +231,19 @@ def _check(config):
         "log_every": config.log_every,
         "batch.tokens_per_step": config.batch.tokens_per_step,
         "batch.seq_len": config.batch.seq_len,
-        "batch.micro_batch_size": config.batch.micro_batch_size,
+        "optim.max_skipped_steps": config.optim.max_skipped_steps,
         "optim.lr": config.optim.lr,
         "optim.eps": config.optim.eps,
         "optim.grad_clip": config.optim.grad_clip,
         "eval.val_tokens": config.eval.val_tokens,
         "eval.sample_tokens": config.eval.sample_tokens,
     }
-    if config.save_every is not None:
-        positive["save_every"] = config.save_every
+    optional = {name: getattr(config, name) for name in ("save_every", "keep_last", "keep_every", "max_hours")}
+    positive |= {name: value for name, value in optional.items() if value is not None}
+    if config.batch.micro_batch_size != "auto":
+        positive["batch.micro_batch_size"] = config.batch.micro_batch_size
+    if config.keep_every is not None and config.keep_last is None:
+        raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints stay")
     if config.eval.hellaswag_limit is not None and config.eval.hellaswag_limit < 2:
         raise TrainingError(
             f"eval.hellaswag_limit must be at least 2, got {config.eval.hellaswag_limit}: one item has no error bar"
@@ -257,13 +280,14 @@ def _nearest_multiples(value, step):
     return f"{below} or {below + step}" if below else f"{step}"
 
 
-def batch_arithmetic(batch, num_processes):
+def batch_arithmetic(batch, num_processes, largest=None):
     """
     Splits an optimizer step into micro-batches: micro x seq_len x accumulation x processes = tokens a step.
 
     Args:
         batch: BatchConfig.
         num_processes: data-parallel processes.
+        largest: for micro_batch_size "auto", the one of `micro_batch_sizes` that fits into memory.
 
     Returns:
         (micro_batch_size, accumulation_steps), both exact.
@@ -279,9 +303,10 @@ def batch_arithmetic(batch, num_processes):
             f"{num_processes} processes cannot share evenly; nearest tokens_per_step: {nearest}"
         )
     per_process = sequences // num_processes
-    micro_batch_size = min(batch.micro_batch_size, per_process)
+    divisors = [n for n in range(1, per_process + 1) if per_process % n == 0]
+    most = largest or per_process if batch.micro_batch_size == "auto" else batch.micro_batch_size
+    micro_batch_size = min(most, per_process)
     if per_process % micro_batch_size:
-        divisors = [n for n in range(1, per_process + 1) if per_process % n == 0]
         below = max(n for n in divisors if n < micro_batch_size)
         above = min(n for n in divisors if n > micro_batch_size)
         raise TrainingError(
@@ -289,3 +314,9 @@ def batch_arithmetic(batch, num_processes):
             f"on each of {num_processes} process(es); nearest micro_batch_size: {below} or {above}"
         )
     return micro_batch_size, per_process // micro_batch_size
+
+
+def micro_batch_sizes(batch, num_processes):
+    """The sizes that "auto" chooses from: [1, ...], each dividing a process's sequences of a step."""
+    per_process = batch.tokens_per_step // batch.seq_len // num_processes
+    return [n for n in range(1, per_process + 1) if per_process % n == 0]

@@ -1,33 +1,55 @@
-"""What a run measured: metrics.jsonl for programs, curves.png for people."""
+"""What a run measured, for programs: metrics.jsonl."""
 
 import json
+import math
 from pathlib import Path
+
+from training.files import write_aside
 
 
 class MetricsLog:
     """
     `metrics.jsonl`: one JSON object a line, one line a training step
-    {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"} and one an evaluation
-    {"step", "tokens", "val_loss", "hellaswag"}. `step` counts optimizer steps taken.
+    {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"} and one an evaluation
+    {"step", "tokens", "val_loss", "hellaswag", "seconds"}. `step` counts optimizer steps. A step that was skipped also
+    has "skipped", and null where a number was not finite.
     """
 
-    def __init__(self, path, resume_step=None):
+    def __init__(self, path, *, resume_step=None, warn=print):
         """
         Args:
             path: the file. A fresh run starts it anew.
             resume_step: keep what was measured up to this step and drop what a lost stretch wrote after it.
+            warn: called with a line when the disk does not take what was measured.
         """
-        self.path = Path(path)
+        self.path, self._warn = Path(path), warn
         kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
         write_aside(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._pending = b""
 
     def write(self, record):
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Appends a line. On a full disk it waits in memory for a later one to take it along."""
+        was_behind = bool(self._pending)
+        self._pending += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not was_behind:
+                self._warn(f"warning: {self.path} cannot be written ({error}); its lines are kept until it can")
 
     def close(self):
         self._file.close()
+
+
+def finite(value):
+    """The same dict, list or number with None in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path):
@@ -44,76 +66,3 @@ def read_metrics(path):
             if number != len(lines) - 1:
                 raise
     return records
-
-
-def write_aside(path, text):
-    """Writes a text file under another name, then renames it."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
-def write_json(path, value):
-    """Writes a JSON file under another name, then renames it."""
-    write_aside(path, json.dumps(value, indent=2) + "\n")
-
-
-def plot_curves(records, path, title, baselines):
-    """
-    Draws curves.png: training and validation loss, and HellaSwag accuracy where it was scored, over tokens.
-
-    Args:
-        records: what `read_metrics` gives.
-        path: the picture, PNG; replaced as a whole.
-        baselines: {"bigram": nats a token, ...}, drawn as horizontal lines on the losses.
-    """
-    # Imported here: half a second that training should not wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    train = [r for r in records if "loss" in r]
-    evaluations = [r for r in records if "val_loss" in r]
-    scored = [r for r in evaluations if r.get("hellaswag")]
-
-    figure = Figure(figsize=(12 if scored else 7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
-
-    axes[0].plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=1, alpha=0.7, label="train")
-    axes[0].plot(
-        [r["tokens"] for r in evaluations],
-        [r["val_loss"] for r in evaluations],
-        "o-",
-        ms=4,
-        label=f"validation ({evaluations[-1]['val_loss']:.3f})" if evaluations else "validation",
-    )
-    for color, (name, value) in zip(("gray", "tab:red"), baselines.items(), strict=False):
-        axes[0].axhline(value, color=color, ls="--", lw=1, label=f"{name} baseline ({value:.3f})")
-    axes[0].set(xlabel="training tokens", ylabel="loss, nats a token")
-    axes[0].legend()
-
-    if scored:
-        tokens = [r["tokens"] for r in scored]
-        for key, label in (("acc_norm", "per token (acc_norm)"), ("acc", "sum (acc)")):
-            axes[1].errorbar(
-                tokens,
-                [r["hellaswag"][key] for r in scored],
-                yerr=[r["hellaswag"][f"{key}_stderr"] for r in scored],
-                fmt="o-",
-                ms=4,
-                capsize=2,
-                label=label,
-            )
-        axes[1].axhline(0.25, color="gray", ls="--", lw=1, label="chance")
-        items = scored[-1]["hellaswag"]
-        name = "HellaSwag" if not items["is_sample"] else "own HellaSwag-like sample, not HellaSwag"
-        axes[1].set(xlabel="training tokens", ylabel="accuracy", title=f"{name}, {items['n']} items")
-        axes[1].legend()
-
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    aside = Path(path).with_name(f".{Path(path).name}.partial")
-    figure.savefig(aside, format="png", dpi=120)
-    aside.replace(path)

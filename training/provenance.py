@@ -1,6 +1,7 @@
 """provenance.json: what made this run, so that someone else can make it again."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -11,22 +12,30 @@ from pathlib import Path
 
 import torch
 
+from training.files import write_json
+from training.hardware import device_name
+
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
+_MOST_DIFF_CHARACTERS = 1_000_000
 
 
-def provenance(*, config, data, model, accelerator):
+def provenance(*, config, data, model, accelerator, step):
     """
     Args:
         config: dict, the resolved settings.
-        data: dict that identifies the training data.
+        data: dict that identifies the training data, the hash of its manifest among others.
         model: dict that describes the model (parameter count).
+        step: the step this launch goes on from; 0 for a fresh run.
 
     Returns:
-        JSON-able dict: command, settings, code, versions, hardware, data, start time (UTC).
+        JSON-able dict: command, settings, seed, code with its uncommitted changes, versions, hardware, data, start time
+        (UTC).
     """
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": step,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "seed": config["seed"],
         "config": config,
         "model": model,
         "data": data,
@@ -36,20 +45,25 @@ def provenance(*, config, data, model, accelerator):
             "platform": platform.platform(),
             "device": device_name(accelerator.device),
             "processes": accelerator.num_processes,
+            "distributed": accelerator.distributed_type.value,
             "mixed_precision": accelerator.mixed_precision,
             "cpu_threads": torch.get_num_threads(),
             "cpu_count": os.cpu_count(),
+            "cuda": torch.version.cuda,
         },
     }
 
 
-def device_name(device):
-    """ "NVIDIA H200", "Apple GPU", or the processor's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return "Apple GPU"
-    return f"{device.type} ({platform.processor() or platform.machine()})"
+def write_provenance(path, record, *, resumed):
+    """
+    Writes provenance.json: the record of this launch, and under "earlier_launches" those of the launches before it, where
+    the run was resumed.
+    """
+    path, earlier = Path(path), []
+    if resumed and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier_launches", []), before]
+    write_json(path, {**record, "earlier_launches": earlier})
 
 
 def _version(package):
@@ -60,15 +74,23 @@ def _version(package):
 
 
 def _git_state():
-    """The commit and whether the code differs from it; null outside a git checkout."""
+    """The commit, and what the code has beyond it; null outside a git checkout."""
     root = Path(__file__).parent.parent
 
     def git(*arguments):
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", check=True
+        ).stdout
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        status, diff = git("status", "--porcelain"), git("diff", "HEAD")
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(status),
+            "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
+            "diff": diff
+            if len(diff) <= _MOST_DIFF_CHARACTERS
+            else f"{diff[:_MOST_DIFF_CHARACTERS]}\n... cut: {len(diff):,} characters",
+        }
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,0 +1,114 @@
+"""What a device can do at best, and what an hour of it costs."""
+
+import contextlib
+import platform
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+
+
+class Device(NamedTuple):
+    """A data sheet's line."""
+
+    tflops: float
+    """dense bfloat16 matmul, 10^12 FLOP/s, without sparsity"""
+    dollars_an_hour: float | None
+    """what renting one costs: on-demand list prices of large GPU clouds, late 2026, rounded; None: not looked up"""
+    tokens_per_s: float | None = None
+    """GPT-2 124M trained on one of eight (T = 1024, 524,288 tokens a step), by llm.c"""
+    source: str = ""
+    """of tokens_per_s"""
+
+
+# By a part of the name that torch gives; the first that fits counts. Data sheets: nvidia.com, amd.com.
+DEVICES = {
+    "B200": Device(2250, 5.00),
+    "H200": Device(
+        989, 3.50, 463_000, "estimated: llm.c's rate on an H100, which has the same peak and less bandwidth"
+    ),
+    "H100 PCIe": Device(756, 2.50),
+    "H100": Device(989, 3.00, 463_000, "estimated from llm.c's published 140 ms a step on eight (vislog)"),
+    "A100": Device(312, 1.80, 221_000, "estimated from llm.c's published 94 minutes for 10B tokens on eight"),
+    "MI300X": Device(1307, 2.50),
+    "L40S": Device(362, 1.00),
+    "A10G": Device(70, 0.75),
+    "L4": Device(121, 0.70),
+    "RTX 5090": Device(209, 0.70),
+    "RTX 4090": Device(165, 0.40),
+    "RTX 3090": Device(71, 0.25),
+}
+# What the plan gives time and money for.
+PLANNED = ("A100", "H100", "H200")
+# FLOPs a token of GPT-2 124M at T = 1024, as training.plan.flops_per_token counts them.
+FLOPS_PER_TOKEN_124M = 855_166_464
+
+
+def look_up(name):
+    """The Device of a name that torch gives ("NVIDIA H200"), or None."""
+    return next((device for part, device in DEVICES.items() if part in name), None)
+
+
+def device_name(device):
+    """ "NVIDIA H200", "Apple GPU", or the processor's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"{device.type} ({platform.processor() or platform.machine()})"
+
+
+def peak_flops(device, dtype):
+    """
+    FLOP/s that a share of peak refers to.
+
+    Args:
+        device: torch.device.
+        dtype: of the matmuls, torch.bfloat16 or torch.float32.
+
+    Returns:
+        (FLOP/s, "data sheet" or "measured matmul"). Measured where the device is not in the table, and in float32,
+        whose peak depends on settings (TF32).
+    """
+    known = look_up(device_name(device))
+    if known is not None and dtype == torch.bfloat16:
+        return known.tflops * 1e12, "data sheet"
+    return measured_matmul_flops(device, dtype), "measured matmul"
+
+
+def measured_matmul_flops(device, dtype, seconds=0.3):
+    """The best rate of a square matmul, FLOP/s, of those tried within the time."""
+    size = 2048 if device.type == "cpu" else 8192
+    generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+
+    def wait():
+        if device.type != "cpu":
+            torch.get_device_module(device).synchronize()
+
+    torch.mm(a, b, out=out)
+    wait()
+    best, started = float("inf"), time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        before = time.perf_counter()
+        torch.mm(a, b, out=out)
+        wait()
+        best = min(best, time.perf_counter() - before)
+    return 2 * size**3 / best
+
+
+def free_memory(device):
+    """Bytes that a process may still take: of the device, or on a CPU of the machine and of the container around it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit, no file outside Linux
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free

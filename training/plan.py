@@ -1,0 +1,113 @@
+"""What a run will take: arithmetic, memory, time and money. All of it is known before the first step."""
+
+from datetime import timedelta
+from typing import NamedTuple
+
+from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, PLANNED
+
+# A process before it has a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
+_BASE_BYTES = {"cpu": 0.55e9, None: 0.8e9}
+# Rows of logits that the loss head holds at a time (modeling_gpt2repro/loss.py).
+_HEAD_ROWS = {"cpu": 512, None: 8192}
+
+
+def flops_per_token(*, num_parameters, n_layer, n_embd, n_positions, seq_len):
+    """
+    6 FLOPs a parameter and token (forward 2, backward 4), and attention's two T x T matmuls (PaLM paper, appendix B).
+    Position embeddings are looked up, not multiplied.
+    """
+    return 6 * (num_parameters - n_positions * n_embd) + 12 * n_layer * n_embd * seq_len
+
+
+class MemoryEstimate(NamedTuple):
+    """Bytes a process needs at its peak, by what for."""
+
+    state: float
+    """parameters and AdamW's two moments, float32"""
+    gradients: float
+    """float32, and DDP's buckets where there are several processes"""
+    activations: float
+    """what the backward pass needs of the forward pass"""
+    head: float
+    """logits of a chunk and the gradient of the head's matrix"""
+    base: float
+    """the process before it has a model"""
+
+    @property
+    def total(self):
+        return sum(self)
+
+
+def estimate_memory(
+    *,
+    num_parameters,
+    vocab_size,
+    n_layer,
+    n_head,
+    n_embd,
+    micro_batch_size,
+    seq_len,
+    mixed_precision,
+    dropout,
+    device_type,
+    num_processes,
+):
+    """
+    The peak of a training step, with this project's model: MLPs keep their input and the GELU's, attention does not keep
+    its T x T weights, logits are made in chunks.
+
+    Args:
+        mixed_precision: "bf16" or "no".
+        device_type: "cpu", "cuda", ...
+
+    Returns:
+        MemoryEstimate. Checked on a CPU against runs (benchmarks/RECORDS.md); sharding (FSDP, ZeRO) is not in it.
+    """
+    rows = micro_batch_size * seq_len
+    width = 2 if mixed_precision == "bf16" else 4
+    kind = device_type if device_type in _HEAD_ROWS else None
+    # A block keeps for a token: its two residual inputs in float32; and in the compute type the inputs of c_attn (D),
+    # attention (3 D) and c_proj (D), of c_fc (D) and of the GELU (4 D).
+    of_block = 8 * n_embd + 10 * width * n_embd + 4 * n_head
+    if dropout:
+        of_block += 2 * n_embd  # two masks, a byte each
+    # Last LayerNorm and loss: input, output, its copy in the compute type, its gradient.
+    of_ends = (12 + width) * n_embd
+    # The block that runs backward: gradients of the MLP's inside and of the residual stream.
+    of_backward = 8 * width * n_embd + 8 * n_embd
+    activations = rows * (n_layer * of_block + of_ends + of_backward)
+    casts = width * num_parameters if width == 2 else 0  # matrices in bfloat16, once a forward pass
+    matrix = vocab_size * n_embd
+    head_rows = min(rows, _HEAD_ROWS[kind])
+    head = 4 * matrix + head_rows * vocab_size * (width if kind == "cpu" else width + 4)
+    return MemoryEstimate(
+        state=12 * num_parameters,
+        gradients=4 * num_parameters * (2 if num_processes > 1 else 1),
+        activations=activations + casts,
+        head=head,
+        base=_BASE_BYTES[kind],
+    )
+
+
+def time_and_money(total_tokens, flops_of_a_token):
+    """
+    Lines about what the run would take on rented GPUs, one and eight, each with where its rate comes from.
+
+    The rate is that of GPT-2 124M, scaled by the FLOPs a token: larger models come a little nearer to the peak.
+    """
+    lines = []
+    for name in PLANNED:
+        device = DEVICES[name]
+        rate = device.tokens_per_s * FLOPS_PER_TOKEN_124M / flops_of_a_token
+        hours = total_tokens / rate / 3600
+        lines.append(
+            f"{name:<5} {duration(3600 * hours)} on one, {duration(3600 * hours / 8)} on eight, "
+            f"${hours * device.dollars_an_hour:,.2f} at ${device.dollars_an_hour:.2f} an hour "
+            f"({rate:,.0f} tokens/s each; {device.source})"
+        )
+    return lines
+
+
+def duration(seconds):
+    """3725 -> "1:02:05"; days as "2 days, 1:02:05"."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,57 @@
+"""Ways to ask a run to stop: it then finishes its step, saves, and says that it wants to go on."""
+
+import os
+import signal
+import time
+
+# sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Its meaning here: resume me.
+RESUME_ME = 75
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what SLURM and others send ahead of a time limit
+
+
+class StoppedInEvaluation(Exception):
+    """Raised out of an evaluation that would take longer than the one who asked may wait."""
+
+
+class StopRequest:
+    """Looks out for SIGTERM, SIGUSR1, Ctrl-C, a time limit, and the death of the launcher."""
+
+    def __init__(self, max_hours, started):
+        """
+        Args:
+            max_hours: float or None.
+            started: time.monotonic() when the program began.
+        """
+        self.reason = None
+        self._deadline = None if max_hours is None else started + 3600 * max_hours
+        self._max_hours = max_hours
+        self._interrupted_at = None
+        # A launcher that is killed leaves its processes running, where nobody sees them or can start again.
+        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        for name in _SIGNALS:
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self._on_signal)
+
+    def _on_signal(self, number, frame):
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            # Launchers pass Ctrl-C on, so that one press arrives twice.
+            if self._interrupted_at is not None and now - self._interrupted_at > 2:
+                raise KeyboardInterrupt
+            self._interrupted_at = self._interrupted_at or now
+        self.reason = self.reason or signal.Signals(number).name
+
+    @property
+    def is_requested(self):
+        """Whether this process has been asked; others may not have been."""
+        if self.reason is None:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.reason = f"max_hours={self._max_hours:g}"
+            elif self._launcher is not None and os.getppid() != self._launcher:
+                self.reason = "the launcher has gone"
+        return self.reason is not None
+
+    def check(self, *_):
+        """Raises StoppedInEvaluation if stopping was asked for."""
+        if self.is_requested:
+            raise StoppedInEvaluation
