@@ -23,15 +23,16 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 def test_a_run_leaves_what_it_promises(finished_run):
     output, console = finished_run
-    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
-    for name in ("curves.png", "provenance.json", "metrics.jsonl", "tensorboard"):
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020", "best"}
+    assert (output / "checkpoints" / "best" / "config.json").is_file()
+    for name in ("curves.png", "provenance.json", "metrics.jsonl", "tensorboard", "status.json"):
         assert (output / name).exists(), name
     assert not list(output.rglob(".*.partial"))
 
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     training = [r for r in records if "loss" in r]
     assert [r["step"] for r in training] == list(range(1, 21))
-    assert set(training[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s"}
+    assert set(training[0]) == {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}
     assert training[-1]["tokens"] == 20 * 256
     evaluations = [r for r in records if "val_loss" in r]
     assert [r["step"] for r in evaluations] == [0, 10, 20]
@@ -106,7 +107,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(finished_run, launch, tiny, t
     """Bit-identical parameters, moments and losses; the interrupted run also had a lost stretch in its log."""
     original, _ = finished_run
     interrupted = tmp_path / "tiny"
-    shutil.copytree(original, interrupted)
+    shutil.copytree(original, interrupted, symlinks=True)
     shutil.rmtree(interrupted / "checkpoints" / "step_000020")
     done = launch("--config", tiny, "--output_dir", interrupted, "--resume", "auto")
     assert "step 10" in done.stdout
@@ -145,7 +146,8 @@ def test_two_processes_give_the_losses_of_one(finished_run, launch, tiny, tmp_pa
         if "val_loss" in a:
             assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-5)
             assert a["hellaswag"] == b["hellaswag"]
-    assert (tmp_path / "two" / "checkpoints" / "step_000020" / "training_state" / "rng_00001.safetensors").is_file()
+    states = load_file(tmp_path / "two" / "checkpoints" / "step_000020" / "training_state" / "rng.safetensors")
+    assert states.keys() == {"0.cpu", "1.cpu"}
 
 
 ALONE = """

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from training.metrics import MetricsLog, plot_curves, read_metrics
+from training.curves import plot_curves
+from training.metrics import MetricsLog, read_metrics
 
 RECORDS = [
     {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
@@ -47,7 +48,7 @@ def test_picture(log, tmp_path):
     scored = [r | {"hellaswag": score} if "val_loss" in r else r for r in RECORDS]
     for number, records in enumerate((RECORDS, scored)):
         path = tmp_path / f"{number}.png"
-        plot_curves(records, path, title="t", baselines={"unigram": 7.0, "bigram": 6.0})
+        plot_curves(records, path, title="t", loss_lines={"unigram": 7.0}, hellaswag_lines={"GPT-3": 0.3})
         assert path.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "1.png").stat().st_size > (tmp_path / "0.png").stat().st_size  # the second panel
     assert not list(tmp_path.glob(".*.partial"))
