@@ -67,7 +67,7 @@ from training.optim import build_optimizer
 from training.plan import duration, estimate_memory, flops_per_token, time_and_money
 from training.precision import resolve_mixed_precision
 from training.provenance import provenance, write_provenance
-from training.run_folder import lock, write_status
+from training.run_folder import lock, unlock, write_status
 from training.schedule import learning_rate
 from training.state import blank_copy, whole_model
 from training.stopping import RESUME_ME, StoppedInEvaluation, StopRequest
@@ -585,12 +585,13 @@ def train(argv):
     # ------------------------------------------------------------------------------------------------------
     # Summary, and what to do next.
     bar.close()
+    reasons = [reason for reason in gather_object([stop.reason]) if reason]
     folder = checkpoints.finished(wait=True) or checkpoint_folder(output_dir, step)
+    # Without it, gloo's threads may still hold what was gathered when the group is taken down, and hang (torch 2.13).
     accelerator.wait_for_everyone()
     accelerator.end_training()
     say(f"saved     {folder}")
     if stopping:
-        reasons = [reason for reason in gather_object([stop.reason]) if reason]
         say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
         if is_main:
             write_status(output_dir, "resume me", step=step, exit_code=RESUME_ME)
@@ -662,6 +663,8 @@ def main():
         sys.exit(f"error: {error}" if rank == "0" else f"error (process {rank}): {error}")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what was saved before is whole, and --resume auto goes on from it")
+    finally:
+        unlock()
 
 
 if __name__ == "__main__":

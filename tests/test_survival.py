@@ -1,19 +1,19 @@
 """Runs that are killed, asked to stop, damaged, or given a full disk: nothing is lost, and the curve is the same."""
 
-import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from killing import assert_same_run, kill_at_random, start, wait_for_step
-from tiny_run import ROOT, clean_environment, losses
+from killing import assert_same_run, kill_at_random, start, status, wait_for, wait_for_step
+from tiny_run import ROOT, losses
 
 from training.stopping import RESUME_ME
+
+LAUNCH = ("-m", "accelerate.commands.launch")
 
 # Saves at every second step, so that a random moment is often one of saving; dropout, so that the random state counts.
 STEPS = 60
@@ -39,3 +39,154 @@ def test_killed_five_times_at_random_moments(tiny, undisturbed, tmp_path, seed):
     assert_same_run(output, undisturbed, STEPS)
     names = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (output, undisturbed)]
     assert names[0] == names[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Asked to stop.
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
+    """In the middle of a stretch without checkpoints, and at a step that should have been evaluated."""
+    output = tmp_path / "run"
+    arguments = ("--config", tiny, *OFTEN, "--save_every", STEPS)
+    run = start(output, tmp_path, *arguments)
+    wait_for_step(output, 17, run)
+    run.send_signal(getattr(signal, name))
+    assert run.wait(timeout=60) == RESUME_ME
+    says = status(output)
+    assert (says["status"], says["exit_code"]) == ("resume me", RESUME_ME)
+    log = output.with_suffix(".log").read_text()
+    assert f"stopped at step {says['step']} ({name})" in log
+    assert (output / "checkpoints" / f"step_{says['step']:06d}").is_dir()
+    assert "Traceback" not in log
+
+    run = start(output, tmp_path, *arguments)
+    assert run.wait(timeout=120) == 0
+    assert_same_run(output, undisturbed, STEPS)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
+    output = tmp_path / "run"
+    run = start(
+        *(output, tmp_path, "--config", tiny, "--max_steps", 2000, "--eval_every", 2000),
+        through=(*LAUNCH, "--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"),
+    )
+    wait_for_step(output, 5, run)
+    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    run.wait(timeout=60)
+    log = output.with_suffix(".log").read_text()
+    assert status(output)["status"] == "resume me", log
+    assert "(SIGTERM)" in log
+
+
+@pytest.mark.parametrize("signal_to_launcher", [signal.SIGKILL, signal.SIGTERM])
+def test_a_launcher_that_is_killed_takes_the_run_with_it(signal_to_launcher, tiny, tmp_path):
+    output = tmp_path / "run"
+    arguments = ("--config", tiny, "--max_steps", 2000, "--eval_every", 2000)
+    run = start(output, tmp_path, *arguments, through=LAUNCH)
+    wait_for_step(output, 5, run)
+    run.send_signal(signal_to_launcher)
+    run.wait()
+    # Nobody waits for the old one to leave: the new one does.
+    again = start(output, tmp_path, *arguments)
+    wait_for(lambda: status(output).get("pid") == again.pid, output, again)
+    os.killpg(again.pid, signal.SIGKILL)
+    again.wait()
+    log = output.with_suffix(".log").read_text()
+    assert "(the launcher has gone)" in log
+    assert "resume    from" in log
+
+
+def test_a_time_limit(finished_run, tiny, tmp_path):
+    """It is over before the first evaluation is: nothing has been learnt, that is saved, and gone on from."""
+    output = tmp_path / "run"
+    run = start(output, tmp_path, "--config", tiny, "--max_hours", 1e-6)
+    assert run.wait(timeout=60) == RESUME_ME
+    assert "max_hours=1e-06" in output.with_suffix(".log").read_text()
+    assert status(output)["step"] == 0
+    assert losses(output) == []
+    run = start(output, tmp_path, "--config", tiny)
+    assert run.wait(timeout=60) == 0
+    assert losses(output) == losses(finished_run[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints that somebody or something damaged.
+
+
+def test_a_damaged_checkpoint_is_passed_over(tiny, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output, symlinks=True)
+    folders = sorted((output / "checkpoints").glob("step_*"))
+    weights = folders[-1] / "model.safetensors"
+    with weights.open("r+b") as file:  # one bit
+        file.seek(weights.stat().st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 4]))
+    run = start(output, tmp_path, "--config", tiny, *OFTEN)
+    assert run.wait(timeout=120) == 0
+    log = output.with_suffix(".log").read_text()
+    assert f"passing over {folders[-1]}: model.safetensors is not what was written" in log
+    assert f"resume    from {folders[-2]}" in log
+    assert_same_run(output, undisturbed, STEPS)
+
+
+def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
+    """The second waits for the first to leave, and says so; here it does not leave."""
+    from training import TrainingError, run_folder
+
+    lines = []
+    monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.1)
+    code = f"from training.run_folder import lock; lock({str(tmp_path / 'run')!r}, print); print('held'); input()"
+    first = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(TrainingError, match="another process is training in"):
+        run_folder.lock(tmp_path / "run", lines.append)
+    assert "waiting for it to leave" in lines[0]
+    first.kill()  # whatever way it ends
+    first.wait()
+    run_folder.lock(tmp_path / "run", lines.append)
+    run_folder.unlock()
+    assert len(lines) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A disk that is full.
+
+FULL_DISK = """
+import resource, runpy, signal, sys
+# Files of more than 100 KB cannot be written: what a full disk does to weights but not to logs.
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.argv = sys.argv[1:]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_full_disk_does_not_stop_training(tiny, undisturbed, tmp_path):
+    output = tmp_path / "run"
+    arguments = ("--config", tiny, *OFTEN, "--max_steps", STEPS)
+    run = start(output, tmp_path, *arguments, "--max_hours", 1)
+    wait_for(lambda: list((output / "checkpoints").glob("step_*")), output, run)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    before = {p.name for p in (output / "checkpoints").glob("step_*")}
+
+    run = start(output, tmp_path, *arguments, through=("-c", FULL_DISK))
+    assert run.wait(timeout=120) == 1
+    log = output.with_suffix(".log").read_text()
+    assert log.count("Training goes on") >= 5
+    assert "It needs 0.0" in log and "make room on the disk" in log
+    assert "error: could not write the checkpoint" in log  # the last one
+    assert "Traceback" not in log
+    assert losses(output) == losses(undisturbed)
+    assert {p.name for p in (output / "checkpoints").glob("step_*")} == before
+
+    run = start(output, tmp_path, *arguments)  # there is room again
+    assert run.wait(timeout=120) == 0
+    assert_same_run(output, undisturbed, STEPS)

@@ -14,7 +14,7 @@ _held = []
 
 def lock(output_dir, say):
     """
-    Keeps other runs out of the folder until this process ends, however it ends. A run that was just asked to stop gets
+    Keeps other runs out of the folder until `unlock`, or until this process ends, however it ends. A run that was just asked to stop gets
     a minute for it.
 
     Raises:
@@ -37,6 +37,12 @@ def lock(output_dir, say):
             raise TrainingError(
                 f"another process is training in {output_dir}: wait for it, stop it, or choose another --output_dir"
             ) from None
+
+
+def unlock():
+    """Lets others in."""
+    while _held:
+        _held.pop().release()
 
 
 def write_status(output_dir, status, **more):

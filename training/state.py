@@ -45,6 +45,8 @@ def load_moments(tensors, model, optimizer, accelerator):
     Raises:
         ValueError: a parameter without fitting moments, moments without a parameter.
     """
+    if not tensors:  # saved before the first step
+        return
     tensors = dict(tensors)
     index_of = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {}
