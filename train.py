@@ -33,6 +33,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import DataError
@@ -69,7 +70,7 @@ from training.precision import resolve_mixed_precision
 from training.provenance import provenance, write_provenance
 from training.run_folder import lock, unlock, write_status
 from training.schedule import learning_rate
-from training.state import blank_copy, whole_model
+from training.state import blank_copy, prepare, whole_model
 from training.stopping import RESUME_ME, StoppedInEvaluation, StopRequest
 from training.trackers import start_trackers
 
@@ -344,8 +345,15 @@ def train(argv):
     )
     blank = blank_copy(model)
     step_model = torch.compile(model) if config.compile else model
-    accelerator.gradient_accumulation_steps = accumulation
-    ddp_model, optimizer = accelerator.prepare(step_model, optimizer)
+    ddp_model, optimizer = prepare(
+        accelerator,
+        model,
+        step_model,
+        optimizer,
+        micro_batch_size=micro_batch_size,
+        accumulation=accumulation,
+        grad_clip=optim.grad_clip,
+    )
     torch.manual_seed(config.seed + rank)  # from here on, dropout: each process its own
     if resume_from is not None:
         load_optimizer(resume_from, model, optimizer, accelerator)
@@ -516,7 +524,8 @@ def train(argv):
                 ).loss
                 accelerator.backward(loss * (world_size * accumulation))
             losses.append(loss.detach())
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), optim.grad_clip))
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
         asked = torch.tensor(float(stop.is_requested), device=device)
         train_loss, asked = accelerator.reduce(torch.stack([sum(losses), asked]), "sum").tolist()
         stopping = asked > 0

@@ -18,7 +18,7 @@ ALLOWED = {
     },
     "training": {
         *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"),
-        *("filelock", "psutil"),
+        *("filelock", "psutil", "deepspeed"),
     },
     "eval": {"eval", "torch", "numpy", "tqdm", "transformers", "datasets", "evaluate", "huggingface_hub"},
 }

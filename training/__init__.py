@@ -10,6 +10,7 @@ How the model is trained: everything that has a test of its own outside train.py
     schedule.py     the learning rate, a pure function of the step
     optim.py        AdamW with weight decay on matrices only
     state.py        what a run has learnt, as whole tensors by name
+    zero.py         what DeepSpeed's ZeRO does differently
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
     stopping.py     signals and time limits: save, and ask to be resumed
     run_folder.py   one run at a time; status.json

@@ -1,14 +1,38 @@
 """
 What a run has learnt, as whole float32 tensors by parameter name, whoever holds them: one process, every process alike
-(DDP), a shard each (FSDP2's DTensors).
+(DDP), a shard each (FSDP2's DTensors), or a shard of the float32 copies (DeepSpeed's ZeRO).
 """
 
 from copy import deepcopy
 
 import torch
+from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from training import zero
+
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def prepare(accelerator, model, step_model, optimizer, *, micro_batch_size, accumulation, grad_clip):
+    """
+    `accelerator.prepare`, with what DeepSpeed wants beside.
+
+    Args:
+        model: the bare model.
+        step_model: the same, or compiled.
+
+    Returns:
+        (step_model, optimizer) as training calls them.
+    """
+    accelerator.gradient_accumulation_steps = accumulation
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return accelerator.prepare(step_model, optimizer)
+    zero.configure(accelerator, micro_batch_size=micro_batch_size, accumulation=accumulation, grad_clip=grad_clip)
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    prepared = accelerator.prepare(step_model, optimizer)
+    zero.load_parameters(model, parameters)
+    return prepared
 
 
 def full_state(model, optimizer, accelerator, copy):
@@ -31,9 +55,11 @@ def full_state(model, optimizer, accelerator, copy):
         return tensor.to("cpu", copy=copy).contiguous() if accelerator.is_main_process else None
 
     parameters, moments = {}, {}
+    is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
     for name, parameter in model.named_parameters():
-        parameters[name] = whole(parameter)
-        for key, value in optimizer.state[parameter].items():
+        parameters[name] = whole(zero.parameter(parameter) if is_zero else parameter)
+        of_parameter = zero.moments(parameter, optimizer.optimizer) if is_zero else optimizer.state.get(parameter, {})
+        for key, value in of_parameter.items():
             moments[f"{key}.{name}"] = whole(value)
     return parameters, moments
 
@@ -48,7 +74,6 @@ def load_moments(tensors, model, optimizer, accelerator):
     if not tensors:  # saved before the first step
         return
     tensors = dict(tensors)
-    index_of = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state = {}
     for name, parameter in model.named_parameters():
         entry = {key: tensors.pop(f"{key}.{name}", None) for key in MOMENTS}
@@ -58,9 +83,14 @@ def load_moments(tensors, model, optimizer, accelerator):
             for key in ("exp_avg", "exp_avg_sq"):
                 whole = entry[key].to(parameter.device)
                 entry[key] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        state[index_of[parameter]] = entry
+        state[name] = entry
     if tensors:
         raise ValueError(f"moments of parameters the model lacks, for example {min(tensors)}")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        zero.load_moments(model, optimizer.optimizer, state)
+        return
+    number = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = {number[parameter]: state[name] for name, parameter in model.named_parameters()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
