@@ -1,0 +1,94 @@
+"""Steps whose loss or gradient is not finite."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+from tiny_run import ROOT, clean_environment
+
+from data.manifest import open_split
+
+# train.py with a model whose loss is NaN in some micro-batches (two a step), or whose gradient is.
+PROGRAM = """
+import json, sys, train
+bad_losses, bad_gradients = json.loads(sys.argv[1])
+forward, calls = train.GPT2ReproForCausalLM.forward, 0
+
+def forward_with_faults(self, *arguments, **more):
+    global calls
+    output = forward(self, *arguments, **more)
+    if self.training:
+        if calls in bad_losses:
+            output.loss = output.loss * float("nan")
+        if calls in bad_gradients:
+            output.loss.register_hook(lambda gradient: gradient * float("inf"))
+        calls += 1
+    return output
+
+train.GPT2ReproForCausalLM.forward = forward_with_faults
+sys.argv[1:2] = []
+train.main()
+"""
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    def run(*arguments, bad_losses=(), bad_gradients=()):
+        return subprocess.run(
+            [
+                *(sys.executable, "-c", PROGRAM, json.dumps([list(bad_losses), list(bad_gradients)])),
+                *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag", "null"),
+                *map(str, arguments),
+            ],
+            cwd=ROOT,
+            env=clean_environment(tmp_path),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    return run
+
+
+def records(folder):
+    return [r for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+
+
+def test_a_step_is_skipped_counted_and_its_windows_are_written_down(run, tiny, tmp_path):
+    done = run("--data.order", "sequential", bad_losses=[2 * 2 + 1], bad_gradients=[2 * 6])  # steps 3 and 7
+    assert done.returncode == 0, done.stderr
+    steps = records(tmp_path / "run")
+    assert [r["step"] for r in steps] == list(range(1, 21))
+    assert [r["step"] for r in steps if "skipped" in r] == [3, 7]
+    third, seventh = steps[2], steps[6]
+    assert third["loss"] is None and third["skipped"]["loss"] == "nan"
+    # The second micro-batch of four windows; where only the gradient was not finite, all eight.
+    (shard,) = open_split(tiny.parent / "shards", "train")
+    places = [{"shard": shard.path.name, "first_token": 32 * window} for window in range(20 * 8)]
+    assert third["skipped"]["windows"] == places[2 * 8 + 4 : 3 * 8]
+    assert seventh["loss"] is not None and seventh["grad_norm"] is None
+    assert seventh["skipped"]["windows"] == places[6 * 8 : 7 * 8]
+    assert "step      3 | SKIPPED: loss nan" in done.stdout
+    assert "skipped 2 steps" in done.stdout
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000020" / "training_state"
+    assert json.loads((checkpoint / "state.json").read_text())["num_skipped"] == 2
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert {value.item() for name, value in moments.items() if name.startswith("step.")} == {18.0}
+    assert all(value.isfinite().all() for value in moments.values())
+
+
+def test_too_many_in_a_row_stop_the_run(run, tmp_path):
+    done = run("--optim.max_skipped_steps", 3, bad_losses=[2 * 4, *range(2 * 11, 40)])  # step 5; then 12 and on
+    assert done.returncode == 1
+    assert "the last 3 steps were not finite" in done.stderr
+    assert "--resume auto" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [r["step"] for r in records(tmp_path / "run") if "skipped" in r] == [5, 12, 13, 14]
+    assert records(tmp_path / "run")[-1]["step"] == 14
+
+    done = run("--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "step 10" in done.stdout
+    assert [r["step"] for r in records(tmp_path / "run") if "skipped" in r] == [5]
