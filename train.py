@@ -175,6 +175,7 @@ def train(argv):
             micro_batch_size=micro_batch_size,
             seq_len=batch.seq_len,
             mixed_precision=accelerator.mixed_precision,
+            accumulation=batch.tokens_per_step // (micro_batch_size * batch.seq_len * world_size),
             dropout=config.model.dropout,
             device_type=device.type,
             num_processes=world_size,
@@ -650,7 +651,9 @@ def shape_of(source):
     if vocab_size != VOCAB_SIZE:
         raise TrainingError(f"init_from: {source} has a vocabulary of {vocab_size}, and the data's is {VOCAB_SIZE}")
     published = GPT2ReproConfig()  # what a configuration that leaves a field out means
-    return {name: settings.get(name, getattr(published, name)) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+    return {
+        name: settings.get(name, getattr(published, name)) for name in ("n_layer", "n_head", "n_embd", "n_positions")
+    }
 
 
 def load_weights(source, dropout):

@@ -23,7 +23,16 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 20
-ARGUMENTS = ("--mixed_precision", "no", "--eval.hellaswag", "null", "--eval.ngram_baselines", "false", "--trackers", "[]")
+ARGUMENTS = (
+    "--mixed_precision",
+    "no",
+    "--eval.hellaswag",
+    "null",
+    "--eval.ngram_baselines",
+    "false",
+    "--trackers",
+    "[]",
+)
 
 
 def write_seeded_corpus(folder):
@@ -45,7 +54,9 @@ def write_seeded_corpus(folder):
 def first_losses(shards, output, environment):
     """The losses of a run of the sample recipe that is killed when it has got so far."""
     command = [sys.executable, "train.py", *ARGUMENTS, "--data.path", str(shards), "--output_dir", str(output)]
-    run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     metrics, losses = output / "metrics.jsonl", []
     deadline = time.monotonic() + 240
     while len(losses) < STEPS and run.poll() is None and time.monotonic() < deadline:
@@ -72,7 +83,11 @@ def main():
     golden = json.loads(FILE.read_text()) if FILE.is_file() else {"sample": []}
     made_with = {
         "command": "python train.py " + " ".join(ARGUMENTS),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -48,6 +48,7 @@ def full_state(model, optimizer, accelerator, copy):
         ({"transformer.wte.weight": ..., ...}, {"exp_avg.transformer.wte.weight": ..., "step....": ..., ...}); with
         None for each tensor on other processes than the main one.
     """
+
     def whole(tensor):
         tensor = tensor.detach()
         if isinstance(tensor, DTensor):

@@ -43,9 +43,7 @@ def start_trackers(names, accelerator, output_dir, config, *, resume_step):
     if "wandb" in names:
         os.environ.setdefault("WANDB_SILENT", "true")
         # W&B keeps what it already has of a step and leaves out what comes again.
-        trackers.append(
-            WandBTracker(PROJECT, name=output_dir.name, id=run_id, resume="allow", dir=str(output_dir))
-        )
+        trackers.append(WandBTracker(PROJECT, name=output_dir.name, id=run_id, resume="allow", dir=str(output_dir)))
     if "trackio" in names:
         # Trackio goes on by name; a lost stretch stands there twice.
         trackers.append(TrackioTracker(PROJECT, name=run_id, resume="allow"))

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# From an empty machine with 8 GPUs to a scored, shared GPT-2. Run it in the checkout; run it again after whatever
+# stopped it: each stage goes on where it was.
+#
+#   recipes/reproduce.sh                              GPT-2 124M on 10 billion tokens of FineWeb-Edu
+#   HUB_ID=USER/NAME recipes/reproduce.sh             and then shared on the Hub (after: .venv/bin/hf auth login)
+#   RECIPE=gpt2_350m PREPARE="fineweb-edu --subset sample-100BT" recipes/reproduce.sh
+#
+# More by environment variables: SHARDS (where they go; default: the recipe's data.path), HARDWARE (a file of
+# accelerate_configs without .yaml; default ddp_8gpu), OPTIONS (of train.py), TASKS_OPTIONS (of python -m eval), TRIES.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+recipe=${RECIPE:-gpt2_124m}
+hardware=${HARDWARE:-ddp_8gpu}
+tries=${TRIES:-100}
+prepare=${PREPARE:-fineweb-edu}
+shards=${SHARDS:-$(sed -n 's/^  path: *\([^ ]*\).*/\1/p' "recipes/$recipe.yaml")}
+run=runs/$recipe
+[ -f "recipes/$recipe.yaml" ] || { echo "error: no recipes/$recipe.yaml; there are: $(ls recipes/*.yaml)" >&2; exit 1; }
+
+echo "== 1. install"
+[ -x .venv/bin/accelerate ] || { python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .; }
+
+echo "== 2. data: $shards"
+if [ ! -f "$shards/manifest.json" ]; then
+    # shellcheck disable=SC2086  # several words are meant
+    .venv/bin/python -m data.prepare $prepare --out "$shards"
+fi
+
+echo "== 3. train: $run"
+# The launcher does not pass on exit codes; status.json says how the run stands.
+for try in $(seq "$tries"); do
+    grep -qs '"finished"' "$run/status.json" && break
+    # shellcheck disable=SC2086
+    .venv/bin/accelerate launch -q --config_file "accelerate_configs/$hardware.yaml" train.py \
+        --config "recipes/$recipe.yaml" --data.path "$shards" --output_dir "$run" --resume auto ${OPTIONS:-} && break
+    grep -qs '"resume me"' "$run/status.json" && exit 75 # asked to stop: so does this script
+    echo "stopped; going on from the newest whole checkpoint (try $try of $tries)"
+    sleep 10
+done
+grep -qs '"finished"' "$run/status.json" || { echo "error: $run is not finished" >&2; exit 1; }
+checkpoint=$(sed -n 's/.*"checkpoint": "\(.*\)".*/\1/p' "$run/status.json")
+
+echo "== 4. score: $checkpoint"
+# shellcheck disable=SC2086
+[ -f "$run/hellaswag.json" ] ||
+    .venv/bin/python -m eval --model "$checkpoint" --tasks hellaswag --output "$run/hellaswag.json" ${TASKS_OPTIONS:-}
+cat "$run/hellaswag.json"
+
+echo "== 5. share"
+if [ -n "${HUB_ID:-}" ]; then
+    .venv/bin/hf upload "$HUB_ID" "$checkpoint" . --exclude "training_state/*" --commit-message "$recipe"
+else
+    echo "set HUB_ID=USER/NAME to share $checkpoint"
+fi
