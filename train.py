@@ -63,7 +63,7 @@ from training.curves import plot_curves, published_lines
 from training.hardware import device_name, look_up, peak_flops
 from training.memory import keep_freed_memory
 from training.metrics import MetricsLog, read_metrics
-from training.microbatch import largest_that_fits
+from training.microbatch import largest_that_fits, trial_step
 from training.optim import build_optimizer
 from training.plan import duration, estimate_memory, flops_per_token, time_and_money
 from training.precision import resolve_mixed_precision
@@ -151,13 +151,7 @@ def train(argv):
     num_parameters = model.num_parameters()
 
     batch = config.batch
-    flops_of_a_token = flops_per_token(
-        num_parameters=num_parameters,
-        n_layer=model_config.n_layer,
-        n_embd=model_config.n_embd,
-        n_positions=model_config.n_positions,
-        seq_len=batch.seq_len,
-    )
+    flops_of_a_token = flops_per_token(model_config, num_parameters=num_parameters, seq_len=batch.seq_len)
     total_tokens = config.max_steps * batch.tokens_per_step
     say(
         f"model     {num_parameters:,} parameters: {model_config.n_layer} layers, {model_config.n_embd} wide, "
@@ -167,11 +161,8 @@ def train(argv):
 
     def memory(micro_batch_size):
         return estimate_memory(
+            model_config,
             num_parameters=num_parameters,
-            vocab_size=VOCAB_SIZE,
-            n_layer=model_config.n_layer,
-            n_head=model_config.n_head,
-            n_embd=model_config.n_embd,
             micro_batch_size=micro_batch_size,
             seq_len=batch.seq_len,
             mixed_precision=accelerator.mixed_precision,
@@ -194,22 +185,10 @@ def train(argv):
     # The batch: micro x seq_len x accumulation x processes = tokens an optimizer step.
     largest = None
     if batch.micro_batch_size == "auto":
-
-        def try_step(size):
-            tokens = torch.zeros(size, batch.seq_len, dtype=torch.int64, device=device)
-            # What is not there yet: AdamW's moments, DDP's buckets.
-            reserved = torch.empty((12 if world_size > 1 else 8) * num_parameters, dtype=torch.uint8, device=device)
-            try:
-                with accelerator.autocast():
-                    model(input_ids=tokens, shift_labels=tokens, return_logits=False).loss.backward()
-            finally:
-                model.zero_grad()
-                del reserved
-
         largest = largest_that_fits(
             micro_batch_sizes(batch, world_size),
             needs=lambda size: memory(size).total,
-            try_step=(lambda size: None) if config.dry_run else try_step,
+            step_of=None if config.dry_run else trial_step(model, accelerator, batch.seq_len),
             device=device,
             processes_here=processes_here,
         )
@@ -564,7 +543,7 @@ def train(argv):
                 "windows": bad or gather_object(places),
             }
             say(
-                f"step {step:>6,} | SKIPPED: loss {train_loss}, gradient norm {grad_norm}; its {len(bad)} windows are in "
+                f"step {step:>6,} | SKIPPED: loss {train_loss}, gradient norm {grad_norm}; its windows are in "
                 f"metrics.jsonl; skipped so far: {num_skipped}, in a row: {skipped_in_a_row}"
             )
         if is_main:
@@ -573,8 +552,8 @@ def train(argv):
             bar.update()
         if skipped_in_a_row >= optim.max_skipped_steps:
             raise TrainingError(
-                f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {skipped_in_a_row} steps were not "
-                "finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
+                f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {skipped_in_a_row} steps were "
+                "not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
                 "optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
             )
         if is_main and bar.disable and (step % config.log_every == 0 or step == started_at_step + 1):

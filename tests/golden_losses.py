@@ -88,7 +88,7 @@ def main():
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "hardware": f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
     }
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -32,8 +32,8 @@ def start(output, home, *arguments, through=()):
 
 def kill_at_random(output, home, *arguments, random, most_seconds, times):
     """
-    Kills a run with SIGKILL so many times, each at a random moment after it has found out where to go on from; then lets
-    it finish.
+    Kills a run with SIGKILL so many times, each at a random moment after it has found out where to go on from; then
+    lets it finish.
 
     Returns:
         The steps that were done when it was killed.

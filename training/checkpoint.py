@@ -46,8 +46,8 @@ def checkpoint_folder(output_dir, step):
 
 class CheckpointWriter:
     """
-    Writes checkpoints and removes old ones. On a GPU, training waits only while the state is copied to the host's memory;
-    hashing and writing it is the work of a thread, one checkpoint at a time.
+    Writes checkpoints and removes old ones. On a GPU, training waits only while the state is copied to the host's
+    memory; hashing and writing it is the work of a thread, one checkpoint at a time.
     """
 
     def __init__(

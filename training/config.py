@@ -152,7 +152,7 @@ class Config:
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """where accelerate logs the numbers to, beside metrics.jsonl"""
     dollars_an_hour: float | None = None
-    """what one device costs, for the money on the console; null: training/hardware.py's price, if it knows the device"""
+    """what one device costs, for the money on the console; null: training/hardware.py's price, where it has one"""
     dry_run: bool = False
     """print the plan and stop"""
 

@@ -7,19 +7,22 @@ from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, PLANNED
 
 # A process before it has a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
 _BASE_BYTES = {"cpu": 0.6e9, None: 0.8e9}
-# On a CPU, glibc's heap has holes: peak resident memory of 15 runs over what their tensors take (benchmarks/RECORDS.md).
+# On a CPU, glibc's heap has holes: fitted to the peak resident memory of runs (benchmarks/memory.py).
 _HEAP_HOLES = {("cpu", 2): 1.25, ("cpu", 4): 1.55}
 _DROPOUT_BYTES = 22  # 12 and the heap's holes
 # Rows of logits that the loss head holds at a time (modeling_gpt2repro/loss.py).
 _HEAD_ROWS = {"cpu": 512, None: 8192}
 
 
-def flops_per_token(*, num_parameters, n_layer, n_embd, n_positions, seq_len):
+def flops_per_token(shape, *, num_parameters, seq_len):
     """
     6 FLOPs a parameter and token (forward 2, backward 4), and attention's two T x T matmuls (PaLM paper, appendix B).
     Position embeddings are looked up, not multiplied.
+
+    Args:
+        shape: has n_layer, n_embd and n_positions; a GPT2ReproConfig.
     """
-    return 6 * (num_parameters - n_positions * n_embd) + 12 * n_layer * n_embd * seq_len
+    return 6 * (num_parameters - shape.n_positions * shape.n_embd) + 12 * shape.n_layer * shape.n_embd * seq_len
 
 
 class MemoryEstimate(NamedTuple):
@@ -42,12 +45,9 @@ class MemoryEstimate(NamedTuple):
 
 
 def estimate_memory(
+    shape,
     *,
     num_parameters,
-    vocab_size,
-    n_layer,
-    n_head,
-    n_embd,
     micro_batch_size,
     seq_len,
     mixed_precision,
@@ -57,10 +57,11 @@ def estimate_memory(
     num_processes,
 ):
     """
-    The peak of a training step, with this project's model: MLPs keep their input and the GELU's, attention does not keep
-    its T x T weights (but with dropout on a CPU), logits are made in chunks.
+    The peak of a training step, with this project's model: MLPs keep their input and the GELU's, attention does not
+    keep its T x T weights (but with dropout on a CPU), logits are made in chunks.
 
     Args:
+        shape: has vocab_size, n_layer, n_head and n_embd; a GPT2ReproConfig.
         mixed_precision: "bf16" or "no".
         accumulation: micro-batches a step; the gradients of one before are there while the next needs its activations.
         device_type: "cpu", "cuda", ...
@@ -68,6 +69,7 @@ def estimate_memory(
     Returns:
         MemoryEstimate. Checked on a CPU against runs (benchmarks/RECORDS.md); sharding (FSDP, ZeRO) is not in it.
     """
+    n_layer, n_head, n_embd = shape.n_layer, shape.n_head, shape.n_embd
     rows = micro_batch_size * seq_len
     width = 2 if mixed_precision == "bf16" else 4
     kind = device_type if device_type in _HEAD_ROWS else None
@@ -85,9 +87,9 @@ def estimate_memory(
     activations = (activations + casts) * _HEAP_HOLES.get((kind, width), 1)
     if dropout and kind == "cpu":  # its attention kernel knows no dropout: T x T weights three times, in float32
         activations += rows * n_layer * n_head * seq_len * _DROPOUT_BYTES
-    matrix = vocab_size * n_embd
+    matrix = shape.vocab_size * n_embd
     head_rows = min(rows, _HEAD_ROWS[kind])
-    head = 4 * matrix + head_rows * vocab_size * (width if kind == "cpu" else width + 4)
+    head = 4 * matrix + head_rows * shape.vocab_size * (width if kind == "cpu" else width + 4)
     buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
     gradients = 4 * num_parameters
     if accumulation == 1:  # they grow as the activations go

@@ -56,8 +56,8 @@ def provenance(*, config, data, model, accelerator, step):
 
 def write_provenance(path, record, *, resumed):
     """
-    Writes provenance.json: the record of this launch, and under "earlier_launches" those of the launches before it, where
-    the run was resumed.
+    Writes provenance.json: the record of this launch, and under "earlier_launches" those of the launches before it,
+    where the run was resumed.
     """
     path, earlier = Path(path), []
     if resumed and path.is_file():

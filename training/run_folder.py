@@ -14,8 +14,8 @@ _held = []
 
 def lock(output_dir, say):
     """
-    Keeps other runs out of the folder until `unlock`, or until this process ends, however it ends. A run that was just asked to stop gets
-    a minute for it.
+    Keeps other runs out of the folder until `unlock`, or until this process ends, however it ends. A run that was just
+    asked to stop gets a minute for it.
 
     Raises:
         TrainingError: another process does not leave.

@@ -114,8 +114,8 @@ def fill(blank, parameters):
 
 def whole_model(model, blank):
     """
-    A model that each process can call by itself: `model`, or where its parameters are sharded, `blank` filled with whole
-    copies of them. Every process calls it.
+    A model that each process can call by itself: `model`, or where its parameters are sharded, `blank` filled with
+    whole copies of them. Every process calls it.
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model

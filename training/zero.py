@@ -2,9 +2,9 @@
 DeepSpeed's ZeRO, stage 2: every process has all weights (in bfloat16, if that is the precision) and a share of the
 float32 copies and of AdamW's moments.
 
-DeepSpeed (0.18 and newer) is told here what a plan in YAML cannot know, and asked for what checkpoints hold. It divides
-by the accumulation and averages over processes as DDP under accelerate does; it clips, skips steps whose gradient is not
-finite, and steps by itself within the last micro-batch's backward pass.
+DeepSpeed (tried: 0.19.8) is told here what a file in YAML cannot know, and asked for what checkpoints hold. It divides
+by the accumulation and averages over processes as DDP under accelerate does; it clips, skips steps whose gradient is
+not finite, and steps by itself within the last micro-batch's backward pass.
 """
 
 import torch

@@ -1,0 +1,68 @@
+"""--init_from: a run that begins with somebody's weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+FEW = ("--max_steps", 4, "--eval_every", 4, "--save_every", 2, "--eval.hellaswag", "null", "--optim.lr", 1e-4)
+
+
+def val_losses(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [r["val_loss"] for r in records if "val_loss" in r]
+
+
+def test_a_gpt2_of_transformers(launch, tiny, tmp_path):
+    """Another shape than the recipe's; GPT-2's own dropout gives way to the settings'. Resuming needs it no more."""
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=48, n_head=3, n_positions=64))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    arguments = ("--config", tiny, *FEW, "--init_from", tmp_path / "gpt2", "--output_dir", tmp_path / "run")
+    done = launch(*arguments)
+    assert "1 layers, 48 wide, 3 heads" in done.stdout
+    assert "settings of model.* but dropout do not count" in done.stdout
+    trained = GPT2ReproForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step_000004")
+    assert (trained.config.n_positions, trained.config.resid_pdrop) == (64, 0.0)
+    # Four steps at a small rate leave it near where it began, and better.
+    start = gpt2.transformer.wte.weight
+    assert 0 < (trained.transformer.wte.weight - start).abs().max() < 2e-3
+    assert val_losses(tmp_path / "run")[-1] < val_losses(tmp_path / "run")[0]
+    provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert provenance["config"]["model"]["n_embd"] == 48
+
+    shutil.rmtree(tmp_path / "gpt2")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_000004")
+    assert "step 2" in launch(*arguments, "--resume", "auto").stdout
+    again = GPT2ReproForCausalLM.from_pretrained(tmp_path / "run" / "checkpoints" / "step_000004")
+    assert torch.equal(again.transformer.wte.weight, trained.transformer.wte.weight)
+
+
+def test_a_checkpoint(finished_run, launch, tiny, tmp_path):
+    original, _ = finished_run
+    checkpoint = original / "checkpoints" / "step_000020"
+    launch("--config", tiny, *FEW, "--init_from", checkpoint, "--output_dir", tmp_path / "run")
+    assert val_losses(tmp_path / "run")[0] == pytest.approx(val_losses(original)[-1], abs=1e-6)
+
+
+def test_what_it_cannot_be(launch, tiny, tmp_path):
+    def error(source):
+        done = launch(
+            *("--config", tiny, "--init_from", source, "--output_dir", tmp_path / "run"),
+            accelerate=["-q"],
+            check=False,
+        )
+        assert done.returncode != 0 and "Traceback" not in done.stderr
+        assert not (tmp_path / "run").exists()
+        return done.stderr
+
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    assert "is a 'bert' model" in error(tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99}')
+    assert "has a vocabulary of 99" in error(tmp_path / "bert")
+    assert "is no model's folder and no Hub id" in error("nobody/nothing")

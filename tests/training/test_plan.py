@@ -1,0 +1,100 @@
+"""What is known before the first step: memory, time, money, peak, micro-batch."""
+
+import pytest
+import torch
+
+from modeling_gpt2repro import GPT2ReproConfig
+from training import microbatch
+from training.curves import published_lines
+from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, look_up, measured_matmul_flops, peak_flops
+from training.microbatch import largest_that_fits
+from training.plan import duration, estimate_memory, flops_per_token, time_and_money
+
+# Peak resident memory, GB, of processes that ran two steps of train.py (benchmarks/memory.py; RECORDS.md).
+MEASURED = [
+    (12, 768, 12, 1024, 4, 2, "bf16", 0.0, 124_439_808, 4.73),
+    (12, 768, 12, 1024, 4, 1, "bf16", 0.0, 124_439_808, 3.87),
+    (12, 768, 12, 1024, 2, 2, "no", 0.0, 124_439_808, 4.42),
+    (12, 768, 12, 512, 8, 2, "bf16", 0.1, 124_439_808, 11.32),
+    (24, 1024, 16, 1024, 1, 2, "bf16", 0.0, 354_823_168, 8.17),
+    (6, 384, 6, 256, 96, 2, "no", 0.0, 30_044_544, 6.69),
+    (6, 384, 6, 256, 2, 2, "bf16", 0.0, 30_044_544, 1.24),
+]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=str)
+def test_memory_is_within_15_percent_of_what_was_measured(row):
+    layers, width, heads, seq_len, rows, accumulation, precision, dropout, parameters, peak = row
+    estimate = estimate_memory(
+        GPT2ReproConfig(n_layer=layers, n_embd=width, n_head=heads),
+        num_parameters=parameters,
+        micro_batch_size=rows,
+        seq_len=seq_len,
+        mixed_precision=precision,
+        accumulation=accumulation,
+        dropout=dropout,
+        device_type="cpu",
+        num_processes=1,
+    )
+    assert estimate.total / 1e9 == pytest.approx(peak, rel=0.15)
+
+
+def test_flops_and_time():
+    flops = flops_per_token(GPT2ReproConfig(), num_parameters=124_439_808, seq_len=1024)
+    assert flops == FLOPS_PER_TOKEN_124M
+    assert flops == pytest.approx(0.857e9, rel=0.01)  # the figure of the field: 0.86 GFLOP a token
+    lines = time_and_money(10_000_000_000, flops)
+    assert [line.split()[0] for line in lines] == ["A100", "H100", "H200"]
+    assert all("estimated" in line for line in lines)
+    # llm.c: 94 minutes on eight A100.
+    assert "1:34" in lines[0]
+    assert duration(90061) == "1 day, 1:01:01"
+
+
+def test_peak():
+    assert look_up("NVIDIA H100 80GB HBM3") is DEVICES["H100"]
+    assert look_up("NVIDIA H100 PCIe") is DEVICES["H100 PCIe"]
+    assert look_up("NVIDIA L40S") is DEVICES["L40S"]
+    assert look_up("NVIDIA GeForce GTX 1080") is None
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    rate = measured_matmul_flops(torch.device("cpu"), torch.float32, seconds=0.05)
+    assert torch.equal(torch.rand(1), expected)  # the run's random numbers are not touched
+    assert 1e9 < rate < 1e14
+    assert peak_flops(torch.device("cpu"), torch.float32)[1] == "measured matmul"
+
+
+def test_largest_micro_batch(monkeypatch):
+    monkeypatch.setattr(microbatch, "free_memory", lambda device: 1000)
+    cpu, sizes = torch.device("cpu"), [1, 2, 4, 8, 16]
+    options = {"needs": lambda size: 100 * size, "step_of": None}
+    assert largest_that_fits(sizes, **options, device=cpu, processes_here=1) == 8
+    assert largest_that_fits(sizes, **options, device=cpu, processes_here=4) == 2
+    assert largest_that_fits(sizes, **options | {"needs": lambda size: 10**6}, device=cpu, processes_here=1) == 1
+
+    # On a GPU the trial has the last word.
+    tried = []
+
+    def step_of(size):
+        tried.append(size)
+        if size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: type("gpu", (), {"empty_cache": lambda: None}))
+    options["step_of"] = step_of
+    assert largest_that_fits(sizes, **options, device=torch.device("cuda"), processes_here=1) == 4
+    assert tried == [8, 4]  # 16 is too far above the estimate
+
+
+def test_published_lines():
+    arguments = {"n_layer": 12, "n_embd": 768, "hellaswag_is_sample": False}
+    losses, accuracies = published_lines(**arguments, data_source={"dataset": "HuggingFaceFW/fineweb-edu"})
+    assert losses == {"OpenAI GPT-2 124M": 3.2924}
+    assert accuracies == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
+    assert published_lines(**arguments, data_source={"dataset": "kjj0/fineweb10B-gpt2"})[0] == {
+        "OpenAI GPT-2 124M": 3.425
+    }
+    assert published_lines(**arguments, data_source={"paths": ["my.txt"]})[0] == {}
+    assert published_lines(**arguments | {"n_layer": 3}, data_source=None) == ({}, {})
+    assert published_lines(**arguments | {"hellaswag_is_sample": True}, data_source=None)[1] == {}
