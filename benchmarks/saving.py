@@ -10,6 +10,7 @@ Prints milliseconds: of a step without saving, of the wait for a save, and what 
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,11 +18,14 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from data.tokenizer import load_hf_tokenizer
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.checkpoint import CheckpointWriter
-from training.memory import keep_freed_memory
-from training.optim import build_optimizer
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # `data` and `training` are not installed
+
+from data.tokenizer import load_hf_tokenizer  # noqa: E402
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM  # noqa: E402
+from training.checkpoint import CheckpointWriter  # noqa: E402
+from training.memory import keep_freed_memory  # noqa: E402
+from training.optim import build_optimizer  # noqa: E402
 
 
 def main():
