@@ -14,7 +14,7 @@ Writes into --output_dir (runs/<recipe>):
     curves.png                 losses and HellaSwag over tokens
     tensorboard/               the same numbers for TensorBoard
     provenance.json            settings, code, versions, hardware, data: what made this run
-    status.json                running, "resume me" or finished
+    status.json                "running", "resume me", "failed" or "finished"
 
 Asked to stop (SIGTERM, SIGUSR1, Ctrl-C, --max_hours) it finishes the step, saves and exits with code 75: resume me.
 Every setting is described by `python train.py --help` and in training/config.py.
@@ -272,7 +272,7 @@ def train(argv):
         "model": shape,
     }
     step, num_skipped, skipped_in_a_row = 0, 0, 0
-    evaluated = False  # at this step
+    evaluated, last_saved = False, None  # at this step; at which one
     if resume_from is not None:
         saved = load_state(resume_from, must_match=run_identity)
         step, evaluated = saved["step"], saved["evaluated"]
@@ -281,7 +281,8 @@ def train(argv):
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             return 0
         say(f"resume    from {resume_from}, step {step:,}")
-    last_saved = step if resume_from else None
+        # Stopped before its last evaluation, it is saved once more with the result.
+        last_saved = step if evaluated or step < config.max_steps else None
     if is_main:
         output_dir.mkdir(parents=True, exist_ok=True)
         record = provenance(
@@ -551,6 +552,8 @@ def train(argv):
             bar.set_postfix_str(f"loss {train_loss:.4f}, {record['tokens_per_s']:,.0f} tok/s")
             bar.update()
         if skipped_in_a_row >= optim.max_skipped_steps:
+            if is_main:
+                write_status(output_dir, "failed", step=step)
             raise TrainingError(
                 f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {skipped_in_a_row} steps were "
                 "not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
@@ -591,11 +594,12 @@ def train(argv):
     if num_skipped:
         say(f"skipped {num_skipped} steps that were not finite; their windows are in {metrics_path}")
     say(f"validation loss {val_loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in baselines.items()))
+    board = f"    (tensorboard --logdir {output_dir / 'tensorboard'})" if "tensorboard" in config.trackers else ""
     say(
         f"""
 checkpoint  {folder}
 curves      {output_dir / "curves.png"}
-numbers     {metrics_path}    (tensorboard --logdir {output_dir / "tensorboard"})
+numbers     {metrics_path}{board}
 
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)

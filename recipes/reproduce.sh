@@ -32,10 +32,14 @@ echo "== 3. train: $run"
 # The launcher does not pass on exit codes; status.json says how the run stands.
 for try in $(seq "$tries"); do
     grep -qs '"finished"' "$run/status.json" && break
+    mkdir -p runs && touch "runs/.$recipe.started"
     # shellcheck disable=SC2086
     .venv/bin/accelerate launch -q --config_file "accelerate_configs/$hardware.yaml" train.py \
         --config "recipes/$recipe.yaml" --data.path "$shards" --output_dir "$run" --resume auto ${OPTIONS:-} && break
     grep -qs '"resume me"' "$run/status.json" && exit 75 # asked to stop: so does this script
+    if grep -qs '"failed"' "$run/status.json" || [ ! "$run/status.json" -nt "runs/.$recipe.started" ]; then
+        exit 1 # not a crash: the message above says what to mend
+    fi
     echo "stopped; going on from the newest whole checkpoint (try $try of $tries)"
     sleep 10
 done

@@ -83,6 +83,7 @@ def test_too_many_in_a_row_stop_the_run(run, tmp_path):
     done = run("--optim.max_skipped_steps", 3, bad_losses=[2 * 4, *range(2 * 11, 40)])  # step 5; then 12 and on
     assert done.returncode == 1
     assert "the last 3 steps were not finite" in done.stderr
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
     assert "--resume auto" in done.stderr
     assert "Traceback" not in done.stderr
     assert [r["step"] for r in records(tmp_path / "run") if "skipped" in r] == [5, 12, 13, 14]

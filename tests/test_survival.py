@@ -155,6 +155,23 @@ def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
     assert len(lines) == 1
 
 
+SLOW_EVALUATION = """
+import sys, time, train
+batches, evaluations = train.validation_batches, 0
+
+def slow(*arguments, **more):
+    global evaluations
+    evaluations += 1
+    for batch in batches(*arguments, **more):
+        time.sleep(0.5 if evaluations == 11 else 0)  # the last one
+        yield batch
+
+train.validation_batches = slow
+sys.argv = sys.argv[1:]
+train.main()
+"""
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # A disk that is full.
 
@@ -190,3 +207,20 @@ def test_a_full_disk_does_not_stop_training(tiny, undisturbed, tmp_path):
     run = start(output, tmp_path, *arguments)  # there is room again
     assert run.wait(timeout=120) == 0
     assert_same_run(output, undisturbed, STEPS)
+
+
+def test_stopped_in_the_last_evaluation(tiny, undisturbed, tmp_path):
+    """The steps are all there; what is missing is evaluated and saved after resuming."""
+    output = tmp_path / "run"
+    run = start(output, tmp_path, "--config", tiny, *OFTEN, through=("-c", SLOW_EVALUATION))
+    wait_for_step(output, STEPS, run)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == RESUME_ME
+    assert status(output)["step"] == STEPS
+    run = start(output, tmp_path, "--config", tiny, *OFTEN)
+    assert run.wait(timeout=60) == 0
+    assert status(output)["status"] == "finished"
+    assert_same_run(output, undisturbed, STEPS)
+    run = start(output, tmp_path, "--config", tiny, *OFTEN)
+    assert run.wait(timeout=60) == 0
+    assert "nothing left to do" in output.with_suffix(".log").read_text()

@@ -262,7 +262,7 @@ def _check(config):
             raise TrainingError(f"{name} must be in [0, {below}), got {value}")
     if not 0 <= config.optim.final_lr_fraction <= 1:
         raise TrainingError(f"optim.final_lr_fraction must be in [0, 1], got {config.optim.final_lr_fraction}")
-    if config.batch.seq_len > config.model.n_positions:
+    if config.init_from is None and config.batch.seq_len > config.model.n_positions:
         raise TrainingError(
             f"batch.seq_len={config.batch.seq_len} is longer than model.n_positions={config.model.n_positions}; "
             "raise n_positions or shorten seq_len"

@@ -50,6 +50,6 @@ def write_status(output_dir, status, **more):
     status.json, for scripts: launchers do not pass on the exit code of what they launch.
 
     Args:
-        status: "running" (or killed), "resume me" or "finished".
+        status: "running" (or killed), "resume me", "failed" or "finished".
     """
     write_json(Path(output_dir) / "status.json", {"status": status, "pid": os.getpid(), **more})
