@@ -30,6 +30,7 @@ ARGUMENTS = (
     "null",
     "--eval.ngram_baselines",
     "false",
+    *("--eval.prompts", "[]"),
     "--trackers",
     "[]",
 )

@@ -47,22 +47,3 @@ def test_a_checkpoint(finished_run, launch, tiny, tmp_path):
     checkpoint = original / "checkpoints" / "step_000020"
     launch("--config", tiny, *FEW, "--init_from", checkpoint, "--output_dir", tmp_path / "run")
     assert val_losses(tmp_path / "run")[0] == pytest.approx(val_losses(original)[-1], abs=1e-6)
-
-
-def test_what_it_cannot_be(launch, tiny, tmp_path):
-    def error(source):
-        done = launch(
-            *("--config", tiny, "--init_from", source, "--output_dir", tmp_path / "run"),
-            accelerate=["-q"],
-            check=False,
-        )
-        assert done.returncode != 0 and "Traceback" not in done.stderr
-        assert not (tmp_path / "run").exists()
-        return done.stderr
-
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    assert "is a 'bert' model" in error(tmp_path / "bert")
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99}')
-    assert "has a vocabulary of 99" in error(tmp_path / "bert")
-    assert "is no model's folder and no Hub id" in error("nobody/nothing")

@@ -19,7 +19,8 @@ LAUNCH = ("-m", "accelerate.commands.launch")
 STEPS = 60
 OFTEN = (
     *("--max_steps", STEPS, "--save_every", 3, "--eval_every", 6, "--keep_last", 2),
-    *("--model.dropout", 0.1, "--eval.hellaswag", "null"),
+    *("--model.dropout", 0.1, "--eval.hellaswag", "null", "--eval.prompts", "[]", "--eval.ngram_baselines", "false"),
+    *("--trackers", "[]"),
 )
 
 
@@ -81,7 +82,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
     assert "(SIGTERM)" in log
 
 
-@pytest.mark.parametrize("signal_to_launcher", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("signal_to_launcher", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_launcher_that_is_killed_takes_the_run_with_it(signal_to_launcher, tiny, tmp_path):
     output = tmp_path / "run"
     arguments = ("--config", tiny, "--max_steps", 2000, "--eval_every", 2000)

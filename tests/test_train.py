@@ -328,6 +328,15 @@ def test_an_unknown_key(fails):
     assert "did you mean 'optim.weight_decay'" in fails("--optim.weight_decat", "0.1")
 
 
+def test_weights_that_cannot_be_begun_with(fails, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    assert "is a 'bert' model" in fails("--init_from", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99}')
+    assert "has a vocabulary of 99" in fails("--init_from", tmp_path / "other")
+    assert "is no model's folder and no Hub id" in fails("--init_from", tmp_path / "nowhere")
+
+
 def test_a_malformed_hellaswag_file(fails, tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n{"ctx": "a"}\n')

@@ -78,7 +78,7 @@ def peak_flops(device, dtype):
     return measured_matmul_flops(device, dtype), "measured matmul"
 
 
-def measured_matmul_flops(device, dtype, seconds=0.3):
+def measured_matmul_flops(device, dtype, seconds=0.1):
     """The best rate of a square matmul, FLOP/s, of those tried within the time."""
     size = 2048 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
