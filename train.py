@@ -59,14 +59,15 @@ from training.checkpoint import (
     load_state,
 )
 from training.config import batch_arithmetic, load_config, micro_batch_sizes
+from training.cpu import keep_freed_memory, use_all_cores
 from training.curves import plot_curves, published_lines
 from training.hardware import device_name, look_up, peak_flops
-from training.memory import keep_freed_memory
 from training.metrics import MetricsLog, read_metrics
 from training.microbatch import largest_that_fits, trial_step
 from training.optim import build_optimizer
 from training.plan import duration, estimate_memory, flops_per_token, time_and_money
 from training.precision import resolve_mixed_precision
+from training.progress import Progress
 from training.provenance import provenance, write_provenance
 from training.run_folder import lock, unlock, write_status
 from training.schedule import learning_rate
@@ -101,12 +102,8 @@ def train(argv):
             f"the launcher started {launched} processes, but this one sees {world_size}: they would train "
             "separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
         )
-    if device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":
-        # What accelerate launch sets when told nothing, and all cores but one then idle. It is told with
-        # --num_cpu_threads_per_process; a share of one core is what several processes get anyway.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // processes_here))
     if device.type == "cpu":
+        use_all_cores(processes_here)
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     transformers.utils.logging.disable_progress_bar()
@@ -358,14 +355,23 @@ def train(argv):
     # ------------------------------------------------------------------------------------------------------
     # The loop goes round max_steps + 1 times: the last round only evaluates and saves.
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
-    bar = tqdm(total=config.max_steps, initial=step, unit="step", disable=not (is_main and sys.stderr.isatty()))
+    device_price = config.dollars_an_hour or getattr(look_up(device_name(device)), "dollars_an_hour", None)
+    progress = Progress(
+        say,
+        step=step,
+        max_steps=config.max_steps,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
+        tokens_per_step=batch.tokens_per_step,
+        flops_per_token=flops_of_a_token,
+        peak_flops=peak * world_size,
+        dollars_an_hour=device_price and device_price * world_size,
+        has_bar=is_main,
+    )
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stop = StopRequest(config.max_hours, STARTED)
     stopping = False  # agreed on by all processes
     val_loss = None
-    device_price = config.dollars_an_hour or getattr(look_up(device_name(device)), "dollars_an_hour", None)
-    started_at_step, training_seconds, evaluations, evaluation_seconds = step, 0.0, 0, 0.0
-    steps_since_line, seconds_since_line = 0, 0.0
     while True:
         is_last = step >= config.max_steps
 
@@ -418,17 +424,20 @@ def train(argv):
 
             if evaluated:
                 val_loss = loss_sum / num_val_tokens
-                seconds = time.perf_counter() - started
-                evaluations, evaluation_seconds = evaluations + 1, evaluation_seconds + seconds
                 tracked = {"val_loss": val_loss}
                 if hellaswag:
                     tracked |= {"hellaswag_acc": hellaswag["acc"], "hellaswag_acc_norm": hellaswag["acc_norm"]}
                 track(tracked)
             if is_main and evaluated:
-                tokens = step * batch.tokens_per_step
-                metrics.write(
-                    {"step": step, "tokens": tokens, "val_loss": val_loss, "hellaswag": hellaswag, "seconds": seconds}
-                )
+                record = {
+                    "step": step,
+                    "tokens": step * batch.tokens_per_step,
+                    "val_loss": val_loss,
+                    "hellaswag": hellaswag,
+                    "seconds": time.perf_counter() - started,
+                }
+                metrics.write(record)
+                progress.evaluated(record)
                 try:
                     plot_curves(
                         read_metrics(metrics_path),
@@ -439,13 +448,6 @@ def train(argv):
                     )
                 except OSError as error:
                     say(f"warning: curves.png could not be written ({error})")
-                line = f"step {step:>6,} | val loss {val_loss:.4f}"
-                if hellaswag:
-                    line += (
-                        f" | hellaswag acc_norm {hellaswag['acc_norm']:.4f} ± {hellaswag['acc_norm_stderr']:.4f}"
-                        f" ({'SAMPLE items' if hellaswag['is_sample'] else 'items'}, n={hellaswag['n']})"
-                    )
-                say(f"{line} | {seconds:.1f} s")
                 # Text, from this seed at every evaluation, without touching dropout's random state.
                 for prompt in config.eval.prompts:
                     with torch.random.fork_rng(), torch.no_grad(), accelerator.autocast():
@@ -518,8 +520,6 @@ def train(argv):
 
         # (c) Log. Reading the loss above has already waited for the device.
         seconds = time.perf_counter() - started
-        training_seconds += seconds
-        steps_since_line, seconds_since_line = steps_since_line + 1, seconds_since_line + seconds
         record = {
             "step": step,
             "tokens": step * batch.tokens_per_step,
@@ -549,8 +549,7 @@ def train(argv):
             )
         if is_main:
             metrics.write(record)
-            bar.set_postfix_str(f"loss {train_loss:.4f}, {record['tokens_per_s']:,.0f} tok/s")
-            bar.update()
+            progress.stepped(record)
         if skipped_in_a_row >= optim.max_skipped_steps:
             if is_main:
                 write_status(output_dir, "failed", step=step)
@@ -559,24 +558,10 @@ def train(argv):
                 "not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
                 "optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
             )
-        if is_main and bar.disable and (step % config.log_every == 0 or step == started_at_step + 1):
-            seconds_a_step = seconds_since_line / steps_since_line
-            tokens_per_s = batch.tokens_per_step / seconds_a_step
-            share = tokens_per_s * flops_of_a_token / (peak * world_size)
-            steps_left = config.max_steps - step
-            seconds_left = training_seconds / (step - started_at_step) * steps_left
-            seconds_left += evaluation_seconds / max(1, evaluations) * math.ceil(steps_left / config.eval_every)
-            money_left = f", ${seconds_left / 3600 * device_price * world_size:,.2f}" if device_price else ""
-            say(
-                f"step {step:>6,}/{config.max_steps:,} {step / config.max_steps:4.0%} | loss {train_loss:.4f} | "
-                f"lr {lr:.2e} | norm {grad_norm:.2f} | {1000 * seconds_a_step:,.0f} ms | {tokens_per_s:,.0f} tok/s | "
-                f"{share:.1%} of peak | {duration(seconds_left)}{money_left} left"
-            )
-            steps_since_line, seconds_since_line = 0, 0.0
 
     # ------------------------------------------------------------------------------------------------------
     # Summary, and what to do next.
-    bar.close()
+    progress.close()
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
     folder = checkpoints.finished(wait=True) or checkpoint_folder(output_dir, step)
     # Without it, gloo's threads may still hold what was gathered when the group is taken down, and hang (torch 2.13).
@@ -590,16 +575,19 @@ def train(argv):
         return RESUME_ME
     if is_main:
         write_status(output_dir, "finished", step=step, val_loss=val_loss, checkpoint=str(folder))
-    say(f"\ntrained for {duration(training_seconds)}, evaluations and saving aside")
+    say(f"\ntrained for {duration(progress.training_seconds)}, evaluations and saving aside")
     if num_skipped:
         say(f"skipped {num_skipped} steps that were not finite; their windows are in {metrics_path}")
     say(f"validation loss {val_loss:.4f}" + "".join(f", {name} {value:.4f}" for name, value in baselines.items()))
     board = f"    (tensorboard --logdir {output_dir / 'tensorboard'})" if "tensorboard" in config.trackers else ""
-    say(
-        f"""
+    say(WHAT_NEXT.format(folder=folder, curves=output_dir / "curves.png", metrics=f"{metrics_path}{board}"))
+    return 0
+
+
+WHAT_NEXT = """
 checkpoint  {folder}
-curves      {output_dir / "curves.png"}
-numbers     {metrics_path}{board}
+curves      {curves}
+numbers     {metrics}
 
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
@@ -608,8 +596,6 @@ sample  from transformers import pipeline
         pipeline("text-generation", "{folder}", trust_remote_code=True)("Hello, I'm", max_new_tokens=30)
 score   python -m eval --model {folder} --tasks hellaswag
 share   model.push_to_hub("USER/NAME"); tokenizer.push_to_hub("USER/NAME")    (after: hf auth login)"""
-    )
-    return 0
 
 
 def shape_of(source):

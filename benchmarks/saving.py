@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))  # `data` and `training` are not installed
 from data.tokenizer import load_hf_tokenizer  # noqa: E402
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM  # noqa: E402
 from training.checkpoint import CheckpointWriter  # noqa: E402
-from training.memory import keep_freed_memory  # noqa: E402
+from training.cpu import keep_freed_memory  # noqa: E402
 from training.optim import build_optimizer  # noqa: E402
 
 

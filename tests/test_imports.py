@@ -18,7 +18,7 @@ ALLOWED = {
     },
     "training": {
         *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"),
-        *("filelock", "psutil", "deepspeed"),
+        *("filelock", "psutil", "tqdm", "deepspeed"),
     },
     "eval": {"eval", "torch", "numpy", "tqdm", "transformers", "datasets", "evaluate", "huggingface_hub"},
 }

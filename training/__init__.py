@@ -6,7 +6,7 @@ How the model is trained: everything that has a test of its own outside train.py
     hardware.py     what a device can do at best, and what it costs
     microbatch.py   the largest micro-batch that fits
     precision.py    what "auto" mixed precision means on this hardware
-    memory.py       what glibc does with freed memory
+    cpu.py          what a run on a CPU arranges by itself
     schedule.py     the learning rate, a pure function of the step
     optim.py        AdamW with weight decay on matrices only
     state.py        what a run has learnt, as whole tensors by name
@@ -15,6 +15,7 @@ How the model is trained: everything that has a test of its own outside train.py
     stopping.py     signals and time limits: save, and ask to be resumed
     run_folder.py   one run at a time; status.json
     files.py        files written aside, flushed, renamed
+    progress.py     what someone who watches sees
     metrics.py      metrics.jsonl
     curves.py       curves.png
     trackers.py     TensorBoard, W&B, Trackio

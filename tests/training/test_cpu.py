@@ -13,7 +13,7 @@ def test_freed_memory_is_not_faulted_in_again():
     """Page faults of ten 64 MB tensors, one after the other, in a process of its own."""
     program = """
 import resource, sys, torch
-from training.memory import keep_freed_memory
+from training.cpu import keep_freed_memory
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     keep_freed_memory()
