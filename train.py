@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, set_seed
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -219,6 +219,12 @@ def train(argv):
     # ------------------------------------------------------------------------------------------------------
     # Data. Prepared by one process while the others wait; windows in a seeded order.
     tokenizer = load_hf_tokenizer(model_max_length=model_config.n_positions)
+    for prompt in config.eval.prompts:
+        if len(tokenizer(prompt).input_ids) + config.eval.sample_tokens > model_config.n_positions:
+            raise TrainingError(
+                f"eval.prompts: {prompt!r} and eval.sample_tokens={config.eval.sample_tokens} more tokens do not fit "
+                f"model.n_positions={model_config.n_positions}; ask for fewer"
+            )
     with accelerator.main_process_first():
         if config.data.prepare_sample and is_to_be_prepared(config.data.path):
             say(f"data      preparing the offline sample corpus in {config.data.path}")
@@ -322,7 +328,12 @@ def train(argv):
         keep_best=config.keep_best,
     )
     blank = blank_copy(model)
-    step_model = torch.compile(model) if config.compile else model
+    step_model = model
+    if config.compile and accelerator.distributed_type == DistributedType.FSDP:
+        for block in model.transformer.h:  # each by itself: its weights are gathered just before it is called
+            block.compile()
+    elif config.compile:
+        step_model = torch.compile(model)
     ddp_model, optimizer = prepare(
         accelerator,
         model,

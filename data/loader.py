@@ -23,6 +23,7 @@ from data.tokenizer import EOT
 
 ORDERS = ("shuffled", "sequential", "lecture")
 BOUNDARIES = ("ignore", "document")
+_LECTURE_GPUS = 8
 _ROUNDS = 8
 _STEPS_AHEAD = 2
 
@@ -97,9 +98,9 @@ def _mix(x):
 class _Windows:
     """All windows of some shards under one numbering."""
 
-    def __init__(self, shards, seq_len, multiple=1):
+    def __init__(self, shards, seq_len):
         self.shards, self.seq_len = shards, seq_len
-        counts = [max(0, (len(shard) - 1) // seq_len) // multiple * multiple for shard in shards]
+        counts = [max(0, (len(shard) - 1) // seq_len) for shard in shards]
         self.starts = np.cumsum([0, *counts])  # first window of each shard
 
     def __len__(self):
@@ -140,8 +141,8 @@ class WindowLoader:
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows in a step over all processes.
             seed: of the order.
-            order: "shuffled"; "sequential": as the windows lie in the shards, every epoch alike; or "lecture": so, and
-                of each shard without the windows that do not fill a whole batch (build-nanogpt's on 8 GPUs).
+            order: "shuffled"; "sequential": as the windows lie in the shards, every epoch alike; or "lecture": see
+                `_lecture_batch`.
             boundary: "ignore" documents in a window, or "document": position ids begin again with each.
             rank, world_size: this process and how many there are.
 
@@ -154,14 +155,23 @@ class WindowLoader:
         for name, value, known in (("order", order, ORDERS), ("boundary", boundary, BOUNDARIES)):
             if value not in known:
                 raise DataError(f"{name} {value!r} is none of {', '.join(known)}")
-        at_once = batch_size if order == "lecture" else 1
-        self.windows = _Windows(shards, seq_len, multiple=at_once)
+        self.windows = _Windows(shards, seq_len)
         if not len(self.windows):
             raise DataError(
-                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) hold no "
-                + (f"batch of {at_once} x {seq_len} + 1" if order == "lecture" else f"window of {seq_len} + 1")
-                + " tokens; give more text or a shorter batch.seq_len"
+                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) hold no window of "
+                f"{seq_len} + 1 tokens; give more text or a shorter batch.seq_len"
             )
+        if order == "lecture":
+            tokens, too_short = (
+                batch_size * seq_len,
+                [shard for shard in shards if len(shard) < 2 * batch_size * seq_len],
+            )
+            if batch_size % _LECTURE_GPUS or too_short:
+                raise DataError(
+                    f"order 'lecture' takes batches of {_LECTURE_GPUS} equal parts and shards of two batches or more: "
+                    f"a batch has {batch_size} windows, {tokens:,} tokens, and {len(too_short)} shard(s) are shorter "
+                    "than two; take order 'sequential'"
+                )
         self.batch_size, self.seed, self.order, self.boundary = batch_size, seed, order, boundary
         self.rank, self.world_size = rank, world_size
 
@@ -177,12 +187,37 @@ class WindowLoader:
 
     def global_batch(self, step):
         """Window numbers of a step, [B] int64, the same on every process."""
+        if self.order == "lecture":
+            return self._lecture_batch(step)
         epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.windows))
         if self.order == "shuffled":
             for epoch in np.unique(epochs):
                 permutation = Permutation(len(self.windows), f"seed {self.seed}, epoch {epoch}")
                 places[epochs == epoch] = permutation(places[epochs == epoch])
         return places
+
+    def _lecture_batch(self, step):
+        """
+        What the lecture's 8 GPUs read (DataLoaderLite of build-nanogpt's train_gpt2.py), whatever trains here.
+
+        GPU g begins a shard at the g-th eighth of its first B T tokens and goes on in leaps of B T, as long as one more
+        leap and a token fit behind the place it comes to. So the last GPUs leave a shard a step before the first ones,
+        and are one more step ahead of them after each such shard.
+        """
+        rows = self.batch_size // _LECTURE_GPUS
+        parts = []
+        for gpu in range(_LECTURE_GPUS):
+            stretches = [
+                (len(shard) - 1 - gpu * rows * self.windows.seq_len) // (self.batch_size * self.windows.seq_len)
+                for shard in self.windows.shards
+            ]
+            ends = np.cumsum(stretches)
+            place = step % ends[-1]
+            shard = np.searchsorted(ends, place, side="right")
+            stretch = place - (ends[shard] - stretches[shard])
+            first = self.windows.starts[shard] + stretch * self.batch_size + gpu * rows
+            parts.append(np.arange(first, first + rows))
+        return np.concatenate(parts)
 
     def places(self, step):
         """

@@ -307,6 +307,11 @@ def test_missing_data_folder(fails, tmp_path):
     assert "python -m data.prepare" in message
 
 
+def test_a_prompt_that_does_not_fit(fails):
+    message = fails("--eval.prompts", "['Hello there']", "--eval.sample_tokens", "500")
+    assert "'Hello there' and eval.sample_tokens=500" in message
+
+
 def test_torn_shard(fails, tiny, tmp_path):
     shutil.copytree(tiny.parent / "shards", tmp_path / "torn")
     shard = next((tmp_path / "torn").glob("*_train_*.bin"))
@@ -363,7 +368,7 @@ def test_resuming_another_run_is_refused(finished_run, fails):
 
 
 def test_order_and_boundary(launch, tiny, finished_run, tmp_path):
-    """The lecture's order, documents kept apart: another run, that cannot be resumed as the first kind."""
+    """Shards as they lie, documents kept apart: another run, that cannot be resumed as the first kind."""
     options = ("--config", tiny, "--data.order", "sequential", "--data.boundary", "document", "--max_steps", 3)
     launch(*options, "--output_dir", tmp_path / "run")
     output, _ = finished_run

@@ -47,8 +47,7 @@ class DataConfig:
     prepare_sample: bool = False
     """make the offline sample corpus in `path` when nothing is there"""
     order: Literal["shuffled", "sequential", "lecture"] = "shuffled"
-    """of the windows in an epoch: by (seed, epoch); as they lie in the shards; or so, and leaving out of each shard
-    what does not fill a whole step (the lecture's)"""
+    """of the windows: by (seed, epoch); as they lie in the shards; or what the lecture's 8 GPUs read at each step"""
     boundary: Literal["ignore", "document"] = "ignore"
     """document: positions begin again with each document of a window, and attention stays inside it"""
 

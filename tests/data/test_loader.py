@@ -89,6 +89,42 @@ def test_the_order_is_frozen():
 GOLDEN = [[17, 10, 4, 16, 19], [9, 14, 6, 8, 3], [7, 18, 4, 2, 8]]
 
 
+class LectureLoader:
+    """What the lecture's loader does, one for each GPU, written from its description as the independent reference."""
+
+    def __init__(self, shards, rows, seq_len, gpu):
+        self.shards, self.unit, self.seq_len, self.gpu = shards, rows * seq_len, seq_len, gpu
+        self.shard, self.position = 0, self.unit * gpu
+
+    def next(self):
+        tokens = self.shards[self.shard].tokens
+        taken = tokens[self.position : self.position + self.unit + 1].tolist()
+        self.position += 8 * self.unit
+        if self.position + 8 * self.unit + 1 > len(tokens):
+            self.shard, self.position = (self.shard + 1) % len(self.shards), self.unit * self.gpu
+        return [tuple(taken[i : i + self.seq_len + 1]) for i in range(0, self.unit, self.seq_len)]
+
+
+@pytest.mark.parametrize("rows_of_a_gpu", [1, 3])
+def test_the_lectures_order_is_what_its_8_gpus_read(rows_of_a_gpu):
+    """Token by token, over shards that GPUs leave at different steps, and past the end of the data."""
+    shards = make([1000, 1001, 850, 1337, 769])
+    gpus = [LectureLoader(shards, rows_of_a_gpu, 4, gpu) for gpu in range(8)]
+    options = {"seq_len": 4, "batch_size": 8 * rows_of_a_gpu, "seed": 1, "order": "lecture"}
+    alone = WindowLoader(shards, **options)
+    two = [WindowLoader(shards, **options, rank=rank, world_size=2) for rank in range(2)]
+    apart = False
+    for step in range(400):
+        expected = [row for gpu in gpus for row in gpu.next()]
+        assert rows(alone.batch(step)) == expected
+        assert rows(two[0].batch(step)) + rows(two[1].batch(step)) == expected
+        apart |= len({gpu.shard for gpu in gpus}) > 1
+    assert apart
+    for sizes, batch_size in (([1000], 12), ([1000, 60], 8)):
+        with pytest.raises(DataError, match=r"order 'lecture' takes batches of 8 equal parts"):
+            WindowLoader(make(sizes), **options | {"batch_size": batch_size})
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097, 99_999])
 def test_a_permutation_has_every_place_once(size):
     assert sorted(Permutation(size, "key")(np.arange(size)).tolist()) == list(range(size))

@@ -1,4 +1,4 @@
-"""Sharded training, on two processes without GPUs: what accelerate does with FSDP2 on GPUs, done by hand."""
+"""Sharded training with compiled blocks, on two processes without GPUs: what accelerate does with FSDP2, by hand."""
 
 import os
 import subprocess
@@ -28,7 +28,10 @@ def build(parameters=None, sharded=False):
     blank = blank_copy(model)
     if parameters:
         model.load_state_dict(parameters, strict=False)
-    if sharded:  # as accelerate.utils.fsdp_utils.fsdp2_prepare_model does with tied embeddings
+    if sharded:
+        for block in model.transformer.h:
+            block.compile()
+        # As accelerate.utils.fsdp_utils.fsdp2_prepare_model does with tied embeddings:
         mesh = init_device_mesh("cpu", (world_size,))
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh)
