@@ -10,13 +10,21 @@ from tiny_run import RECIPE, ROOT, clean_environment
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """launch(*arguments of train.py, accelerate=[...]) runs `accelerate launch train.py ...` to its end."""
+    """
+    launch(*arguments) runs `python train.py ...` to its end, which is what `accelerate launch` does for one process;
+    launch(..., accelerate=[...]) goes through it, with these options.
+    """
     home = tmp_path_factory.mktemp("home")
 
-    def run(*arguments, accelerate=(), check=True):
-        command = [sys.executable, "-m", "accelerate.commands.launch", *accelerate, "train.py", *map(str, arguments)]
+    def run(*arguments, accelerate=None, check=True):
+        through = [] if accelerate is None else ["-m", "accelerate.commands.launch", *accelerate]
         done = subprocess.run(
-            command, cwd=ROOT, env=clean_environment(home), capture_output=True, text=True, timeout=300
+            [sys.executable, *through, "train.py", *map(str, arguments)],
+            cwd=ROOT,
+            env=clean_environment(home),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -44,5 +52,5 @@ def tiny(tmp_path_factory):
 def finished_run(launch, tiny, tmp_path_factory):
     """(run folder, console output) of one undisturbed run of 20 steps."""
     output = tmp_path_factory.mktemp("runs") / "tiny"
-    done = launch("--config", tiny, "--output_dir", output)
+    done = launch("--config", tiny, "--output_dir", output, accelerate=[])
     return output, done.stdout

@@ -24,15 +24,17 @@ ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_suffix(".json")
 STEPS = 20
 ARGUMENTS = (
-    "--mixed_precision",
-    "no",
-    "--eval.hellaswag",
-    "null",
-    "--eval.ngram_baselines",
-    "false",
-    *("--eval.prompts", "[]"),
-    "--trackers",
-    "[]",
+    *("--mixed_precision", "no", "--trackers", "[]"),
+    *(
+        "--eval.val_tokens",
+        "1024",
+        "--eval.hellaswag",
+        "null",
+        "--eval.ngram_baselines",
+        "false",
+        "--eval.prompts",
+        "[]",
+    ),
 )
 
 
