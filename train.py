@@ -22,6 +22,7 @@ Every setting is described by `python train.py --help` and in training/config.py
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import sys
@@ -351,8 +352,9 @@ def train(argv):
     def track(values):
         try:
             accelerator.log(values, step=step)
-        except OSError as error:
-            say(f"warning: the trackers could not write step {step:,} ({error})")
+        except OSError as error:  # a full disk, a lost network: TensorBoard's writer does not come back from it
+            say(f"warning: the trackers stop at step {step:,} ({error}); metrics.jsonl goes on, they do when resumed")
+            accelerator.trackers = []
 
     def report_saved():
         try:
@@ -574,7 +576,12 @@ def train(argv):
     # Summary, and what to do next.
     progress.close()
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
-    folder = checkpoints.finished(wait=True) or checkpoint_folder(output_dir, step)
+    try:
+        folder = checkpoints.finished(wait=True) or checkpoint_folder(output_dir, step)
+    except SaveError:
+        with contextlib.suppress(OSError):
+            write_status(output_dir, "failed", step=step)
+        raise
     # Without it, gloo's threads may still hold what was gathered when the group is taken down, and hang (torch 2.13).
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -653,6 +660,10 @@ def main():
     except (TrainingError, DataError, EvalError) as error:
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error (process {rank}): {error}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: no space left on the disk for {error.filename or 'what the run writes'}: make room there")
     except KeyboardInterrupt:
         sys.exit("error: interrupted; what was saved before is whole, and --resume auto goes on from it")
     finally:

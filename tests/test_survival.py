@@ -201,6 +201,7 @@ def test_a_full_disk_does_not_stop_training(tiny, undisturbed, tmp_path):
     assert log.count("Training goes on") >= 5
     assert "It needs 0.0" in log and "make room on the disk" in log
     assert "error: could not write the checkpoint" in log  # the last one
+    assert status(output)["status"] == "failed"
     assert "Traceback" not in log
     assert losses(output) == losses(undisturbed)
     assert {p.name for p in (output / "checkpoints").glob("step_*")} == before
