@@ -462,8 +462,9 @@ def train(argv):
                 except OSError as error:
                     say(f"warning: curves.png could not be written ({error})")
                 # Text, from this seed at every evaluation, without touching dropout's random state.
+                own_rng = {"devices": [device], "device_type": device.type} if device.type != "cpu" else {"devices": []}
                 for prompt in config.eval.prompts:
-                    with torch.random.fork_rng(), torch.no_grad(), accelerator.autocast():
+                    with torch.random.fork_rng(**own_rng), torch.no_grad(), accelerator.autocast():
                         torch.manual_seed(config.seed)
                         ids = tokenizer(prompt, return_tensors="pt").to(device)
                         output = scored_model.generate(

@@ -52,5 +52,5 @@ def tiny(tmp_path_factory):
 def finished_run(launch, tiny, tmp_path_factory):
     """(run folder, console output) of one undisturbed run of 20 steps."""
     output = tmp_path_factory.mktemp("runs") / "tiny"
-    done = launch("--config", tiny, "--output_dir", output, accelerate=[])
+    done = launch("--config", tiny, "--output_dir", output, "--trackers", "[tensorboard]", accelerate=[])
     return output, done.stdout

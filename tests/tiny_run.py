@@ -15,6 +15,7 @@ max_steps: 20
 eval_every: 10
 save_every: 10
 log_every: 5
+trackers: []
 mixed_precision: "no"
 """
 

@@ -201,12 +201,10 @@ def test_a_run_folder_instead_of_its_checkpoint(fails, own_checkpoint):
         ('{"ctx": "a", "endings": ["a", "b", "", "d"], "label": 1}', "ending 2 is empty"),
     ],
 )
-def test_malformed_items(run_python, checkpoint, tmp_path, line, message):
+def test_malformed_items(fails, checkpoint, tmp_path, line, message):
     data, output = tmp_path / "items.jsonl", tmp_path / "result.json"
     data.write_text(f"{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8")
-    run = run_python("-m", "eval", "--model", checkpoint, "--data", data, "--limit", 1, "--output", output)
-    assert run.returncode == 2
-    error = _error_line(run)
+    error = fails("--model", checkpoint, "--data", data, "--limit", 1, "--output", output)
     assert error.startswith(f"error: {data}:2: ")
     assert message in error
     assert [path.name for path in tmp_path.iterdir()] == ["items.jsonl"]
