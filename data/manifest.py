@@ -214,18 +214,20 @@ def identity(folder):
     What a folder of shards is, for provenance.json and the console.
 
     Returns:
-        dict: train_tokens, val_tokens, shards (number of files), manifest_sha256 and source (both None for shards
-        that came without a manifest).
+        dict: train_tokens, val_tokens, shards (number of files), and, all None for shards that came without a
+        manifest: manifest_sha256, train_sha256 (of the training shards' own, in order) and source.
 
     Raises:
         DataError: as `open_split`.
     """
     train, val = open_split(folder, "train"), open_split(folder, "val")
     manifest = read_manifest(folder)
+    hashes = [entry["sha256"] for entry in manifest.shards if entry["split"] == "train"] if manifest else []
     return {
         "train_tokens": sum(len(shard) for shard in train),
         "val_tokens": sum(len(shard) for shard in val),
         "shards": len(train) + len(val),
         "manifest_sha256": manifest and hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest(),
+        "train_sha256": manifest and hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "source": manifest and manifest.source,
     }

@@ -61,6 +61,7 @@ class CheckpointWriter:
         keep_every=None,
         keep_best=True,
         in_background=None,
+        warn=print,
     ):
         """
         Args:
@@ -71,8 +72,10 @@ class CheckpointWriter:
             keep_every: checkpoints of steps that are multiples of it stay as well.
             keep_best: the one with the lowest validation loss stays as well.
             in_background: whether training goes on while a checkpoint is written; None: unless it is on a CPU.
+            warn: called with a line when a checkpoint is whole, but the others could not be put in order.
         """
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
+        self._warn = warn
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
         self._blank = blank_copy(model)  # what the thread saves; never the model that is being trained
         # On a CPU the thread would take its time from training, and the copies would take memory for nothing.
@@ -82,13 +85,15 @@ class CheckpointWriter:
 
     def save(self, model, optimizer, state):
         """
-        Writes a checkpoint, or starts to. Every process calls it; the main one writes. How it went, `finished` tells.
+        Writes a checkpoint, or starts to. Every process calls it; the main one writes. How it went, `finished` tells,
+        which must have told of the one before.
 
         Args:
             model: the bare model, its parameters as training has them.
             optimizer: as `accelerator.prepare` gave it.
             state: JSON-able dict, with "step" and "val_loss" (None if not known) at least.
         """
+        assert self._writing is None, "a second copy of the state in memory, and nobody told of the first"
         accelerator = self.accelerator
         tensors, moments = full_state(model, optimizer, accelerator, copy=self._in_background)
         rng = gather_object([_rng_state(accelerator.device)])
@@ -125,7 +130,10 @@ class CheckpointWriter:
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
             fill(self._blank, tensors).save_pretrained(aside)
-            self.tokenizer.save_pretrained(aside)
+            try:
+                self.tokenizer.save_pretrained(aside)
+            except Exception as error:  # what the tokenizers package raises when the disk is full
+                raise OSError(str(error)) from error
             save_file(moments, aside / "training_state" / "optimizer.safetensors")
             save_file(rng, aside / "training_state" / "rng.safetensors")
             write_json(aside / "training_state" / "state.json", state)
@@ -146,8 +154,6 @@ class CheckpointWriter:
             else:
                 aside.rename(folder)
             flush_to_disk(folder.parent)
-            self._link_best_and_remove_old(state["step"])
-            return folder
         except (OSError, SafetensorError) as error:  # a full disk is an OSError here and a SafetensorError there
             shutil.rmtree(aside, ignore_errors=True)
             raise SaveError(
@@ -156,6 +162,13 @@ class CheckpointWriter:
             ) from error
         finally:
             self._blank.to("meta")  # gives the copy's memory back
+        try:
+            self._link_best_and_remove_old(state["step"])
+        except OSError as error:
+            self._warn(
+                f"warning: {folder} is whole, but `best` or older checkpoints could not be put in order ({error})"
+            )
+        return folder
 
     def _link_best_and_remove_old(self, step):
         """Both follow from the folders that are there alone, so that a crash in between changes nothing."""
@@ -168,11 +181,12 @@ class CheckpointWriter:
                 if val_loss is not None:
                     losses[s] = val_loss
         best = min(losses, key=losses.get, default=None)
-        if best is not None:
-            link = self.output_dir / "checkpoints" / "best"
+        link = self.output_dir / "checkpoints" / "best"
+        # A copy of the run may have a folder in the link's place, and not every disk has links.
+        if best is not None and not (link.is_dir() and not link.is_symlink()):
             aside = link.with_name(".best.partial")
             aside.unlink(missing_ok=True)
-            with contextlib.suppress(NotImplementedError, PermissionError):  # Windows wants a privilege for links
+            with contextlib.suppress(NotImplementedError, OSError):
                 aside.symlink_to(folders[best].name, target_is_directory=True)
                 aside.replace(link)
         if self.keep_last is None:
@@ -218,17 +232,10 @@ def find_checkpoint(resume, output_dir, say):
         there, or None).
 
     Raises:
-        TrainingError: the path is no checkpoint, or a damaged one; a fresh start would overwrite a run; "auto", and
-            every checkpoint is damaged.
+        TrainingError: the path is no checkpoint, or a damaged one; a fresh start, or one from elsewhere or from an
+            earlier step, where the folder has a run already; "auto", and every checkpoint is damaged.
     """
     folders = _step_folders(output_dir)
-    if resume is None:
-        if folders:
-            raise TrainingError(
-                f"{output_dir} already holds a run with the checkpoint {folders[max(folders)].name}: go on from it "
-                "with --resume auto, choose another --output_dir, or remove the folder"
-            )
-        return None
     if resume == "auto":
         for step in sorted(folders, reverse=True):
             damage = find_damage(folders[step])
@@ -241,11 +248,24 @@ def find_checkpoint(resume, output_dir, say):
                 "bring back a whole one"
             )
         return None
+    if resume is None:
+        if folders:
+            raise TrainingError(
+                f"{output_dir} already holds a run with the checkpoint {folders[max(folders)].name}: go on from it "
+                "with --resume auto, choose another --output_dir, or remove the folder"
+            )
+        return None
     folder = Path(resume)
     if not (folder / "training_state" / "state.json").is_file():
         raise TrainingError(f"--resume {resume}: no training_state/state.json there, so no checkpoint of train.py")
     if damage := find_damage(folder):
         raise TrainingError(f"--resume {resume}: {damage}; resume from another checkpoint, or --resume auto")
+    # What comes next would stand between another branch's checkpoints, and --resume auto would later mistake them.
+    if folders and folder.resolve() != folders[max(folders)].resolve():
+        raise TrainingError(
+            f"--resume {resume}: {output_dir} also holds {folders[max(folders)].name}, from which --resume auto would "
+            "go on; give what begins here another --output_dir, or remove the checkpoints after it"
+        )
     return folder
 
 
@@ -312,14 +332,12 @@ def load_optimizer(folder, model, optimizer, accelerator):
 
 
 def load_rng(folder, rank, device):
-    """Restores this process's random state; False where the saved run had fewer processes than this one."""
+    """Restores this process's random state, where the saved run had a process of this number."""
     tensors = load_file(Path(folder) / "training_state" / "rng.safetensors")
-    if f"{rank}.cpu" not in tensors:
-        return False
-    torch.set_rng_state(tensors[f"{rank}.cpu"])
-    if device.type != "cpu" and f"{rank}.{device.type}" in tensors:
+    if f"{rank}.cpu" in tensors:
+        torch.set_rng_state(tensors[f"{rank}.cpu"])
+    if f"{rank}.{device.type}" in tensors and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(tensors[f"{rank}.{device.type}"])
-    return True
 
 
 def _rng_state(device):

@@ -18,6 +18,7 @@ from typing import Literal
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
 
 from training import TrainingError
+from training.trackers import check_trackers
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 
@@ -241,6 +242,7 @@ def _check(config):
     positive |= {name: value for name, value in optional.items() if value is not None}
     if config.batch.micro_batch_size != "auto":
         positive["batch.micro_batch_size"] = config.batch.micro_batch_size
+    check_trackers(config.trackers)
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints stay")
     if config.eval.hellaswag_limit is not None and config.eval.hellaswag_limit < 2:
@@ -261,16 +263,22 @@ def _check(config):
             raise TrainingError(f"{name} must be in [0, {below}), got {value}")
     if not 0 <= config.optim.final_lr_fraction <= 1:
         raise TrainingError(f"optim.final_lr_fraction must be in [0, 1], got {config.optim.final_lr_fraction}")
-    if config.init_from is None and config.batch.seq_len > config.model.n_positions:
-        raise TrainingError(
-            f"batch.seq_len={config.batch.seq_len} is longer than model.n_positions={config.model.n_positions}; "
-            "raise n_positions or shorten seq_len"
-        )
+    if config.init_from is None:  # whose shape counts then
+        check_lengths(config)
     if config.batch.tokens_per_step % config.batch.seq_len:
         raise TrainingError(
             f"batch.tokens_per_step={config.batch.tokens_per_step} is not a whole number of sequences of "
             f"batch.seq_len={config.batch.seq_len}; "
             f"nearest: {_nearest_multiples(config.batch.tokens_per_step, config.batch.seq_len)}"
+        )
+
+
+def check_lengths(config):
+    """Raises TrainingError where training sequences are longer than the model's."""
+    if config.batch.seq_len > config.model.n_positions:
+        raise TrainingError(
+            f"batch.seq_len={config.batch.seq_len} is longer than the model's n_positions={config.model.n_positions}; "
+            "shorten seq_len" + (" or raise n_positions" if config.init_from is None else "")
         )
 
 
@@ -294,15 +302,8 @@ def batch_arithmetic(batch, num_processes, largest=None):
     Raises:
         TrainingError: it does not divide; the message has the nearest values that do.
     """
-    sequences = batch.tokens_per_step // batch.seq_len
-    if sequences % num_processes:
-        nearest = _nearest_multiples(batch.tokens_per_step, batch.seq_len * num_processes)
-        raise TrainingError(
-            f"batch.tokens_per_step={batch.tokens_per_step} is {sequences} sequences of {batch.seq_len}, which "
-            f"{num_processes} processes cannot share evenly; nearest tokens_per_step: {nearest}"
-        )
-    per_process = sequences // num_processes
-    divisors = [n for n in range(1, per_process + 1) if per_process % n == 0]
+    divisors = micro_batch_sizes(batch, num_processes)
+    per_process = divisors[-1]
     most = largest or per_process if batch.micro_batch_size == "auto" else batch.micro_batch_size
     micro_batch_size = min(most, per_process)
     if per_process % micro_batch_size:
@@ -316,6 +317,18 @@ def batch_arithmetic(batch, num_processes, largest=None):
 
 
 def micro_batch_sizes(batch, num_processes):
-    """The sizes that "auto" chooses from: [1, ...], each dividing a process's sequences of a step."""
-    per_process = batch.tokens_per_step // batch.seq_len // num_processes
+    """
+    The sizes that "auto" chooses from: [1, ..., all], each dividing a process's sequences of a step.
+
+    Raises:
+        TrainingError: the processes cannot share the sequences of a step evenly; the message has the nearest values.
+    """
+    sequences = batch.tokens_per_step // batch.seq_len
+    if sequences % num_processes:
+        nearest = _nearest_multiples(batch.tokens_per_step, batch.seq_len * num_processes)
+        raise TrainingError(
+            f"batch.tokens_per_step={batch.tokens_per_step} is {sequences} sequences of {batch.seq_len}, which "
+            f"{num_processes} processes cannot share evenly; nearest tokens_per_step: {nearest}"
+        )
+    per_process = sequences // num_processes
     return [n for n in range(1, per_process + 1) if per_process % n == 0]

@@ -21,23 +21,26 @@ _LOSS = {
 }
 
 
-def published_lines(*, n_layer, n_embd, data_source, hellaswag_is_sample):
+def published_lines(shape, data_source, item_source):
     """
     What OpenAI's models of this size have, as far as it can be compared.
 
     Args:
+        shape: has n_layer and n_embd; a GPT2ReproConfig.
         data_source: JSON-able, where the training data came from; None if not known.
-        hellaswag_is_sample: whether the items are this project's own, on which nobody else was scored.
+        item_source: where HellaSwag's items came from, an eval.hellaswag.items.ItemSource; None if nothing is scored.
 
     Returns:
         ({name: loss}, {name: accuracy}), both possibly empty.
     """
-    size = n_layer, n_embd
+    size = shape.n_layer, shape.n_embd
     source = json.dumps(data_source).lower()
     is_edu = any(name in source for name in ("fineweb-edu", "finewebedu", "edu_fineweb"))
     data = "fineweb-edu" if is_edu else "fineweb" if "fineweb" in source else None
     losses = dict([_LOSS[size][data]]) if data in _LOSS.get(size, {}) else {}
-    return losses, {} if hellaswag_is_sample else _HELLASWAG.get(size, {})
+    # This project's own items nobody else was scored on.
+    is_comparable = item_source is not None and not item_source.is_sample
+    return losses, _HELLASWAG.get(size, {}) if is_comparable else {}
 
 
 def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):

@@ -1,7 +1,8 @@
 """Files that are whole or not there: written under another name, flushed to the disk, renamed."""
 
-import contextlib
+import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -16,16 +17,28 @@ def write_aside(path, text):
 
 
 def write_json(path, value):
-    """Writes a JSON file under another name, then renames it."""
-    write_aside(path, json.dumps(value, indent=2) + "\n")
+    """Writes a JSON file under another name, then renames it; null where a number is not finite."""
+    write_aside(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def flush_to_disk(path):
     """Waits until a file, or the names in a folder, are on the disk."""
-    # Windows cannot fsync a folder; its rename is already durable enough.
-    with contextlib.suppress(PermissionError):
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        # Windows cannot open a folder, and some network disks cannot flush one: there a rename has to do by itself.
+        if not (Path(path).is_dir() and error.errno in (errno.EACCES, errno.EINVAL)):
+            raise
+
+
+def finite(value):
+    """The same dict, list or number with None in the place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

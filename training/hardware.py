@@ -1,7 +1,9 @@
 """What a device can do at best, and what an hour of it costs."""
 
 import contextlib
+import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +25,7 @@ class Device(NamedTuple):
     """of tokens_per_s"""
 
 
-# By a part of the name that torch gives; the first that fits counts. Data sheets: nvidia.com, amd.com.
+# By words of the name that torch gives; the first that fits counts. Data sheets: nvidia.com, amd.com.
 DEVICES = {
     "B200": Device(2250, 5.00),
     "H200": Device(
@@ -47,8 +49,57 @@ FLOPS_PER_TOKEN_124M = 855_166_464
 
 
 def look_up(name):
-    """The Device of a name that torch gives ("NVIDIA H200"), or None."""
-    return next((device for part, device in DEVICES.items() if part in name), None)
+    """The Device of a name that torch gives ("NVIDIA H200"), or None: unknown, or only a part or a slower kind of one."""
+    if re.search(r"MIG|Laptop|Max-Q|NVL|GH200| D$", name):
+        return None
+    return next((device for part, device in DEVICES.items() if re.search(rf"\b{part}\b", name)), None)
+
+
+class Hardware(NamedTuple):
+    """What a run runs on."""
+
+    device: torch.device
+    name: str
+    num_processes: int
+    processes_here: int
+    """of this machine"""
+    mixed_precision: str
+    """ "no" or "bf16" """
+    peak_flops: float
+    """FLOP/s of one device"""
+    peak_source: str
+    """ "data sheet" or "measured matmul" """
+    dollars_an_hour: float | None
+    """of one device; None if not known"""
+
+    def line(self):
+        """The console's."""
+        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        return (
+            f"hardware  {self.num_processes} x {self.name}{threads}, mixed precision {self.mixed_precision}, peak "
+            f"{self.peak_flops / 1e12:,.3g} TFLOP/s each ({self.peak_source})"
+        )
+
+
+def describe_hardware(accelerator, dollars_an_hour=None):
+    """
+    Args:
+        accelerator: accelerate.Accelerator.
+        dollars_an_hour: of one device, in the place of the table's price.
+    """
+    device, mixed_precision = accelerator.device, accelerator.mixed_precision
+    name = device_name(device)
+    peak, source = peak_flops(device, torch.float32 if mixed_precision == "no" else torch.bfloat16)
+    return Hardware(
+        device=device,
+        name=name,
+        num_processes=accelerator.num_processes,
+        processes_here=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        mixed_precision=mixed_precision,
+        peak_flops=peak,
+        peak_source=source,
+        dollars_an_hour=dollars_an_hour or getattr(look_up(name), "dollars_an_hour", None),
+    )
 
 
 def device_name(device):
@@ -107,8 +158,10 @@ def free_memory(device):
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is no limit, no file outside Linux
+    with contextlib.suppress(OSError, ValueError, TypeError):  # "max" where there is no limit, no file outside Linux
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
-        free = min(free, int((group / "memory.max").read_text()) - used)
+        # Pages of files that nobody reads just now count as used, and are given up when memory is asked for.
+        idle = int(re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)[1])
+        free = min(free, int((group / "memory.max").read_text()) - (used - idle))
     return free

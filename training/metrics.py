@@ -1,10 +1,10 @@
 """What a run measured, for programs: metrics.jsonl."""
 
 import json
-import math
 from pathlib import Path
 
-from training.files import write_aside
+from training import TrainingError
+from training.files import finite, write_aside
 
 
 class MetricsLog:
@@ -15,16 +15,15 @@ class MetricsLog:
     has "skipped", and null where a number was not finite.
     """
 
-    def __init__(self, path, *, resume_step=None, warn=print):
+    def __init__(self, path, *, earlier=(), warn=print):
         """
         Args:
-            path: the file. A fresh run starts it anew.
-            resume_step: keep what was measured up to this step and drop what a lost stretch wrote after it.
+            path: the file, made anew.
+            earlier: records that it begins with; `until` gives those of a run that goes on.
             warn: called with a line when the disk does not take what was measured.
         """
         self.path, self._warn = Path(path), warn
-        kept = [] if resume_step is None else [r for r in read_metrics(path) if r["step"] <= resume_step]
-        write_aside(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_aside(self.path, "".join(json.dumps(record) + "\n" for record in earlier))
         self._file = self.path.open("ab", buffering=0)
         self._pending = b""
 
@@ -43,26 +42,35 @@ class MetricsLog:
         self._file.close()
 
 
-def finite(value):
-    """The same dict, list or number with None in the place of NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def until(records, step, *, is_evaluated):
+    """
+    What a run keeps that goes on from a checkpoint: a lost stretch wrote more, and writes it again.
+
+    Args:
+        step: the checkpoint's.
+        is_evaluated: whether the evaluation of that step was over when it was saved.
+    """
+    return [r for r in records if r["step"] < step or (r["step"] == step and (is_evaluated or "val_loss" not in r))]
 
 
 def read_metrics(path):
-    """The objects of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """
+    The objects of a metrics.jsonl, none if there is no such file; a last line cut short by a crash is left out.
+
+    Raises:
+        TrainingError: another line is no such object.
+    """
     path = Path(path)
     if not path.is_file():
         return []
     records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+            record["step"]
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
             if number != len(lines) - 1:
-                raise
+                raise TrainingError(f"{path}:{number + 1} is no record of a step; remove the line") from None
     return records

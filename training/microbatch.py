@@ -1,11 +1,41 @@
-"""micro_batch_size: auto."""
+"""How a step's batch is cut into micro-batches, the largest that fit where `micro_batch_size: auto` asks for it."""
 
 import torch
 
+from training.config import batch_arithmetic, micro_batch_sizes
 from training.hardware import free_memory
 
-# What a run takes beside the probe: evaluation, fragmentation, the compiler's own plans.
-_SHARE_OF_FREE_MEMORY = 0.9
+# What a run takes beside the trial: evaluation, fragmentation, the compiler's own plans.
+_SPARE_SHARE = 0.1
+
+
+def cut_batch(plan, accelerator, model=None):
+    """
+    Every process calls it.
+
+    Args:
+        plan: training.plan.Plan.
+        model: on its device, before it is prepared; None to go by the estimate alone.
+
+    Returns:
+        (micro_batch_size, accumulation), the same on every process.
+
+    Raises:
+        TrainingError: the batch does not divide.
+    """
+    if plan.batch.micro_batch_size != "auto":
+        return batch_arithmetic(plan.batch, plan.hardware.num_processes)
+    sizes = micro_batch_sizes(plan.batch, plan.hardware.num_processes)
+    step_of = None if model is None else trial_step(model, accelerator, plan.batch.seq_len)
+    largest = largest_that_fits(
+        sizes,
+        needs=lambda size: plan.memory(size).total,
+        step_of=step_of,
+        device=accelerator.device,
+        processes_here=plan.hardware.processes_here,
+    )
+    largest = int(accelerator.gather(torch.tensor([largest], device=accelerator.device)).min())
+    return batch_arithmetic(plan.batch, plan.hardware.num_processes, largest)
 
 
 def largest_that_fits(sizes, *, needs, step_of, device, processes_here):
@@ -22,7 +52,7 @@ def largest_that_fits(sizes, *, needs, step_of, device, processes_here):
     Returns:
         int; the smallest size if none fits, so that the error is the run's own.
     """
-    free = free_memory(device) * _SHARE_OF_FREE_MEMORY
+    free = free_memory(device) * (1 - _SPARE_SHARE)
     sizes = sorted(sizes, reverse=True)
     if device.type == "cpu" or step_of is None:
         shared_by = processes_here if device.type == "cpu" else 1
@@ -46,12 +76,14 @@ def trial_step(model, accelerator, seq_len):
 
     def step_of(size):
         tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=accelerator.device)
-        # What is not there yet: AdamW's moments, DDP's buckets.
+        # What is not there yet: AdamW's moments, DDP's buckets, and what a run takes beside.
         num_bytes = (12 if accelerator.num_processes > 1 else 8) * num_parameters
+        num_bytes += int(_SPARE_SHARE * free_memory(accelerator.device))
         reserved = torch.empty(num_bytes, dtype=torch.uint8, device=accelerator.device)
         try:
-            with accelerator.autocast():
-                model(input_ids=tokens, shift_labels=tokens, return_logits=False).loss.backward()
+            for _ in range(2):  # the second time, the gradients of the first are there
+                with accelerator.autocast():
+                    model(input_ids=tokens, shift_labels=tokens, return_logits=False).loss.backward()
         finally:
             model.zero_grad()
             del reserved

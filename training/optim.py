@@ -6,12 +6,13 @@ import torch
 _FUSED = ("cpu", "cuda", "mps", "xpu")
 
 
-def build_optimizer(model, *, lr, betas, eps, weight_decay, device_type):
+def build_optimizer(model, optim, device_type):
     """
     AdamW that decays matrices and embeddings and leaves biases and LayerNorms alone.
 
     Args:
         model: its parameters are grouped by their number of dimensions; a tied matrix counts once.
+        optim: training.config.OptimConfig.
         device_type: where the parameters will be ("cpu", "cuda", ...); decides whether a fused kernel exists.
 
     Returns:
@@ -19,7 +20,7 @@ def build_optimizer(model, *, lr, betas, eps, weight_decay, device_type):
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), eps=eps, fused=device_type in _FUSED)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=device_type in _FUSED)

@@ -14,17 +14,6 @@ _DROPOUT_BYTES = 22  # 12 and the heap's holes
 _HEAD_ROWS = {"cpu": 512, None: 8192}
 
 
-def flops_per_token(shape, *, num_parameters, seq_len):
-    """
-    6 FLOPs a parameter and token (forward 2, backward 4), and attention's two T x T matmuls (PaLM paper, appendix B).
-    Position embeddings are looked up, not multiplied.
-
-    Args:
-        shape: has n_layer, n_embd and n_positions; a GPT2ReproConfig.
-    """
-    return 6 * (num_parameters - shape.n_positions * shape.n_embd) + 12 * shape.n_layer * shape.n_embd * seq_len
-
-
 class MemoryEstimate(NamedTuple):
     """Bytes a process needs at its peak, by what for."""
 
@@ -44,82 +33,119 @@ class MemoryEstimate(NamedTuple):
         return sum(self)
 
 
-def estimate_memory(
-    shape,
-    *,
-    num_parameters,
-    micro_batch_size,
-    seq_len,
-    mixed_precision,
-    accumulation,
-    dropout,
-    device_type,
-    num_processes,
-):
-    """
-    The peak of a training step, with this project's model: MLPs keep their input and the GELU's, attention does not
-    keep its T x T weights (but with dropout on a CPU), logits are made in chunks.
+class Plan:
+    """What a run will take. All of it is known before the first step."""
 
-    Args:
-        shape: has vocab_size, n_layer, n_head and n_embd; a GPT2ReproConfig.
-        mixed_precision: "bf16" or "no".
-        accumulation: micro-batches a step; the gradients of one before are there while the next needs its activations.
-        device_type: "cpu", "cuda", ...
+    def __init__(self, shape, num_parameters, config, hardware):
+        """
+        Args:
+            shape: has vocab_size, n_layer, n_head, n_embd and n_positions; a GPT2ReproConfig.
+            num_parameters: of the model, tied matrices counted once.
+            config: training.config.Config.
+            hardware: training.hardware.Hardware.
+        """
+        self.shape, self.num_parameters, self.hardware = shape, num_parameters, hardware
+        self.batch, self.max_steps, self.dropout = config.batch, config.max_steps, config.model.dropout
 
-    Returns:
-        MemoryEstimate. Checked on a CPU against runs (benchmarks/RECORDS.md); sharding (FSDP, ZeRO) is not in it.
-    """
-    n_layer, n_head, n_embd = shape.n_layer, shape.n_head, shape.n_embd
-    rows = micro_batch_size * seq_len
-    width = 2 if mixed_precision == "bf16" else 4
-    kind = device_type if device_type in _HEAD_ROWS else None
-    # A block keeps for a token: its two residual inputs in float32; and in the compute type the inputs of c_attn (D),
-    # attention (3 D) and c_proj (D), of c_fc (D) and of the GELU (4 D).
-    of_block = 8 * n_embd + 10 * width * n_embd + 4 * n_head
-    if dropout:
-        of_block += 2 * n_embd  # two masks, a byte each
-    # Last LayerNorm and loss: input, output, its copy in the compute type, its gradient.
-    of_ends = (12 + width) * n_embd
-    # The block that runs backward: gradients of the MLP's inside and of the residual stream.
-    of_backward = 8 * width * n_embd + 8 * n_embd
-    activations = rows * (n_layer * of_block + of_ends + of_backward)
-    casts = width * num_parameters if width == 2 else 0  # matrices in bfloat16, once a forward pass
-    activations = (activations + casts) * _HEAP_HOLES.get((kind, width), 1)
-    if dropout and kind == "cpu":  # its attention kernel knows no dropout: T x T weights three times, in float32
-        activations += rows * n_layer * n_head * seq_len * _DROPOUT_BYTES
-    matrix = shape.vocab_size * n_embd
-    head_rows = min(rows, _HEAD_ROWS[kind])
-    head = 4 * matrix + head_rows * shape.vocab_size * (width if kind == "cpu" else width + 4)
-    buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
-    gradients = 4 * num_parameters
-    if accumulation == 1:  # they grow as the activations go
-        gradients = max(0, gradients - activations)
-    return MemoryEstimate(
-        state=12 * num_parameters,
-        gradients=gradients + buckets,
-        activations=activations,
-        head=head,
-        base=_BASE_BYTES[kind],
-    )
+    @property
+    def flops_per_token(self):
+        """
+        6 FLOPs a parameter and token (forward 2, backward 4), and attention's two T x T matmuls (PaLM paper,
+        appendix B). Position embeddings are looked up, not multiplied.
+        """
+        shape = self.shape
+        multiplied = self.num_parameters - shape.n_positions * shape.n_embd
+        return 6 * multiplied + 12 * shape.n_layer * shape.n_embd * self.batch.seq_len
 
+    @property
+    def total_tokens(self):
+        """Tokens trained on, over all steps and processes."""
+        return self.max_steps * self.batch.tokens_per_step
 
-def time_and_money(total_tokens, flops_of_a_token):
-    """
-    Lines about what the run would take on rented GPUs, one and eight, each with where its rate comes from.
+    def memory(self, micro_batch_size):
+        """
+        The peak of a training step, with this project's model: MLPs keep their input and the GELU's, attention does not
+        keep its T x T weights (but with dropout on a CPU), logits are made in chunks.
 
-    The rate is that of GPT-2 124M, scaled by the FLOPs a token: larger models come a little nearer to the peak.
-    """
-    lines = []
-    for name in PLANNED:
-        device = DEVICES[name]
-        rate = device.tokens_per_s * FLOPS_PER_TOKEN_124M / flops_of_a_token
-        hours = total_tokens / rate / 3600
-        lines.append(
-            f"{name:<5} {duration(3600 * hours)} on one, {duration(3600 * hours / 8)} on eight, "
-            f"${hours * device.dollars_an_hour:,.2f} at ${device.dollars_an_hour:.2f} an hour "
-            f"({rate:,.0f} tokens/s each; {device.source})"
+        Args:
+            micro_batch_size: sequences in one forward pass of one process.
+
+        Returns:
+            MemoryEstimate. Checked on a CPU against runs (benchmarks/RECORDS.md); sharding (FSDP, ZeRO) is not in it.
+        """
+        num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
+        n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd
+        rows = micro_batch_size * self.batch.seq_len
+        width = 2 if self.hardware.mixed_precision == "bf16" else 4
+        kind = self.hardware.device.type if self.hardware.device.type in _HEAD_ROWS else None
+        # A block keeps for a token: its two residual inputs in float32; and in the compute type the inputs of c_attn
+        # (D), attention (3 D) and c_proj (D), of c_fc (D) and of the GELU (4 D).
+        of_block = 8 * n_embd + 10 * width * n_embd + 4 * n_head
+        if self.dropout:
+            of_block += 2 * n_embd  # two masks, a byte each
+        # Last LayerNorm and loss: input, output, its copy in the compute type, its gradient.
+        of_ends = (12 + width) * n_embd
+        # The block that runs backward: gradients of the MLP's inside and of the residual stream.
+        of_backward = 8 * width * n_embd + 8 * n_embd
+        activations = rows * (n_layer * of_block + of_ends + of_backward)
+        casts = width * num_parameters if width == 2 else 0  # matrices in bfloat16, once a forward pass
+        activations = (activations + casts) * _HEAP_HOLES.get((kind, width), 1)
+        if self.dropout and kind == "cpu":  # its attention kernel knows no dropout: T x T weights three times, float32
+            activations += rows * n_layer * n_head * self.batch.seq_len * _DROPOUT_BYTES
+        matrix = self.shape.vocab_size * n_embd
+        head_rows = min(rows, _HEAD_ROWS[kind])
+        head = 4 * matrix + head_rows * self.shape.vocab_size * (width if kind == "cpu" else width + 4)
+        buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
+        gradients = 4 * num_parameters
+        # The gradients of one micro-batch are there while the next needs its activations; of a lone one they grow as
+        # the activations go.
+        if rows * num_processes == self.batch.tokens_per_step:
+            gradients = max(0, gradients - activations)
+        return MemoryEstimate(
+            state=12 * num_parameters,
+            gradients=gradients + buckets,
+            activations=activations,
+            head=head,
+            base=_BASE_BYTES[kind],
         )
-    return lines
+
+    def lines(self):
+        """What is known of the model and the run, for the console."""
+        shape, flops = self.shape, self.flops_per_token
+        return [
+            f"model     {self.num_parameters:,} parameters: {shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} "
+            f"heads, {flops / 1e9:.3f} GFLOP a token",
+            f"plan      {self.max_steps:,} steps, {self.total_tokens:,} tokens, {self.total_tokens * flops:.2e} FLOP",
+            self.hardware.line(),
+        ]
+
+    def time_and_money(self):
+        """
+        Lines about what the run would take on rented GPUs, one and eight, each with where its rate comes from.
+
+        The rate is that of GPT-2 124M, scaled by the FLOPs a token: larger models come a little nearer to the peak.
+        """
+        lines = []
+        for name in PLANNED:
+            device = DEVICES[name]
+            rate = device.tokens_per_s * FLOPS_PER_TOKEN_124M / self.flops_per_token
+            hours = self.total_tokens / rate / 3600
+            lines.append(
+                f"on        {name:<5} {duration(3600 * hours)} on one, {duration(3600 * hours / 8)} on eight, "
+                f"${hours * device.dollars_an_hour:,.2f} at ${device.dollars_an_hour:.2f} an hour "
+                f"({rate:,.0f} tokens/s each; {device.source})"
+            )
+        return lines
+
+    def batch_lines(self, micro_batch_size, accumulation):
+        """How an optimizer step is cut, as an equation, and the memory that takes."""
+        needed = self.memory(micro_batch_size)
+        return [
+            f"batch     {micro_batch_size} sequences x {self.batch.seq_len} tokens x {accumulation} accumulated x "
+            f"{self.hardware.num_processes} process(es) = {self.batch.tokens_per_step:,} tokens a step",
+            f"memory    about {needed.total / 1e9:.2f} GB a process: "
+            + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in needed._asdict().items()),
+        ]
 
 
 def duration(seconds):

@@ -23,7 +23,6 @@ class Progress:
         flops_per_token,
         peak_flops,
         dollars_an_hour,
-        has_bar,
     ):
         """
         Args:
@@ -32,7 +31,6 @@ class Progress:
             log_every, eval_every: steps.
             peak_flops: FLOP/s of all devices together.
             dollars_an_hour: of all devices together; None if not known.
-            has_bar: whether there may be a bar; there is one where standard error is a terminal.
         """
         self._say = say
         self._first_step, self._max_steps = step, max_steps
@@ -44,7 +42,7 @@ class Progress:
             total=max_steps,
             initial=step,
             unit="step",
-            disable=not (has_bar and sys.stderr.isatty()),
+            disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
         self._seconds, self._seconds_of_first = [], 0.0  # of the steps since the last line; of the one that compiles

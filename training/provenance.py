@@ -1,5 +1,6 @@
 """provenance.json: what made this run, so that someone else can make it again."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,18 +14,17 @@ from pathlib import Path
 import torch
 
 from training.files import write_json
-from training.hardware import device_name
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
 _MOST_DIFF_CHARACTERS = 1_000_000
 
 
-def provenance(*, config, data, model, accelerator, step):
+def provenance(*, config, data, plan, accelerator, step):
     """
     Args:
         config: dict, the resolved settings.
         data: dict that identifies the training data, the hash of its manifest among others.
-        model: dict that describes the model (parameter count).
+        plan: training.plan.Plan.
         step: the step this launch goes on from; 0 for a fresh run.
 
     Returns:
@@ -37,13 +37,13 @@ def provenance(*, config, data, model, accelerator, step):
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": config["seed"],
         "config": config,
-        "model": model,
+        "model": {"parameters": plan.num_parameters, "flops_per_token": plan.flops_per_token},
         "data": data,
         "code": _git_state(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "hardware": {
             "platform": platform.platform(),
-            "device": device_name(accelerator.device),
+            "device": plan.hardware.name,
             "processes": accelerator.num_processes,
             "distributed": accelerator.distributed_type.value,
             "mixed_precision": accelerator.mixed_precision,
@@ -61,8 +61,9 @@ def write_provenance(path, record, *, resumed):
     """
     path, earlier = Path(path), []
     if resumed and path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        earlier = [*before.pop("earlier_launches", []), before]
+        with contextlib.suppress(ValueError):  # somebody has damaged it; the run goes on
+            before = json.loads(path.read_text(encoding="utf-8"))
+            earlier = [*before.pop("earlier_launches", []), before]
     write_json(path, {**record, "earlier_launches": earlier})
 
 

@@ -3,16 +3,19 @@
 import math
 
 
-def learning_rate(step, *, peak, warmup_steps, max_steps, final_fraction):
+def learning_rate(step, optim, max_steps):
     """
-    Linear warm-up, then a cosine down to `final_fraction * peak` (GPT-3 paper, appendix B; the lecture's).
+    Linear warm-up, then a cosine down to `final_lr_fraction` of the peak (GPT-3 paper, appendix B; the lecture's).
 
     Args:
-        step: optimizer steps already taken; 0 for the first. The first step has peak / warmup_steps, not 0.
+        step: optimizer steps already taken; 0 for the first. The first step has lr / warmup_steps, not 0.
+        optim: has lr (the peak), warmup_steps and final_lr_fraction; a training.config.OptimConfig.
+        max_steps: where the cosine ends.
 
     Returns:
-        float, the learning rate of the coming step; `final_fraction * peak` from `max_steps` on.
+        float, the learning rate of the coming step; the lowest from `max_steps` on.
     """
+    peak, warmup_steps, final_fraction = optim.lr, optim.warmup_steps, optim.final_lr_fraction
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if step >= max_steps:

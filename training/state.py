@@ -3,10 +3,12 @@ What a run has learnt, as whole float32 tensors by parameter name, whoever holds
 (DDP), a shard each (FSDP2's DTensors), or a shard of the float32 copies (DeepSpeed's ZeRO).
 """
 
+import contextlib
 from copy import deepcopy
 
 import torch
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training import zero
@@ -14,25 +16,48 @@ from training import zero
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def prepare(accelerator, model, step_model, optimizer, *, micro_batch_size, accumulation, grad_clip):
+def prepare(accelerator, model, optimizer, *, compiled, micro_batch_size, accumulation, grad_clip):
     """
-    `accelerator.prepare`, with what DeepSpeed wants beside.
+    `accelerator.prepare`, with compilation before it and with what FSDP2 and DeepSpeed want beside.
 
     Args:
-        model: the bare model.
-        step_model: the same, or compiled.
+        model: the bare model on its device.
+        optimizer: AdamW over its parameters.
+        compiled: whether to use torch.compile.
 
     Returns:
-        (step_model, optimizer) as training calls them.
+        (the model as training calls it: wrapped by DDP or the like; the same before it was wrapped, compiled or not;
+        the optimizer)
     """
     accelerator.gradient_accumulation_steps = accumulation
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return accelerator.prepare(step_model, optimizer)
-    zero.configure(accelerator, micro_batch_size=micro_batch_size, accumulation=accumulation, grad_clip=grad_clip)
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    prepared = accelerator.prepare(step_model, optimizer)
-    zero.load_parameters(model, parameters)
-    return prepared
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    step_model = model
+    if compiled and is_fsdp:
+        for block in model.transformer.h:  # each by itself: its weights are gathered just before it is called
+            block.compile(dynamic=False)
+    elif compiled:
+        # Not dynamic: a last validation batch with fewer rows would have the training step compiled for any number.
+        step_model = torch.compile(model, dynamic=False)
+    if is_fsdp:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision(accelerator.mixed_precision)
+    if is_zero:
+        zero.configure(accelerator, micro_batch_size=micro_batch_size, accumulation=accumulation, grad_clip=grad_clip)
+        parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train_model, optimizer = accelerator.prepare(step_model, optimizer)
+    if is_zero:
+        zero.load_parameters(model, parameters)
+    return train_model, step_model, optimizer
+
+
+def fsdp_precision(mixed_precision):
+    """
+    FSDP2's: weights are gathered in bfloat16, gradients summed over micro-batches and processes in float32. accelerate's
+    own would do both in bfloat16, and round the loss to it.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed_precision == "bf16" else None, reduce_dtype=torch.float32
+    )
 
 
 def full_state(model, optimizer, accelerator, copy):
@@ -112,12 +137,20 @@ def fill(blank, parameters):
     return blank
 
 
+@contextlib.contextmanager
 def whole_model(model, blank):
     """
-    A model that each process can call by itself: `model`, or where its parameters are sharded, `blank` filled with
-    whole copies of them. Every process calls it.
+    While it lasts, a model in eval mode that each process can call by itself: `model`, or where its parameters are
+    sharded, `blank` filled with whole copies of them. Every process uses it.
     """
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
-        return model
-    with torch.no_grad():
-        return fill(blank, {name: p.full_tensor() for name, p in model.named_parameters()})
+    whole = model
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        with torch.no_grad():
+            whole = fill(blank, {name: p.full_tensor() for name, p in model.named_parameters()})
+    whole.eval()
+    try:
+        yield whole
+    finally:
+        model.train()
+        if whole is not model:
+            whole.to("meta")  # gives the copies' memory back

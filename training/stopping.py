@@ -9,6 +9,11 @@ RESUME_ME = 75
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what SLURM and others send ahead of a time limit
 
 
+def exit_code_of_stopping():
+    """RESUME_ME; but 0 under a launcher that takes any other for a crash and starts the run again (--max_restarts)."""
+    return RESUME_ME if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 else 0
+
+
 class StoppedInEvaluation(Exception):
     """Raised out of an evaluation that would take longer than the one who asked may wait."""
 

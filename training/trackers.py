@@ -14,9 +14,16 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "gpt2-repro"
 
 
-def start_trackers(names, accelerator, output_dir, config, *, resume_step):
+def check_trackers(names):
+    """Raises TrainingError for a tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingError(f"trackers: {name} is not installed: pip install {name}, or leave it out")
+
+
+def start_trackers(names, output_dir, config, *, resume_step):
     """
-    Starts the trackers, so that `accelerator.log` reaches them: on the main process, the others have none.
+    On the main process only.
 
     Args:
         names: of TRACKERS.
@@ -25,33 +32,38 @@ def start_trackers(names, accelerator, output_dir, config, *, resume_step):
         config: dict, the resolved settings, shown beside the curves.
         resume_step: the step that the run goes on from; None for a fresh run.
 
+    Returns:
+        list of accelerate.tracking.GeneralTracker.
+
     Raises:
-        TrainingError: a tracker's package is not installed.
+        TrainingError: one does not start (no account, no network).
     """
     output_dir = Path(output_dir)
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise TrainingError(f"trackers: {name} is not installed: pip install {name}, or leave it out")
-    if not accelerator.is_main_process:
-        return
     run_id = _run_id(output_dir, is_fresh=resume_step is None)
-    trackers = []
-    if "tensorboard" in names:
-        # What a lost stretch wrote after the checkpoint is hidden.
-        purge_step = None if resume_step is None else resume_step + 1
-        trackers.append(TensorBoardTracker("tensorboard", output_dir, purge_step=purge_step))
-    if "wandb" in names:
-        os.environ.setdefault("WANDB_SILENT", "true")
+    # What a lost stretch wrote after the checkpoint is hidden.
+    purge_step = 0 if resume_step is None else resume_step + 1
+    start = {
+        "tensorboard": lambda: TensorBoardTracker("tensorboard", output_dir, purge_step=purge_step),
         # W&B keeps what it already has of a step and leaves out what comes again.
-        trackers.append(WandBTracker(PROJECT, name=output_dir.name, id=run_id, resume="allow", dir=str(output_dir)))
-    if "trackio" in names:
+        "wandb": lambda: WandBTracker(PROJECT, name=output_dir.name, id=run_id, resume="allow", dir=str(output_dir)),
         # Trackio goes on by name; a lost stretch stands there twice.
-        trackers.append(TrackioTracker(PROJECT, name=run_id, resume="allow"))
-    accelerator.log_with = trackers
-    accelerator.init_trackers(PROJECT)
-    for tracker in trackers:
-        if tracker.name != "tensorboard":  # its hyperparameters would be a second run
-            tracker.store_init_configuration(config)
+        "trackio": lambda: TrackioTracker(PROJECT, name=run_id, resume="allow"),
+    }
+    os.environ.setdefault("WANDB_SILENT", "true")
+    trackers = []
+    for name in names:
+        try:
+            tracker = start[name]()
+            tracker.start()
+            if name != "tensorboard":  # its hyperparameters would be a second run
+                tracker.store_init_configuration(config)
+        except Exception as error:  # of every kind: each has a client of its own
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingError(
+                f"trackers: {name} does not start ({first_line}); mend that, or leave it out"
+            ) from error
+        trackers.append(tracker)
+    return trackers
 
 
 def _run_id(output_dir, is_fresh):

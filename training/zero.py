@@ -12,11 +12,20 @@ import torch
 
 def configure(accelerator, *, micro_batch_size, accumulation, grad_clip):
     """Completes DeepSpeed's configuration before `accelerator.prepare`."""
-    accelerator.state.deepspeed_plugin.deepspeed_config.update(
+    settings = accelerator.state.deepspeed_plugin.deepspeed_config
+    settings.update(
         train_micro_batch_size_per_gpu=micro_batch_size,
         gradient_accumulation_steps=accumulation,
         gradient_clipping=grad_clip,
     )
+    if accelerator.mixed_precision == "bf16":
+        # Gradients are summed over micro-batches and processes in float32, as without DeepSpeed; steps whose gradient is
+        # not finite are skipped.
+        settings.update(
+            bf16={"enabled": True, "check_grad_overflow": True},
+            data_types={"grad_accum_dtype": "fp32"},
+            communication_data_type="fp32",
+        )
 
 
 def parameter(tensor):

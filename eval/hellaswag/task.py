@@ -1,5 +1,6 @@
 """The log-likelihoods of HellaSwag's endings."""
 
+from eval.hellaswag.accuracy import accuracy
 from eval.scoring import loglikelihoods
 
 
@@ -42,3 +43,19 @@ def score_hellaswag(model, tokenizer, items, *, batch_size=32, on_batch=None):
             }
         )
     return predictions
+
+
+def joint_accuracy(shares, items, source):
+    """
+    Args:
+        shares: what `score_hellaswag` gave process r of W for `items[r::W]`, by r; None where it gave nothing.
+        items: list of HellaSwagItem, all of them.
+        source: their ItemSource.
+
+    Returns:
+        dict as of `accuracy`, and is_sample; None without items, or where a share is missing.
+    """
+    if not items or None in shares:
+        return None
+    predictions = [shares[i % len(shares)][i // len(shares)] for i in range(len(items))]
+    return accuracy(predictions, [item.label for item in items]) | {"is_sample": source.is_sample}

@@ -95,7 +95,7 @@ FAULTS = [429, 500, 503, "drop", "truncate", "corrupt"]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_overcome(client, expected, tmp_path, fault, capsys):
-    """Each kind at each kind of request; the last file twice in a row, but where the server asks for a second's wait."""
+    """Each kind at each kind of request; the last file twice in a row, but where that means a second's wait."""
     asked = ["GET .*001_00000", "GET .*005_00000", "GET .*005_00000"][: 1 if fault == 429 else None]
     client.faults += [
         (pattern, fault) for pattern in [*asked, *(["revision", "tree"] if isinstance(fault, int) else [])]

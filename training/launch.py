@@ -1,0 +1,78 @@
+"""The processes of a run: how this one finds the others, acts as one with them, and leaves them."""
+
+import gc
+import os
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from training import TrainingError
+from training.cpu import keep_freed_memory, use_all_cores
+from training.precision import resolve_mixed_precision
+
+
+def start_accelerator(mixed_precision):
+    """
+    Args:
+        mixed_precision: "auto", "no" or "bf16".
+
+    Returns:
+        accelerate.Accelerator, for what the launcher said and the hardware is.
+
+    Raises:
+        TrainingError: the launcher started processes that do not see each other.
+    """
+    # cpu=True where there is no accelerator: without it, processes started on a CPU never find each other.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=resolve_mixed_precision(mixed_precision)
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise TrainingError(
+            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would "
+            "train separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
+        )
+    if accelerator.device.type == "cpu":
+        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    return accelerator
+
+
+def on_main_process(accelerator, function):
+    """
+    Calls a function on the main process alone, and gives every process what it returns.
+
+    If it raises a ValueError there (the rooms' errors are such), all processes end: one that ended alone would leave
+    the others waiting for it until the launcher loses patience.
+
+    Args:
+        function: takes nothing, returns something that can be pickled.
+    """
+    outcome, error = None, None
+    if accelerator.is_main_process:
+        try:
+            outcome = function()
+        except ValueError as raised:
+            error = raised
+    outcome, has_failed = broadcast_object_list([outcome, error is not None])
+    if error is not None:
+        raise error
+    if has_failed:
+        sys.exit(1)  # the main process says why
+    return outcome
+
+
+def leave_process_group():
+    """
+    Ends the communication between processes. To be called when nothing holds the prepared model any more.
+
+    DDP's reducer refers to the process group. If it is the last to do so, it waits for gloo's threads while it holds
+    Python's lock, and hangs for ever where one of them wants the lock to drop a tensor (torch 2.13). Taken down from
+    Python, the lock is released for the wait.
+    """
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

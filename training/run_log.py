@@ -1,0 +1,168 @@
+"""Everything that a run tells: metrics.jsonl, trackers, curves.png, and lines with a live bar on the console."""
+
+import dataclasses
+
+from training.curves import plot_curves
+from training.metrics import MetricsLog, read_metrics, until
+from training.plan import duration
+from training.progress import Progress
+from training.provenance import provenance, write_provenance
+from training.trackers import start_trackers
+
+
+class RunLog:
+    """One process tells; on the others its methods do nothing."""
+
+    def __init__(
+        self,
+        output_dir,
+        *,
+        say,
+        accelerator,
+        config,
+        plan,
+        data,
+        resume_from,
+        step,
+        is_evaluated,
+        loss_lines,
+        score_lines,
+    ):
+        """
+        Args:
+            output_dir: the run's folder.
+            say: prints a line.
+            accelerator: accelerate.Accelerator.
+            config: training.config.Config.
+            plan: training.plan.Plan.
+            data: dict that identifies the training data, for provenance.json.
+            resume_from: Path of the checkpoint that the run goes on from, or None.
+            step, is_evaluated: where the run stands, and whether the evaluation of that step is over.
+            loss_lines, score_lines: {name: value}, horizontal lines in curves.png.
+        """
+        self._is_main = accelerator.is_main_process
+        self._say, self._output_dir, self._loss_lines, self._score_lines = say, output_dir, loss_lines, score_lines
+        self._title = f"{output_dir.name}: {plan.num_parameters / 1e6:.1f}M parameters"
+        if not self._is_main:
+            return
+        earlier = []
+        if resume_from is not None:  # a branch in a folder of its own takes its past along
+            earlier = until(read_metrics(resume_from.parents[1] / "metrics.jsonl"), step, is_evaluated=is_evaluated)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        settings = dataclasses.asdict(config)
+        resume_step = None if resume_from is None else step
+        self._trackers = start_trackers(config.trackers, output_dir, settings, resume_step=resume_step)
+        record = provenance(config=settings, data=data, plan=plan, accelerator=accelerator, step=step)
+        write_provenance(output_dir / "provenance.json", record, resumed=resume_from is not None)
+        self.metrics_path = output_dir / "metrics.jsonl"
+        self._metrics = MetricsLog(self.metrics_path, earlier=earlier, warn=say)
+        self._progress = Progress(
+            say,
+            step=step,
+            max_steps=config.max_steps,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            tokens_per_step=config.batch.tokens_per_step,
+            flops_per_token=plan.flops_per_token,
+            peak_flops=plan.hardware.peak_flops * plan.hardware.num_processes,
+            dollars_an_hour=plan.hardware.dollars_an_hour
+            and plan.hardware.dollars_an_hour * plan.hardware.num_processes,
+        )
+
+    def step(self, record):
+        """
+        A training step.
+
+        Args:
+            record: dict with step, tokens, loss, lr, grad_norm, ms, tokens_per_s; if it was skipped also "skipped", as
+                `training.skipping` describes it.
+        """
+        if not self._is_main:
+            return
+        self._metrics.write(record)
+        if "skipped" in record:
+            skipped = record["skipped"]
+            self._say(
+                f"step {record['step']:>6,} | SKIPPED: loss {skipped['loss']}, gradient norm {skipped['grad_norm']}; its "
+                f"windows are in metrics.jsonl; skipped so far: {skipped['so_far']}, in a row: {skipped['in_a_row']}"
+            )
+        else:
+            self._track(record["step"], {name: value for name, value in record.items() if name != "step"})
+        self._progress.stepped(record)
+
+    def evaluation(self, record):
+        """
+        An evaluation.
+
+        Args:
+            record: dict with step, tokens, val_loss, hellaswag (what eval.hellaswag.accuracy gives and is_sample; or
+                None), seconds.
+        """
+        if not self._is_main:
+            return
+        self._metrics.write(record)
+        scores = record["hellaswag"] or {}
+        tracked = {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if scores}
+        self._track(record["step"], {"val_loss": record["val_loss"], **tracked})
+        self._progress.evaluated(record)
+        try:
+            plot_curves(
+                read_metrics(self.metrics_path),
+                self._output_dir / "curves.png",
+                title=self._title,
+                loss_lines=self._loss_lines,
+                hellaswag_lines=self._score_lines,
+            )
+        except OSError as error:
+            self._say(f"warning: curves.png could not be written ({error})")
+
+    def _track(self, step, values):
+        for tracker in [*self._trackers]:
+            try:
+                tracker.log(values, step=step)
+            except OSError as error:  # a full disk, a lost network: TensorBoard's writer does not come back from it
+                self._say(
+                    f"warning: {tracker.name} stops at step {step:,} ({error}); metrics.jsonl goes on, and it does when "
+                    "resumed"
+                )
+                self._trackers.remove(tracker)
+
+    def close(self):
+        """Lets the trackers send what they have."""
+        if self._is_main:
+            self._progress.close()
+            self._metrics.close()
+            for tracker in self._trackers:
+                tracker.finish()
+
+    def summary(self, *, val_loss, num_skipped, checkpoint):
+        """What came of it, and what to do next."""
+        if not self._is_main:
+            return
+        self._say(f"\ntrained for {duration(self._progress.training_seconds)}, evaluations and saving aside")
+        if num_skipped:
+            self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
+        lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
+        self._say(f"validation loss {val_loss:.4f}{lines}")
+        board = self._output_dir / "tensorboard"
+        self._say(
+            WHAT_NEXT.format(
+                folder=checkpoint,
+                curves=self._output_dir / "curves.png",
+                metrics=f"{self.metrics_path}{f'    (tensorboard --logdir {board})' if board.is_dir() else ''}",
+            )
+        )
+
+
+WHAT_NEXT = """
+checkpoint  {folder}
+curves      {curves}
+numbers     {metrics}
+
+load    from transformers import AutoModelForCausalLM, AutoTokenizer
+        model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained("{folder}")
+sample  from transformers import pipeline
+        pipeline("text-generation", "{folder}", trust_remote_code=True)("Hello, I'm", max_new_tokens=30)
+score   python -m eval --model {folder} --tasks hellaswag
+share   model.push_to_hub("USER/NAME"); tokenizer.push_to_hub("USER/NAME")    (after: hf auth login)"""
