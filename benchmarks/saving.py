@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))  # `data` and `training` are not installed
 from data.tokenizer import load_hf_tokenizer  # noqa: E402
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM  # noqa: E402
 from training.checkpoint import CheckpointWriter  # noqa: E402
+from training.config import OptimConfig  # noqa: E402
 from training.cpu import keep_freed_memory  # noqa: E402
 from training.optim import build_optimizer  # noqa: E402
 
@@ -44,7 +45,7 @@ def main():
         keep_freed_memory()
     config = GPT2ReproConfig(n_layer=args.layers, n_embd=args.width, n_head=args.width // 64)
     model = GPT2ReproForCausalLM(config).to(device).train()
-    optimizer = build_optimizer(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, device_type=device.type)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-4), device.type)
     model, optimizer = accelerator.prepare(model, optimizer)
     tokens = torch.randint(0, 50257, (args.rows, 513), device=device)
 

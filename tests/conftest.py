@@ -12,14 +12,14 @@ from tiny_run import RECIPE, ROOT, clean_environment
 def launch(tmp_path_factory):
     """
     launch(*arguments) runs `python train.py ...` to its end, which is what `accelerate launch` does for one process;
-    launch(..., accelerate=[...]) goes through it, with these options.
+    launch(..., accelerate=[...]) goes through it, with these options. `script`: another one in the place of train.py.
     """
     home = tmp_path_factory.mktemp("home")
 
-    def run(*arguments, accelerate=None, check=True):
+    def run(*arguments, accelerate=None, check=True, script="train.py"):
         through = [] if accelerate is None else ["-m", "accelerate.commands.launch", *accelerate]
         done = subprocess.run(
-            [sys.executable, *through, "train.py", *map(str, arguments)],
+            [sys.executable, *through, script, *map(str, arguments)],
             cwd=ROOT,
             env=clean_environment(home),
             capture_output=True,

@@ -168,7 +168,7 @@ def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
     first.kill()  # whatever way it ends
     first.wait()
     run_folder.lock(tmp_path / "run", lines.append)
-    run_folder.unlock()
+    run_folder.leave(has_failed=False)
     assert len(lines) == 1
 
 

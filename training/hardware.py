@@ -49,7 +49,7 @@ FLOPS_PER_TOKEN_124M = 855_166_464
 
 
 def look_up(name):
-    """The Device of a name that torch gives ("NVIDIA H200"), or None: unknown, or only a part or a slower kind of one."""
+    """The Device of a name that torch gives ("NVIDIA H200"); None if not known, or a part or a slower kind of one."""
     if re.search(r"MIG|Laptop|Max-Q|NVL|GH200| D$", name):
         return None
     return next((device for part, device in DEVICES.items() if re.search(rf"\b{part}\b", name)), None)

@@ -113,8 +113,8 @@ class Plan:
         """What is known of the model and the run, for the console."""
         shape, flops = self.shape, self.flops_per_token
         return [
-            f"model     {self.num_parameters:,} parameters: {shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} "
-            f"heads, {flops / 1e9:.3f} GFLOP a token",
+            f"model     {self.num_parameters:,} parameters: {shape.n_layer} layers, {shape.n_embd} wide, "
+            f"{shape.n_head} heads, {flops / 1e9:.3f} GFLOP a token",
             f"plan      {self.max_steps:,} steps, {self.total_tokens:,} tokens, {self.total_tokens * flops:.2e} FLOP",
             self.hardware.line(),
         ]

@@ -83,8 +83,9 @@ class RunLog:
         if "skipped" in record:
             skipped = record["skipped"]
             self._say(
-                f"step {record['step']:>6,} | SKIPPED: loss {skipped['loss']}, gradient norm {skipped['grad_norm']}; its "
-                f"windows are in metrics.jsonl; skipped so far: {skipped['so_far']}, in a row: {skipped['in_a_row']}"
+                f"step {record['step']:>6,} | SKIPPED: loss {skipped['loss']}, gradient norm {skipped['grad_norm']}; "
+                "its windows are in metrics.jsonl; "
+                f"skipped so far: {skipped['so_far']}, in a row: {skipped['in_a_row']}"
             )
         else:
             self._track(record["step"], {name: value for name, value in record.items() if name != "step"})
@@ -122,8 +123,8 @@ class RunLog:
                 tracker.log(values, step=step)
             except OSError as error:  # a full disk, a lost network: TensorBoard's writer does not come back from it
                 self._say(
-                    f"warning: {tracker.name} stops at step {step:,} ({error}); metrics.jsonl goes on, and it does when "
-                    "resumed"
+                    f"warning: {tracker.name} stops at step {step:,} ({error}); metrics.jsonl goes on, and when the "
+                    "run is resumed, it does"
                 )
                 self._trackers.remove(tracker)
 

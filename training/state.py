@@ -52,8 +52,8 @@ def prepare(accelerator, model, optimizer, *, compiled, micro_batch_size, accumu
 
 def fsdp_precision(mixed_precision):
     """
-    FSDP2's: weights are gathered in bfloat16, gradients summed over micro-batches and processes in float32. accelerate's
-    own would do both in bfloat16, and round the loss to it.
+    FSDP2's: weights are gathered in bfloat16, gradients summed over micro-batches and processes in float32.
+    accelerate's own would do both in bfloat16, and round the loss to it.
     """
     return MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed_precision == "bf16" else None, reduce_dtype=torch.float32

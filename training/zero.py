@@ -19,8 +19,8 @@ def configure(accelerator, *, micro_batch_size, accumulation, grad_clip):
         gradient_clipping=grad_clip,
     )
     if accelerator.mixed_precision == "bf16":
-        # Gradients are summed over micro-batches and processes in float32, as without DeepSpeed; steps whose gradient is
-        # not finite are skipped.
+        # Gradients are summed over micro-batches and processes in float32, as without DeepSpeed; steps whose gradient
+        # is not finite are skipped.
         settings.update(
             bf16={"enabled": True, "check_grad_overflow": True},
             data_types={"grad_accum_dtype": "fp32"},

@@ -14,6 +14,7 @@ from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
 from training.checkpoint import CheckpointWriter, SaveError, clear_left_overs, find_checkpoint, find_damage
+from training.config import OptimConfig
 from training.optim import build_optimizer
 
 
@@ -21,7 +22,7 @@ from training.optim import build_optimizer
 def trained():
     """(model, optimizer) after a step."""
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_embd=8, n_head=2, n_positions=8))
-    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, device_type="cpu")
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "cpu")
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()

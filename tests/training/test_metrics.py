@@ -2,8 +2,9 @@ import json
 
 import pytest
 
+from training import TrainingError
 from training.curves import plot_curves
-from training.metrics import MetricsLog, read_metrics
+from training.metrics import MetricsLog, read_metrics, until
 
 RECORDS = [
     {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
@@ -30,8 +31,11 @@ def test_one_object_a_line(log):
 
 
 def test_resuming_drops_what_came_after_the_checkpoint(log):
-    MetricsLog(log, resume_step=2).close()
+    MetricsLog(log, earlier=until(RECORDS, 2, is_evaluated=True)).close()
     assert read_metrics(log) == RECORDS[:4]
+    # An evaluation that was broken off before the checkpoint is made again, one that came in the lost stretch too.
+    assert until(RECORDS, 2, is_evaluated=False) == RECORDS[:3]
+    assert until(RECORDS, 0, is_evaluated=False) == []
 
 
 def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_not(log):
@@ -39,7 +43,7 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_not(log):
     log.write_text(text[:-10])
     assert read_metrics(log) == RECORDS[:4]
     log.write_text(text.replace('"step": 1,', '"step":'))
-    with pytest.raises(ValueError):
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl:2 is no record"):
         read_metrics(log)
 
 

@@ -5,11 +5,12 @@ import torch
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
+from training.config import OptimConfig
 from training.optim import build_optimizer
 from training.precision import resolve_mixed_precision
 from training.schedule import learning_rate
 
-LECTURE = {"peak": 6e-4, "warmup_steps": 715, "max_steps": 19073, "final_fraction": 0.1}
+LECTURE = OptimConfig(lr=6e-4, warmup_steps=715, final_lr_fraction=0.1)
 
 
 def lecture_get_lr(it):
@@ -24,18 +25,18 @@ def lecture_get_lr(it):
 
 def test_schedule_is_the_lectures():
     for step in (0, 1, 714, 715, 716, 5000, 19072, 19073, 30000):
-        assert learning_rate(step, **LECTURE) == pytest.approx(lecture_get_lr(step), rel=1e-12)
+        assert learning_rate(step, LECTURE, max_steps=19073) == pytest.approx(lecture_get_lr(step), rel=1e-12)
 
 
 def test_schedule_with_a_run_shorter_than_its_warm_up():
-    values = [learning_rate(step, peak=1.0, warmup_steps=10, max_steps=5, final_fraction=0.1) for step in range(5)]
+    values = [learning_rate(step, OptimConfig(lr=1.0, warmup_steps=10), max_steps=5) for step in range(5)]
     assert values == [0.1, 0.2, 0.3, 0.4, 0.5]
-    assert learning_rate(0, peak=1.0, warmup_steps=0, max_steps=5, final_fraction=0.1) == 1.0
+    assert learning_rate(0, OptimConfig(lr=1.0, warmup_steps=0), max_steps=5) == 1.0
 
 
 def test_weight_decay_on_matrices_and_embeddings_only():
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=16, n_positions=8))
-    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, device_type="cpu")
+    optimizer = build_optimizer(model, OptimConfig(), "cpu")
     name_of = {p: name for name, p in model.named_parameters()}
     decayed, free = ({name_of[p] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

@@ -1,14 +1,17 @@
 """What is known before the first step: memory, time, money, peak, micro-batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from modeling_gpt2repro import GPT2ReproConfig
 from training import microbatch
+from training.config import BatchConfig, Config, ModelConfig
 from training.curves import published_lines
-from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, look_up, measured_matmul_flops, peak_flops
+from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, Hardware, look_up, measured_matmul_flops, peak_flops
 from training.microbatch import largest_that_fits
-from training.plan import duration, estimate_memory, flops_per_token, time_and_money
+from training.plan import Plan, duration
 
 # Peak resident memory, GB, of processes that ran two steps of train.py (benchmarks/memory.py; RECORDS.md).
 MEASURED = [
@@ -22,29 +25,34 @@ MEASURED = [
 ]
 
 
+def plan(layers, width, heads, seq_len, rows, accumulation, precision, dropout, parameters, **changes):
+    """A training.plan.Plan, of one process on a CPU."""
+    hardware = {"name": "cpu", "num_processes": 1, "processes_here": 1, "peak_flops": 1e12, "peak_source": "made up"}
+    return Plan(
+        GPT2ReproConfig(n_layer=layers, n_embd=width, n_head=heads),
+        parameters,
+        Config(
+            model=ModelConfig(dropout=dropout),
+            batch=BatchConfig(tokens_per_step=rows * seq_len * accumulation, seq_len=seq_len),
+            **changes,
+        ),
+        Hardware(device=torch.device("cpu"), mixed_precision=precision, dollars_an_hour=None, **hardware),
+    )
+
+
 @pytest.mark.parametrize("row", MEASURED, ids=str)
 def test_memory_is_within_15_percent_of_what_was_measured(row):
-    layers, width, heads, seq_len, rows, accumulation, precision, dropout, parameters, peak = row
-    estimate = estimate_memory(
-        GPT2ReproConfig(n_layer=layers, n_embd=width, n_head=heads),
-        num_parameters=parameters,
-        micro_batch_size=rows,
-        seq_len=seq_len,
-        mixed_precision=precision,
-        accumulation=accumulation,
-        dropout=dropout,
-        device_type="cpu",
-        num_processes=1,
-    )
-    assert estimate.total / 1e9 == pytest.approx(peak, rel=0.15)
+    *settings, peak = row
+    assert plan(*settings).memory(micro_batch_size=row[4]).total / 1e9 == pytest.approx(peak, rel=0.15)
 
 
 def test_flops_and_time():
-    flops = flops_per_token(GPT2ReproConfig(), num_parameters=124_439_808, seq_len=1024)
-    assert flops == FLOPS_PER_TOKEN_124M
-    assert flops == pytest.approx(0.857e9, rel=0.01)  # the figure of the field: 0.86 GFLOP a token
-    lines = time_and_money(10_000_000_000, flops)
-    assert [line.split()[0] for line in lines] == ["A100", "H100", "H200"]
+    the_lectures = plan(12, 768, 12, 1024, 64, 8, "bf16", 0.0, 124_439_808, max_steps=19_073)
+    assert the_lectures.total_tokens == 9_999_745_024
+    assert the_lectures.flops_per_token == FLOPS_PER_TOKEN_124M
+    assert the_lectures.flops_per_token == pytest.approx(0.857e9, rel=0.01)  # the figure of the field
+    lines = the_lectures.time_and_money()
+    assert [line.split()[1] for line in lines] == ["A100", "H100", "H200"]
     assert all("estimated" in line for line in lines)
     # llm.c: 94 minutes on eight A100.
     assert "1:34" in lines[0]
@@ -55,7 +63,10 @@ def test_peak():
     assert look_up("NVIDIA H100 80GB HBM3") is DEVICES["H100"]
     assert look_up("NVIDIA H100 PCIe") is DEVICES["H100 PCIe"]
     assert look_up("NVIDIA L40S") is DEVICES["L40S"]
-    assert look_up("NVIDIA GeForce GTX 1080") is None
+    assert look_up("NVIDIA A100-SXM4-80GB") is DEVICES["A100"]
+    # Not known, a part of one, or a slower kind of one: measured.
+    for name in ("GeForce GTX 1080", "L40", "A100-SXM4-40GB MIG 3g.20gb", "GeForce RTX 4090 Laptop GPU", "H100 NVL"):
+        assert look_up(f"NVIDIA {name}") is None, name
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -88,13 +99,14 @@ def test_largest_micro_batch(monkeypatch):
 
 
 def test_published_lines():
-    arguments = {"n_layer": 12, "n_embd": 768, "hellaswag_is_sample": False}
-    losses, accuracies = published_lines(**arguments, data_source={"dataset": "HuggingFaceFW/fineweb-edu"})
+    hellaswag, sample = SimpleNamespace(is_sample=False), SimpleNamespace(is_sample=True)
+    losses, scores = published_lines(GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}, hellaswag)
     assert losses == {"OpenAI GPT-2 124M": 3.2924}
-    assert accuracies == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
-    assert published_lines(**arguments, data_source={"dataset": "kjj0/fineweb10B-gpt2"})[0] == {
-        "OpenAI GPT-2 124M": 3.425
-    }
-    assert published_lines(**arguments, data_source={"paths": ["my.txt"]})[0] == {}
-    assert published_lines(**arguments | {"n_layer": 3}, data_source=None) == ({}, {})
-    assert published_lines(**arguments | {"hellaswag_is_sample": True}, data_source=None)[1] == {}
+    assert scores == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
+    assert published_lines(GPT2ReproConfig(), {"dataset": "kjj0/fineweb10B-gpt2"}, None) == (
+        {"OpenAI GPT-2 124M": 3.425},
+        {},
+    )
+    assert published_lines(GPT2ReproConfig(), {"paths": ["my.txt"]}, hellaswag)[0] == {}
+    assert published_lines(GPT2ReproConfig(n_layer=3), None, hellaswag) == ({}, {})
+    assert published_lines(GPT2ReproConfig(), None, sample)[1] == {}

@@ -20,7 +20,6 @@ def progress(lines, **changes):
         "flops_per_token": 1e9,
         "peak_flops": 1e13,
         "dollars_an_hour": 18.0,
-        "has_bar": False,
     }
     return Progress(lines.append, **settings | changes)
 
@@ -66,7 +65,7 @@ def test_an_evaluation_says_whose_items_they_are(lines):
 
 def test_on_a_terminal_the_lines_come_with_a_bar(lines, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    shown = progress(lines, has_bar=True)
+    shown = progress(lines)
     for step in range(1, 11):
         shown.stepped(record(step, 1000))
     shown.close()

@@ -14,15 +14,16 @@ from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from training.config import OptimConfig
 from training.optim import build_optimizer
-from training.state import blank_copy, full_state, load_moments, whole_model
+from training.state import blank_copy, fsdp_precision, full_state, load_moments, whole_model
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world_size = dist.get_rank(), dist.get_world_size()
 accelerator = SimpleNamespace(is_main_process=rank == 0, distributed_type=DistributedType.FSDP)
 
-def build(parameters=None, sharded=False):
+def build(parameters=None, sharded=None):  # sharded: "no" or "bf16", the mixed precision
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_embd=32, n_head=2, n_positions=32))
     blank = blank_copy(model)
@@ -32,13 +33,13 @@ def build(parameters=None, sharded=False):
         for block in model.transformer.h:
             block.compile()
         # As accelerate.utils.fsdp_utils.fsdp2_prepare_model does with tied embeddings:
-        mesh = init_device_mesh("cpu", (world_size,))
+        options = {"mesh": init_device_mesh("cpu", (world_size,)), "mp_policy": fsdp_precision(sharded)}
         for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
+            fully_shard(block, **options)
         ends = [model.transformer.ln_f, model.transformer.wte, model.lm_head]
-        fully_shard(ends, mesh=mesh, reshard_after_forward=False)
-        fully_shard(model, mesh=mesh)
-    optimizer = build_optimizer(model, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, device_type="cpu")
+        fully_shard(ends, **options, reshard_after_forward=False)
+        fully_shard(model, **options)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "cpu")
     return model, optimizer, blank
 
 def step(model, optimizer, rows, sharded):
@@ -54,28 +55,49 @@ def step(model, optimizer, rows, sharded):
 
 torch.manual_seed(1)
 plain, plain_optimizer, _ = build()
-model, optimizer, blank = build(sharded=True)
+model, optimizer, blank = build(sharded="no")
 for number in range(4):
     if number == 2:  # saved, and brought back into new objects
         parameters, moments = full_state(model, optimizer, accelerator, copy=True)
         assert rank == 0 or set(parameters.values()) | set(moments.values()) == {None}
         shared = [parameters, moments]
         dist.broadcast_object_list(shared)
-        model, optimizer, blank = build(shared[0], sharded=True)
+        model, optimizer, blank = build(shared[0], sharded="no")
         load_moments(shared[1], model, optimizer, accelerator)
     batch = torch.randint(0, 50257, (8, 33))
     step(plain, plain_optimizer, batch, sharded=False)
     step(model, optimizer, batch[rank * 4 : rank * 4 + 4], sharded=True)
 parameters, moments = full_state(model, optimizer, accelerator, copy=True)
-whole = whole_model(model, blank)
-assert type(whole) is GPT2ReproForCausalLM and whole.lm_head.weight is whole.transformer.wte.weight
+with whole_model(model, blank) as whole:
+    assert type(whole) is GPT2ReproForCausalLM and whole.lm_head.weight is whole.transformer.wte.weight
+    assert not whole.training
+    whole_parameters = {name: p.clone() for name, p in whole.named_parameters()}
+assert model.training and blank.device.type == "meta"
 if rank == 0:
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(parameters[name], parameter.detach(), atol=1e-5, rtol=0)
-        assert torch.equal(whole.get_parameter(name), parameters[name])
+        assert torch.equal(whole_parameters[name], parameters[name])
         for key, value in plain_optimizer.state[parameter].items():
             torch.testing.assert_close(moments[f"{key}.{name}"], value, atol=1e-6, rtol=1e-3)
     print("equal")
+
+# In bfloat16 the loss and the gradients are summed up in float32 all the same.
+half, _, _ = build(whole_parameters, sharded="bf16")
+inputs, targets = batch[:, :-1], batch[:, 1:].contiguous()
+with torch.autocast("cpu", torch.bfloat16):
+    loss = half(input_ids=inputs, shift_labels=targets).loss
+loss.backward()
+expected = plain(input_ids=inputs, shift_labels=targets).loss
+expected.backward()
+assert loss.dtype == torch.float32
+torch.testing.assert_close(loss, expected, atol=0, rtol=1e-3)
+for name, parameter in half.named_parameters():
+    assert parameter.grad.dtype == torch.float32, name
+matrix = half.transformer.h[0].mlp.c_fc.weight.grad.full_tensor()
+difference = matrix - plain.transformer.h[0].mlp.c_fc.weight.grad
+assert difference.norm() < 0.02 * matrix.norm(), difference.norm() / matrix.norm()
+if rank == 0:
+    print("close")
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -92,4 +114,4 @@ def test_shards_of_fsdp2_train_as_the_whole_and_are_saved_whole(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "equal" in done.stdout
+    assert done.stdout.split() == ["equal", "close"]
