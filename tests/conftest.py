@@ -1,11 +1,16 @@
 """A tiny run of train.py that the end-to-end tests look at from all sides."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 from tiny_run import RECIPE, ROOT, clean_environment
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before anything imports torch: threads of several tests that wait for each other's take ten times as long.
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 
 
 @pytest.fixture(scope="session")
@@ -52,5 +57,5 @@ def tiny(tmp_path_factory):
 def finished_run(launch, tiny, tmp_path_factory):
     """(run folder, console output) of one undisturbed run of 20 steps."""
     output = tmp_path_factory.mktemp("runs") / "tiny"
-    done = launch("--config", tiny, "--output_dir", output, "--trackers", "[tensorboard]", accelerate=[])
+    done = launch("--config", tiny, "--output_dir", output, "--trackers", "[tensorboard]")
     return output, done.stdout

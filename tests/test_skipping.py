@@ -10,7 +10,8 @@ from tiny_run import ROOT, clean_environment
 
 from data.manifest import open_split
 
-# train.py with a model whose loss is NaN in some micro-batches (two a step), or whose gradient is.
+# train.py with a model whose loss is NaN in some micro-batches (two a step), or whose gradient is; HellaSwag's second
+# scoring finds log-likelihoods that are not finite, as with a model that has diverged.
 PROGRAM = """
 import json, sys, train
 bad_losses, bad_gradients = json.loads(sys.argv[1])
@@ -27,6 +28,16 @@ def forward_with_faults(self, *arguments, **more):
         calls += 1
     return output
 
+score, scorings = train.score_hellaswag, 0
+
+def score_with_fault(*arguments, **more):
+    global scorings
+    scorings += 1
+    if scorings == 2:
+        raise train.EvalError("log-likelihoods are not finite")
+    return score(*arguments, **more)
+
+train.score_hellaswag = score_with_fault
 train.GPT2ReproForCausalLM.forward = forward_with_faults
 sys.argv[1:2] = []
 train.main()
@@ -39,7 +50,7 @@ def run(tiny, tmp_path):
         return subprocess.run(
             [
                 *(sys.executable, "-c", PROGRAM, json.dumps([list(bad_losses), list(bad_gradients)])),
-                *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag", "null"),
+                *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2"),
                 *map(str, arguments),
             ],
             cwd=ROOT,
@@ -71,6 +82,9 @@ def test_a_step_is_skipped_counted_and_its_windows_are_written_down(run, tiny, t
     assert seventh["loss"] is not None and seventh["grad_norm"] is None
     assert seventh["skipped"]["windows"] == places[6 * 8 : 7 * 8]
     assert "step      3 | SKIPPED: loss nan" in done.stdout
+    evaluations = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [e["hellaswag"] is None for e in evaluations if "val_loss" in e] == [False, True, False]
+    assert "warning: HellaSwag was not scored: log-likelihoods are not finite" in done.stdout
     assert "skipped 2 steps" in done.stdout
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000020" / "training_state"
     assert json.loads((checkpoint / "state.json").read_text())["num_skipped"] == 2

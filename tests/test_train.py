@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import ROOT, clean_environment, losses
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from data.loader import Permutation
@@ -122,12 +123,26 @@ def test_resume_goes_on_as_if_nothing_had_happened(finished_run, launch, tiny, t
     assert steps == sorted(steps)
 
 
-def test_resuming_a_finished_run_has_nothing_to_do(finished_run, launch, tiny):
-    output, _ = finished_run
-    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+def test_resuming_a_finished_run_has_nothing_to_do(finished_run, launch, tiny, tmp_path):
+    """Also where it was killed before it could say that it is finished."""
+    output = tmp_path / "run"
+    shutil.copytree(finished_run[0], output, symlinks=True)
+    (output / "status.json").write_text('{"status": "running"}')
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != "status.json"}
     done = launch("--config", tiny, "--output_dir", output, "--resume", "auto")
     assert "nothing left to do" in done.stdout
-    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*") if p.is_file() and p.name != "status.json"}
+    assert json.loads((output / "status.json").read_text())["checkpoint"].endswith("step_000020")
+
+
+def test_a_branch_in_a_folder_of_its_own_takes_its_past_along(finished_run, launch, tiny, tmp_path):
+    original, _ = finished_run
+    checkpoint = original / "checkpoints" / "step_000010"
+    launch("--config", tiny, "--output_dir", tmp_path / "branch", "--resume", checkpoint, "--optim.lr", 1e-4)
+    branch = losses(tmp_path / "branch")
+    assert branch[:11] == losses(original)[:11]
+    assert branch[12:] != losses(original)[12:]
+    assert len(branch) == 20
 
 
 # One of gloo's threads still has tensors of Python's when the processes part: the second process is late.
@@ -207,7 +222,7 @@ def test_processes_that_do_not_see_each_other_stop(tiny, tmp_path):
 def test_compile_with_validation_hellaswag_and_samples(finished_run, launch, tiny, tmp_path):
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("no C++ compiler: torch.compile was not tried")
-    done = launch("--config", tiny, "--output_dir", tmp_path / "compiled", "--compile")
+    done = launch("--config", tiny, "--output_dir", tmp_path / "compiled", "--compile", accelerate=[])
     original, _ = finished_run
     assert losses(tmp_path / "compiled") == pytest.approx(losses(original), abs=1e-4)
     assert "hellaswag acc_norm" in done.stdout
@@ -331,6 +346,7 @@ def test_missing_data_folder(fails, tmp_path):
 def test_a_prompt_that_does_not_fit(fails):
     message = fails("--eval.prompts", "['Hello there']", "--eval.sample_tokens", "500")
     assert "'Hello there' and eval.sample_tokens=500" in message
+    assert "'' has no tokens" in fails("--eval.prompts", "['']")
 
 
 def test_torn_shard(fails, tiny, tmp_path):
@@ -344,6 +360,18 @@ def test_a_model_that_does_not_divide(fails):
     message = fails("--model.n_embd", "100", "--model.n_head", "12")
     assert "n_embd=100" in message
     assert "96 or 108" in message
+
+
+def test_a_folder_that_cannot_be(fails, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to" in fails("--output_dir", tmp_path / "file" / "run")
+    assert "is a file" in fails("--output_dir", tmp_path / "file")
+    assert "is no folder for a run" in fails("--output_dir", "/")
+
+
+def test_a_tracker_that_is_not_there(fails, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "trackers: wandb is not installed: pip install wandb" in fails("--trackers", "[wandb]")
 
 
 def test_a_batch_that_does_not_divide(fails):
@@ -361,6 +389,15 @@ def test_weights_that_cannot_be_begun_with(fails, tmp_path):
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99}')
     assert "has a vocabulary of 99" in fails("--init_from", tmp_path / "other")
     assert "is no model's folder and no Hub id" in fails("--init_from", tmp_path / "nowhere")
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, n_positions=32))
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    weights, config = tmp_path / "gpt2" / "model.safetensors", tmp_path / "gpt2" / "config.json"
+    config.write_text(config.read_text().replace('"n_layer": 1', '"n_layer": 2'))
+    assert "lacks 12 of the weights, for example transformer.h.1.attn" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace('"n_embd": 4', '"n_embd": 8'))
+    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
 
 
 def test_a_malformed_hellaswag_file(fails, tmp_path):

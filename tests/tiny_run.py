@@ -21,11 +21,12 @@ mixed_precision: "no"
 
 
 def clean_environment(home):
-    """An empty home, no network, and nothing of an outer launch."""
+    """An empty home, no network, one thread (tests run side by side), and nothing of an outer launch."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "HF_", "TORCHELASTIC"))}
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
-    return environment | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return environment | one_thread | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def losses(run):

@@ -12,15 +12,15 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 def use_all_cores(processes):
     """
-    Gives this process its share of the cores where `accelerate launch` has given it one.
+    Gives this process its share of the cores where `accelerate launch` has given it one core.
 
     That is what it does when told nothing; it is told with --num_cpu_threads_per_process. A share of one core is what
-    several processes get anyway.
+    several processes get anyway. Without the launcher, OMP_NUM_THREADS=1 means what it says.
 
     Args:
         processes: of this machine.
     """
-    if os.environ.get("OMP_NUM_THREADS") == "1":
+    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // processes))
 

@@ -13,7 +13,14 @@ from accelerate.utils import DistributedType
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
-from training.checkpoint import CheckpointWriter, SaveError, clear_left_overs, find_checkpoint, find_damage
+from training.checkpoint import (
+    CheckpointWriter,
+    SaveError,
+    checkpoint_folder,
+    clear_left_overs,
+    find_checkpoint,
+    find_damage,
+)
 from training.config import OptimConfig
 from training.optim import build_optimizer
 
@@ -123,7 +130,12 @@ def test_which_ones_stay(writer, save, tmp_path):
     assert len(names(tmp_path)) == 8
     save(writer(keep_last=1, keep_best=False), 10)
     assert names(tmp_path) == ["step_000010"] or names(tmp_path) == ["best", "step_000010"]
-    # Resumed from an earlier step: what lies ahead is not touched.
+    # A run that has diverged is not the best, and what lies ahead of an earlier step is not touched.
+    save(everything, 11, float("nan"))
+    assert (
+        json.loads((checkpoint_folder(tmp_path, 11) / "training_state" / "state.json").read_text())["val_loss"] is None
+    )
+    assert (tmp_path / "checkpoints" / "best").resolve().name != "step_000011"
     save(writer(keep_last=1), 4)
     assert {"step_000004", "step_000010"} <= set(names(tmp_path))
 
@@ -142,6 +154,47 @@ def test_written_in_the_background_while_training_goes_on(writer, trained, save,
     reloaded = GPT2ReproForCausalLM.from_pretrained(folder)
     for name, p in reloaded.named_parameters():
         assert torch.equal(p, expected[name]), name
+
+
+def test_a_copied_run_has_a_folder_in_the_place_of_the_link(writer, save, tmp_path):
+    folder = save(writer(), 1, 5.0)
+    (tmp_path / "checkpoints" / "best").unlink()
+    shutil.copytree(folder, tmp_path / "checkpoints" / "best")
+    assert save(writer(keep_last=1), 2, 4.0).name == "step_000002"
+    assert names(tmp_path) == ["best", "step_000002"]
+
+
+def test_a_checkpoint_that_is_whole_is_not_called_failed(writer, save, tmp_path, monkeypatch):
+    """Old ones that cannot be removed are another matter."""
+
+    def refuse(self, step):
+        raise PermissionError("not yours")
+
+    lines = []
+    monkeypatch.setattr(CheckpointWriter, "_link_best_and_remove_old", refuse)
+    assert save(writer(warn=lines.append), 1).name == "step_000001"
+    assert "is whole, but older checkpoints could not be put in order (not yours)" in lines[0]
+
+
+def test_a_full_disk_is_one_whatever_raises(writer, save, monkeypatch):
+    """The tokenizers package has no class for it."""
+    full = writer()
+
+    def save_pretrained(folder):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(full.tokenizer, "save_pretrained", save_pretrained)
+    with pytest.raises(SaveError, match="No space left"):
+        save(full, 1)
+
+
+def test_a_run_goes_on_from_its_newest_or_in_a_folder_of_its_own(writer, save, tmp_path):
+    """From an earlier one, --resume auto would later jump back to the branch that was left."""
+    older, newest = save(writer(), 1), save(writer(), 2)
+    assert find_checkpoint(str(newest), tmp_path, pytest.fail) == newest
+    assert find_checkpoint(str(older), tmp_path / "branch", pytest.fail) == older
+    with pytest.raises(TrainingError, match=r"also holds step_000002.* another --output_dir"):
+        find_checkpoint(str(older), tmp_path, pytest.fail)
 
 
 def test_a_full_disk(writer, save, tmp_path, monkeypatch):

@@ -96,5 +96,7 @@ def test_batch_arithmetic_is_exact():
         assert micro * accumulation * processes == 48
     with pytest.raises(TrainingError, match=r"5 processes.*5760 or 6400"):
         batch_arithmetic(batch, 5)
+    with pytest.raises(TrainingError, match=r"2 sequences.*4 processes.*nearest tokens_per_step: 512"):
+        batch_arithmetic(BatchConfig(tokens_per_step=256, seq_len=128, micro_batch_size="auto"), 4)
     with pytest.raises(TrainingError, match=r"micro_batch_size=7.*48.*6 or 8"):
         batch_arithmetic(BatchConfig(tokens_per_step=48 * 128, seq_len=128, micro_batch_size=7), 1)
