@@ -16,7 +16,6 @@ from training import TrainingError, checkpoint
 from training.checkpoint import (
     CheckpointWriter,
     SaveError,
-    checkpoint_folder,
     clear_left_overs,
     find_checkpoint,
     find_damage,
@@ -131,10 +130,8 @@ def test_which_ones_stay(writer, save, tmp_path):
     save(writer(keep_last=1, keep_best=False), 10)
     assert names(tmp_path) == ["step_000010"] or names(tmp_path) == ["best", "step_000010"]
     # A run that has diverged is not the best, and what lies ahead of an earlier step is not touched.
-    save(everything, 11, float("nan"))
-    assert (
-        json.loads((checkpoint_folder(tmp_path, 11) / "training_state" / "state.json").read_text())["val_loss"] is None
-    )
+    diverged = save(everything, 11, float("nan"))
+    assert json.loads((diverged / "training_state" / "state.json").read_text())["val_loss"] is None
     assert (tmp_path / "checkpoints" / "best").resolve().name != "step_000011"
     save(writer(keep_last=1), 4)
     assert {"step_000004", "step_000010"} <= set(names(tmp_path))
@@ -173,7 +170,7 @@ def test_a_checkpoint_that_is_whole_is_not_called_failed(writer, save, tmp_path,
     lines = []
     monkeypatch.setattr(CheckpointWriter, "_link_best_and_remove_old", refuse)
     assert save(writer(warn=lines.append), 1).name == "step_000001"
-    assert "is whole, but older checkpoints could not be put in order (not yours)" in lines[0]
+    assert "is whole, but `best` or older checkpoints could not be put in order (not yours)" in lines[0]
 
 
 def test_a_full_disk_is_one_whatever_raises(writer, save, monkeypatch):
