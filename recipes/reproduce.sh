@@ -17,6 +17,7 @@ tries=${TRIES:-100}
 prepare=${PREPARE:-fineweb-edu}
 shards=${SHARDS:-$(sed -n 's/^  path: *\([^ ]*\).*/\1/p' "recipes/$recipe.yaml")}
 run=runs/$recipe
+started=runs/.$recipe.started
 [ -f "recipes/$recipe.yaml" ] || { echo "error: no recipes/$recipe.yaml; there are: $(ls recipes/*.yaml)" >&2; exit 1; }
 
 echo "== 1. install"
@@ -32,14 +33,14 @@ echo "== 3. train: $run"
 # The launcher does not pass on exit codes; status.json says how the run stands.
 for try in $(seq "$tries"); do
     grep -qs '"finished"' "$run/status.json" && break
-    mkdir -p runs && touch "runs/.$recipe.started"
+    mkdir -p runs && touch "$started"
     # shellcheck disable=SC2086
     .venv/bin/accelerate launch -q --config_file "accelerate_configs/$hardware.yaml" train.py \
         --config "recipes/$recipe.yaml" --data.path "$shards" --output_dir "$run" --resume auto ${OPTIONS:-} && break
-    grep -qs '"resume me"' "$run/status.json" && exit 75 # asked to stop: so does this script
-    if grep -qs '"failed"' "$run/status.json" || [ ! "$run/status.json" -nt "runs/.$recipe.started" ]; then
+    if [ ! "$run/status.json" -nt "$started" ] || grep -qs '"failed"' "$run/status.json"; then
         exit 1 # not a crash: the message above says what to mend
     fi
+    grep -qs '"resume me"' "$run/status.json" && exit 75 # asked to stop: so does this script
     echo "stopped; going on from the newest whole checkpoint (try $try of $tries)"
     sleep 10
 done

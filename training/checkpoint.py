@@ -180,7 +180,12 @@ class CheckpointWriter:
                 val_loss = json.loads((folder / "training_state" / "state.json").read_text())["val_loss"]
                 if val_loss is not None:
                     losses[s] = val_loss
-        best = min(losses, key=losses.get, default=None)
+        kept = set(folders)
+        if self.keep_last is not None:
+            kept = {s for s in folders if self.keep_every and s % self.keep_every == 0}
+            kept.update(sorted(folders)[-self.keep_last :])
+        best = min(losses if self.keep_best else losses.keys() & kept, key=losses.get, default=None)
+        kept.update([] if best is None else [best])
         link = self.output_dir / "checkpoints" / "best"
         # A copy of the run may have a folder in the link's place, and not every disk has links.
         if best is not None and not (link.is_dir() and not link.is_symlink()):
@@ -189,13 +194,6 @@ class CheckpointWriter:
             with contextlib.suppress(NotImplementedError, OSError):
                 aside.symlink_to(folders[best].name, target_is_directory=True)
                 aside.replace(link)
-        if self.keep_last is None:
-            return
-        kept = set(sorted(folders)[-self.keep_last :])
-        if self.keep_every:
-            kept |= {s for s in folders if s % self.keep_every == 0}
-        if self.keep_best and best is not None:
-            kept.add(best)
         for s in folders.keys() - kept:
             # Renamed first: a folder half removed must not look like a checkpoint.
             removed = folders[s].with_name(f".{folders[s].name}.partial")
