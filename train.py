@@ -186,6 +186,10 @@ def train(argv):
         "init_from": config.init_from,
         "model": shape,
     }
+
+    def is_evaluation_due(step):
+        return step >= config.max_steps or step % config.eval_every == 0
+
     step, num_skipped, skipped_in_a_row = 0, 0, 0
     is_evaluated, val_loss = False, None  # of this step
     saved_at = None  # the step of this run's newest checkpoint, if nothing has come to it since
@@ -193,7 +197,8 @@ def train(argv):
         saved = load_state(resume_from, must_match=run_identity)
         step, num_skipped, skipped_in_a_row = (saved[name] for name in ("step", "num_skipped", "skipped_in_a_row"))
         is_evaluated, val_loss = saved["evaluated"], saved["val_loss"]
-        if is_evaluated and resume_from.resolve() == checkpoint_folder(output_dir, step).resolve():
+        is_own = resume_from.resolve() == checkpoint_folder(output_dir, step).resolve()
+        if is_own and (is_evaluated or not is_evaluation_due(step)):
             saved_at = step
         if step >= config.max_steps and saved_at == step:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
@@ -284,7 +289,7 @@ def train(argv):
         is_last = step >= config.max_steps
 
         # (a) Every eval_every and save_every steps, and at both ends: evaluate and save.
-        if (is_last or step % config.eval_every == 0) and not is_evaluated and not stopping:
+        if is_evaluation_due(step) and not is_evaluated and not stopping:
             started = time.perf_counter()
             with whole_model(model, blank) as scored_model:
                 # Each process its share of the validation windows, the same at each evaluation, and of the items.
