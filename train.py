@@ -71,13 +71,13 @@ from training.run_log import RunLog
 from training.schedule import learning_rate
 from training.skipping import suspect_windows
 from training.state import prepare, whole_model
-from training.stopping import RESUME_ME, StoppedInEvaluation, StopRequest, exit_code_of_stopping
+from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
 
 STARTED = time.monotonic()
 
 
 def train(argv):
-    """Returns the exit code: 0, or RESUME_ME."""
+    """Returns the exit code: 0, or 75 (resume me)."""
     # ------------------------------------------------------------------------------------------------------
     # Settings: defaults < recipe < command line.
     config = load_config(argv)
@@ -425,7 +425,7 @@ def train(argv):
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
     folder = checkpoints.finished(wait=True) or checkpoint_folder(output_dir, step)
     if is_main and stopping:
-        write_status(output_dir, "resume me", step=step, exit_code=RESUME_ME)
+        write_status(output_dir, "resume me", step=step, exit_code=exit_code_of_stopping())
     elif is_main:
         write_finished(output_dir, folder, step, val_loss)
     accelerator.wait_for_everyone()

@@ -6,7 +6,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from training import TrainingError
 from training.cpu import keep_freed_memory, use_all_cores
@@ -22,7 +22,8 @@ def start_accelerator(mixed_precision):
         accelerate.Accelerator, for what the launcher said and the hardware is.
 
     Raises:
-        TrainingError: the launcher started processes that do not see each other.
+        TrainingError: the launcher started processes that do not see each other, or shares the model out in a way
+            that this loop does not know.
     """
     # cpu=True where there is no accelerator: without it, processes started on a CPU never find each other.
     accelerator = Accelerator(
@@ -33,6 +34,15 @@ def start_accelerator(mixed_precision):
         raise TrainingError(
             f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would "
             "train separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
+        )
+    kind = accelerator.distributed_type
+    is_fsdp1 = kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    is_zero3 = kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3
+    if is_fsdp1 or is_zero3 or kind == DistributedType.MEGATRON_LM:
+        what = "fsdp_version: 1" if is_fsdp1 else "zero_stage: 3" if is_zero3 else kind.value
+        raise TrainingError(
+            f"the launcher was told {what}; this loop shares a model out by FSDP2 or ZeRO-2: see "
+            "accelerate_configs/fsdp2.yaml and deepspeed_zero2.yaml"
         )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
