@@ -5,12 +5,15 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,22 +59,27 @@ class Encoder:
         """
         self._options = (val_fraction, text_column, errors, engine)
         self._num_proc, self._pool = num_proc, None
+        self._folder, self._numbers = None, itertools.count()
         check_engine(engine)  # what is missing is said here, once, and not by each process
 
     def __enter__(self):
         if self._num_proc > 1:
+            # Results come in files. Through the pipe that the processes share, they would come in pieces: a process
+            # that is killed in the middle of one would leave the others, and this one, waiting for ever for the rest.
+            self._folder = tempfile.TemporaryDirectory(prefix="gpt2-repro-", ignore_cleanup_errors=True)
             # spawn: the same on every platform, and no fork of a process that has threads.
             self._pool = ProcessPoolExecutor(
                 self._num_proc,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=[self._options[-1]],
+                initargs=[self._options[-1], self._folder.name],
             )
         return self
 
     def __exit__(self, *error):
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+            self._folder.cleanup()
 
     def encode(self, records):
         """
@@ -94,16 +102,19 @@ class Encoder:
             # A few batches ahead of the processes, so that memory stays flat however long the source is.
             for batch in itertools.chain(batches, [None]):
                 if batch is not None:
+                    path = Path(self._folder.name) / str(next(self._numbers))
                     with _interrupts_held():  # a submit may start a process
-                        pending.append(self._pool.submit(_encode_batch, batch, *self._options))
-                while pending and (batch is None or len(pending) > 3 * self._num_proc or pending[0].done()):
-                    yield pending.popleft().result()
+                        pending.append((path, self._pool.submit(_encode_to_file, path, batch, *self._options)))
+                while pending and (batch is None or len(pending) > 3 * self._num_proc or pending[0][1].done()):
+                    path, future = pending.popleft()
+                    future.result()
+                    yield _read(path)
         except BrokenProcessPool as error:
             raise DataError(
                 "a tokenising process was killed, as a rule for want of memory; try again with a smaller --num_proc"
             ) from error
         finally:
-            for future in pending:
+            for _, future in pending:
                 future.cancel()
 
 
@@ -125,15 +136,16 @@ def _interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile arrives now
 
 
-def _start_worker(engine):
+def _start_worker(engine, folder):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     load_encoder(engine)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[folder], daemon=True).start()
 
 
-def _end_with_parent():
-    """A worker whose parent was killed would wait for work for ever."""
+def _end_with_parent(folder):
+    """A worker whose parent was killed would wait for work for ever, and the folder for somebody to clear it up."""
     wait([multiprocessing.parent_process().sentinel])
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -147,6 +159,23 @@ def _batches(records):
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _encode_to_file(path, batch, *options):
+    encoded = _encode_batch(batch, *options)
+    try:
+        with path.open("wb") as file:
+            for array in encoded:
+                np.save(file, array)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _read(path):
+    with path.open("rb") as file:
+        encoded = Encoded(*(np.load(file) for _ in Encoded._fields))
+    path.unlink()
+    return encoded
 
 
 def _encode_batch(batch, val_fraction, text_column, errors, engine):

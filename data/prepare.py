@@ -105,7 +105,8 @@ def prepare(
         return finish(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(f"no room for {out} on its disk; make room or choose another --out") from error
+            where = error.filename or out
+            raise DataError(f"no room for {where} on its disk; make room or choose another --out") from error
         raise DataError(f"{out} was not made: {error}; mend that or choose another --out") from error
     finally:
         if is_new and shard_count == 1 and out.is_dir() and not _holds_something(out):
