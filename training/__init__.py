@@ -2,19 +2,22 @@
 How the model is trained: everything that has a test of its own outside train.py.
 
     config.py       a run's settings: dataclasses, recipe YAML, command line
+    launch.py       this process and the others: found, acted as one with, left
     plan.py         what a run will take: memory, time, money
     hardware.py     what a device can do at best, and what it costs
-    microbatch.py   the largest micro-batch that fits
+    microbatch.py   how a step's batch is cut, the largest pieces that fit where asked
     precision.py    what "auto" mixed precision means on this hardware
     cpu.py          what a run on a CPU arranges by itself
     schedule.py     the learning rate, a pure function of the step
     optim.py        AdamW with weight decay on matrices only
-    state.py        what a run has learnt, as whole tensors by name
+    skipping.py     which windows a skipped step was to learn from
+    state.py        compiled and wrapped for training; what was learnt, as whole tensors by name
     zero.py         what DeepSpeed's ZeRO does differently
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
     stopping.py     signals and time limits: save, and ask to be resumed
     run_folder.py   one run at a time; status.json
     files.py        files written aside, flushed, renamed
+    run_log.py      all that a run tells, by these:
     progress.py     what someone who watches sees
     metrics.py      metrics.jsonl
     curves.py       curves.png
