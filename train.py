@@ -1,5 +1,6 @@
 """
-Trains a GPT-2 from a random start.
+Trains a GPT-2. Read the loop first (`while True`): (a) evaluate and save, (b) one optimizer step, (c) log. What stands
+before it prepares what it uses, in the order in which it is needed.
 
     accelerate launch train.py                                        small model, offline sample corpus
     accelerate launch train.py --config recipes/gpt2_124m.yaml        the lecture's run, on all GPUs here
@@ -33,7 +34,6 @@ import torch
 import transformers
 from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import DataError
@@ -66,14 +66,14 @@ from training.launch import leave_process_group, on_main_process, start_accelera
 from training.microbatch import cut_batch
 from training.optim import build_optimizer
 from training.plan import Plan
-from training.run_folder import leave, lock, write_finished, write_status
+from training.run_folder import begin, fail, lock, write_finished, write_status
 from training.run_log import RunLog
 from training.schedule import learning_rate
 from training.skipping import suspect_windows
-from training.state import prepare, whole_model
+from training.state import blank_copy, clip_gradients, prepare, whole_model
 from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
 
-STARTED = time.monotonic()
+STARTED = time.monotonic()  # what --max_hours counts from
 
 
 def train(argv):
@@ -112,7 +112,8 @@ def train(argv):
     # The plan: the model's shape, and what it takes to train it.
     if config.init_from is not None:
         # Once a run has begun, its own checkpoints have the shape.
-        config.model = dataclasses.replace(config.model, **shape_of(resume_from or config.init_from))
+        its_shape = on_main_process(accelerator, lambda: shape_of(resume_from or config.init_from))
+        config.model = dataclasses.replace(config.model, **its_shape)
     check_lengths(config)
     shape = {name: getattr(config.model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
     dropout = {name: config.model.dropout for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
@@ -121,13 +122,14 @@ def train(argv):
     except ValueError as error:
         raise TrainingError(f"model: {error}") from error
     with torch.device("meta"):  # shapes without numbers
-        blank = GPT2ReproForCausalLM(model_config)
-    blank.tie_weights()  # transformers 5.0 leaves that out on the meta device
-    plan = Plan(model_config, blank.num_parameters(), config, describe_hardware(accelerator, config.dollars_an_hour))
+        model = GPT2ReproForCausalLM(model_config)
+    model.tie_weights()  # transformers 5.0 leaves that out on the meta device
+    plan = Plan(model_config, model.num_parameters(), config, describe_hardware(accelerator, config.dollars_an_hour))
     for line in plan.lines():
         say(line)
     if config.dry_run:
-        for line in (*plan.batch_lines(*cut_batch(plan, accelerator)), *plan.time_and_money()):
+        micro_batch_size, accumulation = cut_batch(plan, accelerator)
+        for line in plan.batch_lines(micro_batch_size, accumulation) + plan.time_and_money():
             say(line)
         is_there = Path(config.data.path).exists()
         tokens = f"{identity(config.data.path)['train_tokens']:,} training tokens" if is_there else "not there yet"
@@ -195,11 +197,12 @@ def train(argv):
     saved_at = None  # the step of this run's newest checkpoint, if nothing has come to it since
     if resume_from is not None:
         saved = load_state(resume_from, must_match=run_identity)
-        step, num_skipped, skipped_in_a_row = (saved[name] for name in ("step", "num_skipped", "skipped_in_a_row"))
+        step, num_skipped = saved["step"], saved["num_skipped"]
+        skipped_in_a_row = saved["skipped_in_a_row"]
         is_evaluated, val_loss = saved["evaluated"], saved["val_loss"]
         is_own = resume_from.resolve() == checkpoint_folder(output_dir, step).resolve()
         if is_own and (is_evaluated or not is_evaluation_due(step)):
-            saved_at = step
+            saved_at = step  # the folder has already what would be saved here
         if step >= config.max_steps and saved_at == step:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
@@ -218,6 +221,7 @@ def train(argv):
         set_seed(config.seed)  # the same on every process
         model = GPT2ReproForCausalLM(model_config)
     model.to(device).train()
+    blank = blank_copy(model)  # without numbers: where the weights are shared out, a whole copy to evaluate
 
     # ------------------------------------------------------------------------------------------------------
     # The batch: micro x T x accumulation x processes = tokens an optimizer step.
@@ -269,8 +273,7 @@ def train(argv):
         loss_lines=baselines | published_losses,
         score_lines=published_scores,
     )
-    if is_main:
-        write_status(output_dir, "running")
+    begin(output_dir, is_main)
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
 
     def report_saved(wait=False):
@@ -282,68 +285,71 @@ def train(argv):
             if folder is not None:
                 say(f"saved     {folder}")
 
+    def evaluate_share(scored_model):
+        """This process's share: (sum of the loss, tokens, HellaSwag's predictions or None)."""
+        val_batches = validation_batches(
+            val_shards,
+            seq_len=batch.seq_len,
+            batch_size=micro_batch_size,
+            max_tokens=config.eval.val_tokens,  # the same ones at each evaluation
+            boundary=config.data.boundary,
+            rank=rank,
+            world_size=world_size,
+        )
+        loss_sum, num_tokens, predictions = 0.0, 0, None
+        try:
+            with accelerator.autocast():
+                loss_sum, num_tokens = validation_loss(
+                    step_model if scored_model is model else scored_model,  # compiled; a whole copy of shards is not
+                    (rows.map(to_device) for rows in val_batches),
+                    on_batch=stop.check,
+                )
+                predictions = score_hellaswag(scored_model, tokenizer, items[rank::world_size], on_batch=stop.check)
+        except StoppedInEvaluation:
+            pass
+        except EvalError as error:  # a model that has diverged; its losses say so too
+            tqdm.write(f"warning: HellaSwag was not scored: {error}")
+        return loss_sum, num_tokens, predictions
+
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stop = StopRequest(config.max_hours, STARTED)
     stopping = False  # agreed on by all processes
     while True:
         is_last = step >= config.max_steps
 
-        # (a) Every eval_every and save_every steps, and at both ends: evaluate and save.
+        # (a) Evaluate every eval_every steps and at both ends; save every save_every steps and at the end.
         if is_evaluation_due(step) and not is_evaluated and not stopping:
             started = time.perf_counter()
             with whole_model(model, blank) as scored_model:
-                # Each process its share of the validation windows, the same at each evaluation, and of the items.
-                val_sum, num_val_tokens, predictions = 0.0, 0, None
-                val_batches = validation_batches(
-                    val_shards,
-                    seq_len=batch.seq_len,
-                    batch_size=micro_batch_size,
-                    max_tokens=config.eval.val_tokens,
-                    boundary=config.data.boundary,
-                    rank=rank,
-                    world_size=world_size,
-                )
-                try:
-                    with accelerator.autocast():
-                        val_sum, num_val_tokens = validation_loss(
-                            step_model if scored_model is model else scored_model,
-                            (rows.map(to_device) for rows in val_batches),
-                            on_batch=stop.check,
-                        )
-                        predictions = score_hellaswag(
-                            scored_model, tokenizer, items[rank::world_size], on_batch=stop.check
-                        )
-                except StoppedInEvaluation:
-                    pass
-                except EvalError as error:  # a model that has diverged; its losses say so too
-                    tqdm.write(f"warning: HellaSwag was not scored: {error}")
-                shares = gather_object([(val_sum, num_val_tokens, predictions, stop.is_requested)])
-                stopping = any(is_requested for *_, is_requested in shares)
+                share = evaluate_share(scored_model)
+                shares = gather_object([(*share, stop.is_requested)])
+                loss_sums, counts, predictions, requests = zip(*shares, strict=True)
+                stopping = any(requests)
                 is_evaluated = not stopping
                 if is_evaluated:
-                    val_loss = sum(share[0] for share in shares) / sum(share[1] for share in shares)
+                    val_loss = sum(loss_sums) / sum(counts)
                     log.evaluation(
                         {
                             "step": step,
                             "tokens": step * batch.tokens_per_step,
                             "val_loss": val_loss,
-                            "hellaswag": joint_accuracy([share[2] for share in shares], items, item_source),
+                            "hellaswag": joint_accuracy(predictions, items, item_source),
                             "seconds": time.perf_counter() - started,
                         }
                     )
-                    if is_main:
-                        with accelerator.autocast():
-                            for text in sample_texts(
-                                scored_model,
-                                tokenizer,
-                                config.eval.prompts,
-                                num_tokens=config.eval.sample_tokens,
-                                seed=config.seed,
-                            ):
-                                say(f"    {text!r}")
+                if is_evaluated and is_main and math.isfinite(val_loss) and None not in predictions:
+                    with accelerator.autocast():
+                        for text in sample_texts(
+                            scored_model,
+                            tokenizer,
+                            config.eval.prompts,
+                            num_tokens=config.eval.sample_tokens,
+                            seed=config.seed,
+                        ):
+                            say(f"    {text!r}")
         is_save_due = config.save_every is not None and step % config.save_every == 0 and step > 0
         if (is_last or is_save_due or stopping) and step != saved_at:
-            report_saved(wait=True)  # the one before, which is in memory until it is on the disk
+            report_saved(wait=True)  # the one before: at most one waits in memory for the disk
             state = {
                 "step": step,
                 "tokens": step * batch.tokens_per_step,
@@ -380,8 +386,8 @@ def train(argv):
                 ).loss
                 accelerator.backward(loss * (world_size * accumulation))
             losses.append(loss.detach())
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), optim.grad_clip)
-        grad_norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+        grad_norm = clip_gradients(accelerator, model, optim.grad_clip)
+        # One exchange for both: the loss over all processes, and whether any of them was asked to stop.
         is_requested = torch.tensor(float(stop.is_requested), device=device)
         train_loss, num_requests = accelerator.reduce(torch.stack([sum(losses), is_requested]), "sum").tolist()
         stopping = num_requests > 0
@@ -421,9 +427,10 @@ def train(argv):
             )
 
     # ------------------------------------------------------------------------------------------------------
-    # Summary. The status first: who waits for this run may not wait for long.
+    # Summary. status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
-    folder = checkpoints.finished(wait=True) or checkpoint_folder(output_dir, step)
+    folder = checkpoint_folder(output_dir, step)
+    on_main_process(accelerator, lambda: checkpoints.finished(wait=True))
     if is_main and stopping:
         write_status(output_dir, "resume me", step=step, exit_code=exit_code_of_stopping())
     elif is_main:
@@ -451,7 +458,7 @@ def shape_of(source):
     """
     try:
         config = transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what transformers raises for a broken config.json is of every kind
         raise TrainingError(f"init_from: {source} is no model's folder and no Hub id ({first_line(error)})") from None
     if config.model_type not in ("gpt2", "gpt2repro"):
         raise TrainingError(f"init_from: {source} is a {config.model_type!r} model; it must be 'gpt2' or 'gpt2repro'")
@@ -464,17 +471,17 @@ def shape_of(source):
 
 def load_weights(source, dropout):
     """A GPT2ReproForCausalLM with the weights of what `shape_of` accepted, in float32."""
+    is_gpt2 = transformers.AutoConfig.from_pretrained(source).model_type == "gpt2"
+    model_class = transformers.GPT2LMHeadModel if is_gpt2 else GPT2ReproForCausalLM
     try:
-        is_gpt2 = transformers.AutoConfig.from_pretrained(source).model_type == "gpt2"
-        model_class = transformers.GPT2LMHeadModel if is_gpt2 else GPT2ReproForCausalLM
         model, loading = model_class.from_pretrained(
             source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **dropout
         )
+        if missing := set(loading["missing_keys"]) - {"lm_head.weight"}:
+            raise ValueError(f"it lacks {len(missing)} of the weights, for example {min(missing)}")
+        return GPT2ReproForCausalLM.from_gpt2(model) if is_gpt2 else model
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise TrainingError(f"init_from: {source} cannot be loaded: {first_line(error)}") from error
-    if missing := set(loading["missing_keys"]) - {"lm_head.weight"}:
-        raise TrainingError(f"init_from: {source} lacks {len(missing)} of the weights, for example {min(missing)}")
-    return GPT2ReproForCausalLM.from_gpt2(model) if is_gpt2 else model
 
 
 def first_line(error):
@@ -482,22 +489,19 @@ def first_line(error):
 
 
 def main():
-    has_failed = False
     try:
         code = train(sys.argv[1:])
     except (TrainingError, DataError, EvalError) as error:
-        has_failed = True
+        fail()
         rank = os.environ.get("RANK", "0")
         code = f"error: {error}" if rank == "0" else f"error (process {rank}): {error}"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        has_failed = True
+        fail()
         code = f"error: no space left on the disk for {error.filename or 'what the run writes'}: make room there"
     except KeyboardInterrupt:
         code = "error: interrupted; what was saved before is whole, and --resume auto goes on from it"
-    finally:
-        leave(has_failed)
     if isinstance(code, int):
         leave_process_group()
     sys.exit(code)

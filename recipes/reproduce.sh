@@ -15,10 +15,11 @@ recipe=${RECIPE:-gpt2_124m}
 hardware=${HARDWARE:-ddp_8gpu}
 tries=${TRIES:-100}
 prepare=${PREPARE:-fineweb-edu}
+[ -f "recipes/$recipe.yaml" ] || { echo "error: no recipes/$recipe.yaml; there are: $(ls recipes/*.yaml)" >&2; exit 1; }
 shards=${SHARDS:-$(sed -n 's/^  path: *\([^ ]*\).*/\1/p' "recipes/$recipe.yaml")}
 run=runs/$recipe
 started=runs/.$recipe.started
-[ -f "recipes/$recipe.yaml" ] || { echo "error: no recipes/$recipe.yaml; there are: $(ls recipes/*.yaml)" >&2; exit 1; }
+newest='' times=0
 
 echo "== 1. install"
 [ -x .venv/bin/accelerate ] || { python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .; }
@@ -41,9 +42,13 @@ for try in $(seq "$tries"); do
         exit 1 # not a crash: the message above says what to mend
     fi
     grep -qs '"resume me"' "$run/status.json" && exit 75 # asked to stop: so does this script
+    before=$newest && newest=$(ls "$run/checkpoints" 2>/dev/null | grep "^step_" | tail -n 1 || true)
+    [ "$before" = "$newest" ] && times=$((times + 1)) || times=1
+    [ "$times" -lt 5 ] || { echo "error: crashed 5 times in a row after the same checkpoint" >&2; exit 1; }
     echo "stopped; going on from the newest whole checkpoint (try $try of $tries)"
     sleep 10
 done
+grep -qs '"resume me"' "$run/status.json" && exit 75
 grep -qs '"finished"' "$run/status.json" || { echo "error: $run is not finished" >&2; exit 1; }
 checkpoint=$(sed -n 's/.*"checkpoint": "\(.*\)".*/\1/p' "$run/status.json")
 

@@ -13,7 +13,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from killing import status
 from tiny_run import ROOT, clean_environment, losses
 
-from training.config import batch_arithmetic, load_config
+from training.config import load_config
+from training.microbatch import batch_arithmetic
 
 HARDWARE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

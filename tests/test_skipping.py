@@ -85,6 +85,7 @@ def test_a_step_is_skipped_counted_and_its_windows_are_written_down(run, tiny, t
     evaluations = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert [e["hellaswag"] is None for e in evaluations if "val_loss" in e] == [False, True, False]
     assert "warning: HellaSwag was not scored: log-likelihoods are not finite" in done.stdout
+    assert done.stdout.count("\n    'The") == 2  # a model that cannot be scored cannot write either
     assert "skipped 2 steps" in done.stdout
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000020" / "training_state"
     assert json.loads((checkpoint / "state.json").read_text())["num_skipped"] == 2

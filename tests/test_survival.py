@@ -168,8 +168,21 @@ def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
     first.kill()  # whatever way it ends
     first.wait()
     run_folder.lock(tmp_path / "run", lines.append)
-    run_folder.leave(has_failed=False)
+    run_folder.release()
     assert len(lines) == 1
+
+
+def test_any_process_can_say_that_the_run_has_failed(tmp_path):
+    """The one that meets a damaged shard, say; but not before the run has begun, when another may have left its word."""
+    from training import run_folder
+
+    run_folder.write_status(tmp_path, "resume me")
+    run_folder.fail()
+    assert status(tmp_path)["status"] == "resume me"
+    run_folder.begin(tmp_path, is_main=False)
+    assert status(tmp_path)["status"] == "resume me"
+    run_folder.fail()
+    assert status(tmp_path)["status"] == "failed"
 
 
 SLOW_EVALUATION = """

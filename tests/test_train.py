@@ -20,6 +20,7 @@ from data.loader import Permutation
 from data.manifest import is_to_be_prepared, open_split, read_manifest
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from training import run_folder
 
 
 def test_a_run_leaves_what_it_promises(finished_run):
@@ -328,6 +329,7 @@ def fails(tiny, tmp_path, monkeypatch, capsys):
         )
         with pytest.raises(SystemExit) as stop:
             train.main()
+        run_folder.release()  # the end of a process does so by itself
         message = stop.value.code
         assert isinstance(message, str) and message.startswith("error: "), message
         assert "\n" not in message
@@ -341,6 +343,10 @@ def test_missing_data_folder(fails, tmp_path):
     message = fails("--data.path", tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in message
     assert "python -m data.prepare" in message
+
+
+def test_too_few_validation_tokens(fails):
+    assert "eval.val_tokens=31 is less than a sequence" in fails("--eval.val_tokens", 31)
 
 
 def test_a_prompt_that_does_not_fit(fails):
@@ -396,6 +402,8 @@ def test_weights_that_cannot_be_begun_with(fails, tmp_path):
     assert "lacks 12 of the weights, for example transformer.h.1.attn" in fails("--init_from", tmp_path / "gpt2")
     config.write_text(config.read_text().replace('"n_embd": 4', '"n_embd": 8'))
     assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace("gelu_new", "relu"))
+    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
     os.truncate(weights, weights.stat().st_size // 2)
     assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
 
@@ -412,6 +420,7 @@ def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output)])
     with pytest.raises(SystemExit) as stop:
         train.main()
+    run_folder.release()
     assert "--resume auto" in stop.value.code
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
 

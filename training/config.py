@@ -265,11 +265,15 @@ def _check(config):
         raise TrainingError(f"optim.final_lr_fraction must be in [0, 1], got {config.optim.final_lr_fraction}")
     if config.init_from is None:  # whose shape counts then
         check_lengths(config)
+    if config.eval.val_tokens < config.batch.seq_len:
+        raise TrainingError(
+            f"eval.val_tokens={config.eval.val_tokens} is less than a sequence of batch.seq_len={config.batch.seq_len}"
+        )
     if config.batch.tokens_per_step % config.batch.seq_len:
         raise TrainingError(
             f"batch.tokens_per_step={config.batch.tokens_per_step} is not a whole number of sequences of "
             f"batch.seq_len={config.batch.seq_len}; "
-            f"nearest: {_nearest_multiples(config.batch.tokens_per_step, config.batch.seq_len)}"
+            f"nearest: {nearest_multiples(config.batch.tokens_per_step, config.batch.seq_len)}"
         )
 
 
@@ -282,53 +286,7 @@ def check_lengths(config):
         )
 
 
-def _nearest_multiples(value, step):
+def nearest_multiples(value, step):
+    """The nearest values that can be, for a message."""
     below = value // step * step
     return f"{below} or {below + step}" if below else f"{step}"
-
-
-def batch_arithmetic(batch, num_processes, largest=None):
-    """
-    Splits an optimizer step into micro-batches: micro x seq_len x accumulation x processes = tokens a step.
-
-    Args:
-        batch: BatchConfig.
-        num_processes: data-parallel processes.
-        largest: for micro_batch_size "auto", the one of `micro_batch_sizes` that fits into memory.
-
-    Returns:
-        (micro_batch_size, accumulation_steps), both exact.
-
-    Raises:
-        TrainingError: it does not divide; the message has the nearest values that do.
-    """
-    divisors = micro_batch_sizes(batch, num_processes)
-    per_process = divisors[-1]
-    most = largest or per_process if batch.micro_batch_size == "auto" else batch.micro_batch_size
-    micro_batch_size = min(most, per_process)
-    if per_process % micro_batch_size:
-        below = max(n for n in divisors if n < micro_batch_size)
-        above = min(n for n in divisors if n > micro_batch_size)
-        raise TrainingError(
-            f"batch.micro_batch_size={micro_batch_size} does not divide the {per_process} sequences of a step "
-            f"on each of {num_processes} process(es); nearest micro_batch_size: {below} or {above}"
-        )
-    return micro_batch_size, per_process // micro_batch_size
-
-
-def micro_batch_sizes(batch, num_processes):
-    """
-    The sizes that "auto" chooses from: [1, ..., all], each dividing a process's sequences of a step.
-
-    Raises:
-        TrainingError: the processes cannot share the sequences of a step evenly; the message has the nearest values.
-    """
-    sequences = batch.tokens_per_step // batch.seq_len
-    if sequences % num_processes:
-        nearest = _nearest_multiples(batch.tokens_per_step, batch.seq_len * num_processes)
-        raise TrainingError(
-            f"batch.tokens_per_step={batch.tokens_per_step} is {sequences} sequences of {batch.seq_len}, which "
-            f"{num_processes} processes cannot share evenly; nearest tokens_per_step: {nearest}"
-        )
-    per_process = sequences // num_processes
-    return [n for n in range(1, per_process + 1) if per_process % n == 0]

@@ -55,8 +55,8 @@ def on_main_process(accelerator, function):
     """
     Calls a function on the main process alone, and gives every process what it returns.
 
-    If it raises a ValueError there (the rooms' errors are such), all processes end: one that ended alone would leave
-    the others waiting for it until the launcher loses patience.
+    If it raises something there, all processes end: one that ended alone would leave the others waiting for it until
+    the launcher loses patience.
 
     Args:
         function: takes nothing, returns something that can be pickled.
@@ -65,7 +65,7 @@ def on_main_process(accelerator, function):
     if accelerator.is_main_process:
         try:
             outcome = function()
-        except ValueError as raised:
+        except Exception as raised:
             error = raised
     outcome, has_failed = broadcast_object_list([outcome, error is not None])
     if error is not None:

@@ -2,7 +2,8 @@
 
 import torch
 
-from training.config import batch_arithmetic, micro_batch_sizes
+from training import TrainingError
+from training.config import nearest_multiples
 from training.hardware import free_memory
 
 # What a run takes beside the trial: evaluation, fragmentation, the compiler's own plans.
@@ -89,3 +90,50 @@ def trial_step(model, accelerator, seq_len):
             del reserved
 
     return step_of
+
+
+def batch_arithmetic(batch, num_processes, largest=None):
+    """
+    Splits an optimizer step into micro-batches: micro x seq_len x accumulation x processes = tokens a step.
+
+    Args:
+        batch: BatchConfig.
+        num_processes: data-parallel processes.
+        largest: for micro_batch_size "auto", the one of `micro_batch_sizes` that fits into memory.
+
+    Returns:
+        (micro_batch_size, accumulation_steps), both exact.
+
+    Raises:
+        TrainingError: it does not divide; the message has the nearest values that do.
+    """
+    divisors = micro_batch_sizes(batch, num_processes)
+    per_process = divisors[-1]
+    most = (largest or per_process) if batch.micro_batch_size == "auto" else batch.micro_batch_size
+    micro_batch_size = min(most, per_process)
+    if per_process % micro_batch_size:
+        below = max(n for n in divisors if n < micro_batch_size)
+        above = min(n for n in divisors if n > micro_batch_size)
+        raise TrainingError(
+            f"batch.micro_batch_size={micro_batch_size} does not divide the {per_process} sequences of a step "
+            f"on each of {num_processes} process(es); nearest micro_batch_size: {below} or {above}"
+        )
+    return micro_batch_size, per_process // micro_batch_size
+
+
+def micro_batch_sizes(batch, num_processes):
+    """
+    The sizes that "auto" chooses from: [1, ..., all], each dividing a process's sequences of a step.
+
+    Raises:
+        TrainingError: the processes cannot share the sequences of a step evenly; the message has the nearest values.
+    """
+    sequences = batch.tokens_per_step // batch.seq_len
+    if sequences % num_processes:
+        nearest = nearest_multiples(batch.tokens_per_step, batch.seq_len * num_processes)
+        raise TrainingError(
+            f"batch.tokens_per_step={batch.tokens_per_step} is {sequences} sequences of {batch.seq_len}, which "
+            f"{num_processes} processes cannot share evenly; nearest tokens_per_step: {nearest}"
+        )
+    per_process = sequences // num_processes
+    return [n for n in range(1, per_process + 1) if per_process % n == 0]

@@ -33,9 +33,10 @@ def resolve_mixed_precision(setting):
 
 def hardware_has_bf16():
     """Whether bfloat16 matmuls are done by the chip rather than emulated (slower than float32)."""
-    if torch.cuda.is_available():
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")  # the launcher was told so
+    if torch.cuda.is_available() and not is_on_cpu:
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and not is_on_cpu:
         return True  # every Apple GPU that torch 2.10 runs on (macOS 14 and newer)
     # torch.cpu's probes are private and have come and gone; without them, float32 is the safe answer.
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

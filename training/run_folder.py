@@ -12,12 +12,12 @@ from training.files import write_json
 
 _PATIENCE_S = 60
 _held = []  # this process's locks
-_running = []  # the folder that this process has called "running"
+_running = []  # the folder of the run that this process has begun
 
 
 def lock(output_dir, say):
     """
-    Keeps other runs out of the folder until `leave`, or until this process ends, however it ends. A run that was just
+    Keeps other runs out of the folder until this process ends, however it ends. A run that was just
     asked to stop gets a minute for it.
 
     Raises:
@@ -48,20 +48,24 @@ def lock(output_dir, say):
     _held.append(lock_file)
 
 
-def leave(has_failed):
-    """
-    Lets others in.
-
-    Args:
-        has_failed: whether a run that was running ends with an error that somebody must mend first.
-    """
-    for output_dir in [*_running]:
-        if has_failed:
-            with contextlib.suppress(OSError):
-                write_status(output_dir, "failed")
-        _running.clear()
+def release():
+    """Lets others in before this process ends, which does so too: then nothing can be writing there any more."""
     while _held:
         _held.pop().release()
+
+
+def begin(output_dir, is_main):
+    """Every process calls it when nothing can be wrong any more: status "running", written by the main one."""
+    if is_main:
+        write_status(output_dir, "running")
+    _running[:] = [output_dir]
+
+
+def fail():
+    """Status "failed", where a run had begun: it ends with an error that somebody must mend. Any process may know."""
+    for output_dir in _running:
+        with contextlib.suppress(OSError):
+            write_status(output_dir, "failed")
 
 
 def write_status(output_dir, status, **more):
@@ -72,7 +76,6 @@ def write_status(output_dir, status, **more):
         status: "running" (or killed), "resume me", "failed" (somebody must mend something first) or "finished".
     """
     write_json(Path(output_dir) / "status.json", {"status": status, "pid": os.getpid(), **more})
-    _running[:] = [output_dir] if status == "running" else []
 
 
 def write_finished(output_dir, checkpoint, step, val_loss):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from training.curves import plot_curves
+from training.launch import on_main_process
 from training.metrics import MetricsLog, read_metrics, until
 from training.plan import duration
 from training.progress import Progress
@@ -11,7 +12,7 @@ from training.trackers import start_trackers
 
 
 class RunLog:
-    """One process tells; on the others its methods do nothing."""
+    """Every process has one; the main process tells, and the others' methods do nothing."""
 
     def __init__(
         self,
@@ -39,35 +40,41 @@ class RunLog:
             resume_from: Path of the checkpoint that the run goes on from, or None.
             step, is_evaluated: where the run stands, and whether the evaluation of that step is over.
             loss_lines, score_lines: {name: value}, horizontal lines in curves.png.
+
+        Raises:
+            TrainingError: a tracker does not start, the lines of before cannot be read.
         """
-        self._is_main = accelerator.is_main_process
-        self._say, self._output_dir, self._loss_lines, self._score_lines = say, output_dir, loss_lines, score_lines
+        self._say, self._is_main, self._output_dir = say, accelerator.is_main_process, output_dir
+        self._loss_lines, self._score_lines = loss_lines, score_lines
         self._title = f"{output_dir.name}: {plan.num_parameters / 1e6:.1f}M parameters"
-        if not self._is_main:
-            return
-        earlier = []
-        if resume_from is not None:  # a branch in a folder of its own takes its past along
-            earlier = until(read_metrics(resume_from.parents[1] / "metrics.jsonl"), step, is_evaluated=is_evaluated)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        settings = dataclasses.asdict(config)
-        resume_step = None if resume_from is None else step
-        self._trackers = start_trackers(config.trackers, output_dir, settings, resume_step=resume_step)
-        record = provenance(config=settings, data=data, plan=plan, accelerator=accelerator, step=step)
-        write_provenance(output_dir / "provenance.json", record, resumed=resume_from is not None)
         self.metrics_path = output_dir / "metrics.jsonl"
-        self._metrics = MetricsLog(self.metrics_path, earlier=earlier, warn=say)
-        self._progress = Progress(
-            say,
-            step=step,
-            max_steps=config.max_steps,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            tokens_per_step=config.batch.tokens_per_step,
-            flops_per_token=plan.flops_per_token,
-            peak_flops=plan.hardware.peak_flops * plan.hardware.num_processes,
-            dollars_an_hour=plan.hardware.dollars_an_hour
-            and plan.hardware.dollars_an_hour * plan.hardware.num_processes,
-        )
+
+        def start():
+            earlier = []
+            if resume_from is not None:  # a branch in a folder of its own takes its past along
+                past = read_metrics(resume_from.resolve().parents[1] / "metrics.jsonl")
+                earlier = until(past, step, is_evaluated=is_evaluated)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            settings = dataclasses.asdict(config)
+            resume_step = None if resume_from is None else step
+            self._trackers = start_trackers(config.trackers, output_dir, settings, resume_step=resume_step)
+            record = provenance(config=settings, data=data, plan=plan, accelerator=accelerator, step=step)
+            write_provenance(output_dir / "provenance.json", record, resumed=resume_from is not None)
+            self._metrics = MetricsLog(self.metrics_path, earlier=earlier, warn=say)
+            self._progress = Progress(
+                say,
+                step=step,
+                max_steps=config.max_steps,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                tokens_per_step=config.batch.tokens_per_step,
+                flops_per_token=plan.flops_per_token,
+                peak_flops=plan.hardware.peak_flops * plan.hardware.num_processes,
+                dollars_an_hour=plan.hardware.dollars_an_hour
+                and plan.hardware.dollars_an_hour * plan.hardware.num_processes,
+            )
+
+        on_main_process(accelerator, start)
 
     def step(self, record):
         """
@@ -144,7 +151,7 @@ class RunLog:
         if num_skipped:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
-        self._say(f"validation loss {val_loss:.4f}{lines}")
+        self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
         board = self._output_dir / "tensorboard"
         self._say(
             WHAT_NEXT.format(

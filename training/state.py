@@ -50,6 +50,17 @@ def prepare(accelerator, model, optimizer, *, compiled, micro_batch_size, accumu
     return train_model, step_model, optimizer
 
 
+def clip_gradients(accelerator, model, most):
+    """
+    Scales the gradient down where its norm is above `most`. Every process calls it.
+
+    Returns:
+        float, the norm before; the host waits for it.
+    """
+    norm = accelerator.clip_grad_norm_(model.parameters(), most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
 def fsdp_precision(mixed_precision):
     """
     FSDP2's: weights are gathered in bfloat16, gradients summed over micro-batches and processes in float32.

@@ -32,7 +32,8 @@ class StopRequest:
         self._max_hours = max_hours
         self._interrupted_at = None
         # A launcher that is killed leaves its processes running, where nobody sees them or can start again.
-        self._launcher = os.getppid() if "ACCELERATE_MIXED_PRECISION" in os.environ else None
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        self._launcher = os.getppid() if is_launched else None
         for name in _SIGNALS:
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self._on_signal)

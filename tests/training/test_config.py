@@ -1,7 +1,8 @@
 import pytest
 
 from training import TrainingError
-from training.config import DEFAULT_RECIPE, BatchConfig, batch_arithmetic, known_keys, load_config
+from training.config import DEFAULT_RECIPE, BatchConfig, known_keys, load_config
+from training.microbatch import batch_arithmetic
 
 
 @pytest.fixture

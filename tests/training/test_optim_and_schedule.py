@@ -63,8 +63,15 @@ def test_auto_precision(monkeypatch):
     assert resolve_mixed_precision("bf16") == "bf16"
 
 
-def test_hardware_probe_is_a_yes_or_no():
+def test_hardware_probe_is_a_yes_or_no(monkeypatch):
     from training.precision import hardware_has_bf16
 
+    of_the_cpu = hardware_has_bf16() if not torch.accelerator.is_available() else None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not of_the_cpu)
+    assert hardware_has_bf16() is not of_the_cpu
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a machine with a GPU, and the launcher was told to leave it alone
+    assert of_the_cpu is None or hardware_has_bf16() is of_the_cpu
+    monkeypatch.undo()
     assert hardware_has_bf16() in (True, False)
     assert isinstance(torch.accelerator.is_available(), bool)  # train.py asks it, torch 2.10 must have it
