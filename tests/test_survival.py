@@ -173,7 +173,7 @@ def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
 
 
 def test_any_process_can_say_that_the_run_has_failed(tmp_path):
-    """The one that meets a damaged shard, say; but not before the run has begun, when another may have left its word."""
+    """The one that meets a damaged shard, say; but not before the run has begun."""
     from training import run_folder
 
     run_folder.write_status(tmp_path, "resume me")

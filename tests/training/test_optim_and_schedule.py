@@ -70,7 +70,7 @@ def test_hardware_probe_is_a_yes_or_no(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not of_the_cpu)
     assert hardware_has_bf16() is not of_the_cpu
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # a machine with a GPU, and the launcher was told to leave it alone
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the launcher was told to leave the GPU alone
     assert of_the_cpu is None or hardware_has_bf16() is of_the_cpu
     monkeypatch.undo()
     assert hardware_has_bf16() in (True, False)
