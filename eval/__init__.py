@@ -1,17 +1,28 @@
 """
-How good a model is: `python -m eval --model CHECKPOINT --tasks hellaswag`.
+How good a model is: `python -m eval --model CHECKPOINT --tasks hellaswag`, or `eval.evaluate(model, tokenizer)`.
 
-    scoring.py      log-likelihoods of continuations, in batches: what every task stands on
-    validation.py   the loss on text that the model has not seen
-    samples.py      text that a model writes, to be read by a person
-    hub.py          whether the Hugging Face Hub can be reached, asked once and quickly
-    hellaswag/      items, the four endings' log-likelihoods, and the metric that `evaluate.load` opens
-    __main__.py     the command
+    scoring.py          log-likelihoods of continuations, in batches: what every task stands on
+    task.py, items.py   what a task is; where its items come from
+    hellaswag/          which of four endings follows: as build-nanogpt and llm.c score it, and as lm-eval does
+    lambada/            the last word of a passage
+    bits_per_byte/      validation loss and bits per byte of any text or shards
+    lm_eval_bridge.py   any task of the package lm-eval
+    evaluator.py        `evaluate`: tasks to a dict of results, processes.py: together with other processes
+    __main__.py         the command; checkpoint.py: the model that it scores
+    miniseries.py       python -m eval.miniseries: scores over model size; published.py: OpenAI's figures
+    validation.py       training's own validation loss; samples.py: text that a model writes
+    hub.py              whether the Hugging Face Hub can be reached, asked once and quickly
 
-Everything here takes a model and a tokenizer as arguments, and knows nothing of how they were made. Import as
-`from eval.scoring import loglikelihoods`: a bare `import eval.scoring` would shadow Python's own `eval`.
+Everything here takes a model and a tokenizer as arguments, and knows nothing of how they were made. Each task's folder
+is also a metric that `evaluate.load("eval/NAME")` opens. Import as `from eval.scoring import loglikelihoods`: a bare
+`import eval.scoring` would shadow Python's own `eval`.
 """
 
 
 class EvalError(ValueError):
     """Something the user can mend; the commands show its message on one line, without a traceback."""
+
+
+from eval.evaluator import evaluate  # noqa: E402  (it needs EvalError)
+
+__all__ = ["EvalError", "evaluate"]

@@ -18,13 +18,14 @@ _CITATION = """\
 
 _DESCRIPTION = """\
 The fraction of HellaSwag items in which a language model gives the right ending the highest log-likelihood
-(acc), and the highest log-likelihood a token (acc_norm).
+(acc), and the highest log-likelihood over its length (acc_norm).
 """
 
 _INPUTS = """\
 Args:
     predictions: one dict an item: "log_likelihoods", each ending's log-likelihood in nats, summed over its
-        tokens; "num_tokens", each ending's number of tokens.
+        tokens; "lengths", what acc_norm divides them by: each ending's tokens (build-nanogpt, llm.c) or characters
+        (lm-evaluation-harness).
     references: the right ending of each item, counted from 0.
 
 Returns:
@@ -36,8 +37,8 @@ Example:
     >>> hellaswag = evaluate.load("eval/hellaswag")
     >>> hellaswag.compute(
     ...     predictions=[
-    ...         {"log_likelihoods": [-4.0, -9.0, -9.0, -6.0], "num_tokens": [1, 3, 3, 3]},
-    ...         {"log_likelihoods": [-9.0, -5.0, -9.0, -9.0], "num_tokens": [3, 3, 3, 3]},
+    ...         {"log_likelihoods": [-4.0, -9.0, -9.0, -6.0], "lengths": [1, 3, 3, 3]},
+    ...         {"log_likelihoods": [-9.0, -5.0, -9.0, -9.0], "lengths": [3, 3, 3, 3]},
     ...     ],
     ...     references=[3, 1],
     ... )
@@ -58,7 +59,7 @@ class HellaSwag(evaluate.Metric):
                 {
                     "predictions": {
                         "log_likelihoods": datasets.Sequence(datasets.Value("float64")),
-                        "num_tokens": datasets.Sequence(datasets.Value("int64")),
+                        "lengths": datasets.Sequence(datasets.Value("int64")),
                     },
                     "references": datasets.Value("int64"),
                 }

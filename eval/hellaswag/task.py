@@ -1,61 +1,77 @@
-"""The log-likelihoods of HellaSwag's endings."""
+"""HellaSwag as build-nanogpt and llm.c score it, and as lm-evaluation-harness does, from one pass over the items."""
+
+from dataclasses import dataclass
 
 from eval.hellaswag.accuracy import accuracy
-from eval.scoring import loglikelihoods
+from eval.hellaswag.items import load_items
+from eval.scoring import Request
+from eval.task import BaseTask, Item, encode, encode_together
+
+LECTURE, LM_EVAL = "lecture", "lm_eval"
 
 
-def score_hellaswag(model, tokenizer, items, *, batch_size=32, on_batch=None):
+@dataclass(frozen=True, kw_only=True)
+class Task(BaseTask):
     """
-    Scores the endings as build-nanogpt's hellaswag.py does: the context as it stands in the data, then a
-    space and the ending, encoded apart and joined.
+    Two prompts, each with two ways to choose an ending:
 
-    Args:
-        model: as for `loglikelihoods`.
-        tokenizer: a Hugging Face tokenizer; GPT-2's gives the published numbers. Nothing in an item is taken
-            for a special token.
-        items: list of HellaSwagItem, for instance a process's share `items[rank::world_size]`; may be empty.
-        batch_size: sequences in one forward pass; an item is four.
-        on_batch: called after each batch with the ContinuationScores of its endings.
-
-    Returns:
-        list of one dict an item, in order, as `accuracy` and the metric take them: "log_likelihoods" (4
-        floats, nats, summed over the ending's tokens) and "num_tokens" (4 ints).
-
-    Raises:
-        EvalError: as `loglikelihoods`.
+        lecture    the context as it stands in the data; a space and the ending, encoded apart from it
+                   (build-nanogpt hellaswag.py, llm.c dev/data/hellaswag.py)
+        lm_eval    "activity_label: ctx_a Ctx_b", tags in brackets taken out of everything; encoded with the ending
+                   (lm-evaluation-harness, tasks/hellaswag version 1)
     """
-    requests = []
-    for item in items:
-        context, *endings = tokenizer(
-            [item.context, *(f" {ending}" for ending in item.endings)],
-            add_special_tokens=False,
-            split_special_tokens=True,
-        )["input_ids"]
-        requests += [(context, ending) for ending in endings]
-    scores = iter(loglikelihoods(model, requests, batch_size=batch_size, on_batch=on_batch))
-    predictions = []
-    for item in items:
-        of_item = [next(scores) for _ in item.endings]
-        predictions.append(
-            {
-                "log_likelihoods": [score.log_likelihood for score in of_item],
-                "num_tokens": [score.num_tokens for score in of_item],
-            }
-        )
-    return predictions
 
+    prompts: tuple[str, ...] = (LECTURE, LM_EVAL)
+    """which of the two to score; each costs as much as the other"""
 
-def joint_accuracy(shares, items, source):
-    """
-    Args:
-        shares: what `score_hellaswag` gave process r of W for `items[r::W]`, by r; None where it gave nothing.
-        items: list of HellaSwagItem, all of them.
-        source: their ItemSource.
+    version = 2  # 1 had the lecture's prompt only
+    figures = {  # noqa: RUF012 (a constant)
+        "acc": "the most probable ending (build-nanogpt's and llm.c's acc)",
+        "acc_norm": "the most probable a token (build-nanogpt's and llm.c's acc_norm)",
+        "lm_eval_acc": "the most probable ending (lm-evaluation-harness's acc and prompt)",
+        "lm_eval_acc_norm": "the most probable a character (lm-evaluation-harness's acc_norm and prompt)",
+    }
+    full_size = 10_042
 
-    Returns:
-        dict as of `accuracy`, and is_sample; None without items, or where a share is missing.
-    """
-    if not items or None in shares:
-        return None
-    predictions = [shares[i % len(shares)][i // len(shares)] for i in range(len(items))]
-    return accuracy(predictions, [item.label for item in items]) | {"is_sample": source.is_sample}
+    def load(self, tokenizer, max_inputs=None):
+        """See BaseTask; `load_items` has where from, and the errors."""
+        examples, source = load_items(self.data, self.limit)
+        requests = []  # of each prompt, a list of one an example
+        if LECTURE in self.prompts:
+            tokens = iter(encode(tokenizer, [t for e in examples for t in (e.ctx, *(f" {end}" for end in e.endings))]))
+            requests.append([Request(next(tokens), [next(tokens) for _ in e.endings]) for e in examples])
+        if LM_EVAL in self.prompts:
+            pairs = [(e.lm_eval_query, [f" {ending}" for ending in e.lm_eval_endings]) for e in examples]
+            requests.append(encode_together(tokenizer, pairs))
+        items = [
+            Item(
+                list(of_item),
+                {"label": example.label, "num_characters": [len(ending) for ending in example.lm_eval_endings]},
+            )
+            for example, *of_item in zip(examples, *requests, strict=True)
+        ]
+        return items, source
+
+    def answer(self, item, scores):
+        """The right ending, and the log-likelihoods (nats) and lengths of all four, for each prompt."""
+        answer = {"label": item.reference["label"]}
+        for prompt, of_endings in zip(self.prompts, scores, strict=True):
+            answer[f"{prompt}_log_likelihoods"] = [score.log_likelihood for score in of_endings]
+            answer[f"{prompt}_num_tokens"] = [score.num_tokens for score in of_endings]
+        if LM_EVAL in self.prompts:
+            answer["lm_eval_num_characters"] = item.reference["num_characters"]
+        return answer
+
+    def results(self, answers):
+        """The figures with their standard errors, and n."""
+        labels = [answer["label"] for answer in answers]
+        results = {}
+        for prompt in self.prompts:
+            length = "num_tokens" if prompt == LECTURE else "num_characters"
+            predictions = [
+                {"log_likelihoods": a[f"{prompt}_log_likelihoods"], "lengths": a[f"{prompt}_{length}"]} for a in answers
+            ]
+            figures = accuracy(predictions, labels)
+            n = figures.pop("n")
+            results |= figures if prompt == LECTURE else {f"lm_eval_{name}": x for name, x in figures.items()}
+        return results | {"n": n}

@@ -1,0 +1,116 @@
+"""The model that the commands score: from a folder, or from the Hub."""
+
+from pathlib import Path
+
+import torch
+
+from eval import EvalError
+from eval.hub import why_unreachable
+
+
+def check_name(model):
+    """Raises EvalError for what is neither a checkpoint's folder nor the id of a model on the Hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            inside = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
+            hint = f"did you mean {str(inside[-1].parent)!r}?" if inside else "give the folder that holds it"
+            raise EvalError(f"--model {model!r} has no config.json, so it is no checkpoint; {hint}")
+    elif folder.exists():
+        raise EvalError(f"--model {model!r} is a file; give the folder it is in")
+    else:
+        try:
+            validate_repo_id(model)
+        except HFValidationError as error:
+            raise EvalError(f"--model {model!r}: no such folder, nor a Hub id (owner/name)") from error
+
+
+def load_tokenizer(name, *, trust_remote_code=False):
+    """
+    Args:
+        name: a checkpoint's folder, or the id of a model on the Hub, whose code is run only with trust_remote_code.
+
+    Returns:
+        (tokenizer, the model's config)
+
+    Raises:
+        EvalError: it is not there, or has no tokenizer.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code)
+    if tokenizer.vocab_size == 0:  # what transformers makes of a folder without tokenizer files
+        raise EvalError(f"--model {name!r} has no tokenizer; put one there with tokenizer.save_pretrained")
+    return tokenizer, _from_pretrained(AutoConfig, name, trust_remote_code)
+
+
+def load_model(name, *, dtype, device, trust_remote_code=False):
+    """
+    Args:
+        name, trust_remote_code: as for `load_tokenizer`. Modeling code in a folder is run.
+        dtype: "float32" or "bfloat16", of the weights, whatever was saved.
+
+    Returns:
+        the model, on the device.
+
+    Raises:
+        EvalError: it cannot be opened, or its weights and its config do not fit.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model, loading = _from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        trust_remote_code,
+        dtype=getattr(torch, dtype),
+        use_safetensors=True,  # the other kind of weights is a pickle
+        ignore_mismatched_sizes=True,  # looked at below
+        output_loading_info=True,
+    )
+    # transformers fills these with random numbers and goes on
+    unfilled = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if unfilled:
+        raise EvalError(
+            f"--model {name!r}: config.json asks for {len(unfilled)} tensors that the weights lack or "
+            f"have in another shape ({unfilled[0]}, ...); use the config.json that was saved with them"
+        )
+    return model.to(device)
+
+
+def _from_pretrained(kind, name, trust_remote_code, **options):
+    is_local = Path(name).is_dir()
+    why = None if is_local else why_unreachable()
+    try:
+        return kind.from_pretrained(
+            name,
+            trust_remote_code=is_local or trust_remote_code,
+            local_files_only=is_local or why is not None,  # straight to the cache, see why_unreachable
+            **options,
+        )
+    except Exception as error:  # what a broken folder makes transformers raise is of every kind
+        if "trust_remote_code" in str(error):
+            problem = "brings its own modeling code; read it, then run it with --trust_remote_code"
+        elif why is not None and isinstance(error, OSError):
+            problem = f"no such folder, nor in the Hub's local cache, and {why}"
+        else:
+            problem = f"cannot be opened ({type(error).__name__}: {one_line(error)})"
+        raise EvalError(f"--model {name!r}: {problem}") from error
+
+
+def revision(model):
+    """The commit of a model from the Hub, whose name alone does not fix the weights; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = None if Path(model).is_dir() else try_to_load_from_cache(model, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else None  # snapshots/COMMIT/config.json
+
+
+def one_line(error):
+    """An error's message, on one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
