@@ -43,9 +43,11 @@ from data.ngram import ngram_baselines
 from data.prepare import prepare_sample
 from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
 from eval import EvalError
-from eval.hellaswag.items import load_items
-from eval.hellaswag.task import joint_accuracy, score_hellaswag
+from eval.hellaswag.task import LECTURE
+from eval.hellaswag.task import Task as HellaSwag
+from eval.published import published_lines
 from eval.samples import check_prompts, sample_texts
+from eval.task import answer_items, in_order, joint_results
 from eval.validation import validation_loss
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
@@ -60,7 +62,6 @@ from training.checkpoint import (
     load_state,
 )
 from training.config import check_lengths, load_config
-from training.curves import published_lines
 from training.hardware import describe_hardware
 from training.launch import leave_process_group, on_main_process, start_accelerator
 from training.microbatch import cut_batch
@@ -164,13 +165,12 @@ def train(argv):
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
     if baselines:
         say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats a token")
+    tokenizer = load_hf_tokenizer(model_max_length=model_config.n_positions)
     items, item_source = [], None  # HellaSwag's
     if config.eval.hellaswag is not None:
-        items, item_source = on_main_process(
-            accelerator, lambda: load_items(config.eval.hellaswag, config.eval.hellaswag_limit)
-        )
+        hellaswag = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
+        items, item_source = on_main_process(accelerator, lambda: hellaswag.load(tokenizer))
         say(f"hellaswag {item_source.description}")
-    tokenizer = load_hf_tokenizer(model_max_length=model_config.n_positions)
     check_prompts(
         tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=model_config.n_positions
     )
@@ -286,7 +286,7 @@ def train(argv):
                 say(f"saved     {folder}")
 
     def evaluate_share(scored_model):
-        """This process's share: (sum of the loss, tokens, HellaSwag's predictions or None)."""
+        """This process's share: (sum of the loss, tokens, HellaSwag's answers or None, the seconds these took)."""
         val_batches = validation_batches(
             val_shards,
             seq_len=batch.seq_len,
@@ -296,7 +296,7 @@ def train(argv):
             rank=rank,
             world_size=world_size,
         )
-        loss_sum, num_tokens, predictions = 0.0, 0, None
+        loss_sum, num_tokens, answers, started = 0.0, 0, None, None
         try:
             with accelerator.autocast():
                 loss_sum, num_tokens = validation_loss(
@@ -304,12 +304,14 @@ def train(argv):
                     (rows.map(to_device) for rows in val_batches),
                     on_batch=stop.check,
                 )
-                predictions = score_hellaswag(scored_model, tokenizer, items[rank::world_size], on_batch=stop.check)
+                started = time.perf_counter()
+                if items:
+                    answers = answer_items(hellaswag, scored_model, items[rank::world_size], on_batch=stop.check)
         except StoppedInEvaluation:
             pass
         except EvalError as error:  # a model that has diverged; its losses say so too
             tqdm.write(f"warning: HellaSwag was not scored: {error}")
-        return loss_sum, num_tokens, predictions
+        return loss_sum, num_tokens, answers, time.perf_counter() - started if started else 0.0
 
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stop = StopRequest(config.max_hours, STARTED)
@@ -323,21 +325,24 @@ def train(argv):
             with whole_model(model, blank) as scored_model:
                 share = evaluate_share(scored_model)
                 shares = gather_object([(*share, stop.is_requested)])
-                loss_sums, counts, predictions, requests = zip(*shares, strict=True)
+                loss_sums, counts, answers, seconds, requests = zip(*shares, strict=True)
                 stopping = any(requests)
                 is_evaluated = not stopping
                 if is_evaluated:
                     val_loss = sum(loss_sums) / sum(counts)
+                    is_scored = items and None not in answers
+                    scores = {"is_sample": item_source.is_sample} if is_scored else None
                     log.evaluation(
                         {
                             "step": step,
                             "tokens": step * batch.tokens_per_step,
                             "val_loss": val_loss,
-                            "hellaswag": joint_accuracy(predictions, items, item_source),
+                            "hellaswag": scores and joint_results(hellaswag, in_order(answers)) | scores,
+                            "hellaswag_seconds": max(seconds),
                             "seconds": time.perf_counter() - started,
                         }
                     )
-                if is_evaluated and is_main and math.isfinite(val_loss) and None not in predictions:
+                if is_evaluated and is_main and math.isfinite(val_loss) and (is_scored or not items):
                     with accelerator.autocast():
                         for text in sample_texts(
                             scored_model,

@@ -8,6 +8,7 @@ from eval.processes import rank_and_number
 
 PREFIX = "lm-eval:"
 BATCH_SIZE = 16
+_managers = {}  # lm-eval's TaskManager, which takes seconds to read all its tasks, by the folder of one's own
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def check_lm_eval(wanted):
     folder, _, name = wanted.task.rpartition("/")
     if folder and not Path(folder).is_dir():
         raise EvalError(f"{task}: there is no folder {folder!r}")
-    manager = TaskManager(include_path=folder or None)
+    if folder not in _managers:
+        _managers[folder] = TaskManager(include_path=folder or None)
+    manager = _managers[folder]
     if not manager.match_tasks([name]):
         raise EvalError(f"{task}: lm-eval {lm_eval.__version__} has no task {name!r}; `lm-eval ls tasks` lists them")
     return manager, name

@@ -89,19 +89,19 @@ def text_of(source):
     return next((text for text in ("fineweb", "openwebtext") if text in name), None)
 
 
-def published_lines(size, data_source, item_source):
+def published_lines(shape, data_source, item_source):
     """
     What models of this size have, as far as it can be compared with a training run's.
 
     Args:
-        size: (n_layer, n_embd).
+        shape: has n_layer and n_embd; a GPT2ReproConfig.
         data_source: JSON-able, where the training data came from; None if not known.
         item_source: where HellaSwag's items came from, an eval.items.Source; None if nothing is scored.
 
     Returns:
         ({name: loss}, {name: HellaSwag's acc_norm}), both possibly empty.
     """
-    text = text_of(data_source)
+    text, size = text_of(data_source), (shape.n_layer, shape.n_embd)
     losses = {model.name: model.losses[text] for model in of_size(size) if text in model.losses}
     # This project's own items nobody else was scored on.
     is_comparable = item_source is not None and not item_source.is_sample

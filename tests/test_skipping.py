@@ -28,16 +28,16 @@ def forward_with_faults(self, *arguments, **more):
         calls += 1
     return output
 
-score, scorings = train.score_hellaswag, 0
+answer, scorings = train.answer_items, 0
 
-def score_with_fault(*arguments, **more):
+def answer_with_fault(*arguments, **more):
     global scorings
     scorings += 1
     if scorings == 2:
         raise train.EvalError("log-likelihoods are not finite")
-    return score(*arguments, **more)
+    return answer(*arguments, **more)
 
-train.score_hellaswag = score_with_fault
+train.answer_items = answer_with_fault
 train.GPT2ReproForCausalLM.forward = forward_with_faults
 sys.argv[1:2] = []
 train.main()

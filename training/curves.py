@@ -1,46 +1,6 @@
 """What a run measured, for people: curves.png, with OpenAI's models as horizontal lines where they can be compared."""
 
-import json
 from pathlib import Path
-
-# (layers, width) -> the model's name and its HellaSwag, ending with the highest log-likelihood a token. GPT-2's:
-# build-nanogpt hellaswag.py and llm.c dev/vislog.ipynb; GPT-3's: the GPT-3 paper, table H.1, model of that size.
-_HELLASWAG = {
-    (12, 768): {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337},
-    (24, 1024): {"OpenAI GPT-2 350M": 0.3752, "GPT-3 350M": 0.436},
-    (36, 1280): {"OpenAI GPT-2 774M": 0.4320, "GPT-3 760M": 0.510},
-    (48, 1600): {"OpenAI GPT-2 1558M": 0.4893, "GPT-3 1.3B": 0.547},
-}
-# Validation loss of OpenAI's GPT-2, nats a token: it depends on the text. FineWeb-Edu as build-nanogpt splits it,
-# FineWeb as llm.c does.
-_LOSS = {
-    (12, 768): {"fineweb-edu": ("OpenAI GPT-2 124M", 3.2924), "fineweb": ("OpenAI GPT-2 124M", 3.425)},
-    (24, 1024): {"fineweb": ("OpenAI GPT-2 350M", 3.083)},
-    (36, 1280): {"fineweb": ("OpenAI GPT-2 774M", 3.001)},
-    (48, 1600): {"fineweb": ("OpenAI GPT-2 1558M", 2.831)},
-}
-
-
-def published_lines(shape, data_source, item_source):
-    """
-    What OpenAI's models of this size have, as far as it can be compared.
-
-    Args:
-        shape: has n_layer and n_embd; a GPT2ReproConfig.
-        data_source: JSON-able, where the training data came from; None if not known.
-        item_source: where HellaSwag's items came from, an eval.hellaswag.items.ItemSource; None if nothing is scored.
-
-    Returns:
-        ({name: loss}, {name: accuracy}), both possibly empty.
-    """
-    size = shape.n_layer, shape.n_embd
-    source = json.dumps(data_source).lower()
-    is_edu = any(name in source for name in ("fineweb-edu", "finewebedu", "edu_fineweb"))
-    data = "fineweb-edu" if is_edu else "fineweb" if "fineweb" in source else None
-    losses = dict([_LOSS[size][data]]) if data in _LOSS.get(size, {}) else {}
-    # This project's own items nobody else was scored on.
-    is_comparable = item_source is not None and not item_source.is_sample
-    return losses, _HELLASWAG.get(size, {}) if is_comparable else {}
 
 
 def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):

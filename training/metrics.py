@@ -11,8 +11,8 @@ class MetricsLog:
     """
     `metrics.jsonl`: one JSON object a line, one line a training step
     {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"} and one an evaluation
-    {"step", "tokens", "val_loss", "hellaswag", "seconds"}. `step` counts optimizer steps. A step that was skipped also
-    has "skipped", and null where a number was not finite.
+    {"step", "tokens", "val_loss", "hellaswag", "hellaswag_seconds", "seconds"}. `step` counts optimizer
+    steps. A step that was skipped also has "skipped", and null where a number was not finite.
     """
 
     def __init__(self, path, *, earlier=(), warn=print):

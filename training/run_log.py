@@ -103,8 +103,8 @@ class RunLog:
         An evaluation.
 
         Args:
-            record: dict with step, tokens, val_loss, hellaswag (what eval.hellaswag.accuracy gives and is_sample; or
-                None), seconds.
+            record: dict with step, tokens, val_loss, hellaswag (its figures, n, num_cut and is_sample; or None),
+                hellaswag_seconds, seconds (of all of it).
         """
         if not self._is_main:
             return

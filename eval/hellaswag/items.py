@@ -20,11 +20,13 @@ from eval.items import (
 HUB_ID = "Rowan/hellaswag"
 SAMPLE = Path(__file__).parent / "sample.jsonl"
 FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
+# What of a context each prompt is made of.
+CONTEXT_FIELDS = {"lecture": ("ctx",), "lm_eval": ("activity_label", "ctx_a", "ctx_b")}
 
 
 @dataclass(frozen=True)
 class HellaSwagItem:
-    """One context and its four endings, as they stand in the data."""
+    """One context and its four endings, as they stand in the data; "" for what is not there and not needed."""
 
     activity_label: str
     ctx_a: str
@@ -51,14 +53,15 @@ def lm_eval_text(text):
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
-def load_items(data="hub", limit=None):
+def load_items(data="hub", limit=None, prompts=tuple(CONTEXT_FIELDS)):
     """
     Args:
         data: "hub": the validation split of Rowan/hellaswag, from the network or the local cache; where
             neither has it, the sample takes its place and the description says so. "sample": the 40 items of
             this project's own, for trying things out. Otherwise a .jsonl, .jsonl.gz or .jsonl.xz file with
-            HellaSwag's fields (FIELDS) in every line.
+            HellaSwag's fields in every line: endings, label, and those that the prompts are made of.
         limit: keep only the first so many items. All are checked regardless.
+        prompts: those that will be made, names of CONTEXT_FIELDS.
 
     Returns:
         (list of HellaSwagItem, Source)
@@ -67,6 +70,8 @@ def load_items(data="hub", limit=None):
         EvalError: the file is missing or unreadable, or one of its lines is no item (the message names it);
             limit below 1.
     """
+    context = {name for prompt in prompts for name in CONTEXT_FIELDS[prompt]}
+    needed = [name for name in FIELDS if name in context or name in ("endings", "label")]
     is_sample = data == "sample"
     why = ""
     if data == "hub":
@@ -76,11 +81,11 @@ def load_items(data="hub", limit=None):
             is_sample = True
             why = f" ({HUB_ID} was not to be had: {error}; name a local copy of it to score that)"
     if is_sample:
-        records = file_records(SAMPLE, fields=FIELDS)
+        records = file_records(SAMPLE, fields=needed)
     elif data != "hub":
-        records, name = file_records(data, fields=FIELDS, others="'hub', 'sample', or "), str(data)
+        records, name = file_records(data, fields=needed, others="'hub', 'sample', or "), str(data)
 
-    items, count = first_items([_item(record, where) for record, where in records], limit)
+    items, count = first_items([_item(record, where, needed) for record, where in records], limit)
     if is_sample:
         description = (
             f"SAMPLE of {len(items)} items written for this project, NOT HellaSwag: not comparable with "
@@ -92,12 +97,12 @@ def load_items(data="hub", limit=None):
     return items, Source(description=description, is_sample=is_sample, sha256=sha256_of(content))
 
 
-def _item(record, where):
-    check_fields(record, FIELDS, where)
-    endings, label = record["endings"], record["label"]
-    for name in ("activity_label", "ctx_a", "ctx"):
-        check_text(record[name], f"{where}: {name}")
-    check_text(record["ctx_b"], f"{where}: ctx_b", may_be_empty=True)
+def _item(record, where, needed):
+    check_fields(record, needed, where)
+    *context, endings, label = (record.get(name, "") for name in FIELDS)
+    for name, text in zip(FIELDS, context, strict=False):
+        if name in needed:
+            check_text(text, f"{where}: {name}", may_be_empty=name == "ctx_b")
     if not isinstance(endings, list) or len(endings) != 4:
         got = f"{len(endings)} of them" if isinstance(endings, list) else short(endings)
         raise EvalError(f"{where}: endings must be a list of exactly 4 texts, got {got}")
@@ -107,5 +112,4 @@ def _item(record, where):
     # The Hub's copy has the label as text, and an empty one in the test split.
     if isinstance(label, bool) or label not in (0, 1, 2, 3, "0", "1", "2", "3") or isinstance(label, float):
         raise EvalError(f"{where}: label must be 0, 1, 2 or 3 (the right ending), got {short(label)}")
-    texts = [record[name] for name in FIELDS[:4]]
-    return HellaSwagItem(*texts, tuple(endings), int(label))
+    return HellaSwagItem(*context, tuple(endings), int(label))

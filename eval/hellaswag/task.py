@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from eval.hellaswag.accuracy import accuracy
-from eval.hellaswag.items import load_items
+from eval.hellaswag.items import CONTEXT_FIELDS, load_items
 from eval.scoring import Request
 from eval.task import BaseTask, Item, encode, encode_together
 
-LECTURE, LM_EVAL = "lecture", "lm_eval"
+LECTURE, LM_EVAL = CONTEXT_FIELDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +35,8 @@ class Task(BaseTask):
 
     def load(self, tokenizer, max_inputs=None):
         """See BaseTask; `load_items` has where from, and the errors."""
-        examples, source = load_items(self.data, self.limit)
-        requests = []  # of each prompt, a list of one an example
-        if LECTURE in self.prompts:
-            tokens = iter(encode(tokenizer, [t for e in examples for t in (e.ctx, *(f" {end}" for end in e.endings))]))
-            requests.append([Request(next(tokens), [next(tokens) for _ in e.endings]) for e in examples])
-        if LM_EVAL in self.prompts:
-            pairs = [(e.lm_eval_query, [f" {ending}" for ending in e.lm_eval_endings]) for e in examples]
-            requests.append(encode_together(tokenizer, pairs))
+        examples, source = load_items(self.data, self.limit, self.prompts)
+        requests = [_REQUESTS[prompt](tokenizer, examples) for prompt in self.prompts]
         items = [
             Item(
                 list(of_item),
@@ -75,3 +69,17 @@ class Task(BaseTask):
             n = figures.pop("n")
             results |= figures if prompt == LECTURE else {f"lm_eval_{name}": x for name, x in figures.items()}
         return results | {"n": n}
+
+
+def _lecture_requests(tokenizer, examples):
+    texts = [text for e in examples for text in (e.ctx, *(f" {ending}" for ending in e.endings))]
+    tokens = iter(encode(tokenizer, texts))
+    return [Request(next(tokens), [next(tokens) for _ in e.endings]) for e in examples]
+
+
+def _lm_eval_requests(tokenizer, examples):
+    pairs = [(e.lm_eval_query, [f" {ending}" for ending in e.lm_eval_endings]) for e in examples]
+    return encode_together(tokenizer, pairs)
+
+
+_REQUESTS = {LECTURE: _lecture_requests, LM_EVAL: _lm_eval_requests}

@@ -8,13 +8,13 @@ from pathlib import Path
 import evaluate
 import pytest
 
-from eval.hellaswag.accuracy import accuracy, correct
+from eval.hellaswag.accuracy import accuracy
 
 FOLDER = Path(__file__).parents[2] / "eval" / "hellaswag"
 
 
-def prediction(log_likelihoods, num_tokens):
-    return {"log_likelihoods": log_likelihoods, "num_tokens": num_tokens}
+def prediction(log_likelihoods, lengths):
+    return {"log_likelihoods": log_likelihoods, "lengths": lengths}
 
 
 # Four items, right by: the sum only, the mean only, both, neither.
@@ -42,9 +42,10 @@ def metric(evaluate_cache):
 
 def test_hand_computed():
     assert accuracy(PREDICTIONS, REFERENCES) == pytest.approx(EXPECTED)
-    by_sum, by_mean = correct(PREDICTIONS, REFERENCES)
-    assert by_sum.tolist() == [True, False, True, False]
-    assert by_mean.tolist() == [False, True, True, False]
+    right = [
+        [accuracy([p], [r])[name] for p, r in zip(PREDICTIONS, REFERENCES, strict=True)] for name in ("acc", "acc_norm")
+    ]
+    assert right == [[1, 0, 1, 0], [0, 1, 1, 0]]
 
 
 def test_evaluate_gives_the_same(metric):
@@ -109,12 +110,12 @@ def test_the_first_of_equals_is_chosen():
         ([], [], "no predictions"),
         (PREDICTIONS, [0, 3], "4 predictions for 2 references"),
         ([PREDICTIONS[0], prediction([-1.0] * 3, [1] * 3)], [0, 0], "item 1: 3 endings, item 0 has 4"),
-        ([prediction([-1.0, -2.0], [1])], [0], "item 0: 2 log_likelihoods and 1 num_tokens"),
+        ([prediction([-1.0, -2.0], [1])], [0], "item 0: 2 log_likelihoods and 1 lengths"),
         ([prediction([-1.0], [1])], [0], "item 0: .* two or more"),
         (
             [PREDICTIONS[0], prediction([-1.0] * 4, [1, 0, 1, 1])],
             [0, 0],
-            r"item 1: num_tokens \[1, 0, 1, 1\]",
+            r"item 1: lengths \[1, 0, 1, 1\]",
         ),
         ([prediction([-1.0, math.nan], [1, 1])], [0], "item 0: log_likelihoods .* not all numbers"),
         ([PREDICTIONS[0]] * 2, [0, 4], "item 1: label 4 is none of the endings 0 to 3"),

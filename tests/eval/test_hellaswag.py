@@ -1,5 +1,6 @@
-"""HellaSwag: where items come from, what is refused, and the lecture's scoring by another way."""
+"""HellaSwag: where items come from, what is refused, and the lecture's scoring by another way; lm-eval's: see there."""
 
+import copy
 import gzip
 import json
 import lzma
@@ -7,15 +8,24 @@ import time
 from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from eval import EvalError, hub
-from eval.hellaswag.accuracy import accuracy
 from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
-from eval.hellaswag.task import score_hellaswag
+from eval.hellaswag.task import Task
+from eval.task import answer_items, in_order, joint_results
 
-GOOD = {"ctx": "A man opens an umbrella because", "endings": ["it rains.", "b.", "c.", "d."], "label": 0}
+GOOD = {
+    "activity_label": "Rain",
+    "ctx_a": "A man opens an umbrella",
+    "ctx_b": "because",
+    "ctx": "A man opens an umbrella because",
+    "endings": ["it rains.", "b.", "c.", "d."],
+    "label": 0,
+}
+BARE = {name: GOOD[name] for name in ("ctx", "endings", "label")}
 
 
 def jsonl(*records):
@@ -71,12 +81,12 @@ def test_the_sample_says_so():
     ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)]
 )
 def test_files(tmp_path, name, pack):
-    records = [GOOD | {"label": "2", "more": 1}, GOOD | {"ctx": "Ein Mädchen"}]
+    records = [GOOD | {"label": "2", "more": 1}, GOOD | {"ctx": "Ein Mädchen", "ctx_b": ""}]
     path = write(tmp_path / name, pack(("\ufeff" + jsonl(*records) + "\n").encode()))
     items, source = load_items(str(path))
     assert items == [
-        HellaSwagItem(GOOD["ctx"], tuple(GOOD["endings"]), 2),
-        HellaSwagItem("Ein Mädchen", tuple(GOOD["endings"]), 0),
+        HellaSwagItem("Rain", GOOD["ctx_a"], "because", GOOD["ctx"], tuple(GOOD["endings"]), 2),
+        HellaSwagItem("Rain", GOOD["ctx_a"], "", "Ein Mädchen", tuple(GOOD["endings"]), 0),
     ]
     assert source.description == f"{path}, all 2 items"
     assert not source.is_sample
@@ -99,9 +109,19 @@ BAD_LINES = {
     "nested too deep": ("[" * 100_000, "not JSON"),
     "a list": ("[1, 2]", "[1, 2] is no JSON object"),
     "null": ("null", "None is no JSON object"),
-    "no ctx": (jsonl({"endings": GOOD["endings"], "label": 0}), "the field 'ctx' is missing"),
-    "no endings": (jsonl({"ctx": "a", "label": 0}), "the field 'endings' is missing"),
-    "no label": (jsonl({"ctx": "a", "endings": GOOD["endings"]}), "the field 'label' is missing"),
+    **{
+        f"no {field}": (
+            jsonl({name: value for name, value in GOOD.items() if name != field}),
+            f"the field '{field}' is missing; an item has activity_label, ctx_a, ctx_b, ctx, endings and label",
+        )
+        for field in GOOD
+    },
+    "no activity": (jsonl(GOOD | {"activity_label": " "}), "activity_label is empty"),
+    "ctx_b a number": (jsonl(GOOD | {"ctx_b": 5}), "ctx_b must be text, got 5"),
+    "an ending all tags": (
+        jsonl(GOOD | {"endings": ["a", "b", "[header]", "d"]}),
+        "ending 2 without its [tags] is empty",
+    ),
     "ctx a number": (jsonl(GOOD | {"ctx": 5}), "ctx must be text, got 5"),
     "ctx empty": (jsonl(GOOD | {"ctx": " "}), "ctx is empty"),
     "endings a text": (jsonl(GOOD | {"endings": "abcd"}), "list of exactly 4 texts, got 'abcd'"),
@@ -235,6 +255,17 @@ def test_a_network_that_swallows_everything_is_given_up_on(monkeypatch):
 # ------------------------------------------------------------------------------------------------ scoring
 
 
+def answers_of(model, tokenizer, items, *, prompts=("lecture", "lm_eval"), path, **options):
+    """The answers that a file of these records gives."""
+    task = Task(data=str(write(path / "given.jsonl", jsonl(*items))), prompts=prompts)
+    loaded, _ = task.load(tokenizer)
+    return task, answer_items(task, model, loaded, **options)
+
+
+def sample(number=40):
+    return [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:number]]
+
+
 def lecture_predictions(model, tokenizer, items):
     """
     The lecture's way (Karpathy, "Let's reproduce GPT-2"): four rows padded to one length, a mask over the
@@ -242,8 +273,8 @@ def lecture_predictions(model, tokenizer, items):
     """
     by_sum, by_mean = [], []
     for item in items:
-        context = tokenizer.encode(item.context)
-        endings = [tokenizer.encode(" " + ending) for ending in item.endings]
+        context = tokenizer.encode(item["ctx"])
+        endings = [tokenizer.encode(" " + ending) for ending in item["endings"]]
         tokens = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for row, ending in enumerate(endings):
@@ -258,30 +289,50 @@ def lecture_predictions(model, tokenizer, items):
     return torch.stack(by_sum), torch.stack(by_mean)
 
 
-def test_gives_what_the_lectures_way_gives(tiny_gpt2, tokenizer):
-    items, _ = load_items("sample", 12)
-    predictions = score_hellaswag(tiny_gpt2, tokenizer, items)
-    sums = torch.tensor([prediction["log_likelihoods"] for prediction in predictions])
-    means = sums / torch.tensor([prediction["num_tokens"] for prediction in predictions])
+def test_gives_what_the_lectures_way_gives(tiny_gpt2, tokenizer, tmp_path):
+    items = sample(12)
+    task, answers = answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)
+    sums = torch.tensor([answer["lecture_log_likelihoods"] for answer in answers])
+    means = sums / torch.tensor([answer["lecture_num_tokens"] for answer in answers])
     lecture_sums, lecture_means = lecture_predictions(tiny_gpt2, tokenizer, items)
-    torch.testing.assert_close(-sums, lecture_sums, atol=2e-3, rtol=0)
-    torch.testing.assert_close(-means, lecture_means, atol=2e-4, rtol=0)
+    torch.testing.assert_close(-sums, lecture_sums, atol=1e-3, rtol=0)
+    torch.testing.assert_close(-means, lecture_means, atol=1e-4, rtol=0)
 
-    result = accuracy(predictions, [item.label for item in items])
-    labels = torch.tensor([item.label for item in items])
+    result = task.results(answers)
+    labels = torch.tensor([item["label"] for item in items])
     assert result["acc"] == pytest.approx((lecture_sums.argmin(1) == labels).double().mean().item())
     assert result["acc_norm"] == pytest.approx((lecture_means.argmin(1) == labels).double().mean().item())
+    assert result["n"] == 12
 
 
-def test_shares_of_the_items_give_the_whole(tiny_gpt2, tokenizer):
-    items, _ = load_items("sample", 6)
-    whole = score_hellaswag(tiny_gpt2, tokenizer, items, batch_size=5)
-    for rank in range(4):
-        share = score_hellaswag(tiny_gpt2, tokenizer, items[rank::4], batch_size=3)
-        for ours, theirs in zip(share, whole[rank::4], strict=True):
-            assert ours["num_tokens"] == theirs["num_tokens"]
-            assert ours["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], abs=1e-3)
-    assert score_hellaswag(tiny_gpt2, tokenizer, []) == []
+def test_batch_order_processes_padding_and_dtype_change_no_figure(tiny_gpt2, tokenizer, tmp_path, monkeypatch):
+    """Beyond rounding: an item may change its mind only where its best two endings are closer than that."""
+    items = sample()
+    task, whole = answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)
+
+    def assert_same(answers, tolerance=1e-3):
+        for ours, theirs in zip(answers, whole, strict=True):
+            assert ours["label"] == theirs["label"]
+            for prompt, length in (("lecture", "num_tokens"), ("lm_eval", "num_characters")):
+                a, b = (np.array(answer[f"{prompt}_log_likelihoods"]) for answer in (ours, theirs))
+                assert a == pytest.approx(b, abs=tolerance)
+                for per in (1, np.array(theirs[f"{prompt}_{length}"])):
+                    second, best = np.sort(b / per)[-2:]
+                    if best - second > 2 * tolerance / np.min(per):
+                        assert (a / per).argmax() == (b / per).argmax()
+
+    assert_same(answers_of(tiny_gpt2, tokenizer, items, path=tmp_path, tokens_per_batch=64)[1])
+    assert_same(answers_of(tiny_gpt2, tokenizer, items[::-1], path=tmp_path)[1][::-1])
+    shares = [answers_of(tiny_gpt2, tokenizer, items[rank::3], path=tmp_path)[1] for rank in range(3)]
+    assert_same(in_order(shares))
+    monkeypatch.setattr(tokenizer, "padding_side", "left")
+    assert_same(answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)[1])
+    half = copy.deepcopy(tiny_gpt2).bfloat16()
+    assert_same(answers_of(half, tokenizer, items, path=tmp_path)[1], tolerance=8.0)  # of sums around 400
+    full, rounded = task.results(whole), task.results(answers_of(half, tokenizer, items, path=tmp_path)[1])
+    for figure in task.figures:
+        assert rounded[figure] == pytest.approx(full[figure], abs=0.05)  # two of 40 items
+    assert answer_items(task, tiny_gpt2, []) == []
 
 
 class UnigramModel(torch.nn.Module):
@@ -298,22 +349,30 @@ class UnigramModel(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(len(input_ids), logits_to_keep, -1))
 
 
-def test_a_model_whose_answers_are_known(tokenizer):
+def test_a_model_whose_answers_are_known(tokenizer, tmp_path):
     model = UnigramModel(tokenizer.encode(" yes"))
     items = [
-        HellaSwagItem("Is it so? yes yes", ("no", "yes", "no no", "maybe"), 1),  # right by both
-        HellaSwagItem("Is it so?", ("no", "yes", "no no", "maybe"), 0),  # wrong by both
+        BARE | {"ctx": "Is it so? yes yes", "endings": ["no", "yes", "no no", "maybe"], "label": 1},  # right by both
+        BARE | {"ctx": "Is it so?", "endings": ["no", "yes", "no no", "maybe"], "label": 0},  # wrong by both
         # Forty liked tokens are less probable together than one disliked, and more so each.
-        HellaSwagItem("Is it so?", ("yes " * 39 + "yes", "no", "no no", "no no no"), 0),
+        BARE | {"ctx": "Is it so?", "endings": ["yes " * 39 + "yes", "no", "no no", "no no no"], "label": 0},
     ]
-    predictions = score_hellaswag(model, tokenizer, items)
-    assert predictions[0]["num_tokens"] == [1, 1, 2, 1]
-    result = accuracy(predictions, [item.label for item in items])
+    task, answers = answers_of(model, tokenizer, items, prompts=("lecture",), path=tmp_path)
+    assert answers[0]["lecture_num_tokens"] == [1, 1, 2, 1]
+    result = task.results(answers)
     assert result["acc"] == pytest.approx(1 / 3)
     assert result["acc_norm"] == pytest.approx(2 / 3)
+    assert "lm_eval_acc" not in result
 
 
-def test_special_tokens_in_an_item_are_only_text(tokenizer):
-    item = HellaSwagItem("He types <|endoftext|> and", ("<|endoftext|>", "a", "b", "c"), 0)
-    [prediction] = score_hellaswag(UnigramModel([0]), tokenizer, [item])
-    assert prediction["num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
+def test_special_tokens_in_an_item_are_only_text(tokenizer, tmp_path):
+    item = BARE | {"ctx": "He types <|endoftext|> and", "endings": ["<|endoftext|>", "a", "b", "c"]}
+    _, [answer] = answers_of(UnigramModel([0]), tokenizer, [item], prompts=("lecture",), path=tmp_path)
+    assert answer["lecture_num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
+
+
+def test_cut_items_are_counted(tiny_gpt2, tokenizer, tmp_path):
+    items = [GOOD, GOOD | {"ctx": "word " * 200}, GOOD | {"ctx_a": "word " * 200}]
+    task, answers = answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)
+    assert [answer["num_cut"] > 0 for answer in answers] == [False, True, True]
+    assert joint_results(task, answers)["num_cut"] == 2

@@ -4,6 +4,7 @@ import copy
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval import EvalError
-from eval.scoring import loglikelihoods
+from eval.scoring import Request, loglikelihoods
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 VOCABULARY = 61
 CONTEXT = 24
@@ -37,14 +39,16 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(model):
-    """One sequence at a time, all logits, in float64."""
+    """One sequence at a time, all logits, in float64: (log-likelihoods of the tokens, whether all are greedy)."""
     double = copy.deepcopy(model).double().eval()
 
     def score(context, continuation):
         tokens = context + continuation
         with torch.no_grad():
             log_probs = double(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
-        return sum(log_probs[t - 1, tokens[t]].item() for t in range(len(context), len(tokens)))
+        places = range(len(context), len(tokens))
+        log_likelihoods = [log_probs[t - 1, tokens[t]].item() for t in places]
+        return log_likelihoods, all(log_probs[t - 1].argmax().item() == tokens[t] for t in places)
 
     return score
 
@@ -72,53 +76,110 @@ class BigramModel(torch.nn.Module):
         return SimpleNamespace(logits=logits)  # all of them: models are free to ignore logits_to_keep
 
 
-def some_requests(number, seed=0):
+def some_requests(number, seed=0, most=4):
+    """Contexts of up to 15 tokens, each with up to `most` continuations of up to 8: some need more than one row."""
     rng = random.Random(seed)
 
     def tokens(longest):
         return [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, longest))]
 
-    return [(tokens(15), tokens(8)) for _ in range(number)]
+    return [Request(tokens(15), [tokens(8) for _ in range(rng.randint(1, most))]) for _ in range(number)]
 
 
-def test_equals_one_sequence_at_a_time_in_float64(model, reference):
-    requests = some_requests(24)
-    scores = loglikelihoods(model, requests, batch_size=7)
-    assert [score.log_likelihood for score in scores] == pytest.approx(
-        [reference(*request) for request in requests], abs=1e-4
+def sums(scores):
+    return [score.log_likelihood for of_request in scores for score in of_request]
+
+
+def pairs(requests):
+    return [(request.context, continuation) for request in requests for continuation in request.continuations]
+
+
+@pytest.fixture(scope="module", params=["shared contexts", "a row each", "our model"])
+def either_way(request, model):
+    """The same weights, scored with shared contexts and without."""
+    if request.param == "our model":
+        return GPT2ReproForCausalLM.from_gpt2(model)
+    config = copy.deepcopy(model.config)
+    other = type(model)._from_config(
+        config, attn_implementation="sdpa" if request.param == "shared contexts" else "eager"
     )
-    assert [score.num_tokens for score in scores] == [len(continuation) for _, continuation in requests]
-    assert all(score.num_cut == 0 for score in scores)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_equals_one_sequence_at_a_time_in_float64(either_way, reference):
+    requests = some_requests(24)
+    scores = loglikelihoods(either_way, requests, tokens_per_batch=70)
+    assert sums(scores) == pytest.approx([sum(reference(*pair)[0]) for pair in pairs(requests)], abs=1e-4)
+    for score, (context, continuation) in zip([s for of in scores for s in of], pairs(requests), strict=True):
+        log_likelihoods, greedy = reference(context, continuation)
+        assert score.log_likelihoods == pytest.approx(log_likelihoods, abs=1e-4)
+        assert score.is_greedy == greedy
+        assert score.num_tokens == len(continuation)
+        assert score.num_cut == 0
+
+
+def test_some_are_greedy(model, reference):
+    """What the model would write itself is found to be that, for each of its tokens."""
+    with torch.no_grad():
+        written = model.eval()(torch.tensor([[3, 1, 4]])).logits[0, -1].argmax().item()
+    [[right, wrong, half]] = loglikelihoods(model, [Request([3, 1, 4], [[written], [(written + 1) % VOCABULARY], [written, 5]])])
+    assert (right.is_greedy, wrong.is_greedy) == (True, False)
+    assert half.is_greedy == reference([3, 1, 4], [written, 5])[1]
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000), number=st.integers(0, 7), batch_size=st.integers(1, 8))
-def test_batch_size_does_not_matter(model, seed, number, batch_size):
+@given(seed=st.integers(0, 1000), number=st.integers(0, 5), tokens_per_batch=st.integers(1, 200))
+def test_the_batch_does_not_matter(model, seed, number, tokens_per_batch):
     requests = some_requests(number, seed)
-    alone = [loglikelihoods(model, [request], batch_size=1)[0].log_likelihood for request in requests]
-    together = [score.log_likelihood for score in loglikelihoods(model, requests, batch_size=batch_size)]
-    assert together == pytest.approx(alone, abs=1e-4)
+    alone = [sums(loglikelihoods(model, [Request(c, [k])]))[0] for c, k in pairs(requests)]
+    assert sums(loglikelihoods(model, requests, tokens_per_batch=tokens_per_batch)) == pytest.approx(alone, abs=1e-4)
+    backwards = [Request(c, k[::-1]) for c, k in requests[::-1]]
+    assert sums(loglikelihoods(model, backwards))[::-1] == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_context_is_an_input_once(model, monkeypatch):
+    """Rows hold a context and its continuations as far as they fit, longest rows first, within the budget."""
+    shapes = []
+    forward = type(model.transformer).forward
+
+    def spy(self, input_ids, **kwargs):
+        shapes.append(tuple(input_ids.shape))
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(type(model.transformer), "forward", spy)
+    context = list(range(10))
+    requests = [
+        Request(context, [[1] * 4] * 4),  # 10 + 4 * 3 inputs
+        Request(context, [[2] * 8] * 4),  # 10 + 7 * 2, and no room for another 7: two rows
+        Request(context, [[3]] * 4),  # the context alone
+    ]
+    loglikelihoods(model, requests, tokens_per_batch=48)
+    assert shapes == [(2, 24), (2, 22)]
+    shapes.clear()
+    loglikelihoods(model, requests, tokens_per_batch=1)
+    assert shapes == [(1, 24), (1, 24), (1, 22), (1, 10)]
 
 
 def test_scores_the_continuation_and_nothing_else():
     """Known probabilities: 1/2 a step, 1/18 a jump. Any step scored too many or too few, or a pad, shows."""
     step, jump = torch.tensor([0.5, 0.5 / 9]).log().tolist()
     requests = [
-        ([5, 1, 7], [8, 9]),  # jumps in the context, steps in the continuation
-        ([1, 2, 3, 4, 5, 6, 7], [9]),
-        ([3], [4, 5, 8, 0, 1]),
-        ([0, 0, 0, 0], [1]),  # token 0 is also what pads
-        ([9], [0]),
+        Request([5, 1, 7], [[8, 9], [9]]),  # jumps in the context, steps in the continuation; another, a jump
+        Request([1, 2, 3, 4, 5, 6, 7], [[9]]),
+        Request([3], [[4, 5, 8, 0, 1]]),
+        Request([0, 0, 0, 0], [[1]]),  # token 0 is also what pads
+        Request([9], [[0]]),
     ]
-    for batch_size in (1, 2, 5):
-        scores = loglikelihoods(BigramModel(), requests, batch_size=batch_size)
-        expected = [2 * step, jump, 3 * step + 2 * jump, step, step]
-        assert [score.log_likelihood for score in scores] == pytest.approx(expected, abs=1e-5)
+    for tokens_per_batch in (1, 8, 100):
+        scores = loglikelihoods(BigramModel(), requests, tokens_per_batch=tokens_per_batch)
+        expected = [2 * step, jump, jump, 3 * step + 2 * jump, step, step]
+        assert sums(scores) == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_model_sees_right_padding_behind_a_mask_and_gives_few_logits():
+def test_any_other_model_sees_right_padding_behind_a_mask_and_gives_few_logits():
     model = BigramModel()
-    loglikelihoods(model, [([1, 2, 3, 4, 5, 6], [7, 8]), ([1, 2, 3], [4, 5])], batch_size=2)
+    loglikelihoods(model, [Request([1, 2, 3, 4, 5, 6], [[7, 8]]), Request([1, 2, 3], [[4, 5]])])
     [(input_ids, attention_mask, logits_to_keep)] = model.calls
     assert input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 0, 0, 0]]
     assert attention_mask.tolist() == [[1] * 7, [1] * 4 + [0] * 3]
@@ -127,53 +188,67 @@ def test_the_model_sees_right_padding_behind_a_mask_and_gives_few_logits():
 
 def test_longest_sequences_go_first():
     model = BigramModel()
-    loglikelihoods(model, [([1] * n, [2]) for n in (2, 9, 4, 7)], batch_size=1)
+    loglikelihoods(model, [Request([1] * n, [[2]]) for n in (2, 9, 4, 7)], tokens_per_batch=1)
     assert [input_ids.shape[1] for input_ids, *_ in model.calls] == [9, 7, 4, 2]
 
 
-def test_what_does_not_fit_is_cut_on_the_left_and_counted(model, reference):
+def test_what_does_not_fit_is_cut_on_the_left_and_counted(either_way, reference):
     context, continuation = [t % VOCABULARY for t in range(40)], [7, 3, 11]
     fits = context[-(CONTEXT + 1 - 3) :]  # the last token is never an input, so one more than CONTEXT
-    [cut, exact] = loglikelihoods(model, [(context, continuation), (fits, continuation)], batch_size=2)
+    [[cut, shorter], [exact]] = loglikelihoods(
+        either_way, [Request(context, [continuation, [5]]), Request(fits, [continuation])]
+    )
     assert (cut.num_cut, exact.num_cut) == (40 - len(fits), 0)
-    assert cut.log_likelihood == pytest.approx(reference(fits, continuation), abs=1e-4)
-    assert exact.log_likelihood == pytest.approx(cut.log_likelihood, abs=1e-6)
-    assert loglikelihoods(model, [(context, [5] * CONTEXT)], batch_size=1)[0].num_cut == 39
+    assert shorter.num_cut == 40 - CONTEXT
+    assert cut.log_likelihood == pytest.approx(sum(reference(fits, continuation)[0]), abs=1e-4)
+    assert shorter.log_likelihood == pytest.approx(sum(reference(context[-CONTEXT:], [5])[0]), abs=1e-4)
+    assert exact.log_likelihood == pytest.approx(cut.log_likelihood, abs=1e-5)
+    assert loglikelihoods(either_way, [Request(context, [[5] * CONTEXT])])[0][0].num_cut == 39
 
 
 def test_modes_are_restored_and_dropout_is_off(model, reference):
-    request = ([1, 2, 3], [4, 5, 6])
     model.train()
     frozen = model.transformer.h[0].eval()
     try:
-        [score] = loglikelihoods(model, [request], batch_size=1)
-        assert score.log_likelihood == pytest.approx(reference(*request), abs=1e-4)
+        [[score]] = loglikelihoods(model, [Request([1, 2, 3], [[4, 5, 6]])])
+        assert score.log_likelihood == pytest.approx(sum(reference([1, 2, 3], [4, 5, 6])[0]), abs=1e-4)
         assert model.training and model.transformer.h[1].training and not frozen.training
     finally:
         model.eval()
 
 
-def test_under_autocast(model, reference):
+def test_under_autocast(either_way, reference):
     requests = some_requests(10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = loglikelihoods(model, requests, batch_size=4)
-    for score, request in zip(scores, requests, strict=True):
-        assert score.log_likelihood == pytest.approx(reference(*request), rel=0.05, abs=0.2)
+        scores = loglikelihoods(either_way, requests)
+    for score, pair in zip(sums(scores), pairs(requests), strict=True):
+        assert score == pytest.approx(sum(reference(*pair)[0]), rel=0.05, abs=0.2)
 
 
 def test_softmax_is_in_float32():
     model = BigramModel(dtype=torch.bfloat16)
     expected = model.log_probs[3].float().log_softmax(-1)[4].item()
-    [score] = loglikelihoods(model, [([3], [4])], batch_size=1)
+    [[score]] = loglikelihoods(model, [Request([3], [[4]])])
     assert score.log_likelihood == pytest.approx(expected, abs=1e-6)
 
 
-def test_progress_is_told_every_score():
+def test_a_compiled_model_is_scored_all_the_same(model):
+    requests = some_requests(3)
+    compiled = torch.compile(model, backend="eager")
+    assert sums(loglikelihoods(compiled, requests)) == pytest.approx(sums(loglikelihoods(model, requests)), abs=1e-5)
+
+
+def test_arrays_are_token_ids_too(model):
+    [request] = some_requests(1)
+    arrays = Request(np.array(request.context, dtype=np.uint16), [np.array(k, dtype=np.uint16) for k in request[1]])
+    assert sums(loglikelihoods(model, [arrays])) == sums(loglikelihoods(model, [request]))
+
+
+def test_progress_is_told_every_continuation():
     seen = []
-    requests = [([1] * n, [2]) for n in (2, 9, 4)]
-    scores = loglikelihoods(BigramModel(), requests, batch_size=2, on_batch=seen.append)
-    assert [len(batch) for batch in seen] == [2, 1]
-    assert sorted(score for batch in seen for score in batch) == sorted(scores)
+    requests = [Request([1] * n, [[2], [3]]) for n in (2, 9, 4)]
+    loglikelihoods(BigramModel(), requests, tokens_per_batch=18, on_batch=seen.append)
+    assert seen == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -182,27 +257,27 @@ def test_progress_is_told_every_score():
         (([], [1]), "request 1: the context has no tokens"),
         (([1], []), "request 1: the continuation has no tokens"),
         (([1, 10], [2]), "token ids 1 to 10 do not fit the model's vocabulary of 10"),
-        (([1], [-1]), "token ids -1 to 1 do not fit"),
+        (([1], [-1]), "token ids -1 to 3 do not fit"),
         (([1], [2] * 17), "a continuation of 17 tokens does not fit the model's context of 16"),
     ],
 )
 def test_bad_requests_are_named_before_the_model_runs(request_, message):
     model = BigramModel()
     with pytest.raises(EvalError, match=message):
-        loglikelihoods(model, [([1], [2]), request_], batch_size=1)
+        loglikelihoods(model, [Request([1], [[2]]), Request(request_[0], [[3], request_[1]])])
     assert not model.calls
 
 
-def test_batch_size_below_one():
-    with pytest.raises(EvalError, match="batch_size must be at least 1, got 0"):
-        loglikelihoods(BigramModel(), [([1], [2])], batch_size=0)
+def test_a_budget_below_one():
+    with pytest.raises(EvalError, match="tokens_per_batch must be at least 1, got 0"):
+        loglikelihoods(BigramModel(), [Request([1], [[2]])], tokens_per_batch=0)
 
 
 def test_not_finite(model):
     broken = copy.deepcopy(model).train()
     torch.nn.init.constant_(broken.transformer.ln_f.weight, float("nan"))
     with pytest.raises(EvalError, match="not finite"):
-        loglikelihoods(broken, [([1], [2])], batch_size=1)
+        loglikelihoods(broken, [Request([1], [[2]])])
     assert broken.training
 
 
@@ -213,9 +288,8 @@ def test_importing_it_loads_nothing_heavy(run_python):
         "-c",
         "import sys\n"
         "from eval.scoring import loglikelihoods\n"
-        "from eval.hellaswag.task import score_hellaswag\n"
-        "from eval.hellaswag.items import load_items\n"
-        "from eval.hellaswag.accuracy import accuracy\n"
+        "from eval.hellaswag.task import Task\n"
+        "from eval.published import published_lines\n"
         f"print([name for name in {names} if name in sys.modules])",
     )
     assert run.stdout.strip() == "[]", run.stderr

@@ -1,14 +1,11 @@
 """What is known before the first step: memory, time, money, peak, micro-batch."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from modeling_gpt2repro import GPT2ReproConfig
 from training import microbatch
 from training.config import BatchConfig, Config, ModelConfig
-from training.curves import published_lines
 from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, Hardware, look_up, measured_matmul_flops, peak_flops
 from training.microbatch import largest_that_fits
 from training.plan import Plan, duration
@@ -96,17 +93,3 @@ def test_largest_micro_batch(monkeypatch):
     options["step_of"] = step_of
     assert largest_that_fits(sizes, **options, device=torch.device("cuda"), processes_here=1) == 4
     assert tried == [8, 4]  # 16 is too far above the estimate
-
-
-def test_published_lines():
-    hellaswag, sample = SimpleNamespace(is_sample=False), SimpleNamespace(is_sample=True)
-    losses, scores = published_lines(GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}, hellaswag)
-    assert losses == {"OpenAI GPT-2 124M": 3.2924}
-    assert scores == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
-    assert published_lines(GPT2ReproConfig(), {"dataset": "kjj0/fineweb10B-gpt2"}, None) == (
-        {"OpenAI GPT-2 124M": 3.425},
-        {},
-    )
-    assert published_lines(GPT2ReproConfig(), {"paths": ["my.txt"]}, hellaswag)[0] == {}
-    assert published_lines(GPT2ReproConfig(n_layer=3), None, hellaswag) == ({}, {})
-    assert published_lines(GPT2ReproConfig(), None, sample)[1] == {}

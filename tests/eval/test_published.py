@@ -1,0 +1,32 @@
+"""What OpenAI's models have: only where it can be compared."""
+
+from types import SimpleNamespace
+
+from eval.published import GPT2, published_lines
+from modeling_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro.configuration_gpt2repro import SIZES
+
+
+def test_published_lines():
+    hellaswag, sample = SimpleNamespace(is_sample=False), SimpleNamespace(is_sample=True)
+    losses, scores = published_lines(GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}, hellaswag)
+    assert losses == {"OpenAI GPT-2 124M": 3.2924}
+    assert scores == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
+    assert published_lines(GPT2ReproConfig(), {"dataset": "kjj0/fineweb10B-gpt2"}, None) == (
+        {"OpenAI GPT-2 124M": 3.425},
+        {},
+    )
+    assert published_lines(GPT2ReproConfig(), {"paths": ["my.txt"]}, hellaswag)[0] == {}
+    assert published_lines(GPT2ReproConfig(n_layer=3), None, hellaswag) == ({}, {})
+    assert published_lines(GPT2ReproConfig(), None, sample)[1] == {}
+
+
+def test_the_sizes_are_gpt2s():
+    """Names, shapes and parameters: those that the model's own configurations have."""
+    for model, size in zip(GPT2, SIZES, strict=True):
+        config = GPT2ReproConfig.from_size(size)
+        assert model.name.endswith(f" {size}")
+        assert model.size == (config.n_layer, config.n_embd)
+        block = 12 * config.n_embd**2 + 13 * config.n_embd
+        embeddings = (config.vocab_size + config.n_positions) * config.n_embd
+        assert model.parameters == config.n_layer * block + embeddings + 2 * config.n_embd
