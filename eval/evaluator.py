@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from eval import EvalError
 from eval.items import Source
 from eval.lm_eval_bridge import PREFIX, LmEvalTask, check_lm_eval, score_with_lm_eval
 from eval.processes import gather, rank_and_number
@@ -71,6 +72,9 @@ def prepare(tasks, tokenizer, config):
     Returns:
         list of Prepared.
     """
+    # A vocabulary of 0 is what transformers makes of a folder without tokenizer files.
+    if not callable(tokenizer) or getattr(tokenizer, "vocab_size", None) == 0:
+        raise EvalError(f"the model has no tokenizer (got {tokenizer!r:.80}); give the one that it was trained with")
     prepared = []
     for task in tasks:
         if isinstance(task, str):

@@ -1,13 +1,15 @@
 """Whether the Hugging Face Hub can be reached."""
 
+import functools
 import threading
 
 PROBE_SECONDS = 10
 
 
+@functools.cache
 def why_unreachable():
     """
-    Asks the configured endpoint, once. The Hub's own clients retry each file for 20 seconds and more before
+    Asks the configured endpoint, once a process. The Hub's own clients retry each file for 20 seconds and more before
     they turn to their cache; who asks here first can send them there at once.
 
     HF_ENDPOINT, HF_HUB_OFFLINE and the proxy settings hold, since it is the Hub's own client that asks.

@@ -56,12 +56,13 @@ def hub_records(dataset, split, name=None):
     return [(record, f"{dataset}, item {index}") for index, record in enumerate(records)]
 
 
-def file_records(path, *, fields=(), others=""):
+def file_records(path, *, fields, or_field=None, others=""):
     """
     The objects of a .jsonl, .jsonl.gz or .jsonl.xz file.
 
     Args:
         fields: names that each object must have.
+        or_field: one that will do in their place.
         others: what else may be given in a file's place, for the error message.
 
     Returns:
@@ -89,7 +90,8 @@ def file_records(path, *, fields=(), others=""):
     if not records:
         raise EvalError(f"{path}: no items in it; each line is one, with the fields {_listed(fields)}")
     for record, where in records:
-        check_fields(record, fields, where)
+        if not (isinstance(record, dict) and or_field in record):
+            check_fields(record, fields, where)
     return records
 
 

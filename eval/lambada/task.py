@@ -35,7 +35,8 @@ class Task(BaseTask):
                     f"{HUB_ID} was not to be had ({error}); name a local copy of LAMBADA with --data lambada=FILE"
                 ) from error
         else:
-            records, name = file_records(self.data, others="'hub' or "), str(self.data)
+            records = file_records(self.data, fields=FIELDS, or_field="text", others="'hub' or ")
+            name = str(self.data)
         passages, count = first_items([_passage(record, where) for record, where in records], self.limit)
         requests = encode_together(tokenizer, [(context, [f" {word}"]) for context, word in passages])
         items = [Item([request], {"word": word}) for request, (_, word) in zip(requests, passages, strict=True)]
@@ -58,14 +59,11 @@ class Task(BaseTask):
 
 def _passage(record, where):
     """(all but the last word, the last word)"""
-    if isinstance(record, dict) and isinstance(record.get("text"), str):
+    if "text" in record:
+        check_text(record["text"], f"{where}: text")
         context, _, word = record["text"].rpartition(" ")
-    elif isinstance(record, dict) and all(name in record for name in FIELDS):
-        context, word = (record[name] for name in FIELDS)
-        if isinstance(word, str):
-            word = word.lstrip(" ")
     else:
-        raise EvalError(f"{where}: a passage has the fields context and continuation, or text")
+        context, word = (record[name] for name in FIELDS)
     check_text(context, f"{where}: context")
     check_text(word, f"{where}: continuation")
-    return context, word
+    return context, word.lstrip(" ")

@@ -2,17 +2,20 @@
 
 import copy
 import json
+import math
 import shutil
 import time
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 
 from eval import __main__ as command
-from eval.hellaswag.accuracy import accuracy
-from eval.hellaswag.items import SAMPLE, load_items
-from eval.hellaswag.task import score_hellaswag
+from eval import evaluate
+from eval.checkpoint import load_model, load_tokenizer
+from eval.hellaswag.items import SAMPLE
+from eval.hellaswag.task import Task as HellaSwag
 
 GOOD = SAMPLE.read_text(encoding="utf-8").splitlines()[0]
 
@@ -23,7 +26,7 @@ def fails(capsys, monkeypatch):
 
     def run(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(command, "_load_model", lambda *_: pytest.fail("came as far as loading the model"))
+            patch.setattr(command, "load_model", lambda *_, **__: pytest.fail("came as far as loading the model"))
             assert command.main([str(argument) for argument in arguments]) == 2
         return _error_line(capsys.readouterr())
 
@@ -47,33 +50,37 @@ def test_own_checkpoint_with_a_file_of_items(run_python, own_checkpoint, tiny_gp
     data.write_text("\n".join(SAMPLE.read_text(encoding="utf-8").splitlines()[:12]), encoding="utf-8")
     output = tmp_path / "result.json"
     run = run_python(
-        *("-m", "eval", "--model", own_checkpoint, "--data", data, "--limit", 10, "--batch_size", 7),
+        *("-m", "eval", "--model", own_checkpoint, "--data", data, "--limit", 10, "--tokens_per_batch", 200),
         *("--tasks", "hellaswag", "--device", "cpu", "--output", output),
     )
     assert (run.returncode, run.stderr) == (0, "")
 
-    items, source = load_items(data, 10)
-    expected = accuracy(score_hellaswag(tiny_gpt2, tokenizer, items), [item.label for item in items])
+    task = HellaSwag(data=str(data), limit=10)
+    expected = evaluate(tiny_gpt2, tokenizer, [task])
+    figures = expected["results"]["hellaswag"]
     result = json.loads(output.read_text(encoding="utf-8"))
-    assert result["results"] == pytest.approx(expected)
-    assert result["task"] == "hellaswag"
-    assert result["model"] == str(own_checkpoint)
-    assert result["published"] is None
-    assert result["data"] == {
-        "source": f"{data}, the first 10 of 12 items",
-        "is_sample": False,
-        "sha256": source.sha256,
+    assert result["results"] == {"hellaswag": pytest.approx(figures)}
+    assert result["published"] == {}
+    [(name, about)] = result["tasks"].items()
+    assert (name, about["version"], about["figures"]) == ("hellaswag", task.version, task.figures)
+    assert about["data"] == expected["tasks"]["hellaswag"]["data"]
+    assert about["data"]["source"] == f"{data}, the first 10 of 12 items"
+    assert about["seconds"] > 0
+    assert result["model"] == {
+        **{"name": str(own_checkpoint), "revision": None, "class": "GPT2ReproForCausalLM", "dtype": "float32"},
+        **{"device": "cpu", "n_layer": 2, "n_embd": 32, "parameters": tiny_gpt2.num_parameters()},
     }
-    assert (result["dtype"], result["device"], result["batch_size"]) == ("float32", "cpu", 7)
     assert result["versions"]["torch"] == torch.__version__
-    assert result["seconds"] > 0
-    assert result["sequences_cut_to_context"] == 0
+    assert result["processes"] == 1
+    assert result["date"].endswith("+00:00")
 
     assert [line.split()[0] for line in run.stdout.splitlines() if line] == [
-        *("task", "hellaswag", "model", "items", "time"),
+        *("task", *["hellaswag"] * 4, "model", "items", "time"),
     ]
-    for name in ("acc", "acc_norm"):
-        assert f"{expected[name]:.4f} ± {expected[name + '_stderr']:.4f}" in run.stdout
+    for name in task.figures:
+        [line] = [line for line in run.stdout.splitlines() if line.split()[1:2] == [name]]
+        assert f"{figures[name]:.4f} ± {figures[name + '_stderr']:.4f}" in line
+        assert line.endswith(task.figures[name])
     assert f"{data}, the first 10 of 12 items" in run.stdout
     assert "OpenAI" not in run.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf_home", "items.jsonl", "result.json"]
@@ -88,15 +95,15 @@ def test_without_network_the_sample_is_scored_and_called_that(run_python, checkp
     assert run.stderr.count("\n") == 1
     assert sentence in run.stdout
     result = json.loads(output.read_text(encoding="utf-8"))
-    assert result["data"]["source"].startswith(sentence)
-    assert result["data"]["is_sample"]
-    assert (result["results"]["n"], result["dtype"]) == (4, "bfloat16")
+    assert result["tasks"]["hellaswag"]["data"]["source"].startswith(sentence)
+    assert result["tasks"]["hellaswag"]["data"]["is_sample"]
+    assert (result["results"]["hellaswag"]["n"], result["model"]["dtype"]) == (4, "bfloat16")
 
 
 @pytest.fixture
-def in_process(monkeypatch, evaluate_cache, checkpoint, tiny_gpt2, tokenizer, capsys):
+def in_process(monkeypatch, checkpoint, tiny_gpt2, capsys):
     """The command in this process, with the model that is here already."""
-    monkeypatch.setattr(command, "_load_model", lambda args: (tokenizer, tiny_gpt2))
+    monkeypatch.setattr(command, "load_model", lambda *_, **__: tiny_gpt2)
 
     def run(*arguments):
         code = command.main([str(argument) for argument in ("--model", checkpoint, "--device", "cpu", *arguments)])
@@ -108,12 +115,15 @@ def in_process(monkeypatch, evaluate_cache, checkpoint, tiny_gpt2, tokenizer, ca
 def test_published_numbers_stand_beside_the_full_set_only(in_process, monkeypatch, tmp_path):
     data = tmp_path / "items.jsonl"
     data.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n", encoding="utf-8")
-    monkeypatch.setattr(command, "NUM_VALIDATION_ITEMS", 3)
+    monkeypatch.setattr(HellaSwag, "full_size", 3)
     output = tmp_path / "result.json"
     _, printed = in_process("--data", data, "--output", output)
-    [line] = [line for line in printed.out.splitlines() if line.startswith("OpenAI GPT-2 124M")]
-    assert line.split()[-2:] == ["0.2859", "0.2955"]
-    assert json.loads(output.read_text())["published"]["acc_norm"] == 0.2955
+    header, *lines = printed.out.splitlines()[:5]
+    assert header.split("  ")[-1].strip() == "OpenAI GPT-2 124M"
+    for line, value in zip(lines, ("0.2859", "0.2955", "0.2892", "0.3114"), strict=True):
+        assert f"  {value}  " in line
+    published = json.loads(output.read_text())["published"]
+    assert published["OpenAI GPT-2 124M"]["hellaswag"]["acc_norm"] == 0.2955
     for arguments in (("--data", data, "--limit", 2), ("--data", "sample", "--limit", 3)):
         _, printed = in_process(*arguments)
         assert "OpenAI" not in printed.out
@@ -123,7 +133,7 @@ def test_one_item_has_no_standard_error(in_process, tmp_path):
     output = tmp_path / "result.json"
     code, _ = in_process("--data", "sample", "--limit", 1, "--output", output)
     assert code == 0
-    assert json.loads(output.read_text())["results"]["acc_stderr"] is None  # nan would be no JSON
+    assert json.loads(output.read_text())["results"]["hellaswag"]["acc_stderr"] is None  # nan would be no JSON
 
 
 def test_cut_contexts_are_told(in_process, tmp_path):
@@ -132,8 +142,56 @@ def test_cut_contexts_are_told(in_process, tmp_path):
     data.write_text(json.dumps(item | {"ctx": "word " * 200}) + "\n" + GOOD, encoding="utf-8")
     output = tmp_path / "result.json"
     _, printed = in_process("--data", data, "--output", output)
-    assert "4 of 8 sequences were longer than the model's context and lost their beginning" in printed.out
-    assert json.loads(output.read_text())["sequences_cut_to_context"] == 4
+    assert "hellaswag: 1 of 2 items were longer than the model's context and lost their beginning" in printed.out
+    assert json.loads(output.read_text())["results"]["hellaswag"]["num_cut"] == 1
+
+
+def test_several_tasks_and_each_items_log_likelihoods(in_process, tmp_path):
+    lambada, text = tmp_path / "lambada.jsonl", tmp_path / "text.txt"
+    lambada.write_text('{"text": "He said it"}\n{"context": "One", "continuation": "two"}\n')
+    text.write_text("Some text.")
+    arguments = (
+        *("--tasks", "bits_per_byte", "lambada", "hellaswag", "--stride", 3, "--limit", 2),
+        *("--data", f"lambada={lambada}", f"bits_per_byte={text}", "hellaswag=sample"),
+    )
+    code, printed = in_process(*arguments, "--per_item", tmp_path / "items.jsonl")
+    assert code == 0
+    rows = [json.loads(line) for line in (tmp_path / "items.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["item"]) for row in rows] == [
+        ("bits_per_byte", 0),
+        *(("lambada", 0), ("lambada", 1), ("hellaswag", 0), ("hellaswag", 1)),
+    ]
+    assert rows[1]["word"] == "it"
+    assert len(rows[3]["lecture_log_likelihoods"]) == 4
+    perplexity = math.exp(-(rows[1]["log_likelihood"] + rows[2]["log_likelihood"]) / 2)
+    assert f"{perplexity:.4f} ± " in printed.out
+    assert "text.txt, stride 3, all 1 documents" in printed.out
+
+    in_process(*arguments, "--per_item", tmp_path / "items.parquet")
+    table = pyarrow.parquet.read_table(tmp_path / "items.parquet").to_pylist()
+    assert [{name: value for name, value in row.items() if value is not None} for row in table] == rows
+
+
+def test_two_processes_give_the_figures_of_one(in_process, own_checkpoint, run_python, tmp_path):
+    """Eleven items: the shares are not of one size."""
+    output = tmp_path / "two.json"
+    run = run_python(
+        *("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"),
+        *("--main_process_port", 0, "-m", "eval", "--model", own_checkpoint, "--data", "sample", "--limit", 11),
+        *("--output", output, "--per_item", tmp_path / "two.jsonl"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("lm_eval_acc_norm") == 1
+    in_process(
+        "--data", "sample", "--limit", 11, "--output", tmp_path / "one.json", "--per_item", tmp_path / "one.jsonl"
+    )
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["results"]["hellaswag"] == pytest.approx(one["results"]["hellaswag"])
+    one, two = ((tmp_path / name).read_text().splitlines() for name in ("one.jsonl", "two.jsonl"))
+    for a, b in zip(map(json.loads, one), map(json.loads, two), strict=True):
+        assert a["item"] == b["item"]
+        assert a["lm_eval_log_likelihoods"] == pytest.approx(b["lm_eval_log_likelihoods"], abs=1e-3)
 
 
 def test_a_full_disk_leaves_what_was_there(in_process, monkeypatch, tmp_path):
@@ -157,12 +215,28 @@ def test_a_full_disk_leaves_what_was_there(in_process, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "helaswag"], "--tasks 'helaswag': no such task; did you mean 'hellaswag'?"),
-        (["--tasks", "hellaswag", "zzz"], "--tasks 'zzz': no such task; there are: hellaswag"),
+        (["--tasks", "helaswag"], "no task 'helaswag'; did you mean 'hellaswag'?"),
+        (
+            ["--tasks", "hellaswag", "zzz"],
+            "no task 'zzz'; there are: bits_per_byte, hellaswag, lambada, and lm-eval:NAME",
+        ),
+        (["--tasks", "lambada", "lambada"], "--tasks 'lambada' is named twice"),
+        (["--tasks", "lambada", "hellaswag", "--data", "x.jsonl"], "--data 'x.jsonl': say whose it is, TASK=PATH"),
+        (
+            ["--tasks", "lambada", "--data", "lambada=nowhere.jsonl"],
+            "items 'nowhere.jsonl': no such file; give 'hub' or a",
+        ),
+        (["--tasks", "lm-eval:piqa", "--data", "lm-eval:piqa=x"], "lm-eval finds its data itself"),
+        (["--tasks", "bits_per_byte"], "bits_per_byte needs a text"),
+        (["--tasks", "bits_per_byte", "--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--tasks", "bits_per_byte", "--data", "LICENSE"], "LICENSE"),
+        (["--stride", "5"], "--stride 5: is for bits_per_byte, which is not among --tasks"),
+        (["--tasks", "bits_per_byte", "--data", "README.md", "--stride", "500"], "stride 500 is not between 1 and"),
+        (["--per_item", "items.csv"], "--per_item 'items.csv' must end in .jsonl or .parquet"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--limit", "-3"], "--limit must be at least 1, got -3"),
         (["--limit", "many"], "argument --limit: invalid int value: 'many'"),
-        (["--batch_size", "0"], "--batch_size must be at least 1, got 0"),
+        (["--tokens_per_batch", "0"], "--tokens_per_batch must be at least 1, got 0"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
         (["--device", "abacus"], "--device 'abacus' is not to be had"),
         (["--lim", "5"], "unrecognized arguments: --lim 5"),
@@ -198,7 +272,8 @@ def test_a_run_folder_instead_of_its_checkpoint(fails, own_checkpoint):
         ("[]", "[] is no JSON object"),
         (GOOD.replace('"label": ', '"label": 1'), "label must be 0, 1, 2 or 3"),
         (GOOD.replace('"endings": ["', '"endings": ["", "'), "exactly 4 texts, got 5 of them"),
-        ('{"ctx": "a", "endings": ["a", "b", "", "d"], "label": 1}', "ending 2 is empty"),
+        (json.dumps(json.loads(GOOD) | {"endings": ["a", "b", "", "d"]}), "ending 2 is empty"),
+        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 1}', "the field 'activity_label' is missing"),
     ],
 )
 def test_malformed_items(fails, checkpoint, tmp_path, line, message):
@@ -218,8 +293,7 @@ def test_dtype_is_the_one_asked_for_whatever_was_saved(tiny_gpt2, tokenizer, tmp
     copy.deepcopy(tiny_gpt2).to(torch.float16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     args = command._parse_arguments(["--model", str(tmp_path), *arguments])
-    args.device = "cpu"
-    _, model = command._load_model(args)
+    model = load_model(args.model, dtype=args.dtype, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
@@ -260,9 +334,9 @@ def test_broken_checkpoints(checkpoint, tmp_path, kind):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
     breakage(folder)
-    args = command._parse_arguments(["--model", str(folder), "--device", "cpu"])
     with pytest.raises(command.EvalError) as raised:
-        command._load_model(args)
+        load_tokenizer(str(folder))
+        load_model(str(folder), dtype="float32", device="cpu")
     assert f"--model {str(folder)!r}" in str(raised.value)
     assert message in str(raised.value)
 
@@ -290,7 +364,7 @@ def test_code_from_the_hub_runs_only_when_asked_for(run_python, local_hub, own_c
 
     run = run_python(*arguments, "--trust_remote_code", HF_ENDPOINT=address)
     assert run.returncode == 0, run.stderr
-    assert json.loads(output.read_text())["revision"] == "c" * 40
+    assert json.loads(output.read_text())["model"]["revision"] == "c" * 40
 
     # Once in the cache, no network is needed.
     online = output.read_text()
@@ -300,7 +374,7 @@ def test_code_from_the_hub_runs_only_when_asked_for(run_python, local_hub, own_c
 
 
 def test_a_bug_shows_its_traceback(in_process, monkeypatch):
-    monkeypatch.setattr(command, "score_hellaswag", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(command, "score", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         in_process("--data", "sample")
 

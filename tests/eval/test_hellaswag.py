@@ -248,7 +248,7 @@ def test_a_network_that_swallows_everything_is_given_up_on(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: silent)
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
     start = time.perf_counter()
-    assert "did not answer in 0.1 seconds" in hub.why_unreachable()
+    assert "did not answer in 0.1 seconds" in hub.why_unreachable.__wrapped__()
     assert time.perf_counter() - start < 3
 
 
