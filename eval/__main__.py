@@ -6,32 +6,29 @@ or the id of a model on the Hub. Prints a table; --output also writes it as JSON
 the same again. Several GPUs share the items: accelerate launch -m eval --model CHECKPOINT ...
 """
 
-import argparse
-import dataclasses
 import json
 import logging
-import math
-import os
 import sys
 from pathlib import Path
 
-import torch
-
 from eval import EvalError
-from eval.checkpoint import check_name, load_model, load_tokenizer, one_line, revision
-from eval.evaluator import prepare, score
-from eval.lm_eval_bridge import PREFIX, LmEvalTask
-from eval.published import GPT2
-from eval.task import task_class, task_names
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):  # argparse's own prints the whole usage first
-        raise EvalError(f"{message} (see python -m eval --help)")
+from eval.checkpoint import check_name, load_tokenizer
+from eval.command import (
+    Parser,
+    add_task_arguments,
+    check_output,
+    find_device,
+    run_command,
+    score_checkpoint,
+    tasks_of,
+    write_aside,
+    write_json,
+)
+from eval.evaluator import prepare
 
 
 def _parse_arguments(arguments):
-    parser = _Parser(
+    parser = Parser(
         prog="python -m eval",
         description="Scores a language model. Several GPUs share the items: accelerate launch -m eval --model ...",
         allow_abbrev=False,
@@ -51,150 +48,8 @@ def _parse_arguments(arguments):
     return parser.parse_args(arguments)
 
 
-def add_task_arguments(parser):
-    """What to score, and how: the same for every command that scores."""
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["hellaswag"],
-        metavar="TASK",
-        help=f"of: {', '.join(task_names())}; or lm-eval:NAME, any task of the package lm-eval (default: hellaswag)",
-    )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="TASK=PATH",
-        help="where a task's items are; PATH alone if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the "
-        "default), 'sample' (40 items of this project's own, for trying things out), or a .jsonl (.gz, .xz) file; "
-        "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of "
-        "shards, or text as `python -m data.prepare files` reads it",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N items of each task")
-    parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="bits_per_byte: tokens from window to window (default: half the context)",
-    )
-    parser.add_argument(
-        "--tokens_per_batch",
-        type=int,
-        metavar="N",
-        help="in a forward pass; fewer take less memory (default: by device)",
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that is there")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
-    )
-
-
-def tasks_of(args):
-    """
-    Returns:
-        list of the tasks that the arguments ask for, with their settings.
-
-    Raises:
-        EvalError: a task that does not exist or is named twice, data or a setting for one that is not asked for.
-    """
-    for name in ("limit", "stride", "tokens_per_batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise EvalError(f"--{name} must be at least 1, got {value}")
-    paths = {}
-    for given in args.data:
-        task, sign, path = given.partition("=")
-        if not sign or task not in args.tasks:
-            if len(args.tasks) > 1 or paths:
-                raise EvalError(f"--data {given!r}: say whose it is, TASK=PATH with one of {', '.join(args.tasks)}")
-            task, path = args.tasks[0], given
-        paths[task] = path
-    tasks = []
-    for name in args.tasks:
-        if args.tasks.count(name) > 1:
-            raise EvalError(f"--tasks {name!r} is named twice; once is enough")
-        if name.startswith(PREFIX):
-            if name in paths:
-                raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its data itself")
-            tasks.append(LmEvalTask(name.removeprefix(PREFIX), args.limit))
-            continue
-        kind = task_class(name)
-        settings = {"limit": args.limit}
-        if name in paths:
-            settings["data"] = paths[name]
-        if "stride" in {field.name for field in dataclasses.fields(kind)}:
-            settings["stride"] = args.stride
-        tasks.append(kind(**settings))
-    if args.stride is not None and not any(hasattr(task, "stride") for task in tasks):
-        raise EvalError(f"--stride {args.stride}: is for bits_per_byte, which is not among --tasks")
-    return tasks
-
-
-def find_device(name):
-    """
-    The device to run on, once the other processes are found.
-
-    Args:
-        name: "cuda", "mps", "cpu", ...; None for the first that is there.
-
-    Returns:
-        (device as a str, whether this is the process that speaks)
-
-    Raises:
-        EvalError: there is no such device, or the launcher's processes do not see each other.
-    """
-    if name is None:
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
-        from accelerate import PartialState
-
-        state = PartialState(cpu=name == "cpu")
-        if state.num_processes != launched:
-            raise EvalError(
-                f"the launcher started {launched} processes, but this one sees {state.num_processes}; launch with one "
-                "of accelerate_configs/*.yaml that fits this machine"
-            )
-        return str(state.device), state.is_main_process
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise EvalError(f"--device {name!r} is not to be had ({one_line(error)}); try cpu") from error
-    return name, True
-
-
-def check_output(option, path):
-    """Raises EvalError for a file that could not be written later."""
-    if path.is_dir():
-        raise EvalError(f"{option} {str(path)!r} is a folder; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise EvalError(
-            f"{option} {str(path)!r}: there is no folder {str(path.parent)!r} that can be written to; make it first"
-        )
-
-
-def published_beside(result):
-    """
-    OpenAI's figures for what was scored in full: of the GPT-2 of the model's size, or of the smallest.
-
-    Returns:
-        (the model's name, {task: {figure: value}}), of which the dict may be empty.
-    """
-    size = (result["model"]["n_layer"], result["model"]["n_embd"])
-    model = next((model for model in GPT2 if model.size == size), GPT2[0])
-    return model.name, {
-        task: model.results[task]
-        for task, about in result["tasks"].items()
-        if task in model.results
-        and not about["data"]["is_sample"]
-        and result["results"][task]["n"] == about["full_size"]
-    }
-
-
 def _table(args, device, result):
-    name, published = published_beside(result)
+    [(name, published)] = result["published"].items() or [(None, {})]
     rows = [("task", "figure", "value", *([name] if published else []), "")]
     for task, figures in result["results"].items():
         about = result["tasks"][task]
@@ -222,12 +77,6 @@ def _table(args, device, result):
     return "\n".join(lines)
 
 
-def write_json(option, path, content):
-    """Without nan, which JSON does not have: null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    _write(option, path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
 def _write_answers(path, answers):
     """A row an item; a column that a task does not have is null in its rows."""
     rows = [
@@ -235,31 +84,14 @@ def _write_answers(path, answers):
     ]
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        _write("--per_item", path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside("--per_item", path, lambda aside: aside.write_text(text, encoding="utf-8"))
         return
     import pyarrow
     import pyarrow.parquet
 
     names = dict.fromkeys(name for row in rows for name in row)
     table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    _write("--per_item", path, lambda aside: pyarrow.parquet.write_table(table, aside))
-
-
-def _write(option, path, write):
-    """Written aside and renamed, so that `path` is never half a file."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        write(aside)
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_aside("--per_item", path, lambda aside: pyarrow.parquet.write_table(table, aside))
 
 
 def _main(arguments):
@@ -275,27 +107,17 @@ def _main(arguments):
 
     tokenizer, config = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     prepared = prepare(tasks, tokenizer, config)
-    model = load_model(args.model, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
-    result = score(
-        model,
-        tokenizer,
-        prepared,
-        tokens_per_batch=args.tokens_per_batch,
-        progress=True,
-        keep_answers=args.per_item is not None,
-    )
+    for task in prepared:
+        if speaks and task.source is not None and task.source.is_sample:
+            print(f"warning: {task.source.description}", file=sys.stderr)
+    result = score_checkpoint(args, args.model, tokenizer, prepared, device, keep_answers=args.per_item is not None)
     if not speaks:
         return
-    for about in result["tasks"].values():
-        if about["data"]["is_sample"]:
-            print(f"warning: {about['data']['source']}", file=sys.stderr)
     print(_table(args, device, result))
     if args.per_item is not None:
         _write_answers(args.per_item, result.pop("answers"))
     if args.output is not None:
-        result["model"] = {"name": args.model, "revision": revision(args.model)} | result["model"]
-        name, published = published_beside(result)
-        write_json("--output", args.output, result | {"published": {name: published} if published else {}})
+        write_json("--output", args.output, result)
 
 
 def main(arguments=None):
@@ -304,21 +126,6 @@ def main(arguments=None):
         exit code: 0, or 2 for what the user can mend, said on one line of stderr.
     """
     return run_command(_main, arguments)
-
-
-def run_command(command, arguments):
-    """Calls a command; what the user can mend becomes one line of stderr and the exit code 2."""
-    rank = os.environ.get("RANK", "0")
-    who = "error" if rank == "0" else f"error (process {rank})"
-    try:
-        command(arguments)
-    except EvalError as error:
-        print(f"{who}: {one_line(error)}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"{who}: out of memory, use a smaller --tokens_per_batch ({one_line(error)})", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

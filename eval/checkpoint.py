@@ -18,14 +18,14 @@ def check_name(model):
         if not (folder / "config.json").is_file():
             inside = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
             hint = f"did you mean {str(inside[-1].parent)!r}?" if inside else "give the folder that holds it"
-            raise EvalError(f"--model {model!r} has no config.json, so it is no checkpoint; {hint}")
+            raise EvalError(f"checkpoint {model!r} has no config.json, so it is no checkpoint; {hint}")
     elif folder.exists():
-        raise EvalError(f"--model {model!r} is a file; give the folder it is in")
+        raise EvalError(f"checkpoint {model!r} is a file; give the folder it is in")
     else:
         try:
             validate_repo_id(model)
         except HFValidationError as error:
-            raise EvalError(f"--model {model!r}: no such folder, nor a Hub id (owner/name)") from error
+            raise EvalError(f"checkpoint {model!r}: no such folder, nor a Hub id (owner/name)") from error
 
 
 def load_tokenizer(name, *, trust_remote_code=False):
@@ -43,7 +43,7 @@ def load_tokenizer(name, *, trust_remote_code=False):
 
     tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code)
     if tokenizer.vocab_size == 0:  # what transformers makes of a folder without tokenizer files
-        raise EvalError(f"--model {name!r} has no tokenizer; put one there with tokenizer.save_pretrained")
+        raise EvalError(f"checkpoint {name!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     return tokenizer, _from_pretrained(AutoConfig, name, trust_remote_code)
 
 
@@ -76,7 +76,7 @@ def load_model(name, *, dtype, device, trust_remote_code=False):
     unfilled = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if unfilled:
         raise EvalError(
-            f"--model {name!r}: config.json asks for {len(unfilled)} tensors that the weights lack or "
+            f"checkpoint {name!r}: config.json asks for {len(unfilled)} tensors that the weights lack or "
             f"have in another shape ({unfilled[0]}, ...); use the config.json that was saved with them"
         )
     return model.to(device)
@@ -99,7 +99,7 @@ def _from_pretrained(kind, name, trust_remote_code, **options):
             problem = f"no such folder, nor in the Hub's local cache, and {why}"
         else:
             problem = f"cannot be opened ({type(error).__name__}: {one_line(error)})"
-        raise EvalError(f"--model {name!r}: {problem}") from error
+        raise EvalError(f"checkpoint {name!r}: {problem}") from error
 
 
 def revision(model):

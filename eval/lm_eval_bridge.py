@@ -37,7 +37,7 @@ def check_lm_eval(wanted):
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise EvalError(
-            f"{task}: the package lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.9'"
+            f"{task}: the package lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
         ) from error
     folder, _, name = wanted.task.rpartition("/")
     if folder and not Path(folder).is_dir():
@@ -95,6 +95,10 @@ def score_with_lm_eval(wanted, model, tokenizer):
     return figures, {
         "version": version,
         "data": {"source": f"lm-eval {lm_eval.__version__}, {name}{limit}", "sha256": None, "is_sample": False},
-        "figures": {figure: f"lm-eval {lm_eval.__version__}" for figure in figures if not figure.endswith("_stderr")},
+        "figures": {
+            figure: f"lm-eval {lm_eval.__version__}"
+            for figure in figures
+            if not figure.endswith(("_stderr", "/n")) and figure != "n"
+        },
         "full_size": None,
     }

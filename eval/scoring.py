@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from eval import EvalError
@@ -29,9 +30,11 @@ SHARING_MODELS = ("gpt2", "gpt2repro")
 
 # Inputs (padding included) of one forward pass, by device type: a GPU wants enough to be busy, a CPU as little as
 # fills its matmuls, since what is larger leaves its caches (benchmarks/LOG.md).
-TOKENS_PER_BATCH = {"cpu": 1024, None: 65_536}
-# Rows of the head's matrix that make logits at a time: on a CPU the logits stay in its cache, and the matmul is faster.
-VOCABULARY_SLAB = {"cpu": 1024}
+TOKENS_PER_BATCH = {"cpu": 1024, None: 32_768}
+# Of that, where the model's own forward makes logits of every input behind the first that scores something.
+PLAIN_SHARE = 4
+# Rows of the head's matrix that make logits at a time. On a CPU these stay in its cache, and the matmul is faster.
+VOCABULARY_SLAB = {"cpu": 1024, None: 4096}
 
 
 class Request(NamedTuple):
@@ -98,14 +101,13 @@ def loglikelihoods(model, requests, *, tokens_per_batch=None, on_batch=None):
         EvalError: an empty context or continuation, a token id outside the vocabulary, a continuation that
             does not fit the model's context, a result that is not finite, tokens_per_batch below 1.
     """
+    model = getattr(model, "_orig_mod", model)  # compiled, each batch's shape would be compiled anew
     device = next(model.parameters()).device
+    shares_context = _can_share_context(model)
     if tokens_per_batch is None:
-        tokens_per_batch = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH[None])
+        tokens_per_batch = _by_device(TOKENS_PER_BATCH, device) // (1 if shares_context else PLAIN_SHARE)
     if tokens_per_batch < 1:
         raise EvalError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
-    shares_context = (
-        getattr(model.config, "model_type", None) in SHARING_MODELS and model.config._attn_implementation == "sdpa"
-    )
     rows = []
     for number, request in enumerate(requests):
         rows += _rows(model.config, number, request, shares_context)
@@ -127,6 +129,24 @@ def loglikelihoods(model, requests, *, tokens_per_batch=None, on_batch=None):
         for module, mode in was_training.items():
             module.training = mode
     return scores
+
+
+def _can_share_context(model):
+    """Whether it is one of SHARING_MODELS as it was made: adapters, quantisation, offloading change what is called."""
+    config = model.config
+    if getattr(config, "model_type", None) not in SHARING_MODELS or config._attn_implementation != "sdpa":
+        return False
+    head = model.get_output_embeddings()
+    return (
+        getattr(model, model.base_model_prefix) is model.base_model
+        and type(head) is nn.Linear
+        and head.bias is None
+        and head.weight.device.type != "meta"
+    )
+
+
+def _by_device(sizes, device):
+    return sizes.get(device.type, sizes[None])
 
 
 def _rows(config, number, request, shares_context):
@@ -221,7 +241,7 @@ def _shared_context_pass(model, input_ids, positions, segments, places, targets)
 
 def _head_scores(head, hidden, targets):
     """The same from the last hidden states [N, D], a slab of the vocabulary at a time."""
-    size = VOCABULARY_SLAB.get(hidden.device.type, head.out_features)
+    size = _by_device(VOCABULARY_SLAB, hidden.device)
     log_normalizer = best = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
     chosen = torch.empty_like(best)
     for first in range(0, head.out_features, size):

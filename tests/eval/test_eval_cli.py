@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from eval import __main__ as command
-from eval import evaluate
+from eval import EvalError, command, evaluate
+from eval import __main__ as program
 from eval.checkpoint import load_model, load_tokenizer
 from eval.hellaswag.items import SAMPLE
 from eval.hellaswag.task import Task as HellaSwag
@@ -27,7 +27,7 @@ def fails(capsys, monkeypatch):
     def run(*arguments):
         with monkeypatch.context() as patch:
             patch.setattr(command, "load_model", lambda *_, **__: pytest.fail("came as far as loading the model"))
-            assert command.main([str(argument) for argument in arguments]) == 2
+            assert program.main([str(argument) for argument in arguments]) == 2
         return _error_line(capsys.readouterr())
 
     return run
@@ -106,7 +106,7 @@ def in_process(monkeypatch, checkpoint, tiny_gpt2, capsys):
     monkeypatch.setattr(command, "load_model", lambda *_, **__: tiny_gpt2)
 
     def run(*arguments):
-        code = command.main([str(argument) for argument in ("--model", checkpoint, "--device", "cpu", *arguments)])
+        code = program.main([str(argument) for argument in ("--model", checkpoint, "--device", "cpu", *arguments)])
         return code, capsys.readouterr()
 
     return run
@@ -255,7 +255,7 @@ def test_no_model(fails):
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/my/run", "/no/such/folder", "a b"])
 def test_a_model_that_cannot_be(fails, name):
-    assert f"--model {name!r}: no such folder, nor a Hub id" in fails("--model", name)
+    assert f"checkpoint {name!r}: no such folder, nor a Hub id" in fails("--model", name)
 
 
 def test_a_run_folder_instead_of_its_checkpoint(fails, own_checkpoint):
@@ -292,7 +292,7 @@ def test_malformed_items(fails, checkpoint, tmp_path, line, message):
 def test_dtype_is_the_one_asked_for_whatever_was_saved(tiny_gpt2, tokenizer, tmp_path, arguments, dtype):
     copy.deepcopy(tiny_gpt2).to(torch.float16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    args = command._parse_arguments(["--model", str(tmp_path), *arguments])
+    args = program._parse_arguments(["--model", str(tmp_path), *arguments])
     model = load_model(args.model, dtype=args.dtype, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
@@ -334,10 +334,10 @@ def test_broken_checkpoints(checkpoint, tmp_path, kind):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
     breakage(folder)
-    with pytest.raises(command.EvalError) as raised:
+    with pytest.raises(EvalError) as raised:
         load_tokenizer(str(folder))
         load_model(str(folder), dtype="float32", device="cpu")
-    assert f"--model {str(folder)!r}" in str(raised.value)
+    assert f"checkpoint {str(folder)!r}" in str(raised.value)
     assert message in str(raised.value)
 
 
@@ -348,7 +348,7 @@ def test_a_hub_model_without_network(run_python, tmp_path):
     assert time.perf_counter() - start < 30  # transformers alone would retry for 46 seconds
     assert run.returncode == 2
     reason = "no such folder, nor in the Hub's local cache, and http://127.0.0.1:9 cannot be reached"
-    assert f"--model 'me/nowhere': {reason}" in _error_line(run)
+    assert f"checkpoint 'me/nowhere': {reason}" in _error_line(run)
     assert not output.exists()
 
 

@@ -5,6 +5,7 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,7 +124,9 @@ def test_some_are_greedy(model, reference):
     """What the model would write itself is found to be that, for each of its tokens."""
     with torch.no_grad():
         written = model.eval()(torch.tensor([[3, 1, 4]])).logits[0, -1].argmax().item()
-    [[right, wrong, half]] = loglikelihoods(model, [Request([3, 1, 4], [[written], [(written + 1) % VOCABULARY], [written, 5]])])
+    [[right, wrong, half]] = loglikelihoods(
+        model, [Request([3, 1, 4], [[written], [(written + 1) % VOCABULARY], [written, 5]])]
+    )
     assert (right.is_greedy, wrong.is_greedy) == (True, False)
     assert half.is_greedy == reference([3, 1, 4], [written, 5])[1]
 
@@ -236,6 +239,19 @@ def test_a_compiled_model_is_scored_all_the_same(model):
     requests = some_requests(3)
     compiled = torch.compile(model, backend="eager")
     assert sums(loglikelihoods(compiled, requests)) == pytest.approx(sums(loglikelihoods(model, requests)), abs=1e-5)
+
+
+def test_an_adapter_counts(model):
+    """LoRA: what it adds must not be passed over because the model below it is known."""
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    requests = some_requests(4)
+    scores = sums(loglikelihoods(adapted, requests))
+    merged = adapted.merge_and_unload()
+    assert scores == pytest.approx(sums(loglikelihoods(merged, requests)), abs=1e-3)
+    assert scores != pytest.approx(sums(loglikelihoods(model, requests)), abs=1.0)
 
 
 def test_arrays_are_token_ids_too(model):
