@@ -22,12 +22,15 @@ import platform
 import random
 import re
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from train_step import cpu_name, definitions_of, synchronize
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` and `eval` are not installed
 
 from data.tokenizer import load_hf_tokenizer, load_tiktoken
 from eval import evaluate
