@@ -296,7 +296,7 @@ def train(argv):
             rank=rank,
             world_size=world_size,
         )
-        loss_sum, num_tokens, answers, started = 0.0, 0, None, None
+        loss_sum, num_tokens, answers, seconds = 0.0, 0, None, 0.0
         try:
             with accelerator.autocast():
                 loss_sum, num_tokens = validation_loss(
@@ -304,14 +304,15 @@ def train(argv):
                     (rows.map(to_device) for rows in val_batches),
                     on_batch=stop.check,
                 )
-                started = time.perf_counter()
                 if items:
+                    started = time.perf_counter()
                     answers = answer_items(hellaswag, scored_model, items[rank::world_size], on_batch=stop.check)
+                    seconds = time.perf_counter() - started
         except StoppedInEvaluation:
             pass
         except EvalError as error:  # a model that has diverged; its losses say so too
             tqdm.write(f"warning: HellaSwag was not scored: {error}")
-        return loss_sum, num_tokens, answers, time.perf_counter() - started if started else 0.0
+        return loss_sum, num_tokens, answers, seconds
 
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stop = StopRequest(config.max_hours, STARTED)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import ROOT, clean_environment
 
+TIMES = ("ms", "tokens_per_s", "seconds", "hellaswag_seconds")
 WHOLE = ("model.safetensors", "training_state/optimizer.safetensors", "training_state/rng.safetensors")
 
 
@@ -84,7 +85,7 @@ def assert_same_run(output, reference, step):
         for key in expected:
             assert torch.equal(expected[key], got[key]), f"{name}: {key}"
     expected, got = (
-        [{k: v for k, v in json.loads(line).items() if k not in ("ms", "tokens_per_s", "seconds")} for line in lines]
+        [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
         for lines in ((run / "metrics.jsonl").read_text().splitlines() for run in (reference, output))
     )
     assert got == expected
