@@ -22,19 +22,10 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 FILE = Path(__file__).with_suffix(".json")
-STEPS = 20
+STEPS = 12
 ARGUMENTS = (
-    *("--mixed_precision", "no", "--trackers", "[]"),
-    *(
-        "--eval.val_tokens",
-        "1024",
-        "--eval.hellaswag",
-        "null",
-        "--eval.ngram_baselines",
-        "false",
-        "--eval.prompts",
-        "[]",
-    ),
+    *("--mixed_precision", "no", "--trackers", "[]", "--eval.val_tokens", "1024", "--eval.hellaswag", "null"),
+    *("--eval.ngram_baselines", "false", "--eval.prompts", "[]"),
 )
 
 
