@@ -169,7 +169,7 @@ def train(argv):
     items, item_source = [], None  # HellaSwag's
     if config.eval.hellaswag is not None:
         hellaswag = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
-        items, item_source = on_main_process(accelerator, lambda: hellaswag.load(tokenizer))
+        items, item_source = on_main_process(accelerator, lambda: hellaswag.load(tokenizer, model_config.n_positions))
         say(f"hellaswag {item_source.description}")
     check_prompts(
         tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=model_config.n_positions

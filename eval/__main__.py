@@ -25,6 +25,7 @@ from eval.command import (
     write_json,
 )
 from eval.evaluator import prepare
+from eval.lm_eval_bridge import LmEvalTask
 
 
 def _parse_arguments(arguments):
@@ -97,13 +98,15 @@ def _write_answers(path, answers):
 def _main(arguments):
     args = _parse_arguments(arguments)
     tasks = tasks_of(args)
-    for name in ("output", "per_item"):
-        if getattr(args, name) is not None:
-            check_output(f"--{name}", getattr(args, name))
     if args.per_item is not None and args.per_item.suffix not in (".jsonl", ".parquet"):
         raise EvalError(f"--per_item {str(args.per_item)!r} must end in .jsonl or .parquet")
+    if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
+        raise EvalError("--per_item: lm-eval keeps the items of its tasks to itself; score those without it")
     check_name(args.model)
     device, speaks = find_device(args.device)
+    for name in ("output", "per_item"):
+        if speaks and getattr(args, name) is not None:
+            check_output(f"--{name}", getattr(args, name))
 
     tokenizer, config = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     prepared = prepare(tasks, tokenizer, config)

@@ -41,8 +41,11 @@ def load_tokenizer(name, *, trust_remote_code=False):
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code)
-    if tokenizer.vocab_size == 0:  # what transformers makes of a folder without tokenizer files
+    # What transformers makes of a folder without tokenizer files: an error about their formats, or nothing at all.
+    folder = Path(name)
+    has_files = not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code) if has_files else None
+    if tokenizer is None or tokenizer.vocab_size == 0:
         raise EvalError(f"checkpoint {name!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     return tokenizer, _from_pretrained(AutoConfig, name, trust_remote_code)
 

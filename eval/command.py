@@ -78,10 +78,12 @@ def tasks_of(args):
     paths = {}
     for given in args.data:
         task, sign, path = given.partition("=")
-        if not sign or task not in args.tasks:
-            if len(args.tasks) > 1 or paths:
-                raise EvalError(f"--data {given!r}: say whose it is, TASK=PATH with one of {', '.join(args.tasks)}")
+        if not sign and len(args.tasks) == 1:
             task, path = args.tasks[0], given
+        if task not in args.tasks:
+            raise EvalError(f"--data {given!r}: say whose it is, TASK=PATH with one of {', '.join(args.tasks)}")
+        if task in paths:
+            raise EvalError(f"--data {task}={path}: {task} has {paths[task]!r} already; give one path")
         paths[task] = path
     tasks = []
     for name in args.tasks:
@@ -142,6 +144,8 @@ def check_output(option, path):
     """Raises EvalError for a file that could not be written later."""
     if path.is_dir():
         raise EvalError(f"{option} {str(path)!r} is a folder; name a file in it")
+    if path.exists() and not path.is_file():  # a device, a pipe: renaming would put a file in its place
+        raise EvalError(f"{option} {str(path)!r} is no regular file; name one, or a new one")
     if not os.access(path.parent, os.W_OK):
         raise EvalError(
             f"{option} {str(path)!r}: there is no folder {str(path.parent)!r} that can be written to; make it first"
@@ -200,14 +204,17 @@ def write_json(option, path, content):
 
 
 def write_aside(option, path, write):
-    """Calls write(a path) and renames what it wrote aside and renamed, so that `path` is never half a file."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Calls write(another path) and renames what it wrote, so that `path` is never half a file."""
+    target = path.resolve()  # where a link leads
+    aside = target.with_name(f".{target.name}.partial")
     try:
         write(aside)
-        aside.replace(path)
-    except OSError as error:
+        aside.replace(target)
+    except BaseException as error:
         aside.unlink(missing_ok=True)
-        raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
+        if isinstance(error, OSError):
+            raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
+        raise
 
 
 def _finite(value):
@@ -228,4 +235,7 @@ def run_command(command, arguments):
     except torch.OutOfMemoryError as error:
         print(f"{who}: out of memory, use a smaller --tokens_per_batch ({one_line(error)})", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{who}: stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0

@@ -11,6 +11,7 @@ from eval import EvalError
 from eval.items import Source
 from eval.lm_eval_bridge import PREFIX, LmEvalTask, check_lm_eval, score_with_lm_eval
 from eval.processes import gather, rank_and_number
+from eval.scoring import context_of
 from eval.task import BaseTask, Item, answer_items, in_order, joint_results, task_class
 
 
@@ -76,15 +77,19 @@ def prepare(tasks, tokenizer, config):
     if not callable(tokenizer) or getattr(tokenizer, "vocab_size", None) == 0:
         raise EvalError(f"the model has no tokenizer (got {tokenizer!r:.80}); give the one that it was trained with")
     prepared = []
-    for task in tasks:
+    for task in [tasks] if isinstance(tasks, str) else tasks:
         if isinstance(task, str):
             task = LmEvalTask(task.removeprefix(PREFIX)) if task.startswith(PREFIX) else task_class(task)()
         if isinstance(task, LmEvalTask):
             check_lm_eval(task)
             prepared.append(Prepared(PREFIX + task.task, task, [], None))
         else:
-            items, source = task.load(tokenizer, getattr(config, "max_position_embeddings", None))
+            items, source = task.load(tokenizer, context_of(config))
             prepared.append(Prepared(type(task).__module__.split(".")[-2], task, items, source))
+        if prepared[-1].name in [other.name for other in prepared[:-1]]:
+            raise EvalError(f"{prepared[-1].name} is there twice, and results go by that name; evaluate them in turns")
+    if len({tuple(sources) for sources in gather([task.source and task.source.sha256 for task in prepared])}) > 1:
+        raise EvalError("the processes found different items; give each of them the same files, with --data")
     return prepared
 
 
@@ -110,7 +115,7 @@ def score(model, tokenizer, prepared, *, tokens_per_batch=None, progress=False, 
             about[name] = {
                 "version": task.version,
                 "data": {"source": source.description, "sha256": source.sha256, "is_sample": source.is_sample},
-                "figures": task.figures,
+                "figures": {figure: what for figure, what in task.figures.items() if figure in results[name]},
                 "full_size": task.full_size,
             }
         about[name]["seconds"] = round(time.perf_counter() - start, 3)

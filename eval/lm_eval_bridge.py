@@ -1,5 +1,7 @@
 """`--tasks lm-eval:NAME`: any task of the package lm-eval, scored by that package on our model."""
 
+import contextlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,21 +68,25 @@ def score_with_lm_eval(wanted, model, tokenizer):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # the caller's states stay
     try:
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),
-            tasks=[name],
-            limit=wanted.limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # where its progress goes
+            found = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),
+                tasks=[name],
+                limit=wanted.limit,
+                task_manager=manager,
+                bootstrap_iters=1000,
+                **seeds,
+            )
     except Exception as error:  # a data set that is not to be had raises whatever its library does
         raise EvalError(
             f"{PREFIX}{wanted.task}: lm-eval could not score it ({type(error).__name__}: {error})"
         ) from error
     finally:
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
     figures = {}
     for task, values in found["results"].items():
         before = "" if task == name else f"{task}/"
@@ -90,7 +96,7 @@ def score_with_lm_eval(wanted, model, tokenizer):
                 figures[before + figure + ("" if kind == "none" else f" ({kind})")] = value
         if task in found["n-samples"]:
             figures[f"{before}n"] = found["n-samples"][task]["effective"]
-    version = {task: str(number) for task, number in found["versions"].items()}
+    version = ", ".join(f"{task} {number}" for task, number in found["versions"].items())
     limit = f", the first {wanted.limit} items" if wanted.limit else ""
     return figures, {
         "version": version,

@@ -339,12 +339,12 @@ def _main(arguments):
     labels = labels_of([results[name]["model"]["name"] if name in results else name for name in args.checkpoints])
     device, speaks = command.find_device(args.device)
     opened = {name: load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in to_score}
-    # Items are loaded here and again later: what is wrong with them shows before anything is scored, and those of one
-    # model only are in memory. What lm-eval takes is known when it is done.
+    # All items are loaded, so that what is wrong with them shows before anything is scored.
+    prepared = {name: prepare(tasks, *opened[name]) for name in to_score}
     protocols = {path: _protocols(result) for path, result in results.items()}
-    for name in to_score:
-        loaded = [p for p in prepare(tasks, *opened[name]) if p.source is not None]
-        protocols[name] = {p.name: (p.task.version, p.source.sha256, len(p.items)) for p in loaded}
+    for name in to_score:  # what lm-eval takes is known when it is done
+        own = [p for p in prepared[name] if p.source is not None]
+        protocols[name] = {p.name: (p.task.version, p.source.sha256, len(p.items)) for p in own}
     _check_alike(protocols)
     if speaks:
         try:
@@ -355,9 +355,8 @@ def _main(arguments):
 
     for name, label in zip(args.checkpoints, labels, strict=True):
         if name in to_score:
-            tokenizer, config = opened[name]
-            prepared = prepare(tasks, tokenizer, config)
-            results[name] = command.score_checkpoint(args, name, tokenizer, prepared, device)
+            tokenizer, _ = opened[name]
+            results[name] = command.score_checkpoint(args, name, tokenizer, prepared.pop(name), device)
             if speaks:
                 command.write_json("--out", args.out / f"{label.replace('/', '-')}.json", results[name])
     _check_alike({name: _protocols(result) for name, result in results.items()})

@@ -1,6 +1,7 @@
 """What OpenAI's GPT-2 and GPT-3 score, where it was published under a protocol that is scored here too."""
 
 import json
+import re
 from typing import NamedTuple
 
 
@@ -83,10 +84,14 @@ def text_of(source):
     Returns:
         "fineweb-edu", "fineweb", "openwebtext" or None.
     """
-    name = json.dumps(source).lower()
-    if any(edu in name for edu in ("fineweb-edu", "finewebedu", "edu_fineweb")):
-        return "fineweb-edu"
-    return next((text for text in ("fineweb", "openwebtext") if text in name), None)
+    name = re.sub("[-_]", "", json.dumps(source).lower())
+    texts = {
+        "fineweb-edu": "finewebedu|edufineweb",
+        "fineweb": "(?<!edu)fineweb(?!edu|2)",
+        "openwebtext": "openwebtext(?!2)",
+    }
+    found = [text for text, pattern in texts.items() if re.search(pattern, name)]
+    return found[0] if len(found) == 1 else None  # of two, nobody can tell
 
 
 def published_lines(shape, data_source, item_source):

@@ -31,8 +31,8 @@ SHARING_MODELS = ("gpt2", "gpt2repro")
 # Inputs (padding included) of one forward pass, by device type: a GPU wants enough to be busy, a CPU as little as
 # fills its matmuls, since what is larger leaves its caches (benchmarks/LOG.md).
 TOKENS_PER_BATCH = {"cpu": 1024, None: 32_768}
-# Of that, where the model's own forward makes logits of every input behind the first that scores something.
-PLAIN_SHARE = 4
+# The same where the model's own forward makes logits of every input behind the first that scores something: numbers.
+LOGITS_PER_BATCH = {"cpu": 2**25, None: 2**28}
 # Rows of the head's matrix that make logits at a time. On a CPU these stay in its cache, and the matmul is faster.
 VOCABULARY_SLAB = {"cpu": 1024, None: 4096}
 
@@ -104,13 +104,16 @@ def loglikelihoods(model, requests, *, tokens_per_batch=None, on_batch=None):
     model = getattr(model, "_orig_mod", model)  # compiled, each batch's shape would be compiled anew
     device = next(model.parameters()).device
     shares_context = _can_share_context(model)
+    vocab_size, max_inputs = vocabulary_of(model.config), context_of(model.config)
     if tokens_per_batch is None:
-        tokens_per_batch = _by_device(TOKENS_PER_BATCH, device) // (1 if shares_context else PLAIN_SHARE)
+        tokens_per_batch = _by_device(TOKENS_PER_BATCH, device)
+        if not shares_context:
+            tokens_per_batch = max(1, _by_device(LOGITS_PER_BATCH, device) // vocab_size)
     if tokens_per_batch < 1:
         raise EvalError(f"tokens_per_batch must be at least 1, got {tokens_per_batch}")
     rows = []
     for number, request in enumerate(requests):
-        rows += _rows(model.config, number, request, shares_context)
+        rows += _rows(vocab_size, max_inputs, number, request, shares_context)
     # Neighbours of similar length waste little on padding; longest first, so that what does not fit in memory
     # fails at once rather than at the end.
     rows.sort(key=lambda row: -row.num_inputs)
@@ -149,20 +152,31 @@ def _by_device(sizes, device):
     return sizes.get(device.type, sizes[None])
 
 
-def _rows(config, number, request, shares_context):
+def vocabulary_of(config):
+    """Tokens that a model knows; of the text, where it knows more than that."""
+    return (config.get_text_config() if hasattr(config, "get_text_config") else config).vocab_size
+
+
+def context_of(config):
+    """Inputs that fit a model; None where there is no limit (ALiBi, recurrence), which XLNet says with -1."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(config, "max_position_embeddings", None)
+    return longest if longest is not None and longest > 0 else None
+
+
+def _rows(vocab_size, max_inputs, number, request, shares_context):
     """The rows of one request: as few as its continuations fit into, one each where contexts are not shared."""
     context, continuations = request
     if len(context) == 0 or not continuations or min(map(len, continuations)) == 0:
         what = "context" if len(context) == 0 else "continuation"
         raise EvalError(f"request {number}: the {what} has no tokens; there must be at least one")
     every = np.concatenate([context, *continuations])
-    if not 0 <= every.min() <= every.max() < config.vocab_size:
+    if not 0 <= every.min() <= every.max() < vocab_size:
         raise EvalError(
             f"request {number}: token ids {every.min()} to {every.max()} do not fit the model's vocabulary of "
-            f"{config.vocab_size}; use the tokenizer that the model was trained with"
+            f"{vocab_size}; use the tokenizer that the model was trained with"
         )
-    # Models without position embeddings (ALiBi) name no limit.
-    max_inputs = getattr(config, "max_position_embeddings", None) or len(every)
+    max_inputs = max_inputs or len(every)
     rows = []
     for index, tokens in enumerate(continuations):
         if len(tokens) > max_inputs:
@@ -243,14 +257,16 @@ def _head_scores(head, hidden, targets):
     """The same from the last hidden states [N, D], a slab of the vocabulary at a time."""
     size = _by_device(VOCABULARY_SLAB, hidden.device)
     log_normalizer = best = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-    chosen = torch.empty_like(best)
+    chosen, best_token = torch.empty_like(best), torch.zeros_like(targets)
     for first in range(0, head.out_features, size):
         logits = F.linear(hidden, head.weight[first : first + size]).float()
         log_normalizer = torch.logaddexp(log_normalizer, logits.logsumexp(-1))
-        best = torch.maximum(best, logits.amax(-1))
+        best_here, token_here = logits.max(-1)
+        best_token = torch.where(best_here > best, first + token_here, best_token)  # of equals, the first
+        best = torch.maximum(best, best_here)
         is_here = (first <= targets) & (targets < first + size)
         chosen[is_here] = logits[is_here, targets[is_here] - first]
-    return chosen - log_normalizer, chosen >= best
+    return chosen - log_normalizer, best_token == targets
 
 
 def _plain_pass(model, input_ids, is_token, places, targets):
@@ -262,4 +278,4 @@ def _plain_pass(model, input_ids, is_token, places, targets):
     ).logits
     logits = logits[places // length, columns].float()
     chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return chosen - logits.logsumexp(-1), chosen >= logits.amax(-1)
+    return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets

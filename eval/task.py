@@ -82,7 +82,7 @@ def answer_items(task, model, items, *, tokens_per_batch=None, on_batch=None):
         model, tokens_per_batch, on_batch: as for `loglikelihoods`.
 
     Returns:
-        list of dict: the task's answers in order, each with "num_cut", the tokens lost to the model's context.
+        list of dict: the task's answers in order, each with "tokens_cut", those lost to the model's context.
 
     Raises:
         EvalError: as `loglikelihoods`.
@@ -93,8 +93,8 @@ def answer_items(task, model, items, *, tokens_per_batch=None, on_batch=None):
     answers = []
     for item in items:
         of_item = [next(remaining) for _ in item.requests]
-        num_cut = max(score.num_cut for of_request in of_item for score in of_request)
-        answers.append(task.answer(item, of_item) | {"num_cut": num_cut})
+        tokens_cut = max(score.num_cut for of_request in of_item for score in of_request)
+        answers.append(task.answer(item, of_item) | {"tokens_cut": tokens_cut})
     return answers
 
 
@@ -105,21 +105,23 @@ def in_order(shares):
 
 def joint_results(task, answers):
     """The task's results, and "num_cut": how many items lost their beginning to the model's context."""
-    return task.results(answers) | {"num_cut": sum(answer["num_cut"] > 0 for answer in answers)}
+    return task.results(answers) | {"num_cut": sum(answer["tokens_cut"] > 0 for answer in answers)}
 
 
-def encode(tokenizer, texts):
-    """Token ids of each text. Nothing in it is taken for a special token, and none is added."""
+def encode(tokenizer, texts, *, add_special_tokens=False):
+    """Token ids of each text. Nothing in it is taken for a special token, and none is added unless asked for."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    # verbose=False: a text may be longer than the model's context, which is cut later.
+    options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"]
 
 
 def encode_together(tokenizer, pairs):
     """
     Requests from texts as lm-evaluation-harness makes them (TemplateLM._encode_pair): context and continuation are
-    encoded as one text, and what comes after the context's own tokens is the continuation. White space at a context's
-    end goes to the continuation.
+    encoded as one text, with a beginning-of-text token if the tokenizer puts one there by itself (GPT-2's does not);
+    what comes after the context's own tokens is the continuation. White space at a context's end goes to it too.
 
     Args:
         pairs: list of (context, [continuations]), texts.
@@ -130,12 +132,24 @@ def encode_together(tokenizer, pairs):
     pairs = [
         (context.rstrip(), [context[len(context.rstrip()) :] + text for text in texts]) for context, texts in pairs
     ]
-    contexts = encode(tokenizer, [context for context, _ in pairs])
-    wholes = iter(encode(tokenizer, [context + text for context, texts in pairs for text in texts]))
+    contexts = encode(tokenizer, [context for context, _ in pairs], add_special_tokens=True)
+    wholes = [context + text for context, texts in pairs for text in texts]
+    wholes = iter(encode(tokenizer, wholes, add_special_tokens=True))
     return [
         Request(tokens, [next(wholes)[len(tokens) :] for _ in texts])
         for tokens, (_, texts) in zip(contexts, pairs, strict=True)
     ]
+
+
+def check_fit(items, max_inputs):
+    """Raises EvalError for a continuation that does not fit a model's context (None: it has no limit)."""
+    for number, item in enumerate(items):
+        longest = max(len(tokens) for request in item.requests for tokens in request.continuations)
+        if max_inputs is not None and longest > max_inputs:
+            raise EvalError(
+                f"item {number} (counted from 0) has {longest} tokens to score, and the model's context holds "
+                f"{max_inputs}: score it on other items, or a model with a longer context"
+            )
 
 
 def task_names():

@@ -47,6 +47,8 @@ class Task(BaseTask):
         """`limit` counts documents of text, windows of shards. See BaseTask."""
         if not self.data:
             raise EvalError("bits_per_byte needs a text: name it with --data bits_per_byte=PATH (files, or shards)")
+        if self.limit is not None and self.limit < 1:
+            raise EvalError(f"the limit on documents or windows must be at least 1, got {self.limit}")
         max_inputs = max_inputs or UNLIMITED
         stride = self.stride if self.stride is not None else max(1, max_inputs // 2)
         if not 1 <= stride <= max_inputs:
@@ -58,16 +60,17 @@ class Task(BaseTask):
                 return self._from_shards(tokenizer, max_inputs, stride)
             return self._from_text(tokenizer, max_inputs, stride)
         except DataError as error:
-            raise EvalError(str(error)) from error
+            raise EvalError(str(error).replace(", or give --errors replace", "")) from error  # which is data.prepare's
 
     def _from_shards(self, tokenizer, max_inputs, stride):
         from data.manifest import open_split
-        from data.tokenizer import EOT, VOCAB_SIZE
+        from data.tokenizer import EOT, VOCAB_SIZE, encode_document
 
-        if len(tokenizer) != VOCAB_SIZE:
+        probe = "GPT-2 wrote 1,024 tokens."
+        if encode(tokenizer, [probe]) != [encode_document(probe)[1:].tolist()]:
             raise EvalError(
-                f"{self.data}: shards hold GPT-2's tokens, and the model's tokenizer has {len(tokenizer)} instead of "
-                f"{VOCAB_SIZE}; score the text they were made of"
+                f"{self.data}: shards hold GPT-2's tokens, and the model's tokenizer is another; score the text they "
+                "were made of"
             )
         # A byte-level tokenizer spells each byte of a token as one character.
         lengths = np.array([len(text) for text in tokenizer.convert_ids_to_tokens(range(VOCAB_SIZE))], dtype=np.uint8)
@@ -94,15 +97,15 @@ class Task(BaseTask):
         from data.sources import FileSource, Progress, document
 
         source = FileSource([self.data])
-        texts = []
-        for file in source.inputs():
-            for record in source.records(file, source.fetch(file), Progress(file["bytes"])):
-                text = document(record)
-                if text and not text.isspace():
-                    texts.append(text)
+        records = (
+            record
+            for file in source.inputs()
+            for record in source.records(file, source.fetch(file), Progress(file["bytes"]))
+        )
+        texts = (text for text in map(document, records) if text and not text.isspace())
+        texts = list(itertools.islice(texts, self.limit))  # no more is read than that
         if not texts:
             raise EvalError(f"{self.data}: no text in it")
-        texts, count = first_items(texts, self.limit)
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
             raise EvalError("the tokenizer has neither a beginning- nor an end-of-text token to begin a text with")
@@ -113,7 +116,8 @@ class Task(BaseTask):
                 request = Request(tokens[max(0, stop - max_inputs) : start + 1], [tokens[start + 1 : stop + 1]])
                 # The text's bytes are counted once, with its first window: tokens need not end where characters do.
                 items.append(Item([request], {"num_bytes": len(text.encode()) if start == 0 else 0}))
-        description = f"{self.data}, stride {stride}, {count.replace('items', 'documents')}"
+        count = f"{'all' if self.limit is None else 'the first'} {len(texts):,} documents"
+        description = f"{self.data}, stride {stride}, {count}"
         return items, Source(description=description, sha256=sha256_of(texts))
 
     def answer(self, item, scores):

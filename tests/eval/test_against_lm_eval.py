@@ -1,5 +1,6 @@
 """Our figures and log-likelihoods beside those of the package lm-eval: the reference, run on the same model."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
 from eval.evaluator import prepare, score
-from eval.hellaswag.items import SAMPLE
+from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
@@ -82,7 +83,7 @@ def samples(theirs, task):
 def test_hellaswags_log_likelihoods_are_lm_evals(ours, theirs):
     answers = ours["answers"]["hellaswag"]
     assert len(answers) == len(samples(theirs, "hellaswag")) == 12
-    assert answers[1]["num_cut"] > 0
+    assert answers[1]["tokens_cut"] > 0
     for answer, sample in zip(answers, samples(theirs, "hellaswag"), strict=True):
         expected = np.array([float(value) for value, _ in sample["filtered_resps"]])
         found = np.array(answer["lm_eval_log_likelihoods"])
@@ -107,11 +108,31 @@ def test_the_figures_are_lm_evals(ours, theirs):
 
 def test_lambadas_log_likelihoods_are_lm_evals(ours, theirs):
     answers = ours["answers"]["lambada"]
-    assert answers[2]["num_cut"] > 0
+    assert answers[2]["tokens_cut"] > 0
     for answer, sample in zip(answers, samples(theirs, "lambada"), strict=True):
         [[value, is_greedy]] = sample["filtered_resps"]
         assert answer["log_likelihood"] == pytest.approx(float(value), abs=1e-3)
         assert answer["is_greedy"] == (str(is_greedy) == "True")
+
+
+def test_a_tokenizer_that_begins_texts_by_itself(model, tokenizer, folder):
+    """As Llama's does: lm-eval's contexts begin with its token, and so do ours."""
+    from lm_eval.api.instance import Instance
+    from tokenizers.processors import TemplateProcessing
+
+    llamas = copy.deepcopy(tokenizer)
+    begin = ("<|endoftext|>", tokenizer.eos_token_id)
+    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[begin])
+    llamas.backend_tokenizer.post_processor = template
+    records = [json.loads(line) for line in (folder / "hellaswag.jsonl").read_text().splitlines()][3:6]
+    (folder / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    answers = evaluate(model, llamas, [HellaSwag(data=str(folder / "few.jsonl"))], keep_answers=True)["answers"]
+    items, _ = load_items(str(folder / "few.jsonl"))
+    backend = HFLM(pretrained=model, tokenizer=llamas, batch_size=4)
+    pairs = [(item.lm_eval_query, f" {ending}") for item in items for ending in item.lm_eval_endings]
+    expected = backend.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    found = [value for answer in answers["hellaswag"] for value in answer["lm_eval_log_likelihoods"]]
+    assert found == pytest.approx([value for value, _ in expected], abs=1e-3)
 
 
 def test_the_bridge_gives_lm_evals_figures(model, tokenizer, folder, theirs):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_several_tasks_and_each_items_log_likelihoods(in_process, tmp_path):
     assert len(rows[3]["lecture_log_likelihoods"]) == 4
     perplexity = math.exp(-(rows[1]["log_likelihood"] + rows[2]["log_likelihood"]) / 2)
     assert f"{perplexity:.4f} ± " in printed.out
-    assert "text.txt, stride 3, all 1 documents" in printed.out
+    assert "text.txt, stride 3, the first 1 documents" in printed.out
 
     in_process(*arguments, "--per_item", tmp_path / "items.parquet")
     table = pyarrow.parquet.read_table(tmp_path / "items.parquet").to_pylist()
@@ -226,7 +227,10 @@ def test_a_full_disk_leaves_what_was_there(in_process, monkeypatch, tmp_path):
             ["--tasks", "lambada", "--data", "lambada=nowhere.jsonl"],
             "items 'nowhere.jsonl': no such file; give 'hub' or a",
         ),
+        (["--tasks", "lambada", "--data", "helaswag=x.jsonl"], "--data 'helaswag=x.jsonl': say whose it is, TASK=PATH"),
+        (["--data", "hellaswag=a", "hellaswag=b"], "--data hellaswag=b: hellaswag has 'a' already"),
         (["--tasks", "lm-eval:piqa", "--data", "lm-eval:piqa=x"], "lm-eval finds its data itself"),
+        (["--tasks", "lm-eval:piqa", "--per_item", "x.jsonl"], "--per_item: lm-eval keeps the items of its tasks"),
         (["--tasks", "bits_per_byte"], "bits_per_byte needs a text"),
         (["--tasks", "bits_per_byte", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["--tasks", "bits_per_byte", "--data", "LICENSE"], "LICENSE"),
@@ -328,6 +332,13 @@ BREAKAGES = {
 }
 
 
+def test_one_of_ours_without_its_tokenizer(own_checkpoint, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(own_checkpoint, folder, ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(EvalError, match="has no tokenizer; put one there with"):
+        load_tokenizer(str(folder))
+
+
 @pytest.mark.parametrize("kind", BREAKAGES)
 def test_broken_checkpoints(checkpoint, tmp_path, kind):
     breakage, message = BREAKAGES[kind]
@@ -371,6 +382,28 @@ def test_code_from_the_hub_runs_only_when_asked_for(run_python, local_hub, own_c
     run = run_python(*arguments, "--trust_remote_code")
     assert run.returncode == 0, run.stderr
     assert json.loads(output.read_text())["results"] == json.loads(online)["results"]
+
+
+def test_results_go_where_a_link_leads_and_replace_no_pipe(in_process, tmp_path):
+    (tmp_path / "real.json").write_text("older")
+    (tmp_path / "link.json").symlink_to("real.json")
+    assert in_process("--data", "sample", "--limit", 1, "--output", tmp_path / "link.json")[0] == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "real.json").read_text())["results"]["hellaswag"]["n"] == 1
+    os.mkfifo(tmp_path / "pipe")
+    code, printed = in_process("--data", "sample", "--output", tmp_path / "pipe")
+    assert code == 2 and "is no regular file" in printed.err
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_interrupted(in_process, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "score", stop)
+    code, printed = in_process("--data", "sample", "--output", tmp_path / "result.json")
+    assert (code, printed.err.splitlines()[-1]) == (130, "error: stopped; nothing was written")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bug_shows_its_traceback(in_process, monkeypatch):

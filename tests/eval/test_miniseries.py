@@ -415,7 +415,7 @@ def test_a_second_folder_is_checked_before_the_first_is_scored(fails, own_checkp
     arguments = [own_checkpoint, tmp_path, "--data", "sample", "--device", "cpu"]
     assert f"{str(tmp_path)!r} has no config.json" in fails(*arguments)
     (tmp_path / "config.json").write_text("{}")
-    assert f"{str(tmp_path)!r}: cannot be opened" in fails(*arguments)
+    assert f"{str(tmp_path)!r} has no tokenizer" in fails(*arguments)
     assert "items 'nowhere.jsonl': no such file" in fails(own_checkpoint, "--data", "nowhere.jsonl", "--device", "cpu")
 
 

@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
-from eval.published import GPT2, published_lines
+import pytest
+
+from eval.published import GPT2, published_lines, text_of
 from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
@@ -19,6 +21,24 @@ def test_published_lines():
     assert published_lines(GPT2ReproConfig(), {"paths": ["my.txt"]}, hellaswag)[0] == {}
     assert published_lines(GPT2ReproConfig(n_layer=3), None, hellaswag) == ({}, {})
     assert published_lines(GPT2ReproConfig(), None, sample)[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("shards/fineweb_edu", "fineweb-edu"),
+        ("kjj0/finewebedu10B-gpt2", "fineweb-edu"),
+        ("FineWeb_Edu_10B", "fineweb-edu"),
+        ("edu_fineweb10B", "fineweb-edu"),
+        ("kjj0/fineweb10B-gpt2", "fineweb"),
+        ("HuggingFaceFW/fineweb-2", None),
+        ("Skylion007/openwebtext", "openwebtext"),
+        ("fineweb/openwebtext", None),
+        ("openwebtext2", None),
+    ],
+)
+def test_which_text_it_is(source, text):
+    assert text_of(source) == text
 
 
 def test_the_sizes_are_gpt2s():

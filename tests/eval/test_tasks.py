@@ -194,11 +194,12 @@ def test_documents_are_scored_by_themselves(model, tokenizer, tmp_path):
 
 def test_what_cannot_be_scored_is_said(tokenizer, shards, tmp_path):
     folder, _ = shards
-    other = type("Tokenizer", (), {"__len__": lambda _: 32000, "bos_token_id": None, "eos_token_id": None})()
+    other = type("Tokenizer", (), {"__call__": lambda _, texts, **__: {"input_ids": [[1]] * len(texts)}})()
+    other.bos_token_id = other.eos_token_id = None
     (tmp_path / "blank.txt").write_text(" \n")
     (tmp_path / "text.txt").write_text("word")
     for data, by, message in (
-        (folder, other, "shards hold GPT-2's tokens, and the model's tokenizer has 32000 instead of 50257"),
+        (folder, other, "shards hold GPT-2's tokens, and the model's tokenizer is another"),
         (tmp_path / "blank.txt", tokenizer, "blank.txt: no text in it"),
         (tmp_path / "text.txt", other, "neither a beginning- nor an end-of-text token"),
     ):
@@ -241,8 +242,17 @@ def test_evaluate_gives_a_plain_dict(model, tokenizer, tmp_path):
     assert "answers" not in result
     with pytest.raises(EvalError, match="no task 'helaswag'; did you mean 'hellaswag'"):
         evaluate(model, tokenizer, ["helaswag"])
+    with pytest.raises(EvalError, match="hellaswag is there twice"):
+        evaluate(model, tokenizer, [tasks[0], HellaSwag(data="sample", limit=2)])
+    with pytest.raises(EvalError, match=r"hellaswag's prompts are one or more of lecture, lm_eval, got \('x',\)"):
+        evaluate(model, tokenizer, [HellaSwag(data="sample", prompts=("x",))])
     with pytest.raises(EvalError, match=r"the model has no tokenizer \(got None\)"):
         evaluate(model, None, tasks)
+
+
+def test_endings_that_do_not_fit_are_seen_before_scoring(tokenizer):
+    with pytest.raises(EvalError, match=r"item 0 \(counted from 0\) has \d+ tokens to score, .* holds 4: score it on"):
+        HellaSwag(data="sample").load(tokenizer, 4)
 
 
 def test_a_new_task_is_one_file(model, tokenizer, tmp_path, monkeypatch):
