@@ -257,16 +257,18 @@ def _head_scores(head, hidden, targets):
     """The same from the last hidden states [N, D], a slab of the vocabulary at a time."""
     size = _by_device(VOCABULARY_SLAB, hidden.device)
     log_normalizer = best = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-    chosen, best_token = torch.empty_like(best), torch.zeros_like(targets)
+    chosen, is_first_best = torch.empty_like(best), torch.zeros_like(targets, dtype=torch.bool)
     for first in range(0, head.out_features, size):
         logits = F.linear(hidden, head.weight[first : first + size]).float()
         log_normalizer = torch.logaddexp(log_normalizer, logits.logsumexp(-1))
-        best_here, token_here = logits.max(-1)
-        best_token = torch.where(best_here > best, first + token_here, best_token)  # of equals, the first
-        best = torch.maximum(best, best_here)
+        best_here = logits.amax(-1)
         is_here = (first <= targets) & (targets < first + size)
-        chosen[is_here] = logits[is_here, targets[is_here] - first]
-    return chosen - log_normalizer, best_token == targets
+        own_logits, own_targets = logits[is_here], targets[is_here] - first
+        chosen[is_here] = own_logits.gather(-1, own_targets[:, None])[:, 0]
+        # Of equally probable tokens the first is the greedy one; argmax is slow, and few rows have their target here.
+        is_first_best[is_here] = (own_logits.argmax(-1) == own_targets) & (best_here > best)[is_here]
+        best = torch.maximum(best, best_here)
+    return chosen - log_normalizer, is_first_best & (chosen >= best)
 
 
 def _plain_pass(model, input_ids, is_token, places, targets):
