@@ -331,19 +331,20 @@ def train(argv):
                 is_evaluated = not stopping
                 if is_evaluated:
                     val_loss = sum(loss_sums) / sum(counts)
-                    is_scored = items and None not in answers
-                    scores = {"is_sample": item_source.is_sample} if is_scored else None
+                    scores = None
+                    if items and None not in answers:
+                        scores = joint_results(hellaswag, in_order(answers)) | {"is_sample": item_source.is_sample}
                     log.evaluation(
                         {
                             "step": step,
                             "tokens": step * batch.tokens_per_step,
                             "val_loss": val_loss,
-                            "hellaswag": scores and joint_results(hellaswag, in_order(answers)) | scores,
+                            "hellaswag": scores,
                             "hellaswag_seconds": max(seconds),
                             "seconds": time.perf_counter() - started,
                         }
                     )
-                if is_evaluated and is_main and math.isfinite(val_loss) and (is_scored or not items):
+                if is_evaluated and is_main and math.isfinite(val_loss) and (scores or not items):
                     with accelerator.autocast():
                         for text in sample_texts(
                             scored_model,

@@ -8,7 +8,7 @@ How good a model is: `python -m eval --model CHECKPOINT --tasks hellaswag`, or `
     bits_per_byte/      validation loss and bits per byte of any text or shards
     lm_eval_bridge.py   any task of the package lm-eval
     evaluator.py        `evaluate`: tasks to a dict of results, processes.py: together with other processes
-    __main__.py         the command; checkpoint.py: the model that it scores
+    __main__.py         the command; command.py: what it shares with the other one; checkpoint.py: the model to score
     miniseries.py       python -m eval.miniseries: scores over model size; published.py: OpenAI's figures
     validation.py       training's own validation loss; samples.py: text that a model writes
     hub.py              whether the Hugging Face Hub can be reached, asked once and quickly
