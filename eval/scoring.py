@@ -209,10 +209,11 @@ def _score_batch(model, rows, device, shares_context):
     # Padding is a segment of its own with token 0: nothing attends to it, and it has what to attend to.
     input_ids, positions, segments = np.zeros((3, len(rows), length), dtype=np.int64)  # [B, T] each
     segments[:] = -1
+    positions[:] = np.arange(length)  # of padding too: positions that begin again would mean packed documents
     places, targets, counts = [], [], []  # of every scored token: its logit's place in [B * T], and which token it is
     for i, row in enumerate(rows):
         num_context = end = len(row.context)
-        input_ids[i, :end], positions[i, :end], segments[i, :end] = row.context, np.arange(end), 0
+        input_ids[i, :end], segments[i, :end] = row.context, 0
         for number, tokens in enumerate(row.continuations, start=1):
             own = slice(end, end := end + len(tokens) - 1)
             input_ids[i, own] = tokens[:-1]

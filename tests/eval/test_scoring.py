@@ -164,6 +164,22 @@ def test_a_context_is_an_input_once(model, monkeypatch):
     assert shapes == [(1, 24), (1, 24), (1, 22), (1, 10)]
 
 
+def test_without_shared_contexts_no_mask_is_in_the_way(model, monkeypatch):
+    """The kernels' own causal attention is the fast one; nothing in the positions may look like packed documents."""
+    ours = GPT2ReproForCausalLM.from_gpt2(model)
+    masks = []
+    make_mask = type(ours.transformer)._attention_mask
+    monkeypatch.setattr(
+        type(ours.transformer), "_attention_mask", lambda *arguments: masks.append(make_mask(*arguments)) or masks[-1]
+    )
+    loglikelihoods(ours, [Request([1] * n, [[2, 3]]) for n in (9, 4, 2)])
+    assert masks == [None]
+    loglikelihoods(ours, [Request([1] * 4, [[2, 3], [4]])])
+    assert masks[1:] == [None]  # a single token more needs no input of its own
+    loglikelihoods(ours, [Request([1] * 4, [[2, 3], [4, 5]])])
+    assert masks[2].shape == (1, 1, 6, 6)
+
+
 def test_scores_the_continuation_and_nothing_else():
     """Known probabilities: 1/2 a step, 1/18 a jump. Any step scored too many or too few, or a pad, shows."""
     step, jump = torch.tensor([0.5, 0.5 / 9]).log().tolist()
