@@ -59,9 +59,13 @@ def main():
     tokenizer = load_hf_tokenizer()
     every, _ = load_items(args.data)
     items = random.Random(0).sample(every, min(args.items, len(every)))
-    path = Path(tempfile.mkdtemp()) / "items.jsonl"  # ours reads them from a file, in its own time
-    path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "items.jsonl"  # ours reads them from a file, in its own time
+        path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
+        compare(args, model, device, tokenizer, items, path)
 
+
+def compare(args, model, device, tokenizer, items, path):
     candidates = {}
     if args.lecture:
         candidates["the lecture's loop"] = lambda: score_as_the_lecture(args.lecture, model, device, items)

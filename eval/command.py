@@ -13,7 +13,7 @@ from eval import EvalError
 from eval.checkpoint import load_model, one_line, revision
 from eval.evaluator import score
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
-from eval.published import GPT2
+from eval.published import GPT2, why_not_comparable
 from eval.task import task_class, task_names
 
 
@@ -192,8 +192,7 @@ def _published_beside(result):
         task: model.results[task]
         for task, about in result["tasks"].items()
         if task in model.results
-        and not about["data"]["is_sample"]
-        and result["results"][task]["n"] == about["full_size"]
+        and why_not_comparable(about["data"], result["results"][task]["n"], about["full_size"]) is None
     }
 
 

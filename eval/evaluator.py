@@ -54,8 +54,6 @@ def evaluate(model, tokenizer, tasks=("hellaswag",), *, tokens_per_batch=None, p
 class Prepared(NamedTuple):
     """A task whose items are loaded."""
 
-    name: str
-    """its folder's; or lm-eval:NAME"""
     task: BaseTask | LmEvalTask
     items: list[Item]
     """none where lm-eval loads them"""
@@ -82,13 +80,13 @@ def prepare(tasks, tokenizer, config):
             task = LmEvalTask(task.removeprefix(PREFIX)) if task.startswith(PREFIX) else task_class(task)()
         if isinstance(task, LmEvalTask):
             check_lm_eval(task)
-            prepared.append(Prepared(PREFIX + task.task, task, [], None))
+            prepared.append(Prepared(task, [], None))
         else:
             items, source = task.load(tokenizer, context_of(config))
-            prepared.append(Prepared(type(task).__module__.split(".")[-2], task, items, source))
-        if prepared[-1].name in [other.name for other in prepared[:-1]]:
-            raise EvalError(f"{prepared[-1].name} is there twice, and results go by that name; evaluate them in turns")
-    if len({tuple(sources) for sources in gather([task.source and task.source.sha256 for task in prepared])}) > 1:
+            prepared.append(Prepared(task, items, source))
+        if task.name in [other.task.name for other in prepared[:-1]]:
+            raise EvalError(f"{task.name} is there twice, and results go by that name; evaluate them in turns")
+    if len({tuple(sources) for sources in gather([p.source and p.source.sha256 for p in prepared])}) > 1:
         raise EvalError("the processes found different items; give each of them the same files, with --data")
     return prepared
 
@@ -99,8 +97,8 @@ def score(model, tokenizer, prepared, *, tokens_per_batch=None, progress=False, 
 
     rank, number = rank_and_number()
     results, about, all_answers = {}, {}, {}
-    for name, task, items, source in prepared:
-        start = time.perf_counter()
+    for task, items, source in prepared:
+        name, start = task.name, time.perf_counter()
         if isinstance(task, LmEvalTask):
             results[name], about[name] = score_with_lm_eval(task, model, tokenizer)
         else:
@@ -125,7 +123,7 @@ def score(model, tokenizer, prepared, *, tokens_per_batch=None, progress=False, 
         "results": results,
         "tasks": about,
         "model": _description(model),
-        "processes": rank_and_number()[1],
+        "processes": number,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

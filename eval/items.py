@@ -125,6 +125,12 @@ def check_text(text, what, *, may_be_empty=False):
         raise EvalError(f"{what} is no valid Unicode (half of a surrogate pair at {error.start})") from error
 
 
+def check_limit(limit):
+    """Raises EvalError for one below 1."""
+    if limit is not None and limit < 1:
+        raise EvalError(f"the limit on items must be at least 1, got {limit}")
+
+
 def first_items(items, limit):
     """
     Returns:
@@ -133,8 +139,7 @@ def first_items(items, limit):
     Raises:
         EvalError: limit below 1.
     """
-    if limit is not None and limit < 1:
-        raise EvalError(f"the limit on items must be at least 1, got {limit}")
+    check_limit(limit)
     kept = items[:limit]
     count = f"all {len(items):,}" if len(kept) == len(items) else f"the first {len(kept):,} of {len(items):,}"
     return kept, f"{count} items"

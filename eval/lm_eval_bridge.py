@@ -1,16 +1,17 @@
 """`--tasks lm-eval:NAME`: any task of the package lm-eval, scored by that package on our model."""
 
 import contextlib
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from eval import EvalError
 from eval.processes import rank_and_number
+from eval.scoring import in_eval_mode
 
 PREFIX = "lm-eval:"
 BATCH_SIZE = 16
-_managers = {}  # lm-eval's TaskManager, which takes seconds to read all its tasks, by the folder of one's own
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class LmEvalTask:
     limit: int | None = None
     """the first so many items of each task"""
 
+    @property
+    def name(self):
+        """What it is called here."""
+        return PREFIX + self.task
+
 
 def check_lm_eval(wanted):
     """
@@ -31,25 +37,31 @@ def check_lm_eval(wanted):
     Raises:
         EvalError: lm-eval is not installed or does not know the task; more than one process.
     """
-    task = f"{PREFIX}{wanted.task}"
     if rank_and_number()[1] > 1:
-        raise EvalError(f"{task}: tasks of lm-eval are scored by one process here; start one")
+        raise EvalError(f"{wanted.name}: tasks of lm-eval are scored by one process here; start one")
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
     except ImportError as error:
         raise EvalError(
-            f"{task}: the package lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
+            f"{wanted.name}: the package lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
         ) from error
     folder, _, name = wanted.task.rpartition("/")
     if folder and not Path(folder).is_dir():
-        raise EvalError(f"{task}: there is no folder {folder!r}")
-    if folder not in _managers:
-        _managers[folder] = TaskManager(include_path=folder or None)
-    manager = _managers[folder]
+        raise EvalError(f"{wanted.name}: there is no folder {folder!r}")
+    manager = _task_manager(folder)
     if not manager.match_tasks([name]):
-        raise EvalError(f"{task}: lm-eval {lm_eval.__version__} has no task {name!r}; `lm-eval ls tasks` lists them")
+        raise EvalError(
+            f"{wanted.name}: lm-eval {lm_eval.__version__} has no task {name!r}; `lm-eval ls tasks` lists them"
+        )
     return manager, name
+
+
+@functools.cache
+def _task_manager(folder):
+    """lm-eval's, which takes seconds to read all its tasks; and those in a folder of one's own, "" for none."""
+    import lm_eval.tasks
+
+    return lm_eval.tasks.TaskManager(include_path=folder or None)
 
 
 def score_with_lm_eval(wanted, model, tokenizer):
@@ -68,10 +80,9 @@ def score_with_lm_eval(wanted, model, tokenizer):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    was_training = {module: module.training for module in model.modules()}
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # the caller's states stay
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # where its progress goes
+        with in_eval_mode(model), contextlib.redirect_stdout(sys.stderr):  # where its progress goes
             found = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),
                 tasks=[name],
@@ -81,12 +92,7 @@ def score_with_lm_eval(wanted, model, tokenizer):
                 **seeds,
             )
     except Exception as error:  # a data set that is not to be had raises whatever its library does
-        raise EvalError(
-            f"{PREFIX}{wanted.task}: lm-eval could not score it ({type(error).__name__}: {error})"
-        ) from error
-    finally:
-        for module, mode in was_training.items():
-            module.training = mode
+        raise EvalError(f"{wanted.name}: lm-eval could not score it ({type(error).__name__}: {error})") from error
     figures = {}
     for task, values in found["results"].items():
         before = "" if task == name else f"{task}/"

@@ -21,7 +21,7 @@ import numpy as np
 from eval import EvalError, command
 from eval.checkpoint import check_name, load_tokenizer
 from eval.evaluator import prepare
-from eval.published import GPT2, GPT3, text_of
+from eval.published import GPT2, GPT3, text_of, why_not_comparable
 
 OURS = "scored here (± standard error)"
 TITLES = {"hellaswag": "HellaSwag", "lambada": "LAMBADA", "bits_per_byte": "validation text"}
@@ -191,17 +191,16 @@ def published_rows(result):
     models, notes = GPT2 + GPT3, []
     rows = [Row(f"{m.name} (published)", f"{m.family}, published", m.parameters, {}) for m in models]
     for task, about in result["tasks"].items():
-        source, n, full_size = about["data"]["source"], result["results"][task].get("n"), about["full_size"]
+        source = about["data"]["source"]
+        why_not = why_not_comparable(about["data"], result["results"][task].get("n"), about["full_size"])
         published = [m.results.get(task, {}) for m in models]
         if task == "bits_per_byte":
             text = text_of(source)
             published = [{"loss": m.losses[text]} if text in m.losses else {} for m in models]
         if not any(published):
             notes.append(f"{task}: no published figures are known for {source}.")
-        elif about["data"]["is_sample"]:
-            notes.append(f"{task}: published figures are of others' items; these are this project's own sample.")
-        elif full_size is not None and n != full_size:
-            notes.append(f"{task}: published figures are of all {full_size:,} items; these are of {n:,}.")
+        elif why_not is not None:
+            notes.append(f"{task}: {why_not}.")
         elif task == "bits_per_byte" and PUBLISHED_WINDOWS not in source:
             notes.append(f"{task}: published losses need a whole validation split (shards, no --limit), --stride 1024.")
         else:
@@ -344,7 +343,7 @@ def _main(arguments):
     protocols = {path: _protocols(result) for path, result in results.items()}
     for name in to_score:  # what lm-eval takes is known when it is done
         own = [p for p in prepared[name] if p.source is not None]
-        protocols[name] = {p.name: (p.task.version, p.source.sha256, len(p.items)) for p in own}
+        protocols[name] = {p.task.name: (p.task.version, p.source.sha256, len(p.items)) for p in own}
     _check_alike(protocols)
     if speaks:
         try:

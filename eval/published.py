@@ -69,6 +69,22 @@ GPT3 = [
 ]
 
 
+def why_not_comparable(data, n, full_size):
+    """
+    Args:
+        data: {"is_sample", ...}, as `eval.evaluate` says it.
+        n, full_size: items that were scored, and of the set that published figures are of, None for no such set.
+
+    Returns:
+        None, or why published figures cannot stand beside the score.
+    """
+    if data["is_sample"]:
+        return "published figures are of others' items; these are this project's own sample"
+    if full_size is not None and n != full_size:
+        return f"published figures are of all {full_size:,} items; these are of {n:,}"
+    return None
+
+
 def of_size(size):
     """Those of the GPT-2 of (n_layer, n_embd), none for another shape."""
     return [model for model in GPT2 + GPT3 if model.size == tuple(size)]

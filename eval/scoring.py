@@ -15,6 +15,7 @@ so that every token has the numbers that it would have in a sequence of its own:
 of two of 5 and 4. Rows are batched by length, and only positions that score something become logits.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -118,9 +119,7 @@ def loglikelihoods(model, requests, *, tokens_per_batch=None, on_batch=None):
     # fails at once rather than at the end.
     rows.sort(key=lambda row: -row.num_inputs)
     scores = [[None] * len(request.continuations) for request in requests]
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with in_eval_mode(model):
         for batch in _batches(rows, tokens_per_batch):
             of_continuations = iter(_score_batch(model, batch, device, shares_context))
             for row in batch:
@@ -128,10 +127,19 @@ def loglikelihoods(model, requests, *, tokens_per_batch=None, on_batch=None):
                     scores[row.request][number] = ContinuationScore(*next(of_continuations), row.num_cut)
             if on_batch is not None:
                 on_batch(sum(len(row.numbers) for row in batch))
+    return scores
+
+
+@contextlib.contextmanager
+def in_eval_mode(model):
+    """While it lasts, the model is in eval mode; then each of its modules is again in the mode that it was in."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in was_training.items():
             module.training = mode
-    return scores
 
 
 def _can_share_context(model):

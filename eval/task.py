@@ -39,7 +39,12 @@ class BaseTask:
     full_size: ClassVar[int | None] = None
     """items of the set that published numbers are of, if there is one"""
 
-    def load(self, tokenizer, max_inputs):
+    @property
+    def name(self):
+        """Its folder's."""
+        return type(self).__module__.split(".")[-2]
+
+    def load(self, tokenizer, max_inputs=None):
         """
         Args:
             tokenizer: a Hugging Face tokenizer, the model's.
@@ -49,8 +54,20 @@ class BaseTask:
             (list of Item, eval.items.Source)
 
         Raises:
-            EvalError: the items are not there, or one is not what it should be (the message names it).
+            EvalError: the items are not there, one is not what it should be, or does not fit (the message names it).
         """
+        items, source = self.read(tokenizer, max_inputs)
+        for number, item in enumerate(items):
+            longest = max(len(tokens) for request in item.requests for tokens in request.continuations)
+            if max_inputs is not None and longest > max_inputs:
+                raise EvalError(
+                    f"item {number} (counted from 0) has {longest} tokens to score, and the model's context holds "
+                    f"{max_inputs}: score it on other items, or a model with a longer context"
+                )
+        return items, source
+
+    def read(self, tokenizer, max_inputs):
+        """What `load` gives, before it has looked whether all fits."""
         raise NotImplementedError
 
     def answer(self, item, scores):
@@ -139,17 +156,6 @@ def encode_together(tokenizer, pairs):
         Request(tokens, [next(wholes)[len(tokens) :] for _ in texts])
         for tokens, (_, texts) in zip(contexts, pairs, strict=True)
     ]
-
-
-def check_fit(items, max_inputs):
-    """Raises EvalError for a continuation that does not fit a model's context (None: it has no limit)."""
-    for number, item in enumerate(items):
-        longest = max(len(tokens) for request in item.requests for tokens in request.continuations)
-        if max_inputs is not None and longest > max_inputs:
-            raise EvalError(
-                f"item {number} (counted from 0) has {longest} tokens to score, and the model's context holds "
-                f"{max_inputs}: score it on other items, or a model with a longer context"
-            )
 
 
 def task_names():

@@ -10,7 +10,7 @@ import numpy as np
 
 from eval import EvalError
 from eval.bits_per_byte.compression import bits_per_byte
-from eval.items import Source, first_items, sha256_of
+from eval.items import Source, check_limit, first_items, sha256_of
 from eval.scoring import Request
 from eval.task import BaseTask, Item, encode
 
@@ -43,12 +43,11 @@ class Task(BaseTask):
         "bits_per_byte": "of UTF-8 text, the same for every tokenizer",
     }
 
-    def load(self, tokenizer, max_inputs=None):
+    def read(self, tokenizer, max_inputs):
         """`limit` counts documents of text, windows of shards. See BaseTask."""
         if not self.data:
             raise EvalError("bits_per_byte needs a text: name it with --data bits_per_byte=PATH (files, or shards)")
-        if self.limit is not None and self.limit < 1:
-            raise EvalError(f"the limit on documents or windows must be at least 1, got {self.limit}")
+        check_limit(self.limit)
         max_inputs = max_inputs or UNLIMITED
         stride = self.stride if self.stride is not None else max(1, max_inputs // 2)
         if not 1 <= stride <= max_inputs:
@@ -88,7 +87,9 @@ class Task(BaseTask):
             begin = max(0, stop - max_inputs)
             tokens = shard[begin : stop + 1]  # the first of them is never scored
             context, scored = tokens[: start - begin + 1], tokens[start - begin + 1 :]
-            items.append(Item([Request(context, [scored])], {"num_bytes": lengths[scored]}))
+            num_bytes = lengths[scored]
+            reference = {"is_text": num_bytes > 0, "num_bytes": int(num_bytes.sum())}
+            items.append(Item([Request(context, [scored])], reference))
             digest.update(scored.astype("<u2").tobytes())
         description = f"{self.data}, validation split, stride {stride}, {count.replace('items', 'windows')}"
         return items, Source(description=description, sha256=digest.hexdigest())
@@ -115,7 +116,8 @@ class Task(BaseTask):
             for start, stop in _windows(len(tokens) - 1, max_inputs, stride):
                 request = Request(tokens[max(0, stop - max_inputs) : start + 1], [tokens[start + 1 : stop + 1]])
                 # The text's bytes are counted once, with its first window: tokens need not end where characters do.
-                items.append(Item([request], {"num_bytes": len(text.encode()) if start == 0 else 0}))
+                num_bytes = len(text.encode()) if start == 0 else 0
+                items.append(Item([request], {"is_text": slice(None), "num_bytes": num_bytes}))
         count = f"{'all' if self.limit is None else 'the first'} {len(texts):,} documents"
         description = f"{self.data}, stride {stride}, {count}"
         return items, Source(description=description, sha256=sha256_of(texts))
@@ -123,13 +125,12 @@ class Task(BaseTask):
     def answer(self, item, scores):
         """The log-likelihood (nats) and number of a window's tokens; of those that are text, that and the bytes."""
         [[score]] = scores
-        num_bytes = item.reference["num_bytes"]
-        is_text = num_bytes > 0 if isinstance(num_bytes, np.ndarray) else slice(None)
+        of_text = score.log_likelihoods[item.reference["is_text"]]
         return {
             "log_likelihood": score.log_likelihood,
             "num_tokens": score.num_tokens,
-            "text_log_likelihood": float(score.log_likelihoods[is_text].sum(dtype=np.float64)),
-            "num_bytes": int(np.sum(num_bytes)),
+            "text_log_likelihood": float(of_text.sum(dtype=np.float64)),
+            "num_bytes": item.reference["num_bytes"],
         }
 
     def results(self, answers):

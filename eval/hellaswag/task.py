@@ -6,7 +6,7 @@ from eval import EvalError
 from eval.hellaswag.accuracy import accuracy
 from eval.hellaswag.items import CONTEXT_FIELDS, load_items
 from eval.scoring import Request
-from eval.task import BaseTask, Item, check_fit, encode, encode_together
+from eval.task import BaseTask, Item, encode, encode_together
 
 LECTURE, LM_EVAL = CONTEXT_FIELDS
 
@@ -34,7 +34,7 @@ class Task(BaseTask):
     }
     full_size = 10_042
 
-    def load(self, tokenizer, max_inputs=None):
+    def read(self, tokenizer, max_inputs):
         """See BaseTask; `load_items` has where from, and the errors."""
         if not self.prompts or not set(self.prompts) <= set(_REQUESTS):
             raise EvalError(f"hellaswag's prompts are one or more of {', '.join(_REQUESTS)}, got {self.prompts}")
@@ -47,7 +47,6 @@ class Task(BaseTask):
             )
             for example, *of_item in zip(examples, *requests, strict=True)
         ]
-        check_fit(items, max_inputs)
         return items, source
 
     def answer(self, item, scores):

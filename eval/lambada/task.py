@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from eval import EvalError
 from eval.items import HubUnavailableError, Source, check_text, file_records, first_items, hub_records, sha256_of
 from eval.lambada.word_prediction import word_prediction
-from eval.task import BaseTask, Item, check_fit, encode_together
+from eval.task import BaseTask, Item, encode_together
 
 HUB_ID = "EleutherAI/lambada_openai"
 FIELDS = ("context", "continuation")
@@ -22,7 +22,7 @@ class Task(BaseTask):
     }
     full_size = 5_153
 
-    def load(self, tokenizer, max_inputs=None):
+    def read(self, tokenizer, max_inputs):
         """
         `data`: "hub" (EleutherAI/lambada_openai), or a .jsonl, .jsonl.gz or .jsonl.xz file with the fields context and
         continuation, or with the whole passage as text. See BaseTask.
@@ -40,7 +40,6 @@ class Task(BaseTask):
         passages, count = first_items([_passage(record, where) for record, where in records], self.limit)
         requests = encode_together(tokenizer, [(context, [f" {word}"]) for context, word in passages])
         items = [Item([request], {"word": word}) for request, (_, word) in zip(requests, passages, strict=True)]
-        check_fit(items, max_inputs)
         return items, Source(description=f"{name}, {count}", sha256=sha256_of(passages))
 
     def answer(self, item, scores):
