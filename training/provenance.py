@@ -15,7 +15,7 @@ import torch
 
 from training.files import write_json
 
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
+_PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
 _MOST_DIFF_CHARACTERS = 1_000_000
 
 
@@ -40,7 +40,11 @@ def provenance(*, config, data, plan, accelerator, step):
         "model": {"parameters": plan.num_parameters, "flops_per_token": plan.flops_per_token},
         "data": data,
         "code": _git_state(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with its build (+cu130), which PyPI's package version leaves out
+            **{name: _version(name) for name in _PACKAGES},
+        },
         "hardware": {
             "platform": platform.platform(),
             "device": plan.hardware.name,

@@ -25,6 +25,7 @@ def server():
 def client(server, monkeypatch, tmp_path):
     """The Hub's client in this process asks the server."""
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost is no network, whatever the caller has set
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + template.removeprefix("https://huggingface.co")
