@@ -62,6 +62,7 @@ def to_gpt2(model):
     config = GPT2Config(
         **{field: getattr(model.config, field) for field in _SHARED_FIELDS},
         architectures=["GPT2LMHeadModel"],
+        n_ctx=model.config.n_positions,  # its older name, which llama.cpp's converter and others still ask for
     )
     if not model.config.is_causal:
         raise ValueError("is_causal=False is not GPT-2: a plain GPT2LMHeadModel attends to earlier tokens only")

@@ -1,5 +1,6 @@
-"""A Hugging Face Hub on localhost: as much of its protocol as downloading asks for, and faults on demand."""
+"""A Hugging Face Hub on localhost: as much of its protocol as downloading and pushing ask for, and faults on demand."""
 
+import base64
 import functools
 import hashlib
 import http.server
@@ -10,6 +11,7 @@ import time
 from urllib.parse import unquote
 
 COMMIT = "c" * 40
+TOKEN, READ_TOKEN = "hf_secretsecretsecret", "hf_readingreading"  # of the user `me`; the second may only read
 LARGE = 1000  # bytes from which a file is an LFS file, with its SHA-256 in the listing
 
 
@@ -21,14 +23,26 @@ class HubServer:
         cards: {repository: dict}, the metadata of READMEs.
         faults: list of (pattern, fault). The first whose pattern is found in a request's path and query is used up by
             it. A fault is a status (429, 500, ...), "drop" (the connection ends halfway through the body), "truncate"
-            (half the body, under a header that says so), "corrupt" (other bytes, as many) or "hang" (no answer for a
-            second, and then the connection's end).
+            (half the body, under a header that says so), "corrupt" (other bytes, as many), "hang" (no answer for a
+            second, and then the connection's end); of a commit also "lost" (it is made, and the answer does not come)
+            and "overtaken" (somebody else's comes first).
         log: (method, path) of every request.
+        tokens: {token: {"name": its owner, "role": "write" or "read"}}. Who pushes needs one, and who
+            reads what is private.
+        private: repositories that are.
+        commits: {repository: [(commit's id, title)]} of what was pushed; COMMIT is the id of what was there before.
+        lfs: {SHA-256: bytes} that were uploaded; a commit makes files of them.
     """
 
     def __init__(self, repos):
         self.repos, self.cards, self.faults, self.log = repos, {}, [], []
+        self.tokens = {TOKEN: {"name": "me", "role": "write"}, READ_TOKEN: {"name": "me", "role": "read"}}
+        self.private, self.commits, self.lfs = set(), {}, {}
         self.lock = threading.Lock()
+
+    def head(self, repo):
+        """The id of a repository's newest commit."""
+        return self.commits[repo][-1][0] if self.commits.get(repo) else COMMIT
 
     def __enter__(self):
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, self))
@@ -74,17 +88,132 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for repo, files in self.hub.repos.items():
             if path == repo or path.startswith(f"{repo}/"):
                 rest = path.removeprefix(repo).strip("/")
-                return self._api(repo, rest, files) if is_api else self._file(rest, files)
+                if repo in self.hub.private and self._owner() is None:
+                    break
+                return self._api(repo, rest, files) if is_api else self._file(repo, rest, files)
+        if path == "models/whoami-v2":
+            owner = self._owner()
+            if owner is None:
+                return self._reply(401, json.dumps({"error": "Invalid credentials"}).encode())
+            token = {"role": owner["role"], "displayName": "mine"}
+            return self._json({"type": "user", "name": owner["name"], "orgs": [], "auth": {"accessToken": token}})
         return self._reply(404, headers={"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_GET
 
-    def _file(self, rest, files):  # resolve/REVISION/PATH
+    def _owner(self):
+        """Whose token the request brings; None without one that is known."""
+        return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def do_POST(self):
+        self.hub.log.append((self.command, self.path))
+        self.fault = self.hub.fault_of(f"{self.command} {self.path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if isinstance(self.fault, int):
+            return self._reply(self.fault, json.dumps({"error": "a fault on demand"}).encode())
+        if self.fault == "drop":  # halfway: what was sent is lost
+            return self._hang_up()
+        path = unquote(self.path.partition("?")[0]).strip("/")
+        if self.command == "PUT":  # storage, whose addresses are signed: no token comes with them
+            self.hub.lfs[path.removeprefix("lfs/")] = body
+            return self._reply(200)
+        owner = self._owner()
+        if owner is None or owner["role"] == "read":
+            return self._reply(401 if owner is None else 403, json.dumps({"error": "no token that may write"}).encode())
+        if path == "api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path == "api/repos/create":
+            return self._create(json.loads(body), owner)
+        found = re.fullmatch(
+            r"(?:api/(models)/)?(.+?)(?:/(preupload|commit)/main|\.git/info/lfs/(objects/batch))", path
+        )
+        repo = f"models/{found[2]}"
+        if repo not in self.hub.repos:
+            return self._reply(404, headers={"X-Error-Code": "RepoNotFound"})
+        if not found[2].startswith(f"{owner['name']}/"):
+            return self._reply(403, json.dumps({"error": f"you may not write to {found[2]}"}).encode())
+        if found[3] == "commit":
+            return self._commit(repo, [json.loads(line) for line in body.splitlines()])
+        return self._preupload(repo, json.loads(body)) if found[3] else self._batch(json.loads(body))
+
+    do_PUT = do_POST
+
+    def _create(self, asked, owner):
+        namespace = asked.get("organization") or owner["name"]
+        repo = f"models/{namespace}/{asked['name']}"
+        if namespace != owner["name"]:
+            return self._reply(403, json.dumps({"error": f"you may not write to {namespace}"}).encode())
+        url = f"{self.hub.address}/{repo.removeprefix('models/')}"
+        if repo in self.hub.repos:
+            return self._reply(409, json.dumps({"error": "You already created this model repo", "url": url}).encode())
+        self.hub.repos[repo] = {}
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.hub.private.add(repo)
+        return self._json({"url": url})
+
+    def _preupload(self, repo, asked):
+        """Whether each file is to be sent with the commit or before it."""
+        files = self.hub.repos[repo]
+        answer = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["size"] >= LARGE else "regular",
+                "shouldIgnore": False,
+                "oid": _oid(files[file["path"]]) if file["path"] in files else None,
+            }
+            for file in asked["files"]
+        ]
+        return self._json({"files": answer})
+
+    def _batch(self, asked):
+        """Where to send what is not there yet."""
+        objects = []
+        for wanted in asked["objects"]:
+            upload = {"upload": {"href": f"{self.hub.address}/lfs/{wanted['oid']}", "header": {}}}
+            objects.append(wanted | ({} if wanted["oid"] in self.hub.lfs else {"actions": upload}))
+        return self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, repo, lines):
+        header = lines[0]["value"]
+        if self.fault == "overtaken":
+            self.hub.repos[repo] = self.hub.repos[repo] | {"theirs.txt": b"theirs"}
+            self.hub.commits.setdefault(repo, []).append(("d" * 40, "Theirs"))
+        head = self.hub.head(repo)
+        if header.get("parentCommit") not in (None, head):
+            return self._reply(412, json.dumps({"error": "A commit has happened since. Please refresh."}).encode())
+        files = dict(self.hub.repos[repo])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                content = self.hub.lfs[value["oid"]]
+                assert hashlib.sha256(content).hexdigest() == value["oid"], "other bytes came than were announced"
+                files[value["path"]] = content
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        commit = hashlib.sha1(f"{head}{header['summary']}".encode()).hexdigest()
+        self.hub.repos[repo] = files  # all of it at once
+        self.hub.commits.setdefault(repo, []).append((commit, header["summary"]))
+        if self.fault == "lost":  # done, and nobody is told
+            return self._hang_up()
+        name = repo.removeprefix("models/")
+        return self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
+
+    def _hang_up(self):
+        self.connection.close()
+        self.close_connection = True
+
+    def _json(self, answer):
+        return self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    def _file(self, repo, rest, files):  # resolve/REVISION/PATH
         name = rest.split("/", 2)[-1]
         if name not in files:
-            return self._reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+            return self._reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.head(repo)})
         content = files[name]
-        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        commit = self.hub.head(repo)
+        headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if len(content) >= LARGE:
             headers["X-Linked-Size"] = str(len(content))
             headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
@@ -96,17 +225,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _api(self, repo, rest, files):
         kind, _, revision = rest.partition("/")
-        if kind == "revision" and revision not in (COMMIT, "main"):
+        if kind == "revision" and revision not in (self.hub.head(repo), "main"):
             return self._reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if kind == "tree":
             folder = revision.partition("/")[2]
+            if revision.partition("/")[0] not in (self.hub.head(repo), "main", COMMIT):
+                return self._reply(404, headers={"X-Error-Code": "RevisionNotFound"})
             answer = [_listed(name, content) for name, content in files.items() if name.startswith(folder)]
             if folder and not any(file["path"].startswith(f"{folder}/") for file in answer):
                 return self._reply(404, headers={"X-Error-Code": "EntryNotFound"})
         else:
-            answer = {"id": repo.partition("/")[2], "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-            answer["cardData"] = self.hub.cards.get(repo)
-        return self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+            answer = {"id": repo.partition("/")[2], "sha": self.hub.head(repo), "private": repo in self.hub.private}
+            answer |= {"siblings": [{"rfilename": name} for name in files], "cardData": self.hub.cards.get(repo)}
+        return self._json(answer)
 
     def _reply(self, status, body=b"", headers=None):
         fault = self.fault if self.command == "GET" and status in (200, 206) else None
@@ -132,8 +263,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def _listed(name, content):
-    listed = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+def _oid(content):
+    """What names a file's content: SHA-256 of a large one, git's hash of a small one."""
     if len(content) >= LARGE:
-        listed["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _listed(name, content):
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    listed = {"type": "file", "path": name, "size": len(content), "oid": blob}
+    if len(content) >= LARGE:
+        listed["lfs"] = {"oid": _oid(content), "size": len(content), "pointerSize": 130}
     return listed

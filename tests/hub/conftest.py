@@ -1,0 +1,121 @@
+"""A checkpoint in a run, as train.py leaves it, and a Hub on localhost to push it to."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hub_server import TOKEN, HubServer
+from huggingface_hub import constants
+
+from data.tokenizer import load_hf_tokenizer
+from hub import push
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+
+@pytest.fixture(scope="session")
+def model():
+    """Random weights, large enough for texts that do not repeat one token."""
+    torch.manual_seed(0)
+    config = GPT2ReproConfig(n_layer=2, n_head=4, n_embd=64, n_positions=128, initializer_range=0.2)
+    return GPT2ReproForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_hf_tokenizer(model_max_length=128)
+
+
+@pytest.fixture(scope="session")
+def whole_run(model, tokenizer, tmp_path_factory):
+    """A run's folder with one checkpoint; tests that change it copy it."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    checkpoint = run / "checkpoints" / "step_000020"
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    (checkpoint / "training_state").mkdir()
+    (checkpoint / "training_state" / "state.json").write_text(json.dumps({"step": 20, "tokens": 5120}))
+    (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"the moments")
+    (run / "provenance.json").write_text(
+        json.dumps(
+            {
+                "config": {
+                    "max_steps": 20,
+                    "seed": 1337,
+                    "batch": {"tokens_per_step": 256},
+                    "data": {"path": "/home/someone/shards/fineweb-edu"},
+                    "eval": {"val_tokens": 4096},
+                    "init_from": None,
+                    "output_dir": "/home/someone/runs/tiny",
+                },
+                "data": {
+                    "train_tokens": 100_000,
+                    "val_tokens": 10_000,
+                    "manifest_sha256": "a" * 64,
+                    "source": {
+                        "kind": "hub",
+                        "dataset": "HuggingFaceFW/fineweb-edu",
+                        "subset": "sample-10BT",
+                        "revision": "b" * 40,
+                    },
+                },
+                "code": {"commit": "e" * 40, "dirty": True},
+                "versions": {"python": "3.11.7", "torch": "2.13.0"},
+                "hardware": {
+                    "device": "NVIDIA H100",
+                    "processes": 8,
+                    "mixed_precision": "bf16",
+                    "dollars_an_hour": 3.0,
+                },
+            }
+        )
+    )
+    scores = {"acc": 0.28, "acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "n": 10042, "is_sample": False}
+    records = [{"step": step, "loss": 10.0, "ms": 180_000.0} for step in range(1, 21)]
+    records.append({"step": 20, "val_loss": 3.2924, "hellaswag": scores, "seconds": 0.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "curves.png").write_bytes(b"\x89PNG of curves")
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(whole_run):
+    return whole_run / "checkpoints" / "step_000020"
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """An empty Hub that this process's client asks, as the user `me`."""
+    with HubServer({}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost is no network, whatever the caller has set
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not on localhost
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr(push, "_FIRST_PAUSE_SECONDS", 0.01)
+        yield server
+
+
+@pytest.fixture
+def python(tmp_path):
+    """python(program, server, **environment) runs it in another process, which has nothing but the server."""
+
+    def run(program, server, **environment):
+        own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env=own
+            | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
+            | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        assert TOKEN not in done.stdout + done.stderr
+        return done.stdout
+
+    return run

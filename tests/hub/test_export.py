@@ -1,0 +1,260 @@
+"""Exported checkpoints in engines that are not this project's and not transformers': the same text, token for token."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+
+from hub import HubError
+from hub.__main__ import main
+from hub.export import export
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+
+PROMPTS = [
+    "Hello, I'm a language model,",
+    "The meaning of life is",
+    "Once upon a time there was",
+    "def fibonacci(n):\n    ",
+    "1 2 3 4 5",
+    "The capital of France is",
+    " leading space",
+    "trailing space ",
+    "Two\n\nparagraphs",
+    "Don't you think we'll see? They've said I'd.",
+    "naïve café, “quotes” — and dashes…",
+    "東京は日本の",
+    "Привет, мир",
+    "🙂🙃 emoji 👩‍👩‍👧",
+    "tabs\tand\twhite   space",
+    "A",
+    "https://example.com/path?x=1&y=2",
+    "UPPER lower MiXeD",
+    "3.14159 and 2,718,281",
+    "She said: 'It is <b>bold</b>!'",
+]
+NEW_TOKENS = 64
+
+
+@pytest.fixture(scope="session")
+def greedy(model, tokenizer):
+    """[(ids of a prompt, the 64 tokens that the model itself continues it with)]"""
+    texts = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=50256, eos_token_id=None)
+        texts.append((ids[0].tolist(), output[0, ids.shape[1] :].tolist()))
+    assert len({tuple(new) for _, new in texts}) == len(PROMPTS)
+    assert min(len(set(new)) for _, new in texts) > NEW_TOKENS / 3  # no text that says one thing only
+    return texts
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint, tmp_path_factory):
+    """exported(format) is the folder, made once."""
+    folders = {}
+
+    def folder(to):
+        if to not in folders:
+            for package in {"onnx": ["onnxscript", "onnxruntime"], "gguf": ["gguf"], "gpt2": []}[to]:
+                pytest.importorskip(package)
+            folders[to] = tmp_path_factory.mktemp("exported") / to
+            export(str(checkpoint), to=to, out=folders[to])
+        return folders[to]
+
+    return folder
+
+
+@torch.no_grad()
+def test_a_plain_gpt2(exported, model, tokenizer, greedy):
+    folder = exported("gpt2")
+    assert not list(folder.rglob("*.py"))
+    plain, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(plain) is GPT2LMHeadModel and not any(loading.values())
+    ids = torch.randint(0, 50257, (2, 100), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(plain.eval()(ids).logits, model(ids).logits, atol=2e-5, rtol=0)
+    for prompt, (_, new) in zip(PROMPTS, greedy, strict=True):
+        text = pipeline("text-generation", str(folder))(
+            prompt, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, return_full_text=False
+        )
+        assert text[0]["generated_text"] == tokenizer.decode(new)
+        break  # one shows that it opens; the others are the engines'
+    assert json.loads((folder / "config.json").read_text())["n_ctx"] == 128
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    assert vocabulary == tokenizer.get_vocab()
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert (merges[0], merges[1], len(merges)) == ("#version: 0.2", "Ġ t", 50_001)
+    assert AutoTokenizer.from_pretrained(folder)(PROMPTS).input_ids == [prompt for prompt, _ in greedy]
+
+
+def test_ctranslate2_writes_the_same(exported, tokenizer, greedy, tmp_path):
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    ctranslate2.converters.TransformersConverter(str(exported("gpt2"))).convert(str(tmp_path / "ct2"))
+    engine = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", compute_type="float32", intra_threads=1)
+    results = engine.generate_batch(
+        [tokenizer.convert_ids_to_tokens(prompt) for prompt, _ in greedy],
+        max_length=NEW_TOKENS,
+        sampling_topk=1,
+        include_prompt_in_result=False,
+        end_token=[],
+    )
+    assert [result.sequences_ids[0] for result in results] == [new for _, new in greedy]
+
+
+def test_onnx_runtime_writes_the_same(exported, model, greedy):
+    """By both graphs: a token at a time with keys and values, texts of different lengths at once; and all at once."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder = exported("onnx") / "onnx"
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    names = [i.name for i in session.get_inputs() if i.name.startswith("past_key_values")]
+    assert names[:2] == ["past_key_values.0.key", "past_key_values.0.value"] and len(names) == 4
+    longest = max(len(prompt) for prompt, _ in greedy)
+    ids = np.array([[50256] * (longest - len(prompt)) + prompt for prompt, _ in greedy])
+    mask = np.array([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt, _ in greedy])
+    past = {name: np.zeros((len(ids), 4, 0, 16), np.float32) for name in names}
+    written = []
+    while len(written) < NEW_TOKENS:
+        positions = (mask.cumsum(1) - 1).clip(0)[:, -ids.shape[1] :]
+        logits, *present = session.run(
+            None, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        )
+        past = dict(zip(names, present, strict=True))
+        ids = logits[:, -1].argmax(-1)[:, None]
+        mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+        written.append(ids[:, 0])
+    assert np.stack(written, axis=1).tolist() == [new for _, new in greedy]
+
+    whole = onnxruntime.InferenceSession(folder / "model_without_past.onnx")
+    for prompt, new in greedy[:3]:
+        ids = np.array([prompt + new])
+        inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.size)[None]}
+        [logits] = whole.run(None, inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                torch.from_numpy(logits), model(torch.from_numpy(ids)).logits, atol=1e-4, rtol=1e-4
+            )
+
+
+def test_gguf_is_complete(exported, model, tokenizer):
+    gguf = pytest.importorskip("gguf")
+    folder = exported("gguf")
+    names = ["tiny-step_000020-F16.gguf", "tiny-step_000020-Q8_0.gguf"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for name, file_type, tensor_type in zip(names, (1, 7), ("F16", "Q8_0"), strict=True):
+        reader = gguf.GGUFReader(folder / name)
+        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        tokens, merges = fields.pop("tokenizer.ggml.tokens"), fields.pop("tokenizer.ggml.merges")
+        types = fields.pop("tokenizer.ggml.token_type")
+        assert fields == {
+            "general.architecture": "gpt2",
+            "general.type": "model",
+            "general.name": "tiny-step_000020",
+            "general.size_label": "3M",
+            "general.license": "mit",
+            "general.tags": ["text-generation", "gpt2"],
+            "general.languages": ["en"],
+            "general.file_type": file_type,
+            "general.quantization_version": 2,
+            "gpt2.vocab_size": 50257,
+            "gpt2.context_length": 128,
+            "gpt2.embedding_length": 64,
+            "gpt2.feed_forward_length": 256,
+            "gpt2.block_count": 2,
+            "gpt2.attention.head_count": 4,
+            "gpt2.attention.layer_norm_epsilon": pytest.approx(1e-5),
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.bos_token_id": 50256,
+            "tokenizer.ggml.eos_token_id": 50256,
+            "tokenizer.ggml.unknown_token_id": 50256,
+            "tokenizer.ggml.add_bos_token": False,
+        }
+        assert tokens == tokenizer.convert_ids_to_tokens(range(50257))
+        assert (merges[0], len(merges)) == ("Ġ t", 50_000)
+        assert types == [1] * 50256 + [3]
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        assert len(tensors) == len(list(model.parameters())) and "output.weight" not in tensors
+        assert tensors["blk.1.ffn_down.weight"].tensor_type.name == tensor_type
+        assert tensors["position_embd.weight"].tensor_type.name == "F32"
+        weight = tensors["blk.0.attn_qkv.weight"]
+        found = torch.from_numpy(gguf.quants.dequantize(weight.data, weight.tensor_type).copy())
+        expected = model.transformer.h[0].attn.c_attn.weight.detach()
+        assert (found - expected).abs().max() < {"F16": 1e-3, "Q8_0": 5e-3}[tensor_type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "tolerance"), [("F16", 0.02), ("Q8_0", 0.3)])
+def test_llama_cpp_writes_the_same_to_its_rounding(exported, model, tokenizer, kind, tolerance):
+    """
+    Its tokens are those that this model would choose after the same text, or as good to the rounding of the weights:
+    logits here spread over 10 and more.
+    """
+    xllamacpp = pytest.importorskip("xllamacpp")
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(exported("gguf") / f"tiny-step_000020-{kind}.gguf")
+    parameters.n_ctx, parameters.n_parallel, parameters.cpuparams.n_threads = 128, 1, 1
+    parameters.warmup = False
+    engine = xllamacpp.Server(parameters)
+    same = 0
+    for prompt in PROMPTS:
+        asked = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        answer = engine.handle_completions(asked)
+        ids = tokenizer(prompt).input_ids
+        assert answer["usage"]["prompt_tokens"] == len(ids)  # its tokenizer is the same
+        new = [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
+        assert len(new) == NEW_TOKENS
+        logits = model(torch.tensor([ids + new])).logits[0, len(ids) - 1 : -1]
+        chosen = logits.gather(-1, torch.tensor(new)[:, None])[:, 0]
+        assert (logits.max(-1).values - chosen).max() < tolerance, prompt
+        same += int((logits.argmax(-1) == torch.tensor(new)).sum())
+    assert same > 0.98 * NEW_TOKENS * len(PROMPTS)
+
+
+def test_openais_form_is_exported_too(exported, tmp_path, capsys):
+    """A plain GPT-2, the other kind of checkpoint, through the command."""
+    pytest.importorskip("gguf")
+    assert main(["export", str(exported("gpt2")), "--to", "gguf", "--out", str(tmp_path / "out")]) == 0
+    assert "gpt2-Q8_0.gguf" in capsys.readouterr().out
+    for kind in ("F16", "Q8_0"):
+        mine, theirs = exported("gguf") / f"tiny-step_000020-{kind}.gguf", tmp_path / "out" / f"gpt2-{kind}.gguf"
+        assert mine.read_bytes()[-1_000_000:] == theirs.read_bytes()[-1_000_000:]
+
+
+def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        assert main(["export", *map(str, arguments)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    out = tmp_path / "out"
+    assert "invalid choice: 'tflite'" in fails(checkpoint, "--to", "tflite", "--out", out)
+    assert "no such folder, nor a Hub id" in fails(tmp_path / "nowhere", "--to", "gpt2", "--out", out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert "full' is there already" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / "full")
+    encoder = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=1, n_embd=32, n_positions=8, is_causal=False))
+    encoder.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    assert "is_causal=False" in fails(tmp_path / "encoder", "--to", "gpt2", "--out", out)
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_wrong_is_not_left_there(checkpoint, tmp_path, monkeypatch):
+    """Weights that change on their way: the check after writing finds them."""
+    from modeling_gpt2repro import conversion
+
+    adopt = conversion._adopt
+
+    def wrong(model, source):
+        adopted = adopt(model, source)
+        adopted.transformer.h[0].mlp.c_fc.weight.data += 0.01
+        return adopted
+
+    monkeypatch.setattr(GPT2ReproForCausalLM, "to_gpt2", lambda self: conversion.to_gpt2(self))
+    monkeypatch.setattr(conversion, "_adopt", wrong)
+    with pytest.raises(HubError, match="logits that are off by"):
+        export(str(checkpoint), to="gpt2", out=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
