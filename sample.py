@@ -12,6 +12,7 @@ The checkpoint is a folder of train.py's, any other that `from_pretrained` opens
 import logging
 import sys
 
+import modeling_gpt2repro  # noqa: F401 (the Auto classes know it then)
 from eval import EvalError
 from eval.checkpoint import check_name, load_model, load_tokenizer
 from eval.command import Parser, find_device
@@ -42,9 +43,6 @@ def _parse_arguments(arguments):
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that is there")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
-    )
     return parser.parse_args(arguments)
 
 
@@ -95,16 +93,14 @@ def _main(arguments):
     if args.chatty and (args.prompt is not None or args.n > 1):
         raise HubError("--chatty asks for prompts itself, one at a time: leave out the prompt and --n")
     check_name(args.checkpoint)
-    tokenizer, _ = load_tokenizer(args.checkpoint, trust_remote_code=args.trust_remote_code)
+    tokenizer, _ = load_tokenizer(args.checkpoint)
     device, _ = find_device(args.device)
     prompt = args.prompt
     if prompt is None and not args.chatty:
         if sys.stdin.isatty():
             print("what to continue? (Ctrl-D ends it)", file=sys.stderr)
         prompt = sys.stdin.read().removesuffix("\n")
-    model = load_model(
-        args.checkpoint, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code
-    ).eval()
+    model = load_model(args.checkpoint, dtype=args.dtype, device=device).eval()
     if args.chatty:
         chat(model, tokenizer, settings)
         return

@@ -6,6 +6,7 @@ before it prepares what it uses, in the order in which it is needed.
     accelerate launch train.py --config recipes/gpt2_124m.yaml        the lecture's run, on all GPUs here
     accelerate launch train.py --config recipes/gpt2_124m.yaml --dry_run        the plan, nothing written
     accelerate launch train.py --config ... --resume auto             go on from the newest checkpoint
+    accelerate launch train.py --config ... --push_to_hub USER/NAME   share the last checkpoint, privately
 
 Writes into --output_dir (runs/<recipe>):
 
@@ -49,6 +50,8 @@ from eval.published import published_lines
 from eval.samples import check_prompts, sample_texts
 from eval.task import answer_items, in_order, joint_results
 from eval.validation import validation_loss
+from hub import HubError
+from hub.push import BackgroundPusher, Repository
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
 from training.checkpoint import (
@@ -78,7 +81,7 @@ STARTED = time.monotonic()  # what --max_hours counts from
 
 
 def train(argv):
-    """Returns the exit code: 0, or 75 (resume me)."""
+    """Returns the exit code: 0, 75 (resume me), or 1 (all is trained and saved, and not on the Hub)."""
     # ------------------------------------------------------------------------------------------------------
     # Settings: defaults < recipe < command line.
     config = load_config(argv)
@@ -108,6 +111,17 @@ def train(argv):
         return find_checkpoint(config.resume, output_dir, say)
 
     resume_from = None if config.dry_run else on_main_process(accelerator, open_run_folder)
+
+    # ------------------------------------------------------------------------------------------------------
+    # The Hub, asked before anything is computed whether it will take what comes.
+    pusher = None  # the main process's, where something is to be pushed
+
+    def open_repository():
+        nonlocal pusher
+        pusher = BackgroundPusher(Repository(config.push_to_hub, private=not config.push_public), say)
+
+    if config.push_to_hub is not None and not config.dry_run:
+        on_main_process(accelerator, open_repository)
 
     # ------------------------------------------------------------------------------------------------------
     # The plan: the model's shape, and what it takes to train it.
@@ -207,7 +221,7 @@ def train(argv):
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
                 write_finished(output_dir, resume_from, step, saved["val_loss"])
-            return 0
+            return 0 if pusher is None or pusher.finish(resume_from) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
     # ------------------------------------------------------------------------------------------------------
@@ -241,6 +255,7 @@ def train(argv):
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         keep_best=config.keep_best,
+        in_use=() if pusher is None else pusher.reading,
         warn=say,
     )
     train_model, step_model, optimizer = prepare(
@@ -284,6 +299,8 @@ def train(argv):
         else:
             if folder is not None:
                 say(f"saved     {folder}")
+                if pusher is not None and config.push_every_save and step < config.max_steps:
+                    pusher.push(folder)
 
     def evaluate_share(scored_model):
         """This process's share: (sum of the loss, tokens, HellaSwag's answers or None, the seconds these took)."""
@@ -449,7 +466,7 @@ def train(argv):
         say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
         return exit_code_of_stopping()
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
-    return 0
+    return 0 if pusher is None or pusher.finish(folder) else 1  # the others need not wait
 
 
 def shape_of(source):
@@ -498,7 +515,7 @@ def first_line(error):
 def main():
     try:
         code = train(sys.argv[1:])
-    except (TrainingError, DataError, EvalError) as error:
+    except (TrainingError, DataError, EvalError, HubError) as error:
         fail()
         rank = os.environ.get("RANK", "0")
         code = f"error: {error}" if rank == "0" else f"error (process {rank}): {error}"

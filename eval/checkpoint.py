@@ -50,11 +50,12 @@ def load_tokenizer(name, *, trust_remote_code=False):
     return tokenizer, _from_pretrained(AutoConfig, name, trust_remote_code)
 
 
-def load_model(name, *, dtype, device, trust_remote_code=False):
+def load_model(name, *, dtype, device, trust_remote_code=False, model_class=None):
     """
     Args:
         name, trust_remote_code: as for `load_tokenizer`. Modeling code in a folder is run.
         dtype: "float32" or "bfloat16", of the weights, whatever was saved.
+        model_class: by default what the checkpoint asks for.
 
     Returns:
         the model, on the device.
@@ -67,7 +68,7 @@ def load_model(name, *, dtype, device, trust_remote_code=False):
 
     transformers_logging.disable_progress_bar()
     model, loading = _from_pretrained(
-        AutoModelForCausalLM,
+        model_class or AutoModelForCausalLM,
         name,
         trust_remote_code,
         dtype=getattr(torch, dtype),

@@ -37,32 +37,26 @@ def _parse_arguments(arguments):
     export.add_argument("checkpoint", help="folder of a checkpoint or of a plain GPT-2, or its id on the Hub")
     export.add_argument("--to", required=True, choices=["gpt2", "onnx", "gguf"], help="the format")
     export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    export.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
-    )
 
     demo = commands.add_parser("demo", help="a page to try a checkpoint", allow_abbrev=False)
     demo.add_argument("checkpoint", nargs="+", help="one, or two to compare: folders, or ids on the Hub")
     demo.add_argument("--port", type=int, default=7860, help="of the page, on this machine alone (default: 7860)")
     demo.add_argument("--device", help="cuda, mps or cpu; by default the first of them that is there")
-    demo.add_argument("--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub")
     return parser.parse_args(arguments)
 
 
 def _push(args):
-    from pathlib import Path
+    from hub.push import Repository, prepare_upload
 
-    from hub.push import Repository, contents
-
-    content = contents(args.checkpoint, args.repository, results=args.results)  # wrong before anybody is asked
+    upload = prepare_upload(args.checkpoint, args.repository, results=args.results)
     if args.dry_run:
-        print(content["README.md"].decode() if isinstance(content["README.md"], bytes) else "(the card in the folder)")
-        for path, source in content.items():
-            size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-            print(f"{size:>14,} bytes  {path}")
+        card = upload.files["README.md"]
+        print((card if isinstance(card, bytes) else card.read_bytes()).decode())
+        for path, source in upload.files.items():
+            print(f"{len(source) if isinstance(source, bytes) else source.stat().st_size:>14,} bytes  {path}")
         return
     repository = Repository(args.repository, private=not args.public)
-    address = repository.push(args.checkpoint, results=args.results)
+    address = repository.push(upload)
     seen = "private" if repository.is_private else "public"
     print(f"pushed {args.checkpoint} to {repository.name} ({seen})\n{address}")
 
@@ -70,14 +64,14 @@ def _push(args):
 def _export(args):
     from hub.export import export
 
-    for path in export(args.checkpoint, to=args.to, out=args.out, trust_remote_code=args.trust_remote_code):
+    for path in export(args.checkpoint, to=args.to, out=args.out):
         print(f"{path.stat().st_size:>14,} bytes  {path}")
 
 
 def _demo(args):
     from hub.demo import serve
 
-    serve(args.checkpoint, port=args.port, device=args.device, trust_remote_code=args.trust_remote_code)
+    serve(args.checkpoint, port=args.port, device=args.device)
 
 
 def main(arguments=None):

@@ -21,6 +21,9 @@ _TASK_DATA = {
     "lambada": ("EleutherAI/lambada_openai", "test", "LAMBADA (OpenAI)"),
 }
 
+# Settings that change nothing about what was learnt, some of them folders and names of the trainer's.
+_NOT_THE_RUN = ("output_dir", "resume", "dry_run", "push_to_hub", "push_every_save", "push_public")
+
 _CITATION = """\
 @techreport{radford2019language,
   title  = {Language Models are Unsupervised Multitask Learners},
@@ -236,10 +239,7 @@ def _training(run):
         )
     if run.curves is not None:
         lines.append("\n![losses and HellaSwag over training tokens](curves.png)")
-    # Names of folders on the trainer's machine are nobody's business, and of no use elsewhere.
-    shown = {
-        key: value for key, value in settings.items() if key not in ("output_dir", "resume", "dry_run", "push_to_hub")
-    }
+    shown = {key: value for key, value in settings.items() if key not in _NOT_THE_RUN}
     shown = json.loads(json.dumps(shown), object_hook=_without_folders)
     dump = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, allow_unicode=True)
     lines.append(f"\n<details><summary>All settings</summary>\n\n```yaml\n{dump}```\n\n</details>")

@@ -4,6 +4,7 @@ import html
 import os
 import time
 
+import modeling_gpt2repro  # noqa: F401 (the Auto classes know it then)
 from eval.checkpoint import check_name, load_model, load_tokenizer
 from eval.command import find_device
 from hub import HubError
@@ -22,7 +23,7 @@ _CSS = """
 """
 
 
-def serve(checkpoints, *, port, device=None, trust_remote_code=False):
+def serve(checkpoints, *, port, device=None):
     """
     Shows the page until Ctrl-C.
 
@@ -46,8 +47,8 @@ def serve(checkpoints, *, port, device=None, trust_remote_code=False):
     device, _ = find_device(device)
     models = []
     for name in checkpoints:
-        tokenizer, _ = load_tokenizer(name, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype="float32", device=device, trust_remote_code=trust_remote_code)
+        tokenizer, _ = load_tokenizer(name)
+        model = load_model(name, dtype="float32", device=device)
         models.append((name, model.eval(), tokenizer))
     page = build_page(models)
     try:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from transformers import GPT2LMHeadModel
 
 from eval.checkpoint import check_name, load_model, load_tokenizer
 from hub import HubError
@@ -18,7 +19,7 @@ FORMATS = tuple(_PACKAGES)
 _CHECKED_TOKENS = 16
 
 
-def export(checkpoint, *, to, out, trust_remote_code=False):
+def export(checkpoint, *, to, out):
     """
     Args:
         checkpoint: folder of a checkpoint or of a plain GPT-2, or its id on the Hub.
@@ -40,10 +41,12 @@ def export(checkpoint, *, to, out, trust_remote_code=False):
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise HubError(f"--out {str(out)!r} is there already: name another folder, or remove it")
     check_name(checkpoint)
-    tokenizer, config = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    tokenizer, config = load_tokenizer(checkpoint)
     if config.model_type not in ("gpt2repro", "gpt2"):
         raise HubError(f"checkpoint {checkpoint!r} is a {config.model_type!r} model; only a GPT-2 can be exported")
-    model = load_model(checkpoint, dtype="float32", device="cpu", trust_remote_code=trust_remote_code).eval()
+    # This project's code, also where a checkpoint of an older version brings its own.
+    model_class = GPT2LMHeadModel if config.model_type == "gpt2" else GPT2ReproForCausalLM
+    model = load_model(checkpoint, dtype="float32", device="cpu", model_class=model_class).eval()
     if config.model_type == "gpt2":
         try:
             model = GPT2ReproForCausalLM.from_gpt2(model)
@@ -77,8 +80,6 @@ def write_gpt2(model, tokenizer, folder, name):
     plain = model.to_gpt2()
     plain.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    from transformers import GPT2LMHeadModel
-
     compare_logits(model, lambda ids: GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits, tolerance=1e-4)
 
 

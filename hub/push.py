@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import random
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from hub import HubError
 from hub.card import Run, model_card, read_results
@@ -25,6 +27,14 @@ _LEFT_OUT = ("training_state/*", ".*", "*/.*", "*.bin", "*.pt", "*.pth", "*.pkl"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 
 
+class Upload(NamedTuple):
+    """What a commit brings."""
+
+    files: dict
+    """{path in the repository: Path or bytes}"""
+    message: str
+
+
 class Repository:
     """A model's repository on the Hub that this machine may write to."""
 
@@ -33,7 +43,7 @@ class Repository:
         Finds it, or makes it.
 
         Args:
-            name: "owner/name", or "name" for one of the token's owner.
+            name: "owner/name".
             private: whether only its owner sees it. That of a repository that exists stays as it is, and must not be
                 more open than asked for.
 
@@ -49,13 +59,14 @@ class Repository:
             validate_repo_id(name)
         except HFValidationError as error:
             raise HubError(f"{name!r} is no name of a repository, USER/NAME ({error})") from None
+        if "/" not in name:
+            raise HubError(f"{name!r} does not say whose it is: give USER/NAME")
         if get_token() is None:
             raise HubError(
                 "the Hub wants to know who pushes: run `hf auth login`, or set HF_TOKEN, with a token that may write"
             )
-        self._api = HfApi()
-        owner = _asked(self._owner, name)
-        self.name = name if "/" in name else f"{owner}/{name}"
+        self.name, self._api = name, HfApi()
+        _asked(self._check_token, name)
         try:
             info = _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=RepositoryNotFoundError)
         except RepositoryNotFoundError:
@@ -68,7 +79,7 @@ class Repository:
             )
         self.is_private = info.private is not False
 
-    def _owner(self):
+    def _check_token(self):
         who = self._api.whoami()
         token = who.get("auth", {}).get("accessToken", {})
         if token.get("role") == "read":
@@ -76,60 +87,107 @@ class Repository:
                 f"the token {token.get('displayName', '')!r} of {who['name']} may only read: make another with "
                 "the permission to write, and give it to `hf auth login` or HF_TOKEN"
             )
-        return who["name"]
 
-    def push(self, checkpoint, *, results=()):
+    def push(self, upload):
         """
         Args:
-            checkpoint: folder of a model; the one's card that is in it is taken as it is, else one is written.
-            results: files of `python -m eval --output` for the card.
+            upload: Upload.
 
         Returns:
             the commit's address.
 
         Raises:
-            HubError: nothing has changed on the Hub, and why; or its answer was lost, which the message says.
+            HubError: nothing of it is on the Hub, and why.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
         from huggingface_hub.hf_api import RepoFile
 
-        content = contents(checkpoint, self.name, results=results)
+        files = upload.files
         head = _asked(lambda: self._api.repo_info(self.name), self.name).sha
         there = _asked(lambda: list(self._api.list_repo_tree(self.name, revision=head, recursive=True)), self.name)
         remote = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
-        stale = [path for path in remote if path not in content and _matches(path, _WEIGHTS)]
-        run = Run(Path(checkpoint))
-        message = f"Step {run.step:,}" if run.step is not None else f"Upload {Path(checkpoint).name}"
+        stale = [path for path in remote if path not in files and _matches(path, _WEIGHTS)]
 
         def commit():
             # New ones each time: the client keeps notes in them of what it has done.
-            operations = [CommitOperationAdd(path, source) for path, source in content.items()]
+            operations = [CommitOperationAdd(path, source) for path, source in files.items()]
             operations += [CommitOperationDelete(path) for path in stale]
-            return self._api.create_commit(self.name, operations, commit_message=message, parent_commit=head).commit_url
+            return self._api.create_commit(
+                self.name, operations, commit_message=upload.message, parent_commit=head
+            ).commit_url
 
         def has_arrived():
             """Whether a commit whose answer was lost is there."""
             info = self._api.repo_info(self.name)
             if info.sha == head:
                 return None
-            files = {e.path: e for e in self._api.list_repo_tree(self.name, recursive=True) if isinstance(e, RepoFile)}
-            if all(path in files and _is_same(files[path], source) for path, source in content.items()):
+            tree = self._api.list_repo_tree(self.name, recursive=True)
+            now = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+            if all(path in now and _is_same(now[path], source) for path, source in files.items()):
                 return f"{self._api.endpoint}/{self.name}/commit/{info.sha}"
             return None
 
         return _asked(commit, self.name, has_arrived=has_arrived)
 
 
-def contents(checkpoint, repo_id, *, results=()):
-    """
-    What goes into a repository.
+class BackgroundPusher:
+    """Pushes checkpoints while training goes on, one at a time."""
 
+    def __init__(self, repository, say):
+        """
+        Args:
+            repository: Repository.
+            say: called with a line when a push has ended.
+        """
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()  # training has its own
+        self._repository, self._say, self._thread = repository, say, None
+        self._is_pushed = False  # the last one that was tried
+        self.reading = set()
+        """folders that must stay for now"""
+
+    def push(self, folder):
+        """Starts to, unless one is under way: then this one is left out, since there will be others."""
+        if self._thread is not None and self._thread.is_alive():
+            self._say(f"not pushed {folder}: the push before it is still under way")
+            return
+        self.reading.add(folder)
+        # Not an executor's, which would keep a program that was asked to stop from ending.
+        self._thread = threading.Thread(target=self._push, args=[folder], daemon=True)
+        self._thread.start()
+
+    def finish(self, folder):
+        """Waits for what is under way and pushes the last checkpoint. Returns whether that is on the Hub."""
+        if self._thread is not None:
+            self._thread.join()
+        self._push(folder)
+        return self._is_pushed
+
+    def _push(self, folder):
+        try:
+            address = self._repository.push(prepare_upload(folder, self._repository.name))
+            self._say(f"pushed    {folder} to {address}")
+            self._is_pushed = True
+        except HubError as error:
+            self._say(
+                f"warning: {folder} is not on the Hub: {error}. To push it by hand: python -m hub push {folder} "
+                f"{self._repository.name}"
+            )
+            self._is_pushed = False
+        finally:
+            self.reading.discard(folder)
+
+
+def prepare_upload(checkpoint, repo_id, *, results=()):
+    """
     Args:
-        checkpoint, results: as for `Repository.push`.
+        checkpoint: folder of a model. A README.md in it is taken as it is, else a model card is written.
         repo_id: "owner/name", for the card.
+        results: files of `python -m eval --output`, for the card.
 
     Returns:
-        {path in the repository: Path or bytes}
+        Upload
 
     Raises:
         HubError: the folder is no checkpoint, or a damaged one; results of something else.
@@ -142,22 +200,22 @@ def contents(checkpoint, repo_id, *, results=()):
         raise HubError(f"checkpoint {str(checkpoint)!r} has no config.json, so it is no checkpoint; give its folder")
     if (folder / "training_state" / "manifest.json").is_file() and (damage := find_damage(folder)):
         raise HubError(f"checkpoint {str(checkpoint)!r} is damaged: {damage}; push another one")
-    content = {
+    files = {
         path.relative_to(folder).as_posix(): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not _matches(path.relative_to(folder).as_posix(), _LEFT_OUT)
     }
-    if not any(path.endswith(".safetensors") for path in content):
+    if not any(path.endswith(".safetensors") for path in files):
         raise HubError(
             f"checkpoint {str(checkpoint)!r} has no weights (*.safetensors); give the folder that holds them"
         )
-    if "tokenizer_config.json" not in content:
+    if "tokenizer_config.json" not in files:
         raise HubError(f"checkpoint {str(checkpoint)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     run = Run(folder)
-    has_own_license = any(Path(path).stem.upper() == "LICENSE" for path in content)
+    has_own_license = any(Path(path).stem.upper() == "LICENSE" for path in files)
     if not has_own_license:
-        content["LICENSE"] = _LICENSE
-    if "README.md" in content:
+        files["LICENSE"] = _LICENSE
+    if "README.md" in files:
         if results:
             raise HubError(
                 f"--results: {str(folder / 'README.md')!r} is the card already; remove it to have one written"
@@ -173,10 +231,10 @@ def contents(checkpoint, repo_id, *, results=()):
             results=[read_results(path, folder) for path in results],
             license_id=None if has_own_license else "mit",
         )
-        content["README.md"] = card.encode()
+        files["README.md"] = card.encode()
         if run.curves is not None:
-            content["curves.png"] = run.curves
-    return content
+            files["curves.png"] = run.curves
+    return Upload(files, f"Upload {folder.name}" if run.step is None else f"Step {run.step:,}")
 
 
 def _read_config(path):

@@ -18,15 +18,16 @@ def launch(tmp_path_factory):
     """
     launch(*arguments) runs `python train.py ...` to its end, which is what `accelerate launch` does for one process;
     launch(..., accelerate=[...]) goes through it, with these options. `script`: another one in the place of train.py.
+    `environment`: variables beside those of a clean one.
     """
     home = tmp_path_factory.mktemp("home")
 
-    def run(*arguments, accelerate=None, check=True, script="train.py"):
+    def run(*arguments, accelerate=None, check=True, script="train.py", environment=None):
         through = [] if accelerate is None else ["-m", "accelerate.commands.launch", *accelerate]
         done = subprocess.run(
             [sys.executable, *through, script, *map(str, arguments)],
             cwd=ROOT,
-            env=clean_environment(home),
+            env=clean_environment(home) | (environment or {}),
             capture_output=True,
             text=True,
             timeout=300,

@@ -61,6 +61,7 @@ class CheckpointWriter:
         keep_every=None,
         keep_best=True,
         in_background=None,
+        in_use=(),
         warn=print,
     ):
         """
@@ -72,10 +73,11 @@ class CheckpointWriter:
             keep_every: checkpoints of steps that are multiples of it stay as well.
             keep_best: the one with the lowest validation loss stays as well.
             in_background: whether training goes on while a checkpoint is written; None: unless it is on a CPU.
+            in_use: folders that somebody is reading, which stay for now; looked at each time old ones are removed.
             warn: called with a line when a checkpoint is whole, but the others could not be put in order.
         """
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
-        self._warn = warn
+        self._warn, self._in_use = warn, in_use
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
         self._blank = blank_copy(model)  # what the thread saves; never the model that is being trained
         # On a CPU the thread would take its time from training, and the copies would take memory for nothing.
@@ -186,6 +188,7 @@ class CheckpointWriter:
             kept.update(sorted(folders)[-self.keep_last :])
         best = min(losses if self.keep_best else losses.keys() & kept, key=losses.get, default=None)
         kept.update([] if best is None else [best])
+        kept.update(s for s in folders if folders[s] in self._in_use)
         link = self.output_dir / "checkpoints" / "best"
         # A copy of the run may have a folder in the link's place, and not every disk has links.
         if best is not None and not (link.is_dir() and not link.is_symlink()):

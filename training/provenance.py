@@ -49,6 +49,7 @@ def provenance(*, config, data, plan, accelerator, step):
             "platform": platform.platform(),
             "device": plan.hardware.name,
             "processes": accelerator.num_processes,
+            "dollars_an_hour": plan.hardware.dollars_an_hour,  # of one device
             "distributed": accelerator.distributed_type.value,
             "mixed_precision": accelerator.mixed_precision,
             "cpu_threads": torch.get_num_threads(),

@@ -170,7 +170,6 @@ numbers     {metrics}
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained("{folder}")
-sample  from transformers import pipeline
-        pipeline("text-generation", "{folder}", trust_remote_code=True)("Hello, I'm", max_new_tokens=30)
+sample  python sample.py {folder} "Hello, I'm"
 score   python -m eval --model {folder} --tasks hellaswag
-share   model.push_to_hub("USER/NAME"); tokenizer.push_to_hub("USER/NAME")    (after: hf auth login)"""
+share   python -m hub push {folder} USER/NAME    (after: hf auth login)"""

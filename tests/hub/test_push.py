@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, constants
 
 from hub import HubError, push
 from hub.__main__ import main
-from hub.push import Repository, contents
+from hub.push import Repository, prepare_upload
 
 CODE = {"configuration_gpt2repro.py", "modeling_gpt2repro.py", "loss.py", "mlp.py", "conversion.py"}
 FILES = CODE | {
@@ -35,6 +35,10 @@ for name in %r:
     ids = AutoTokenizer.from_pretrained(name)("Hello, I'm a language model,", return_tensors="pt").input_ids
     torch.save(model(ids).logits.detach(), %r + name.replace("/", "-"))
 """
+
+
+def upload_of(checkpoint):
+    return prepare_upload(checkpoint, "me/model")
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ AutoTokenizer.from_pretrained({str(checkpoint)!r}).push_to_hub("me/alone")
 )
 def test_faults_are_overcome(server, checkpoint, pattern, fault):
     server.faults = [(pattern, fault)]
-    Repository("me/model").push(checkpoint)
+    Repository("me/model").push(upload_of(checkpoint))
     assert server.faults == []
     assert server.repos["models/me/model"].keys() == FILES
     assert len(server.commits["models/me/model"]) == 1  # also where the answer was lost
@@ -88,11 +92,11 @@ def test_nothing_is_there_until_all_is(server, checkpoint):
     repository = Repository("me/model")
     server.faults = [("/commit/", "drop")] * 20
     with pytest.raises(HubError, match="after 5 attempts"):
-        repository.push(checkpoint)
+        repository.push(upload_of(checkpoint))
     assert server.repos["models/me/model"] == {}
     server.faults = []
     sent = server.log.copy()
-    repository.push(checkpoint)
+    repository.push(upload_of(checkpoint))
     assert not [path for method, path in server.log[len(sent) :] if method == "PUT"]  # uploaded already
     assert server.repos["models/me/model"].keys() == FILES
 
@@ -100,7 +104,7 @@ def test_nothing_is_there_until_all_is(server, checkpoint):
 def test_somebody_else_pushed_meanwhile(server, checkpoint):
     server.faults = [("/commit/", "overtaken")]
     with pytest.raises(HubError, match=r"me/model has changed since this push began \(HTTP 412.*push again"):
-        Repository("me/model").push(checkpoint)
+        Repository("me/model").push(upload_of(checkpoint))
     assert server.repos["models/me/model"].keys() == {"theirs.txt"}
 
 
@@ -112,13 +116,13 @@ def test_a_repository_that_exists(server, copied):
         Repository("me/model")
     repository = Repository("me/model", private=False)
     assert not repository.is_private
-    repository.push(copied)
+    repository.push(upload_of(copied))
     assert server.repos["models/me/model"].keys() == FILES | {"notes.md"}
     assert server.repos["models/me/model"]["model.safetensors"] == (copied / "model.safetensors").read_bytes()
-    repository.push(copied)
+    repository.push(upload_of(copied))
     assert len(server.commits["models/me/model"]) == 1  # nothing new, no commit
     (copied / "README.md").write_text("# My own words\n")
-    repository.push(copied)
+    repository.push(upload_of(copied))
     assert server.repos["models/me/model"]["README.md"] == b"# My own words\n"
     assert len(server.commits["models/me/model"]) == 2
 
@@ -130,6 +134,7 @@ def test_a_repository_that_exists(server, copied):
         ("me/model", "hf_wrongwrongwrong", "does not accept this machine's token"),
         ("me/model", READ_TOKEN, "the token 'mine' of me may only read"),
         ("you/model", TOKEN, "may not write to you/model .HTTP 403"),
+        ("model", TOKEN, "'model' does not say whose it is"),
         ("me/mo del", TOKEN, "'me/mo del' is no name of a repository"),
     ],
 )
@@ -155,11 +160,11 @@ def test_without_network(server, checkpoint, monkeypatch, capsys):
 
 def test_the_token_is_nowhere(server, checkpoint, capsys, caplog):
     caplog.set_level(logging.DEBUG)
-    Repository("me/model").push(checkpoint)
+    Repository("me/model").push(upload_of(checkpoint))
     server.faults = [("/commit/", 400)]
     (repository := Repository("me/other"))
     try:
-        repository.push(checkpoint)
+        repository.push(upload_of(checkpoint))
     except HubError as error:
         told = "".join(traceback.format_exception(error)) + repr(vars(error))
     captured = capsys.readouterr()
@@ -191,7 +196,7 @@ def test_the_token_is_nowhere(server, checkpoint, capsys, caplog):
 def test_what_is_no_whole_checkpoint_is_refused(server, copied, change, says):
     change(copied)
     with pytest.raises(HubError, match=says):
-        contents(copied, "me/model")
+        prepare_upload(copied, "me/model")
     assert main(["push", str(copied), "me/model"]) == 2
     assert server.log == []  # nobody was asked
 
@@ -225,7 +230,7 @@ def results_file(path, checkpoint, **changes):
 
 def test_the_card_says_what_it_is_and_where_it_comes_from(checkpoint, tmp_path):
     results = results_file(tmp_path / "results.json", checkpoint)
-    text = contents(checkpoint, "me/model", results=[results])["README.md"].decode()
+    text = prepare_upload(checkpoint, "me/model", results=[results]).files["README.md"].decode()
     for words in (
         'AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)',
         "import modeling_gpt2repro",
@@ -265,10 +270,10 @@ def test_the_card_says_what_it_is_and_where_it_comes_from(checkpoint, tmp_path):
 
 def test_results_of_something_else_are_refused(checkpoint, tmp_path):
     with pytest.raises(HubError, match="is of '/elsewhere', not of"):
-        contents(checkpoint, "me/model", results=[results_file(tmp_path / "a.json", "/elsewhere")])
+        prepare_upload(checkpoint, "me/model", results=[results_file(tmp_path / "a.json", "/elsewhere")])
     (tmp_path / "b.json").write_text("[]")
     with pytest.raises(HubError, match="is no file of `python -m eval --output`"):
-        contents(checkpoint, "me/model", results=[tmp_path / "b.json"])
+        prepare_upload(checkpoint, "me/model", results=[tmp_path / "b.json"])
 
 
 def test_a_checkpoint_without_its_run_has_a_card_too(copied, server, capsys):

@@ -1,0 +1,136 @@
+"""The page, in a real browser."""
+
+import contextlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_run import ROOT, clean_environment
+
+from hub.__main__ import main
+from hub.continuation import Settings, continuation
+
+# Its own traffic aside: where there is no network, each of those requests waits for its end.
+_QUIET = ("background-networking", "component-update", "sync", "quic", "default-apps", "extensions", "gpu")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no chromium with chromedriver: the page was not looked at in a browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    switches = ("headless", "no-sandbox", "no-first-run", "window-size=1400,900")
+    for switch in (
+        *switches,
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+        *(f"disable-{q}" for q in _QUIET),
+    ):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture(scope="module")
+def page(checkpoint, tmp_path_factory):
+    """Address of the demo of one checkpoint beside itself, run as a user runs it."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hub", "demo", checkpoint, checkpoint, "--port", str(port), "--device", "cpu"],
+        cwd=ROOT,
+        env=clean_environment(tmp_path_factory.mktemp("home")),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == f"the demo is at http://127.0.0.1:{port} (Ctrl-C ends it)\n"
+    yield f"http://127.0.0.1:{port}"
+    process.terminate()
+    process.wait(20)
+
+
+def until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(Exception):  # an element that is being drawn anew
+            if result := condition():
+                return result
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
+
+
+def test_a_prompt_is_continued_side_by_side(browser, page, model, tokenizer):
+    from selenium.webdriver.common.by import By
+
+    def text(element):
+        return browser.find_element(By.ID, element).text
+
+    browser.get(page)
+    box = until(lambda: browser.find_element(By.CSS_SELECTOR, "#prompt textarea"))
+    box.clear()
+    box.send_keys("The meaning of life is")
+    browser.find_element(By.ID, "continue").click()
+    early = until(lambda: len(text("text-0")) > len("The meaning of life is") and text("text-0"))
+    ids = tokenizer("The meaning of life is").input_ids
+    tokens = [step.token for step in continuation(model, ids, Settings())]
+    whole = "The meaning of life is" + tokenizer.decode(tokens)
+
+    def as_shown(words):
+        return words.split()
+
+    until(lambda: as_shown(text("text-0")) == as_shown(whole))
+    assert as_shown(text("text-1")) == as_shown(whole)  # the same checkpoint, the same seed
+    assert as_shown(early) != as_shown(whole)  # it came bit by bit
+    rows = browser.find_elements(By.CSS_SELECTOR, "#next-0 .row")
+    assert 10 <= len(rows) <= 11
+    percentages = [float(row.text.split()[-1].rstrip("%")) for row in rows]
+    assert percentages[:10] == sorted(percentages[:10], reverse=True)
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#next-0 .chosen")) == 1
+    problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not [entry for entry in problems if "favicon" not in entry["message"]], problems
+
+
+def test_what_is_typed_is_text_and_too_much_is_said(browser, page):
+    from selenium.webdriver.common.by import By
+
+    browser.get(page)
+    box = until(lambda: browser.find_element(By.CSS_SELECTOR, "#prompt textarea"))
+    box.clear()
+    box.send_keys("<img src=x onerror=alert(1)> & <b>bold</b>")
+    browser.find_element(By.ID, "continue").click()
+    until(lambda: "<b>bold</b>" in browser.find_element(By.ID, "text-0").text)
+    assert not browser.find_elements(By.CSS_SELECTOR, "#text-0 img, #text-0 b")
+    browser.find_element(By.ID, "stop").click()
+    box.clear()
+    box.send_keys("a b c d e f g h " * 20)
+    browser.find_element(By.ID, "continue").click()
+    until(lambda: "the model's context 128" in browser.find_element(By.ID, "text-1").text)
+
+
+def test_it_is_seen_from_this_machine_alone(page):
+    port = int(page.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=10):
+        pass
+    with pytest.raises(OSError):  # another of this machine's addresses
+        socket.create_connection(("127.0.0.2", port), timeout=10)
+
+
+def test_one_clear_line(checkpoint, page, capsys):
+    assert main(["demo", str(checkpoint), "nowhere at all"]) == 2
+    assert "no such folder, nor a Hub id" in capsys.readouterr().err
+    assert main(["demo", *[str(checkpoint)] * 3]) == 2
+    assert "the page has room for two" in capsys.readouterr().err
+    port = page.rpartition(":")[2]
+    assert main(["demo", str(checkpoint), "--port", port, "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert f"--port {port}" in error and error.count("\n") == 1
