@@ -299,7 +299,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         num_new = inputs_embeds.shape[1]
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(num_past, int) and num_past + num_new > config.n_positions:
+        # Without a cache, a row with position ids may be longer: short texts one after the other, as vLLM gives them.
+        is_packed = position_ids is not None and not use_cache and past_key_values is None
+        if not is_packed and isinstance(num_past, int) and num_past + num_new > config.n_positions:
             raise ValueError(
                 f"a sequence of {num_past + num_new} tokens does not fit n_positions={config.n_positions}: "
                 "the model has no position embedding past that; shorten the input or ask for fewer new tokens"

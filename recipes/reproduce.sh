@@ -60,7 +60,7 @@ cat "$run/hellaswag.json"
 
 echo "== 5. share"
 if [ -n "${HUB_ID:-}" ]; then
-    .venv/bin/hf upload "$HUB_ID" "$checkpoint" . --exclude "training_state/*" --commit-message "$recipe"
+    .venv/bin/python -m hub push "$checkpoint" "$HUB_ID" --results "$run/hellaswag.json"
 else
     echo "set HUB_ID=USER/NAME to share $checkpoint"
 fi

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"modeling_gpt2repro", "data", "training", "eval", "train"}
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
     "modeling_gpt2repro": {"torch", "transformers"},
@@ -23,6 +22,10 @@ ALLOWED = {
     "eval": {
         *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),
         *("lm_eval", "matplotlib", "pyarrow"),
+    },
+    "hub": {
+        *("hub", "modeling_gpt2repro", "eval", "training", "torch", "numpy", "transformers", "huggingface_hub"),
+        *("safetensors", "yaml", "onnx_ir", "onnxruntime", "gguf", "gradio"),
     },
 }
 FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
@@ -54,9 +57,9 @@ def test_a_room_imports_only_what_it_may(path):
             assert top in STANDARD | ALLOWED[room] | more, f"{path}: {room} may not import {module}"
 
 
-def test_nothing_imports_train():
+def test_nothing_imports_train_or_sample():
     for path in FILES:
-        assert "train" not in {module for module, _ in imports(path)}, path
+        assert not {"train", "sample"} & {module for module, _ in imports(path)}, path
 
 
 def test_every_room_has_files():
@@ -65,8 +68,8 @@ def test_every_room_has_files():
 
 def test_training_starts_without_heavy_optional_packages():
     code = (
-        "import sys, train; "
-        "heavy = {'datasets', 'evaluate', 'matplotlib', 'pandas', 'tensorboard', 'sklearn'} & set(sys.modules); "
+        "import sys, train, hub.push; "
+        "heavy = {'datasets', 'evaluate', 'matplotlib', 'pandas', 'tensorboard', 'sklearn', 'gradio', 'onnx'} & set(sys.modules); "
         "sys.exit(f'import train imported {sorted(heavy)}' if heavy else 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,79 @@
+"""
+What vLLM's transformers backend does with a model (vllm/model_executor/models/transformers/base.py), done here step by
+step, since vLLM itself wants a GPU.
+"""
+
+import json
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModel
+
+from modeling_gpt2repro.modeling_gpt2repro import eager_attention
+
+
+class TheirLinear(torch.nn.Module):
+    """vLLM puts its own layers in the place of nn.Linear."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def paged_attention(module, query, key, value, attention_mask, attention_instances=None, scaling=None, **kwargs):
+    """As vLLM's: it gets no mask, and looks its own object up by the layer's number; that knows where texts begin."""
+    assert attention_mask is None and module.is_causal
+    starts = attention_instances[module.layer_idx]
+    same_text = starts[:, None] == starts[None]
+    sees = same_text & torch.ones_like(same_text).tril()
+    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(query.dtype).min)
+    return eager_attention(module, query, key, value, mask, scaling)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(9, 3, 20), (100, 90, 60)], ids=["short", "together longer than the context"])
+def test_its_steps(checkpoint, model, lengths):
+    config = AutoConfig.from_pretrained(checkpoint)
+    assert json.loads((checkpoint / "config.json").read_text())["auto_map"]["AutoModel"].endswith(".GPT2ReproModel")
+    assert type(model)._supports_attention_backend
+    for name, value in (
+        ("hidden_size", 64),
+        ("num_attention_heads", 4),
+        ("num_hidden_layers", 2),
+        ("max_position_embeddings", 128),
+    ):
+        assert getattr(config.get_text_config(), name) == value
+    assert config.tie_word_embeddings
+
+    AttentionInterface.register("their_paged_attention", paged_attention)
+    config._attn_implementation = "their_paged_attention"
+    with torch.device("meta"):
+        trunk = AutoModel.from_config(config)
+    assert type(trunk.get_decoder()) is type(trunk)
+    prefix = f"{model.base_model_prefix}."
+    weights = {name.removeprefix(prefix): w for name, w in model.state_dict().items() if name.startswith(prefix)}
+    trunk.load_state_dict(weights, assign=True)
+    for module in list(trunk.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, TheirLinear(child))
+    embedding = torch.nn.Embedding.from_pretrained(trunk.get_input_embeddings().weight)
+    trunk.set_input_embeddings(embedding)
+    trunk.eval()
+
+    texts = [torch.randint(0, 50257, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    starts = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+    outputs = trunk(
+        input_ids=torch.cat(texts)[None],
+        inputs_embeds=None,
+        use_cache=False,
+        position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+        attention_instances={layer: starts for layer in range(config.num_hidden_layers)},
+        return_dict=False,
+    )
+    logits = outputs[0][0] @ embedding.weight.T
+    for text, found in zip(texts, logits.split(lengths), strict=True):
+        torch.testing.assert_close(found, model(text[None]).logits[0], atol=1e-4, rtol=1e-4)
