@@ -103,7 +103,7 @@ def bpe_of(tokenizer):
         described = json.loads(tokenizer.backend_tokenizer.to_str())
         if described["model"]["type"] == "BPE" and described["pre_tokenizer"]["type"] == "ByteLevel":
             merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in described["model"]["merges"]]
-            return tokenizer.get_vocab(), merges
+            return dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])), merges
     raise HubError(f"the checkpoint's tokenizer, a {type(tokenizer).__name__}, is not GPT-2's byte-level BPE")
 
 
