@@ -10,9 +10,9 @@ The checkpoint is a folder of train.py's, any other that `from_pretrained` opens
 """
 
 import logging
+import os
 import sys
 
-import modeling_gpt2repro  # noqa: F401 (the Auto classes know it then)
 from eval import EvalError
 from eval.checkpoint import check_name, load_model, load_tokenizer
 from eval.command import Parser, find_device
@@ -76,7 +76,7 @@ def chat(model, tokenizer, settings):
         if not line:
             ids = []
             continue
-        ids += encode_prompt(tokenizer, line if not ids else f"\n{line}", context)
+        ids += encode_prompt(tokenizer, line if not ids else f"\n{line}", model.config)
         # Half of the context is for what comes: the oldest words make room.
         ids = ids[-max(context - settings.max_new_tokens, context // 2) :]
         ids += write(model, tokenizer, ids, settings)
@@ -85,6 +85,8 @@ def chat(model, tokenizer, settings):
 
 
 def _main(arguments):
+    import modeling_gpt2repro  # noqa: F401 (the Auto classes know it then)
+
     args = _parse_arguments(arguments)
     settings = Settings(args.temperature, args.top_k, args.top_p, args.max_new_tokens, args.seed)
     settings.check()
@@ -104,7 +106,7 @@ def _main(arguments):
     if args.chatty:
         chat(model, tokenizer, settings)
         return
-    prompt_ids = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings)
+    prompt_ids = encode_prompt(tokenizer, prompt, model.config)
     for i in range(args.n):
         if args.n > 1:
             print(f"--- {i + 1}")
@@ -122,6 +124,9 @@ def main(arguments=None):
     except KeyboardInterrupt:  # enough of that text
         print()
         return 130
+    except BrokenPipeError:  # whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would still flush
+        return 141
     return 0
 
 

@@ -43,15 +43,27 @@ class Step(NamedTuple):
     """[V], of every token at this place, before temperature, top_k and top_p"""
 
 
-def encode_prompt(tokenizer, prompt, n_positions):
+def encode_prompt(tokenizer, prompt, config):
     """
+    Args:
+        config: the model's.
+
     Returns:
         list of token ids; the one that begins texts for an empty prompt.
 
     Raises:
-        HubError: the prompt leaves no room for one more token.
+        HubError: the prompt is no text, or leaves no room for one more token; the tokenizer is not the model's.
     """
+    n_positions = config.max_position_embeddings
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # what Python makes of bytes that are no UTF-8
+        raise HubError(f"the prompt {prompt[:40]!a} is not UTF-8 text: convert it first") from None
     ids = tokenizer(prompt, verbose=False).input_ids or [tokenizer.bos_token_id]
+    if max(ids) >= config.vocab_size:
+        raise HubError(
+            f"the tokenizer gives token {max(ids):,} and the model has {config.vocab_size:,}: put the model's own there"
+        )
     if len(ids) >= n_positions:
         raise HubError(
             f"the prompt has {len(ids):,} tokens and the model's context {n_positions:,}: shorten it to "

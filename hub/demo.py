@@ -144,7 +144,7 @@ def _drawings(name, model, tokenizer, prompt, settings):
     head = f'<span class="prompt">{html.escape(prompt)}</span>'
     try:
         settings.check()
-        prompt_ids = encode_prompt(tokenizer, prompt, model.config.max_position_embeddings)
+        prompt_ids = encode_prompt(tokenizer, prompt, model.config)
     except HubError as error:
         yield f'<div class="continued failed">{html.escape(str(error))}</div>', ""
         return

@@ -44,6 +44,11 @@ def export(checkpoint, *, to, out):
     tokenizer, config = load_tokenizer(checkpoint)
     if config.model_type not in ("gpt2repro", "gpt2"):
         raise HubError(f"checkpoint {checkpoint!r} is a {config.model_type!r} model; only a GPT-2 can be exported")
+    if len(tokenizer) > config.vocab_size:
+        raise HubError(
+            f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "
+            f"{config.vocab_size:,}; put the model's own tokenizer there"
+        )
     # This project's code, also where a checkpoint of an older version brings its own.
     model_class = GPT2LMHeadModel if config.model_type == "gpt2" else GPT2ReproForCausalLM
     model = load_model(checkpoint, dtype="float32", device="cpu", model_class=model_class).eval()

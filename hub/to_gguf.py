@@ -92,8 +92,6 @@ def _vocabulary(tokenizer, vocab_size):
     import gguf
 
     vocabulary, merges = bpe_of(tokenizer)
-    if len(vocabulary) > vocab_size:
-        raise HubError(f"the tokenizer has {len(vocabulary):,} tokens and the model {vocab_size:,}: resize the model")
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
     special = set(tokenizer.all_special_ids)

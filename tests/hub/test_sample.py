@@ -40,8 +40,8 @@ def test_seed_length_and_context(model, tokenizer):
     assert written(model, tokenizer, seed=1) == written(model, tokenizer, seed=1) != written(model, tokenizer, seed=2)
     assert len(written(model, tokenizer, max_new_tokens=500)) == 128 - 8  # to the end of the context
     with pytest.raises(HubError, match="the prompt has 300 tokens and the model's context 128"):
-        encode_prompt(tokenizer, " a" * 300, 128)
-    assert encode_prompt(tokenizer, "", 128) == [50256]
+        encode_prompt(tokenizer, " a" * 300, model.config)
+    assert encode_prompt(tokenizer, "", model.config) == [50256]
 
 
 def test_end_of_text_ends_it(model, tokenizer, monkeypatch):
@@ -115,6 +115,7 @@ def test_chatty_goes_on_with_one_text(checkpoint, model, tokenizer, capsys, monk
         (["CHECKPOINT", PROMPT, "--chatty"], "leave out the prompt"),
         (["CHECKPOINT", " a" * 300], "shorten it to 127"),
         (["CHECKPOINT", PROMPT, "--warmth", "1"], "--warmth"),
+        (["CHECKPOINT", "\udcff\udcfe"], "is not UTF-8 text"),
     ],
 )
 def test_one_clear_line(checkpoint, capsys, monkeypatch, arguments, says):
