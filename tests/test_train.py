@@ -49,7 +49,12 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert "NOT HellaSwag" in console
     assert "tok/s" in console
     assert "left" in console
-    for line in ("AutoModelForCausalLM.from_pretrained", "python -m eval --model", "push_to_hub"):
+    for line in (
+        "AutoModelForCausalLM.from_pretrained",
+        "python -m eval --model",
+        "python sample.py",
+        "python -m hub push",
+    ):
         assert line in console
 
 
