@@ -1,15 +1,18 @@
 """
 What vLLM's transformers backend does with a model (vllm/model_executor/models/transformers/base.py), done here step by
-step, since vLLM itself wants a GPU.
+step, since vLLM itself is too large for a test. RECORDS.md says what vLLM made of it.
 """
 
+import ast
+import inspect
 import json
+import textwrap
 
 import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModel
 
-from modeling_gpt2repro.modeling_gpt2repro import eager_attention
+from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproAttention, eager_attention
 
 
 class TheirLinear(torch.nn.Module):
@@ -31,6 +34,22 @@ def paged_attention(module, query, key, value, attention_mask, attention_instanc
     sees = same_text & torch.ones_like(same_text).tril()
     mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(query.dtype).min)
     return eager_attention(module, query, key, value, mask, scaling)
+
+
+def test_the_lookup_stands_in_the_source_as_it_is_looked_for():
+    """vLLM 0.32 wants `name = ALL_ATTENTION_FUNCTIONS[...]`, an assignment of its own, and one call of that name."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(GPT2ReproAttention.forward)))
+    lookups = [
+        node.targets[0].id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Subscript)
+        and ast.unparse(node.value.value) == "ALL_ATTENTION_FUNCTIONS"
+    ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in lookups]
+    assert len(lookups) == len(calls) == 1
+    [scaling] = [keyword.value for keyword in calls[0].keywords if keyword.arg == "scaling"]
+    assert ast.unparse(scaling) == "self.scaling"
 
 
 @torch.no_grad()
