@@ -127,6 +127,9 @@ def main(arguments=None):
     except BrokenPipeError:  # whoever read it has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would still flush
         return 141
+    except OSError as error:  # a full disk behind standard output
+        print(f"error: the text cannot be written: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -52,14 +52,22 @@ def encode_prompt(tokenizer, prompt, config):
         list of token ids; the one that begins texts for an empty prompt.
 
     Raises:
-        HubError: the prompt is no text, or leaves no room for one more token; the tokenizer is not the model's.
+        HubError: the prompt is no text, or leaves no room for one more token; the tokenizer is not the model's; nobody
+            says how long the context is.
     """
-    n_positions = config.max_position_embeddings
+    n_positions = getattr(config, "max_position_embeddings", None)
+    if n_positions is None:
+        raise HubError(
+            f"a {config.model_type!r} model does not say how long its context is: only those that do can write"
+        )
     try:
         prompt.encode()
     except UnicodeEncodeError:  # what Python makes of bytes that are no UTF-8
         raise HubError(f"the prompt {prompt[:40]!a} is not UTF-8 text: convert it first") from None
-    ids = tokenizer(prompt, verbose=False).input_ids or [tokenizer.bos_token_id]
+    ids = tokenizer(prompt, verbose=False).input_ids
+    if not ids and tokenizer.bos_token_id is None:
+        raise HubError("the prompt is empty, and the tokenizer has no token that begins texts: give a word")
+    ids = ids or [tokenizer.bos_token_id]
     if max(ids) >= config.vocab_size:
         raise HubError(
             f"the tokenizer gives token {max(ids):,} and the model has {config.vocab_size:,}: put the model's own there"
@@ -83,6 +91,9 @@ def continuation(model, prompt_ids, settings):
 
     Yields:
         Step. It ends after max_new_tokens, at the end-of-text token (which is not given) or where the context is full.
+
+    Raises:
+        HubError: the model's logits are not finite.
     """
     generator = torch.Generator(model.device).manual_seed(settings.seed)
     warpers = LogitsProcessorList()
@@ -92,7 +103,8 @@ def continuation(model, prompt_ids, settings):
         warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    end = model.config.eos_token_id
+    ends = model.config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     room = model.config.max_position_embeddings - len(prompt_ids)
     new_ids = torch.tensor([prompt_ids], device=model.device)
     cache = None
@@ -102,11 +114,15 @@ def continuation(model, prompt_ids, settings):
             outputs = model(new_ids, past_key_values=cache, use_cache=True)
             cache, logits = outputs.past_key_values, outputs.logits[:, -1].float()
             probabilities = logits.softmax(-1)[0]
+            if not probabilities.isfinite().all():
+                raise HubError(
+                    "the model's logits are not finite: its training has diverged; take an earlier checkpoint"
+                )
             if settings.temperature == 0:
                 token = logits.argmax(-1, keepdim=True)
             else:
                 token = torch.multinomial(warpers(new_ids, logits).softmax(-1), 1, generator=generator)
-        if token.item() == end:
+        if token.item() in ends:
             return
         yield Step(token.item(), probabilities)
         new_ids = token

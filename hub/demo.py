@@ -156,9 +156,13 @@ def _drawings(name, model, tokenizer, prompt, settings):
             yield step.token
 
     text = ""
-    for piece in text_pieces(tokenizer, tokens()):
-        text += piece
-        yield f'<div class="continued">{head}{html.escape(text)}</div>', _bars(tokenizer, steps[-1])
+    try:
+        for piece in text_pieces(tokenizer, tokens()):
+            text += piece
+            yield f'<div class="continued">{head}{html.escape(text)}</div>', _bars(tokenizer, steps[-1])
+    except HubError as error:
+        yield f'<div class="continued failed">{html.escape(str(error))}</div>', ""
+        return
     if not steps:
         yield f'<div class="continued">{head} (ends here)</div>', ""
 

@@ -209,6 +209,12 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
         raise HubError(
             f"checkpoint {str(checkpoint)!r} has no weights (*.safetensors); give the folder that holds them"
         )
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        if missing := sorted(shards - files.keys()):
+            raise HubError(
+                f"checkpoint {str(checkpoint)!r} is not whole: {index.name} names {missing[0]}, which is missing"
+            )
     if "tokenizer_config.json" not in files:
         raise HubError(f"checkpoint {str(checkpoint)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     run = Run(folder)
@@ -237,12 +243,19 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
     return Upload(files, f"Upload {folder.name}" if run.step is None else f"Step {run.step:,}")
 
 
-def _read_config(path):
+def _read_json(path):
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
         raise HubError(f"{str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
+    return content
+
+
+def _read_config(path):
+    config = _read_json(path)
+    kind = config.get("model_type")
     if kind not in ("gpt2repro", "gpt2"):
         raise HubError(
             f"{str(path)!r} is of a {kind!r} model, for which no card can be written here: put a README.md beside it, "

@@ -53,9 +53,13 @@ def _write(path, model, tokenizer, name, kind, file_type):
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    writer.add_unk_token_id(config.eos_token_id)
+    for add, token in (
+        (writer.add_bos_token_id, tokenizer.bos_token_id),
+        (writer.add_eos_token_id, tokenizer.eos_token_id),
+        (writer.add_unk_token_id, tokenizer.unk_token_id),
+    ):
+        if token is not None:
+            add(token)
     writer.add_add_bos_token(False)
 
     for tensor_name, array in _tensors(model):
@@ -94,9 +98,10 @@ def _vocabulary(tokenizer, vocab_size):
     vocabulary, merges = bpe_of(tokenizer)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
-    special = set(tokenizer.all_special_ids)
     for token, i in vocabulary.items():
-        tokens[i], types[i] = token, gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+        tokens[i], types[i] = token, gguf.TokenType.NORMAL
+    for i, added in tokenizer.added_tokens_decoder.items():
+        types[i] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
     return tokens, types, [f"{a} {b}" for a, b in merges]
 
 

@@ -183,6 +183,12 @@ def test_the_token_is_nowhere(server, checkpoint, capsys, caplog):
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "of a 'llama' model"),
+        (
+            lambda folder: (folder / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "b.safetensors"}}'
+            ),
+            "names b.safetensors, which is missing",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "cannot be read"),
         (lambda folder: (folder.parents[1] / "metrics.jsonl").write_text("{"), "the run .* cannot be read"),
         (

@@ -50,6 +50,12 @@ def test_end_of_text_ends_it(model, tokenizer, monkeypatch):
     assert written(model, tokenizer, temperature=0, max_new_tokens=20) == tokens[: tokens.index(tokens[10])]
 
 
+def test_a_model_that_has_diverged_says_so(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(model.transformer.ln_f.weight, "data", torch.full((64,), float("nan")))
+    with pytest.raises(HubError, match="not finite"):
+        written(model, tokenizer)
+
+
 @pytest.mark.parametrize("text", ["plain text", "naïve café — 東京 🙂👩‍👩‍👧 ends", "🙂"])
 def test_characters_come_whole(tokenizer, text):
     ids = tokenizer(text).input_ids
