@@ -73,8 +73,9 @@ from training.plan import Plan
 from training.run_folder import begin, fail, lock, write_finished, write_status
 from training.run_log import RunLog
 from training.schedule import learning_rate
-from training.skipping import suspect_windows
+from training.skipping import step_where_finite, suspect_windows
 from training.state import blank_copy, clip_gradients, prepare, whole_model
+from training.step_numbers import StepNumbers
 from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
 
 STARTED = time.monotonic()  # what --max_hours counts from
@@ -90,7 +91,7 @@ def train(argv):
 
     # ------------------------------------------------------------------------------------------------------
     # Hardware: this process, and the others that train with it.
-    accelerator = start_accelerator(config.mixed_precision)
+    accelerator = start_accelerator(config.mixed_precision, is_muon=optim.muon_lr is not None)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transformers.utils.logging.disable_progress_bar()
@@ -205,6 +206,9 @@ def train(argv):
 
     def is_evaluation_due(step):
         return step >= config.max_steps or step % config.eval_every == 0
+
+    def is_save_due(step):
+        return step >= config.max_steps or (step > 0 and step % (config.save_every or config.max_steps) == 0)
 
     step, num_skipped, skipped_in_a_row = 0, 0, 0
     is_evaluated, val_loss = False, None  # of this step
@@ -334,6 +338,11 @@ def train(argv):
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stop = StopRequest(config.max_hours, STARTED)
     stopping = False  # agreed on by all processes
+    numbers = StepNumbers(device)
+
+    def is_pause_next():
+        return stopping or is_evaluation_due(step) or is_save_due(step)
+
     while True:
         is_last = step >= config.max_steps
 
@@ -371,8 +380,7 @@ def train(argv):
                             seed=config.seed,
                         ):
                             say(f"    {text!r}")
-        is_save_due = config.save_every is not None and step % config.save_every == 0 and step > 0
-        if (is_last or is_save_due or stopping) and step != saved_at:
+        if (is_save_due(step) or stopping) and step != saved_at:
             report_saved(wait=True)  # the one before: at most one waits in memory for the disk
             state = {
                 "step": step,
@@ -390,11 +398,11 @@ def train(argv):
         report_saved()
         is_evaluated = False
 
-        # (b) One optimizer step over all micro-batches of the global batch.
-        started = time.perf_counter()
+        # (b) One optimizer step over all micro-batches of the global batch. The host does not wait for the device here.
+        numbers.start_step()
         lr = learning_rate(step, optim, config.max_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_ratio"]
         losses = []
         for micro_batch in next(batches).split(micro_batch_size):  # of this process's [micro * accumulation, T]
             inputs, targets, position_ids = micro_batch.map(to_device)
@@ -412,43 +420,43 @@ def train(argv):
             losses.append(loss.detach())
         grad_norm = clip_gradients(accelerator, model, optim.grad_clip)
         # One exchange for both: the loss over all processes, and whether any of them was asked to stop.
-        is_requested = torch.tensor(float(stop.is_requested), device=device)
-        train_loss, num_requests = accelerator.reduce(torch.stack([sum(losses), is_requested]), "sum").tolist()
-        stopping = num_requests > 0
-        is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
-        if is_finite:
-            optimizer.step()
+        is_requested = torch.full((), float(stop.is_requested), device=device)
+        sums = accelerator.reduce(torch.stack([sum(losses), is_requested]), "sum")
+        step_where_finite(optimizer, sums[0].isfinite() & grad_norm.isfinite())
         optimizer.zero_grad()
         step += 1
+        numbers.put(torch.cat([sums, grad_norm.view(1)]), (step, lr, losses))
 
-        # (c) Log. Reading the loss above has already waited for the device.
-        seconds = time.perf_counter() - started
-        record = {
-            "step": step,
-            "tokens": step * batch.tokens_per_step,
-            "loss": train_loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "ms": round(1000 * seconds, 2),
-            "tokens_per_s": round(batch.tokens_per_step / seconds, 1),
-        }
-        skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-        if not is_finite:  # the parameters stay as they are, and what they were to learn from is written down
-            num_skipped += 1
-            record["skipped"] = {
-                "loss": str(train_loss),
-                "grad_norm": str(grad_norm),
-                "so_far": num_skipped,
-                "in_a_row": skipped_in_a_row,
-                "windows": suspect_windows(losses, loader.places(step - 1)),
+        # (c) Log the steps whose numbers are there; all steps, where something else than a step comes next.
+        for (train_loss, num_requests, grad_norm), (of_step, lr, losses), seconds in numbers.read(is_pause_next):
+            stopping = stopping or num_requests > 0
+            record = {
+                "step": of_step,
+                "tokens": of_step * batch.tokens_per_step,
+                "loss": train_loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "ms": round(1000 * seconds, 2),
+                "tokens_per_s": round(batch.tokens_per_step / seconds, 1),
             }
-        log.step(record)
-        if skipped_in_a_row >= optim.max_skipped_steps:
-            raise TrainingError(
-                f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {skipped_in_a_row} steps were "
-                "not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
-                "optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
-            )
+            is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
+            skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
+            if not is_finite:  # the parameters are as they were, and what they were to learn from is written down
+                num_skipped += 1
+                record["skipped"] = {
+                    "loss": str(train_loss),
+                    "grad_norm": str(grad_norm),
+                    "so_far": num_skipped,
+                    "in_a_row": skipped_in_a_row,
+                    "windows": suspect_windows(losses, loader.places(of_step - 1)),
+                }
+            log.step(record)
+            if skipped_in_a_row >= optim.max_skipped_steps:
+                raise TrainingError(
+                    f"step {of_step}: loss {train_loss}, gradient norm {grad_norm}; the last {skipped_in_a_row} steps "
+                    "were not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr "
+                    "or raise optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
+                )
 
     # ------------------------------------------------------------------------------------------------------
     # Summary. status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.

@@ -17,9 +17,11 @@ import gzip
 import inspect
 import json
 import lzma
+import os
 import platform
 import sysconfig
 import zlib
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,11 +98,10 @@ def sample_documents():
 
     documents = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        if not _SKIPPED_FOLDERS.intersection(path.relative_to(library).parts):
-            text = docstrings(path)
-            if len(text) >= _MIN_DOCSTRING_CHARACTERS:
-                documents.append(text)
+    for path in sorted(_python_files(library)):
+        text = docstrings(path)
+        if len(text) >= _MIN_DOCSTRING_CHARACTERS:
+            documents.append(text)
     characters = sum(len(text) for text in documents)
     if characters < _MIN_SAMPLE_CHARACTERS:
         raise DataError(
@@ -110,6 +111,12 @@ def sample_documents():
     yield from documents
 
 
+def _python_files(library):
+    for folder, folders, files in os.walk(library):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS  # others' packages, as many files again
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
 def docstrings(path):
     """The docstrings of a Python source file, in order, joined by blank lines; "" if it does not parse."""
     try:
@@ -117,10 +124,21 @@ def docstrings(path):
     except (SyntaxError, ValueError, OSError):  # some files of the standard library are broken on purpose
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # ast.walk goes level by level
+    nodes = [node for node in _statements(tree) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # they come level by level
     found = (ast.get_docstring(node, clean=False) for node in nodes)
     return "\n\n".join(inspect.cleandoc(text) for text in found if text)
+
+
+def _statements(tree):
+    """ast.walk without expressions, which are most of a tree and hold no docstrings."""
+    parts = (ast.stmt, ast.ExceptHandler, ast.match_case)
+    waiting = deque([tree])
+    while waiting:
+        yield (node := waiting.popleft())
+        for _, value in ast.iter_fields(node):
+            if isinstance(value, list):
+                waiting.extend(part for part in value if isinstance(part, parts))
 
 
 class FileSource:

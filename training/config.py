@@ -68,20 +68,26 @@ class BatchConfig:
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate; the defaults are the GPT-3 paper's for 125M (table 2.1, appendix B)."""
+    """Optimizer and learning rate; the defaults are the GPT-3 paper's for 125M (table 2.1, appendix B)."""
 
     lr: float = 6e-4
     """peak learning rate"""
     warmup_steps: int = 715
     """steps of linear warm-up"""
     final_lr_fraction: float = 0.1
-    """where the cosine ends, as a fraction of the peak"""
+    """where it ends, as a fraction of the peak"""
+    cooldown_fraction: float | None = None
+    """stay at the peak, and go down on a straight line over this last part of max_steps; null: a cosine all the way"""
     betas: tuple[float, float] = (0.9, 0.95)
     """decay of AdamW's two moments"""
     eps: float = 1e-8
     """AdamW's epsilon"""
     weight_decay: float = 0.1
-    """on matrices and embeddings; never on biases and LayerNorms"""
+    """AdamW's, on matrices and embeddings; never on biases and LayerNorms"""
+    muon_lr: float | None = None
+    """peak learning rate of Muon, which then trains the blocks' matrices (AdamW the rest); null: AdamW trains all"""
+    muon_weight_decay: float = 0.05
+    """Muon's"""
     grad_clip: float = 1.0
     """largest norm of the whole gradient"""
     max_skipped_steps: int = 10
@@ -123,7 +129,7 @@ class Config:
     output_dir: str | None = None
     """the run's folder; by default runs/<name of the recipe>"""
     max_steps: int = 19073
-    """optimizer steps; the cosine ends here"""
+    """optimizer steps; the learning rate has gone down here"""
     eval_every: int = 250
     """steps between evaluations"""
     save_every: int | None = None
@@ -245,6 +251,7 @@ def _check(config):
         "eval.sample_tokens": config.eval.sample_tokens,
     }
     optional = {name: getattr(config, name) for name in ("save_every", "keep_last", "keep_every", "max_hours")}
+    optional["optim.muon_lr"] = config.optim.muon_lr
     positive |= {name: value for name, value in optional.items() if value is not None}
     if config.batch.micro_batch_size != "auto":
         positive["batch.micro_batch_size"] = config.batch.micro_batch_size
@@ -265,6 +272,7 @@ def _check(config):
     for name, value, below in (
         ("optim.warmup_steps", config.optim.warmup_steps, float("inf")),
         ("optim.weight_decay", config.optim.weight_decay, float("inf")),
+        ("optim.muon_weight_decay", config.optim.muon_weight_decay, float("inf")),
         ("optim.betas[0]", config.optim.betas[0], 1),
         ("optim.betas[1]", config.optim.betas[1], 1),
         ("seed", config.seed, 2**32),
@@ -273,6 +281,8 @@ def _check(config):
             raise TrainingError(f"{name} must be in [0, {below}), got {value}")
     if not 0 <= config.optim.final_lr_fraction <= 1:
         raise TrainingError(f"optim.final_lr_fraction must be in [0, 1], got {config.optim.final_lr_fraction}")
+    if config.optim.cooldown_fraction is not None and not 0 < config.optim.cooldown_fraction <= 1:
+        raise TrainingError(f"optim.cooldown_fraction must be in (0, 1], got {config.optim.cooldown_fraction}")
     if config.init_from is None:  # whose shape counts then
         check_lengths(config)
     if config.eval.val_tokens < config.batch.seq_len:

@@ -13,10 +13,11 @@ from training.cpu import keep_freed_memory, use_all_cores
 from training.precision import resolve_mixed_precision
 
 
-def start_accelerator(mixed_precision):
+def start_accelerator(mixed_precision, *, is_muon=False):
     """
     Args:
         mixed_precision: "auto", "no" or "bf16".
+        is_muon: whether the optimizer needs whole matrices.
 
     Returns:
         accelerate.Accelerator, for what the launcher said and the hardware is.
@@ -43,6 +44,11 @@ def start_accelerator(mixed_precision):
         raise TrainingError(
             f"the launcher was told {what}; this loop shares a model out by FSDP2 or ZeRO-2: see "
             "accelerate_configs/fsdp2.yaml and deepspeed_zero2.yaml"
+        )
+    if is_muon and kind == DistributedType.DEEPSPEED:
+        raise TrainingError(
+            "optim.muon_lr: Muon needs each matrix whole, and DeepSpeed's ZeRO cuts them up as it comes; launch with "
+            "accelerate_configs/fsdp2.yaml or ddp_8gpu.yaml, or leave muon_lr out"
         )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

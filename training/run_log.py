@@ -113,6 +113,8 @@ class RunLog:
         tracked = {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if scores}
         self._track(record["step"], {"val_loss": record["val_loss"], **tracked})
         self._progress.evaluated(record)
+        if record["step"] == 0:
+            return  # nothing to draw yet, and drawing would keep the first step waiting
         try:
             plot_curves(
                 read_metrics(self.metrics_path),

@@ -1,7 +1,25 @@
-"""Steps that are skipped because their loss or gradient was not finite: which windows they were to learn from."""
+"""Steps that are skipped because their loss or gradient was not finite, and which windows they were to learn from."""
 
 import torch
 from accelerate.utils import gather_object
+
+# Device types on which an optimizer's step looks by itself whether it is to be skipped (fused AdamW's `found_inf`).
+_SKIPS_ON_DEVICE = ("cpu", "cuda")
+
+
+def step_where_finite(optimizer, is_finite):
+    """
+    The optimizer's step, which changes nothing where something was not finite. On a GPU the host does not wait.
+
+    Args:
+        optimizer: as `accelerator.prepare` gave it.
+        is_finite: scalar bool tensor on the device, the same on every process.
+    """
+    if is_finite.device.type in _SKIPS_ON_DEVICE:
+        optimizer.optimizer.found_inf = is_finite.logical_not().float()
+        optimizer.step()
+    elif is_finite.item():
+        optimizer.step()
 
 
 def suspect_windows(losses, places):

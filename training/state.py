@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training import zero
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# What each optimizer keeps of a parameter; the last is of the parameter's shape.
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def prepare(accelerator, model, optimizer, *, compiled, micro_batch_size, accumulation, grad_clip):
@@ -22,7 +23,7 @@ def prepare(accelerator, model, optimizer, *, compiled, micro_batch_size, accumu
 
     Args:
         model: the bare model on its device.
-        optimizer: AdamW over its parameters.
+        optimizer: `build_optimizer`'s, over its parameters.
         compiled: whether to use torch.compile.
 
     Returns:
@@ -55,10 +56,11 @@ def clip_gradients(accelerator, model, most):
     Scales the gradient down where its norm is above `most`. Every process calls it.
 
     Returns:
-        float, the norm before; the host waits for it.
+        scalar float32 tensor, the norm before.
     """
     norm = accelerator.clip_grad_norm_(model.parameters(), most)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)  # ZeRO's is a float
 
 
 def fsdp_precision(mixed_precision):
@@ -77,7 +79,7 @@ def full_state(model, optimizer, accelerator, copy):
 
     Args:
         model: the bare model.
-        optimizer: AdamW, as `accelerator.prepare` gave it.
+        optimizer: as `accelerator.prepare` gave it.
         copy: whether tensors that are in the host's memory already are copied too, so that training can go on.
 
     Returns:
@@ -103,7 +105,7 @@ def full_state(model, optimizer, accelerator, copy):
 
 def load_moments(tensors, model, optimizer, accelerator):
     """
-    Gives AdamW the moments that `full_state` returned. Every process calls it with all of them.
+    Gives the optimizer the moments that `full_state` returned. Every process calls it with all of them.
 
     Raises:
         ValueError: a parameter without fitting moments, moments without a parameter.
@@ -112,12 +114,14 @@ def load_moments(tensors, model, optimizer, accelerator):
         return
     tensors = dict(tensors)
     state = {}
+    of_muon = {p for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
     for name, parameter in model.named_parameters():
-        entry = {key: tensors.pop(f"{key}.{name}", None) for key in MOMENTS}
-        if any(value is None for value in entry.values()) or entry["exp_avg"].shape != parameter.shape:
-            raise ValueError(f"no fitting moments for {name} {tuple(parameter.shape)}")
+        kind = "Muon" if parameter in of_muon else "AdamW"
+        entry = {key: tensors.pop(f"{key}.{name}", None) for key in MOMENTS[kind]}
+        if any(value is None for value in entry.values()) or entry[MOMENTS[kind][-1]].shape != parameter.shape:
+            raise ValueError(f"no fitting moments of {kind} for {name} {tuple(parameter.shape)}")
         if isinstance(parameter, DTensor):
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in [key for key in entry if key != "step"]:  # in the same order on every process
                 whole = entry[key].to(parameter.device)
                 entry[key] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
         state[name] = entry
