@@ -1,4 +1,6 @@
 import math
+from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,9 @@ from training.config import OptimConfig
 from training.optim import build_optimizer
 from training.precision import resolve_mixed_precision
 from training.schedule import learning_rate
+from training.skipping import step_where_finite
+from training.state import full_state, load_moments
+from training.step_numbers import StepNumbers
 
 LECTURE = OptimConfig(lr=6e-4, warmup_steps=715, final_lr_fraction=0.1)
 
@@ -32,6 +37,129 @@ def test_schedule_with_a_run_shorter_than_its_warm_up():
     values = [learning_rate(step, OptimConfig(lr=1.0, warmup_steps=10), max_steps=5) for step in range(5)]
     assert values == [0.1, 0.2, 0.3, 0.4, 0.5]
     assert learning_rate(0, OptimConfig(lr=1.0, warmup_steps=0), max_steps=5) == 1.0
+
+
+def test_a_straight_cooldown():
+    optim = OptimConfig(lr=1.0, warmup_steps=2, final_lr_fraction=0.2, cooldown_fraction=0.5)
+    values = [learning_rate(step, optim, max_steps=10) for step in range(12)]
+    assert values == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.84, 0.68, 0.52, 0.36, 0.2, 0.2])
+
+
+def small_model():
+    torch.manual_seed(0)
+    return GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=31))
+
+
+def give_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def prepared(optimizer):
+    """As far as stepping and saving go, what `accelerator.prepare` gives."""
+    return SimpleNamespace(
+        optimizer=optimizer,
+        step=optimizer.step,
+        state=optimizer.state,
+        param_groups=optimizer.param_groups,
+        state_dict=optimizer.state_dict,
+        load_state_dict=optimizer.load_state_dict,
+    )
+
+
+MUON = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=0.05)
+
+
+def test_muon_and_adamw_as_torch_has_them():
+    """Three steps, the second with half the learning rate; against the two by themselves."""
+    model, reference = small_model(), small_model()
+    optimizer = build_optimizer(model, MUON, "cpu")
+    blocks = [p for name, p in reference.named_parameters() if ".h." in name and p.dim() == 2]
+    rest = [p for p in reference.parameters() if all(p is not block for block in blocks)]
+    assert len(blocks) == 8
+    muon = torch.optim.Muon(blocks, lr=0.02, weight_decay=0.05, momentum=0.95)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+    )
+    for step, factor in enumerate((1.0, 0.5, 1.0)):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * factor * group["lr_ratio"]
+        muon.param_groups[0]["lr"] = 0.02 * factor
+        for group in adamw.param_groups:
+            group["lr"] = 1e-2 * factor
+        for each in (model, reference):
+            give_gradients(each, seed=step)
+        optimizer.step()
+        muon.step()
+        adamw.step()
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), MUON], ids=["adamw", "muon"])
+@pytest.mark.parametrize("bad_step", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing(optim, bad_step):
+    """Parameters, moments and step counts are bit by bit those of a run without it."""
+    model, undisturbed = small_model(), small_model()
+    optimizer, other = (prepared(build_optimizer(each, optim, "cpu")) for each in (model, undisturbed))
+    for step in range(4):
+        give_gradients(model, seed=step)
+        if step == bad_step:
+            model.transformer.h[0].mlp.c_fc.weight.grad[0, 0] = float("nan")
+        step_where_finite(optimizer, torch.tensor(step != bad_step))
+        if step != bad_step:
+            give_gradients(undisturbed, seed=step)
+            step_where_finite(other, torch.tensor(True))
+    for p, q in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for key, value in other.state[q].items():
+            assert torch.equal(optimizer.state[p][key], value), key
+
+
+def test_muons_state_is_saved_and_loaded():
+    one_process = SimpleNamespace(is_main_process=True, distributed_type=None)
+    model = small_model()
+    optimizer = prepared(build_optimizer(model, MUON, "cpu"))
+    give_gradients(model, seed=0)
+    optimizer.step()
+    parameters, moments = full_state(model, optimizer, one_process, copy=True)
+    assert {key.partition(".")[0] for key in moments} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
+    again = deepcopy(model)
+    of_again = prepared(build_optimizer(again, MUON, "cpu"))
+    load_moments(moments, again, of_again, one_process)
+    for each, its_optimizer in ((model, optimizer), (again, of_again)):
+        give_gradients(each, seed=1)
+        its_optimizer.step()
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q) and not torch.equal(p, parameters[name])
+    with pytest.raises(ValueError, match="no fitting moments of AdamW"):
+        load_moments(moments, again, prepared(build_optimizer(again, OptimConfig(), "cpu")), one_process)
+
+
+def test_numbers_of_a_step_come_with_the_next(monkeypatch):
+    """What CUDA does; a CPU is a step's end and its reading in one."""
+    clock = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    numbers = StepNumbers(torch.device("cpu"))
+    numbers.start_step()
+    numbers.put(torch.tensor([1.0, 2.0]), "one")
+    assert list(numbers.read(lambda: False)) == [([1.0, 2.0], "one", 1)]
+
+    numbers._lag = 1
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=int, synchronize=int))
+    for name in ("one", "two"):
+        numbers.start_step()
+        numbers.put(torch.tensor([1.0]), name)
+        got = [about for _, about, _ in numbers.read(lambda: False)]
+        assert got == ([] if name == "one" else ["one"])
+    assert [about for _, about, _ in numbers.read(lambda: True)] == ["two"]
 
 
 def test_weight_decay_on_matrices_and_embeddings_only():
