@@ -1,0 +1,187 @@
+"""
+Trains the same model by several recipes, several seeds each, and says how many tokens and seconds each needs for the
+validation loss that the first one ends with.
+
+    python benchmarks/race.py adamw=recipes/gpt2_124m.yaml fast=recipes/gpt2_124m_fast.yaml --out runs/race
+    python benchmarks/race.py adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \\
+        wd0=benchmarks/race_small_fast.yaml,optim.muon_weight_decay=0 --seeds 1 2 3 --out runs/race_small
+
+NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, if their recipes have them of the
+same size. Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow
+hour of the machine falls on all of them. What is finished is not run again, what was interrupted goes on.
+
+Writes into --out: a folder a run (NAME/SEED), race.json, race.png (loss over tokens and over seconds of training), and
+prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # `training` is not installed
+
+from training.metrics import read_metrics  # noqa: E402
+
+
+def main():
+    args = parse_args()
+    curves = {name: {} for name in args.runners}
+    for seed in args.seeds:
+        for name, (recipe, settings) in args.runners.items():
+            folder = Path(args.out) / name / str(seed)
+            train(folder, recipe, [*settings, "--seed", str(seed)], args.launch)
+            curves[name][seed] = validation_curve(read_metrics(folder / "metrics.jsonl"))
+            tokens, seconds, loss = curves[name][seed][-1]
+            print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
+    rows = compare(curves)
+    (Path(args.out) / "race.json").write_text(json.dumps({"curves": curves, "rows": rows}, indent=1) + "\n")
+    draw(curves, Path(args.out) / "race.png")
+    print(table(rows))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runners", nargs="+", metavar="NAME=RECIPE[,SETTING=VALUE...]", help="the first is the reference"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338, 1339])
+    parser.add_argument("--out", required=True, help="folder for the runs and what comes of them")
+    parser.add_argument("--launch", default="", help="options of `accelerate launch`, in one argument")
+    args = parser.parse_args()
+    runners = {}
+    for runner in args.runners:
+        name, _, rest = runner.partition("=")
+        recipe, *settings = rest.split(",")
+        if not Path(recipe).is_file():
+            parser.error(f"{runner}: there is no recipe {recipe!r}")
+        if name in runners:
+            parser.error(f"two runners are named {name!r}")
+        pairs = (setting.partition("=") for setting in settings)
+        runners[name] = recipe, [part for key, _, value in pairs for part in (f"--{key}", value)]
+    args.runners = runners
+    return args
+
+
+def train(folder, recipe, settings, launch):
+    status = folder / "status.json"
+    if status.is_file() and json.loads(status.read_text())["status"] == "finished":
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py"]
+    command += ["--config", str(Path(recipe).resolve()), *settings, "--output_dir", str(folder.resolve())]
+    with (folder / "console.log").open("a") as log:
+        done = subprocess.run([*command, "--resume", "auto"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise SystemExit(f"{folder} stopped with exit code {done.returncode}: see {log.name}")
+
+
+def validation_curve(records):
+    """[(tokens, seconds of training, validation loss)] of a run's evaluations; evaluations take no time here."""
+    curve, seconds = [], 0.0
+    for record in records:
+        seconds += record.get("ms", 0.0) / 1000
+        if record.get("val_loss") is not None:
+            curve.append((record["tokens"], seconds, record["val_loss"]))
+    return curve
+
+
+def needed(curve, loss):
+    """(tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None: it does not."""
+    for (tokens, seconds, higher), (later_tokens, later_seconds, lower) in zip(curve, curve[1:], strict=False):
+        if higher > loss >= lower:
+            share = (higher - loss) / (higher - lower)
+            return tokens + share * (later_tokens - tokens), seconds + share * (later_seconds - seconds)
+    return None
+
+
+def compare(curves):
+    """
+    Args:
+        curves: {name: {seed: validation_curve}}, the reference first.
+
+    Returns:
+        list of {"name", "loss", "tokens", "token_ratio", "time_ratio"}, each a list over the seeds; the loss is the
+        last one, the ratios are to the reference's whole run, None where its last loss was not reached.
+    """
+    reference = next(iter(curves.values()))
+    rows = []
+    for name, by_seed in curves.items():
+        ratios = []
+        for seed, curve in by_seed.items():
+            tokens, seconds, loss = reference[seed][-1]
+            reached = (tokens, seconds) if by_seed is reference else needed(curve, loss)
+            ratios.append((None, None) if reached is None else (reached[0] / tokens, reached[1] / seconds))
+        rows.append(
+            {
+                "name": name,
+                "loss": [curve[-1][2] for curve in by_seed.values()],
+                "tokens": [curve[-1][0] for curve in by_seed.values()],
+                "token_ratio": [of_tokens for of_tokens, _ in ratios],
+                "time_ratio": [of_time for _, of_time in ratios],
+            }
+        )
+    return rows
+
+
+def table(rows):
+    reference = rows[0]["name"]
+    lines = [
+        "",
+        f"| runner | n | tokens | last validation loss | tokens to {reference}'s | seconds to {reference}'s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratios = [shown(row[key], "{:.2f}") for key in ("token_ratio", "time_ratio")]
+        loss = shown(row["loss"], "{:.4f}")
+        lines.append(
+            f"| {row['name']} | {len(row['loss'])} | {row['tokens'][0]:,} | {loss} | {ratios[0]} | {ratios[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def shown(values, number_format):
+    """Mean ± standard deviation; how many did not get there, if any."""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return f"not reached by {len(values) - len(there)} of {len(values)}"
+    mean = number_format.format(statistics.fmean(there))
+    return mean if len(there) == 1 else f"{mean} ± {number_format.format(statistics.stdev(there))}"
+
+
+def draw(curves, path):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 2, sharey=True)
+    goal = statistics.fmean(curve[-1][2] for curve in next(iter(curves.values())).values())
+    lowest = min(point[2] for by_seed in curves.values() for curve in by_seed.values() for point in curve)
+    for column, (axis, label) in enumerate(zip(axes, ("training tokens", "seconds of training"), strict=True)):
+        for number, (name, by_seed) in enumerate(curves.items()):
+            for seed, curve in by_seed.items():
+                axis.plot(
+                    [point[column] for point in curve],
+                    [point[2] for point in curve],
+                    "o-",
+                    ms=3,
+                    lw=1,
+                    alpha=0.7,
+                    color=f"C{number % 10}",
+                    label=name if seed == next(iter(by_seed)) else None,
+                )
+        axis.axhline(goal, color="gray", ls="--", lw=1, label=f"the first one's last ({goal:.3f})")
+        axis.set(xlabel=label, ylim=(lowest - 0.1, goal + 1.5 * math.log(4)))
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="validation loss, nats a token")
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
