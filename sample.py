@@ -43,6 +43,9 @@ def _parse_arguments(arguments):
     )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that is there")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
+    )
     return parser.parse_args(arguments)
 
 
@@ -76,11 +79,14 @@ def chat(model, tokenizer, settings):
         if not line:
             ids = []
             continue
-        ids += encode_prompt(tokenizer, line if not ids else f"\n{line}", model.config)
+        try:
+            ids += encode_prompt(tokenizer, line if not ids else f"\n{line}", model.config)
+        except HubError as error:  # a line that is too long, and the conversation goes on
+            print(f"({error})", file=sys.stderr)
+            continue
         # Half of the context is for what comes: the oldest words make room.
         ids = ids[-max(context - settings.max_new_tokens, context // 2) :]
         ids += write(model, tokenizer, ids, settings)
-        ids = ids[-(context - 1) :]
         settings = settings._replace(seed=settings.seed + 1)
 
 
@@ -95,14 +101,15 @@ def _main(arguments):
     if args.chatty and (args.prompt is not None or args.n > 1):
         raise HubError("--chatty asks for prompts itself, one at a time: leave out the prompt and --n")
     check_name(args.checkpoint)
-    tokenizer, _ = load_tokenizer(args.checkpoint)
+    trust = args.trust_remote_code
+    tokenizer, _ = load_tokenizer(args.checkpoint, trust_remote_code=trust)
     device, _ = find_device(args.device)
     prompt = args.prompt
     if prompt is None and not args.chatty:
         if sys.stdin.isatty():
             print("what to continue? (Ctrl-D ends it)", file=sys.stderr)
         prompt = sys.stdin.read().removesuffix("\n")
-    model = load_model(args.checkpoint, dtype=args.dtype, device=device).eval()
+    model = load_model(args.checkpoint, dtype=args.dtype, device=device, trust_remote_code=trust).eval()
     if args.chatty:
         chat(model, tokenizer, settings)
         return

@@ -1,5 +1,6 @@
 """The model that the commands score: from a folder, or from the Hub."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -8,13 +9,21 @@ from eval import EvalError
 from eval.hub import why_unreachable
 
 
+class NeedsCodeError(EvalError):
+    """A model from the Hub is of no kind that transformers knows, and its code was not to be run."""
+
+
 def check_name(model):
     """Raises EvalError for what is neither a checkpoint's folder nor the id of a model on the Hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     folder = Path(model)
-    if folder.is_dir():
+    try:
+        is_folder = folder.is_dir()
+    except OSError as error:  # a name that is too long, a folder of somebody else's
+        raise EvalError(f"checkpoint {model!r} cannot be opened ({error.strerror}); give another") from error
+    if is_folder:
         if not (folder / "config.json").is_file():
             inside = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])
             hint = f"did you mean {str(inside[-1].parent)!r}?" if inside else "give the folder that holds it"
@@ -98,8 +107,10 @@ def _from_pretrained(kind, name, trust_remote_code, **options):
         )
     except Exception as error:  # what a broken folder makes transformers raise is of every kind
         if "trust_remote_code" in str(error):
-            problem = "brings its own modeling code; read it, then run it with --trust_remote_code"
-        elif why is not None and isinstance(error, OSError):
+            raise NeedsCodeError(
+                f"checkpoint {name!r}: brings its own modeling code; read it, then run it with --trust_remote_code"
+            ) from error
+        if why is not None and isinstance(error, OSError):
             problem = f"no such folder, nor in the Hub's local cache, and {why}"
         else:
             problem = f"cannot be opened ({type(error).__name__}: {one_line(error)})"
@@ -112,6 +123,27 @@ def revision(model):
 
     config = None if Path(model).is_dir() else try_to_load_from_cache(model, "config.json")
     return Path(config).parent.name if isinstance(config, str) else None  # snapshots/COMMIT/config.json
+
+
+def weights_sha256(model):
+    """
+    What tells a folder's weights, whatever its name: SHA-256 of the SHA-256s of its *.safetensors, in the order of
+    their names. None for a model from the Hub, whose revision tells them.
+
+    Raises:
+        EvalError: a file cannot be read.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise EvalError(f"checkpoint {str(model)!r} cannot be read ({error})") from error
+    return digest.hexdigest()
 
 
 def one_line(error):

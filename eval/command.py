@@ -10,7 +10,7 @@ import sys
 import torch
 
 from eval import EvalError
-from eval.checkpoint import load_model, one_line, revision
+from eval.checkpoint import load_model, one_line, revision, weights_sha256
 from eval.evaluator import score
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
 from eval.published import GPT2, why_not_comparable
@@ -163,8 +163,9 @@ def score_checkpoint(args, name, tokenizer, prepared, device, *, keep_answers=Fa
         device: as `find_device` gives it.
 
     Returns:
-        dict: what `eval.evaluate` does, the model's name and revision in "model", and "published".
+        dict: what `eval.evaluate` does, in "model" also its name, its revision and its weights' hash, and "published".
     """
+    weights = weights_sha256(name)  # now: a folder may be written anew while it is scored
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
     result = score(
         model,
@@ -174,7 +175,7 @@ def score_checkpoint(args, name, tokenizer, prepared, device, *, keep_answers=Fa
         progress=True,
         keep_answers=keep_answers,
     )
-    result["model"] = {"name": name, "revision": revision(name)} | result["model"]
+    result["model"] = {"name": name, "revision": revision(name), "weights_sha256": weights} | result["model"]
     beside, published = _published_beside(result)
     return result | {"published": {beside: published} if published else {}}
 

@@ -42,6 +42,7 @@ def _parse_arguments(arguments):
     demo.add_argument("checkpoint", nargs="+", help="one, or two to compare: folders, or ids on the Hub")
     demo.add_argument("--port", type=int, default=7860, help="of the page, on this machine alone (default: 7860)")
     demo.add_argument("--device", help="cuda, mps or cpu; by default the first of them that is there")
+    demo.add_argument("--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub")
     return parser.parse_args(arguments)
 
 
@@ -56,9 +57,11 @@ def _push(args):
             print(f"{len(source) if isinstance(source, bytes) else source.stat().st_size:>14,} bytes  {path}")
         return
     repository = Repository(args.repository, private=not args.public)
-    address = repository.push(upload)
+    address, removed = repository.push(upload)
     seen = "private" if repository.is_private else "public"
     print(f"pushed {args.checkpoint} to {repository.name} ({seen})\n{address}")
+    if removed:
+        print(f"removed weights of an earlier push: {', '.join(removed)}")
 
 
 def _export(args):
@@ -71,7 +74,7 @@ def _export(args):
 def _demo(args):
     from hub.demo import serve
 
-    serve(args.checkpoint, port=args.port, device=args.device)
+    serve(args.checkpoint, port=args.port, device=args.device, trust_remote_code=args.trust_remote_code)
 
 
 def main(arguments=None):

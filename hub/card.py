@@ -9,13 +9,20 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import GPT2Config
 
 from hub import HubError
+from training import TrainingError
+from training.metrics import read_metrics
 
-# The data sets that tasks read: Hub id, split, name.
+# What reading a file raises that is not there, or is not as it was written.
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, TrainingError)
+
+# The data sets whose scores can stand beside others': Hub id, split, name.
 _TASK_DATA = {
     "hellaswag": ("Rowan/hellaswag", "validation", "HellaSwag"),
     "lambada": ("EleutherAI/lambada_openai", "test", "LAMBADA (OpenAI)"),
@@ -52,88 +59,123 @@ class Run:
         self.folder = folder if folder is not None and (folder / "provenance.json").is_file() else None
         self.provenance, self.step, self.evaluation, self.seconds, self.tokens = {}, None, None, None, None
         self.curves = None
+        self.init_from = None
+        """whose weights it began from: a Hub id, or a folder's name; None: nobody's, or not known"""
+        self.base_model = None
+        """that, where it is a Hub id"""
+        self.is_from_scratch = False  # known to be
+        self.has_own_license = any(path.stem.upper() == "LICENSE" for path in checkpoint.glob("*"))
         if self.folder is None:
             return
         try:
             self.provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
             state = json.loads((checkpoint / "training_state" / "state.json").read_text(encoding="utf-8"))
-            self.step, self.tokens = state["step"], state["tokens"]
-            lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            records = [record for record in map(json.loads, lines) if record["step"] <= self.step]
-        except (OSError, ValueError, KeyError) as error:
+            self.step, self.tokens = int(state["step"]), int(state["tokens"])
+            records = [record for record in read_metrics(folder / "metrics.jsonl") if record["step"] <= self.step]
+            if records:
+                self.seconds = sum(r["ms"] / 1000 if "ms" in r else r.get("seconds", 0) for r in records)
+            self.evaluation = next((r for r in records if r["step"] == self.step and "val_loss" in r), None)
+            launches = [*self.provenance.get("earlier_launches", []), self.provenance]
+            begun = next((launch for launch in launches if launch["config"].get("init_from")), None)
+            if begun is not None:
+                self.base_model = None if self._is_folder(begun) else begun["config"]["init_from"]
+                self.init_from = self.base_model or _no_folder(begun["config"]["init_from"])
+            # Not where another run's checkpoint was resumed: what that began from is written down there.
+            self.is_from_scratch = begun is None and not launches[0].get("from_step")
+        except UNREADABLE as error:
             raise HubError(
-                f"the run {str(folder)!r} cannot be read ({error}), and the model card is about it; mend it, or copy "
-                "the checkpoint out of it: then its card says nothing of a run"
+                f"the run {str(folder)!r} cannot be read ({type(error).__name__}: {error}), and the model card is "
+                "about it; mend it, or copy the checkpoint out of it: then its card says nothing of a run"
             ) from error
-        self.evaluation = next((r for r in records if r["step"] == self.step and "val_loss" in r), None)
-        self.seconds = sum(r["ms"] / 1000 if "ms" in r else r.get("seconds", 0) for r in records)
         self.curves = folder / "curves.png" if (folder / "curves.png").is_file() else None
+
+    def _is_folder(self, launch):
+        if "init_from_is_folder" in launch:
+            return launch["init_from_is_folder"]
+        init_from = launch["config"]["init_from"]
+        # Runs from before that was written down: a folder may look like a Hub id, from where the run was started.
+        return not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) or any(
+            (start / init_from).exists() for start in (Path.cwd(), *self.folder.parents)
+        )
+
+    @property
+    def license_id(self):
+        """As the Hub knows it, "mit"; None where the licence is somebody else's to name, or not known."""
+        return "mit" if self.is_from_scratch and not self.has_own_license else None
 
     def data_source(self):
         """{} or what the manifest of the training data says of where it came from."""
         return (self.provenance.get("data") or {}).get("source") or {}
 
 
-def read_results(path, checkpoint):
+class Results(NamedTuple):
+    """What a file of `python -m eval --output` says, as a card shows it."""
+
+    tasks: list
+    rows: list
+    """(figure, value with its standard error, a published one, protocol)"""
+    notes: list
+    """a line a task: what was scored"""
+    entries: list
+    """EvalResult, for the card's head"""
+
+
+def read_results(path, checkpoint, weights):
     """
     Args:
         path: a file that `python -m eval --output` wrote.
         checkpoint: Path, whose results they must be.
+        weights: `eval.checkpoint.weights_sha256` of it.
 
     Returns:
-        dict
+        Results
 
     Raises:
-        HubError: it is no such file, or of another model.
+        HubError: it is no such file, or of other weights.
     """
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        scored = result["model"]["name"]
-        figures = {task: result["tasks"][task]["figures"] for task in result["results"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        results = Results(list(result["results"]), _rows(result), _notes(result), _entries(result))
+        scored, found = result["model"]["name"], result["model"].get("weights_sha256")
+    except UNREADABLE as error:
         raise HubError(
             f"--results {str(path)!r} is no file of `python -m eval --output` ({type(error).__name__}: {error})"
         ) from error
-    if Path(scored).resolve() != checkpoint.resolve():
-        raise HubError(f"--results {str(path)!r} is of {scored!r}, not of {str(checkpoint)!r}: score that one")
-    return result | {"figures": figures}
+    if found is None:
+        raise HubError(f"--results {str(path)!r} does not say of which weights it is: score {str(checkpoint)!r} again")
+    if found != weights:  # whatever its name: a link that has moved on, a folder that was written anew
+        raise HubError(f"--results {str(path)!r} is of other weights ({scored}): score {str(checkpoint)!r} again")
+    return results
 
 
-def model_card(checkpoint, repo_id, *, config, parameters, run, results, license_id):
+def model_card(repo_id, *, config, parameters, run, results):
     """
     Args:
-        checkpoint: Path.
-        repo_id: "owner/name", for the lines that load it.
-        config: dict, the checkpoint's config.json.
+        repo_id: "owner/name".
+        config: the checkpoint's, of a GPT-2.
         parameters: int.
         run: Run.
-        results: list of dicts, as `read_results` gives them.
-        license_id: as the Hub knows it ("mit"); None where the licence is somebody else's to name.
+        results: list of Results.
 
     Returns:
         str, README.md.
     """
     name = repo_id.partition("/")[2]
-    source = run.data_source()
-    dataset = source.get("dataset")
-    init_from = (run.provenance.get("config") or {}).get("init_from")
+    dataset = run.data_source().get("dataset")
     data = ModelCardData(
         language="en",
-        license=license_id,
+        license=run.license_id,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2-repro", "causal-lm"],
         datasets=[dataset] if dataset else None,
-        # Not a model that was only trained like it.
-        base_model=init_from
-        if init_from and re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) and not Path(init_from).exists()
-        else None,
+        base_model=run.base_model,  # not a model that was only trained like it
         model_name=name,
-        eval_results=_eval_results(results, run, dataset) or None,
+        eval_results=[*_loss_entries(run, dataset), *(entry for r in results for entry in r.entries)] or None,
     )
     sections = [
-        f"# {name}\n\n{_what_it_is(config, parameters, run, init_from)}",
-        f"## Use\n\n{_use(repo_id, config)}",
+        f"# {name}\n\n{_what_it_is(config, parameters, run)}",
+        f"## Use\n\n{_use(repo_id, config, run)}",
         _training_data(run),
         _training(run),
         _results(results, run),
@@ -143,20 +185,22 @@ def model_card(checkpoint, repo_id, *, config, parameters, run, results, license
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _what_it_is(config, parameters, run, init_from):
-    shape = f"{config['n_layer']} layers, {config['n_embd']} wide, {config['n_head']} heads"
+def _what_it_is(config, parameters, run):
+    shape = f"{config.n_layer} layers, {config.n_embd} wide, {config.n_head} heads"
+    whose = "GPT-2's" if config.vocab_size == GPT2Config().vocab_size else "a"
     text = (
-        f"A GPT-2 (Radford et al. 2019) of {parameters:,} parameters: {shape}, a context of {config['n_positions']:,} "
-        f"tokens, GPT-2's vocabulary of {config['vocab_size']:,}."
+        f"A GPT-2 (Radford et al. 2019) of {parameters:,} parameters: {shape}, a context of {config.n_positions:,} "
+        f"tokens, {whose} vocabulary of {config.vocab_size:,}."
     )
     if run.folder is not None:
-        start = f"from the weights of {_no_folders(init_from)}" if init_from else "from a random start"
-        text += f" Trained {start} on {run.tokens:,} tokens (step {run.step:,}) with gpt2-repro."
+        start = f" from the weights of {run.init_from}" if run.init_from else ""
+        start = " from a random start" if run.is_from_scratch else start
+        text += f" Trained{start} on {run.tokens:,} tokens (step {run.step:,}) with gpt2-repro."
     return text
 
 
-def _use(repo_id, config):
-    is_plain = config["model_type"] == "gpt2"
+def _use(repo_id, config, run):
+    is_plain = config.model_type == "gpt2"
     trust = "" if is_plain else ", trust_remote_code=True"
     text = f"""\
 ```python
@@ -170,12 +214,13 @@ print(tokenizer.decode(output[0]))
 ```"""
     if is_plain:
         return f"{text}\n\nThis is transformers' own `GPT2LMHeadModel`: any engine that knows GPT-2 opens it."
+    of_code = "" if run.license_id or run.has_own_license else " LICENSE is theirs, not the weights'."
     return f"""\
 {text}
 
 `trust_remote_code` runs the modeling files of this repository; they import torch and transformers alone. With
 gpt2-repro installed, `import modeling_gpt2repro` makes the Auto classes know the model, and that argument is not
-needed.
+needed.{of_code}
 
 For engines that know GPT-2 and not this code, the same weights as transformers' own `GPT2LMHeadModel`, whose logits are
 equal:
@@ -218,17 +263,18 @@ def _training(run):
         return None
     provenance = run.provenance
     settings, hardware = provenance["config"], provenance["hardware"]
-    hours = run.seconds / 3600
-    took = f"{hours:.1f} hours" if hours >= 1 else f"{run.seconds / 60:.0f} minutes"
     lines = [
-        f"- Recipe: `{run.folder.name}`, step {run.step:,} of {settings['max_steps']:,}, "
+        f"- Run: `{run.folder.name}`, step {run.step:,} of {settings['max_steps']:,}, "
         f"{settings['batch']['tokens_per_step']:,} tokens a step, seed {settings['seed']}",
         f"- Hardware: {hardware['processes']} x {hardware['device']}, mixed precision {hardware['mixed_precision']}",
-        f"- Time: {took} of training and evaluation",
     ]
-    if price := hardware.get("dollars_an_hour"):
-        dollars = hours * price * hardware["processes"]
-        lines.append(f"- Cost: about ${dollars:,.2f}, an estimate at ${price:.2f} an hour and device")
+    if run.seconds is not None:
+        hours = run.seconds / 3600
+        took = f"{hours:.1f} hours" if hours >= 1 else f"{run.seconds / 60:.0f} minutes"
+        lines.append(f"- Time: {took} of training and evaluation")
+        if price := hardware.get("dollars_an_hour"):
+            dollars = hours * price * hardware["processes"]
+            lines.append(f"- Cost: about ${dollars:,.2f}, an estimate at ${price:.2f} an hour and device")
     if code := provenance.get("code"):
         changed = ", with uncommitted changes" if code["dirty"] else ""
         lines.append(f"- Code: gpt2-repro at commit `{code['commit']}`{changed}")
@@ -240,19 +286,20 @@ def _training(run):
     if run.curves is not None:
         lines.append("\n![losses and HellaSwag over training tokens](curves.png)")
     shown = {key: value for key, value in settings.items() if key not in _NOT_THE_RUN}
-    shown = json.loads(json.dumps(shown), object_hook=_without_folders)
+    items = settings["eval"].get("hellaswag")
+    shown |= {
+        "data": settings["data"] | {"path": _no_folder(settings["data"]["path"])},
+        "eval": settings["eval"] | {"hellaswag": items and _no_folder(items)},
+        "init_from": run.init_from,
+    }
     dump = yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, allow_unicode=True)
     lines.append(f"\n<details><summary>All settings</summary>\n\n```yaml\n{dump}```\n\n</details>")
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _without_folders(settings):
-    return {key: _no_folders(value) if isinstance(value, str) else value for key, value in settings.items()}
-
-
-def _no_folders(text):
-    """A text without the folders of the paths in it that are of this machine: /home/me/x.txt is x.txt."""
-    return re.sub(r"(?<![^\s'\"(])(?:[/~]|\.\.?[/\\]|[A-Za-z]:[/\\])[^\s,'\")]*[/\\](?=[^\s/\\])", "", text)
+def _no_folder(path):
+    """A path's last part, with what is said behind a comma: "/home/me/x.jsonl, all 40 items" is "x.jsonl, all ..."."""
+    return re.sub(r".*[/\\](?=[^,/\\])", "", path)
 
 
 def _results(results, run):
@@ -264,7 +311,7 @@ def _results(results, run):
             ("validation loss", f"{loss:.4f}", "", f"nats a token, over {tokens:,} tokens of the validation split")
         )
         scores = run.evaluation["hellaswag"]
-        if scores and not any("hellaswag" in result["results"] for result in results):
+        if scores and not any("hellaswag" in result.tasks for result in results):
             of = "items of gpt2-repro's own sample, NOT HellaSwag" if scores["is_sample"] else "items of HellaSwag"
             rows.append(
                 (
@@ -275,16 +322,8 @@ def _results(results, run):
                 )
             )
     for result in results:
-        beside = next(iter(result["published"].items()), (None, {}))
-        for task, figure, value, error in _figures(result):
-            shown = f"{value:,.4f}" + ("" if error is None else f" ± {error:,.4f}")
-            published = beside[1].get(task, {}).get(figure)
-            other = "" if published is None else f"{published:.4f} ({beside[0]})"
-            rows.append((f"{task} {figure}", shown, other, result["figures"][task][figure]))
-        for task, about in result["tasks"].items():
-            n = result["results"][task].get("n")
-            count = f", {n:,} items" if n else ""
-            notes.append(f"- {task}, version {about['version']}: {_no_folders(about['data']['source'])}{count}")
+        rows += result.rows
+        notes += result.notes
     if not rows:
         return None
     header = ("figure", "value", "published", "protocol")
@@ -300,54 +339,89 @@ def _results(results, run):
 def _figures(result):
     """(task, figure, value, standard error or None) of each figure with a protocol."""
     for task, values in result["results"].items():
-        for figure in result["figures"][task]:
+        for figure in result["tasks"][task]["figures"]:
             value, error = values.get(figure), values.get(f"{figure}_stderr")
             if isinstance(value, int | float) and math.isfinite(value):
                 yield task, figure, value, error if isinstance(error, int | float) else None
 
 
-def _eval_results(results, run, dataset):
-    """For the YAML head: what can stand beside others' numbers, so whole sets, and not this project's own sample."""
+def _rows(result):
+    rows, (whose, published) = [], next(iter((result.get("published") or {}).items()), (None, {}))
+    for task, figure, value, error in _figures(result):
+        shown = f"{value:,.4f}" + ("" if error is None else f" ± {error:,.4f}")
+        theirs = published.get(task, {}).get(figure)
+        other = "" if theirs is None else f"{theirs:.4f} ({whose})"
+        rows.append((f"{task} {figure}", shown, other, result["tasks"][task]["figures"][figure]))
+    return rows
+
+
+def _notes(result):
+    notes = []
+    for task, about in result["tasks"].items():
+        n = result["results"][task].get("n")
+        count = f", {n:,} items" if n else ""
+        notes.append(f"- {task}, version {about['version']}: {_source(task, about['data'])}{count}")
+    return notes
+
+
+def _source(task, data):
+    """Where items came from, without the folders of this machine."""
+    if data["is_sample"]:
+        return data["source"].partition(" (")[0]  # and not what the Hub answered
+    if _is_of_the_hub(task, data):
+        return data["source"]
+    return _no_folder(data["source"])
+
+
+def _is_of_the_hub(task, data):
+    return task in _TASK_DATA and data["source"].startswith(f"{_TASK_DATA[task][0]} (")
+
+
+def _entries(result):
+    """For the card's head, what can stand beside others' numbers: whole sets, from where everybody has them."""
     entries = []
-    if run.evaluation is not None and run.evaluation["val_loss"] is not None and dataset:
+    for task, figure, value, error in _figures(result):
+        about, n = result["tasks"][task], result["results"][task].get("n")
+        if not _is_of_the_hub(task, about["data"]) or n is None or n != about["full_size"]:
+            continue
+        dataset, split, pretty = _TASK_DATA[task]
+        args = {"n": n, "stderr": error, "task_version": about["version"]}
         entries.append(
             EvalResult(
                 task_type="text-generation",
                 dataset_type=dataset,
-                dataset_name=f"{dataset}, gpt2-repro's validation split",
-                dataset_revision=run.data_source().get("revision"),
-                metric_type="loss",
-                metric_name="validation loss, nats a token",
-                metric_value=run.evaluation["val_loss"],
+                dataset_name=pretty,
+                dataset_split=split,
+                metric_type=figure,
+                metric_name=about["figures"][figure],
+                metric_value=value,
+                metric_args={key: value for key, value in args.items() if value is not None},
             )
         )
-    for result in results:
-        for task, figure, value, error in _figures(result):
-            about, n = result["tasks"][task], result["results"][task].get("n")
-            if about["data"].get("is_sample") or about.get("full_size") not in (None, n):
-                continue
-            dataset_id, split, pretty = _TASK_DATA.get(task, (task, None, task))
-            args = {"n": n, "stderr": error, "task_version": about["version"]}
-            entries.append(
-                EvalResult(
-                    task_type="text-generation",
-                    dataset_type=dataset_id,
-                    dataset_name=pretty,
-                    dataset_split=split,
-                    metric_type=figure,
-                    metric_name=result["figures"][task][figure],
-                    metric_value=value,
-                    metric_args={key: value for key, value in args.items() if value is not None},
-                )
-            )
     return entries
+
+
+def _loss_entries(run, dataset):
+    if run.evaluation is None or run.evaluation["val_loss"] is None or not dataset:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset,
+            dataset_name=f"{dataset}, gpt2-repro's validation split",
+            dataset_revision=run.data_source().get("revision"),
+            metric_type="loss",
+            metric_name="validation loss, nats a token",
+            metric_value=run.evaluation["val_loss"],
+        )
+    ]
 
 
 def _limitations(config, run):
     text = (
         "A language model that continues text, and nothing more: it was not trained to follow instructions or to be "
         "safe, it states falsehoods in the same voice as facts, and it repeats the biases of the text it learnt from. "
-        f"It reads {config['n_positions']:,} tokens at most. Fit for research and teaching; not for advice to people "
+        f"It reads {config.n_positions:,} tokens at most. Fit for research and teaching; not for advice to people "
         "or decisions about them."
     )
     if run.data_source().get("kind") == "sample":

@@ -23,7 +23,7 @@ _CSS = """
 """
 
 
-def serve(checkpoints, *, port, device=None):
+def serve(checkpoints, *, port, device=None, trust_remote_code=False):
     """
     Shows the page until Ctrl-C.
 
@@ -31,6 +31,7 @@ def serve(checkpoints, *, port, device=None):
         checkpoints: one or two: folders, or ids on the Hub.
         port: on this machine alone.
         device: as for `eval.command.find_device`.
+        trust_remote_code: run the modeling code of a model from the Hub.
 
     Raises:
         HubError, EvalError: a checkpoint that cannot be opened, a port that is taken, no Gradio.
@@ -42,13 +43,15 @@ def serve(checkpoints, *, port, device=None):
         raise HubError('the demo needs Gradio: pip install -e ".[demo]"') from None
     if len(checkpoints) > 2:
         raise HubError(f"{len(checkpoints)} checkpoints: the page has room for two")
+    if not 1 <= port <= 65535:
+        raise HubError(f"--port must be between 1 and 65535, got {port}")
     for name in checkpoints:
         check_name(name)
     device, _ = find_device(device)
     models = []
     for name in checkpoints:
-        tokenizer, _ = load_tokenizer(name)
-        model = load_model(name, dtype="float32", device=device)
+        tokenizer, _ = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = load_model(name, dtype="float32", device=device, trust_remote_code=trust_remote_code)
         models.append((name, model.eval(), tokenizer))
     page = build_page(models)
     try:

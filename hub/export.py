@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
 
-from eval.checkpoint import check_name, load_model, load_tokenizer
+from eval.checkpoint import NeedsCodeError, check_name, load_model, load_tokenizer
 from hub import HubError
+from hub.card import Run
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 # What each format needs beside what training does; the extras of setup.cfg have their names.
@@ -35,15 +36,23 @@ def export(checkpoint, *, to, out):
     """
     from safetensors import SafetensorError
 
-    out = Path(out)
+    out = Path(out).absolute()  # "." has no name
     if missing := [name for name in _PACKAGES[to] if importlib.util.find_spec(name) is None]:
         raise HubError(f'--to {to}: {", ".join(missing)} not installed: pip install -e ".[{to}]"')
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    try:
+        is_taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:  # a name that is too long, a folder of somebody else's
+        raise HubError(f"--out {str(out)!r} cannot be written ({error.strerror}): name another folder") from error
+    if is_taken:
         raise HubError(f"--out {str(out)!r} is there already: name another folder, or remove it")
     check_name(checkpoint)
-    tokenizer, config = load_tokenizer(checkpoint)
+    only = "only a GPT-2 (gpt2 or gpt2repro) can be exported"
+    try:
+        tokenizer, config = load_tokenizer(checkpoint)
+    except NeedsCodeError:
+        raise HubError(f"checkpoint {checkpoint!r} brings modeling code of its own; {only}") from None
     if config.model_type not in ("gpt2repro", "gpt2"):
-        raise HubError(f"checkpoint {checkpoint!r} is a {config.model_type!r} model; only a GPT-2 can be exported")
+        raise HubError(f"checkpoint {checkpoint!r} is a {config.model_type!r} model; {only}")
     if len(tokenizer) > config.vocab_size:
         raise HubError(
             f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "
@@ -59,11 +68,13 @@ def export(checkpoint, *, to, out):
             raise HubError(f"checkpoint {checkpoint!r} cannot be exported: {error}") from error
     if not model.config.is_causal:
         raise HubError(f"checkpoint {checkpoint!r} has is_causal=False: it is a text encoder and cannot be exported")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise HubError(f"checkpoint {checkpoint!r} has weights that are not finite: its training has diverged")
     aside = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        _WRITERS[to](model, tokenizer, aside, _name_of(checkpoint))
+        _WRITERS[to](model, tokenizer, aside, name=_name_of(checkpoint), license_id=_license_of(checkpoint))
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -80,7 +91,13 @@ def _name_of(checkpoint):
     return f"{path.parent.parent.name}-{path.name}" if path.parent.name == "checkpoints" else path.name
 
 
-def write_gpt2(model, tokenizer, folder, name):
+def _license_of(checkpoint):
+    with contextlib.suppress(HubError):  # a run that cannot be read: nobody knows
+        return Run(Path(checkpoint)).license_id
+    return None
+
+
+def write_gpt2(model, tokenizer, folder, **_):
     """A folder of transformers' own GPT2LMHeadModel, with the vocabulary in both of the forms that engines read."""
     plain = model.to_gpt2()
     plain.save_pretrained(folder)
@@ -90,7 +107,10 @@ def write_gpt2(model, tokenizer, folder, name):
 
 def save_tokenizer(tokenizer, folder):
     """transformers' files, and vocab.json and merges.txt, which engines older than tokenizer.json read."""
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # what the tokenizers package raises when the disk is full
+        raise OSError(str(error)) from error
     vocabulary, merges = bpe_of(tokenizer)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
@@ -129,16 +149,16 @@ def compare_logits(model, logits_of, *, tolerance):
         raise HubError(f"what was written gives logits that are off by {difference:.2g} (allowed: {tolerance:.2g})")
 
 
-def _write_onnx(*arguments):
+def _write_onnx(model, tokenizer, folder, **_):
     from hub.to_onnx import write_onnx
 
-    write_onnx(*arguments)
+    write_onnx(model, tokenizer, folder)
 
 
-def _write_gguf(*arguments):
+def _write_gguf(model, tokenizer, folder, **about):
     from hub.to_gguf import write_gguf
 
-    write_gguf(*arguments)
+    write_gguf(model, tokenizer, folder, **about)
 
 
 _WRITERS = {"gpt2": write_gpt2, "onnx": _write_onnx, "gguf": _write_gguf}

@@ -2,29 +2,39 @@
 A checkpoint to the Hub: one commit with everything in it, so that a repository never shows half a model.
 
 The Hub's own client uploads (HF_TOKEN or `hf auth login`, HF_ENDPOINT, HF_HUB_OFFLINE and the proxy settings hold).
-The token stays in it: nothing here reads it.
+The token stays in it, and out of what is raised here.
 """
 
+import atexit
+import contextlib
 import fnmatch
 import hashlib
 import json
 import math
 import random
+import re
 import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from transformers import GPT2Config
+
+from eval.checkpoint import weights_sha256
 from hub import HubError
-from hub.card import Run, model_card, read_results
+from hub.card import UNREADABLE, Run, model_card, read_results
+from modeling_gpt2repro import GPT2ReproConfig
 
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
+_CONFIGS = {"gpt2repro": GPT2ReproConfig, "gpt2": GPT2Config}
 # What only resuming reads, what is hidden, and pickles, which run code when they are opened.
 _LEFT_OUT = ("training_state/*", ".*", "*/.*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-# What an earlier push may have left: from_pretrained would open it in the place of what is there now.
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+# What an earlier push may have left at the root: from_pretrained would open it in the place of what is there now.
+_WEIGHTS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
+)
 
 
 class Upload(NamedTuple):
@@ -40,7 +50,7 @@ class Repository:
 
     def __init__(self, name, *, private=True):
         """
-        Finds it, or makes it.
+        Asks whether it could be pushed to; nothing changes there.
 
         Args:
             name: "owner/name".
@@ -52,7 +62,7 @@ class Repository:
                 for; no network.
         """
         from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
 
         try:
@@ -61,23 +71,37 @@ class Repository:
             raise HubError(f"{name!r} is no name of a repository, USER/NAME ({error})") from None
         if "/" not in name:
             raise HubError(f"{name!r} does not say whose it is: give USER/NAME")
-        if get_token() is None:
+        token = get_token()
+        if token is None:
             raise HubError(
                 "the Hub wants to know who pushes: run `hf auth login`, or set HF_TOKEN, with a token that may write"
             )
-        self.name, self._api = name, HfApi()
+        if not (token.isascii() and token.isprintable()):
+            raise HubError(
+                "the token (of HF_TOKEN, or of `hf auth login`) has characters that no token has: give it anew"
+            )
+        self.name, self._private, self._api = name, private, HfApi()
         _asked(self._check_token, name)
-        try:
-            info = _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=RepositoryNotFoundError)
-        except RepositoryNotFoundError:
-            _asked(lambda: self._api.create_repo(self.name, private=private, exist_ok=True), self.name)
-            info = _asked(lambda: self._api.repo_info(self.name), self.name)
-        if private and info.private is False:
+        info = self._info()
+        if private and info is not None and info.private is False:
             raise HubError(
                 f"{self.name} exists and everybody can see it: say --public to push there all the same, or choose "
                 "another name"
             )
-        self.is_private = info.private is not False
+        self.is_private = private if info is None else info.private is not False
+
+    def _info(self):
+        """What the Hub says of the repository; None if there is none."""
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        with contextlib.suppress(RepositoryNotFoundError):
+            return _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=RepositoryNotFoundError)
+        return None
+
+    def make(self):
+        """Makes it where it is not there. Raises HubError."""
+        if self._info() is None:
+            _asked(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True), self.name)
 
     def _check_token(self):
         who = self._api.whoami()
@@ -87,6 +111,9 @@ class Repository:
                 f"the token {token.get('displayName', '')!r} of {who['name']} may only read: make another with "
                 "the permission to write, and give it to `hf auth login` or HF_TOKEN"
             )
+        owner = self.name.partition("/")[0]
+        if owner.lower() not in {name.lower() for name in (who["name"], *(org["name"] for org in who.get("orgs", [])))}:
+            raise HubError(f"the token is {who['name']}'s, who may not write to {owner}'s {self.name}: check the name")
 
     def push(self, upload):
         """
@@ -94,7 +121,7 @@ class Repository:
             upload: Upload.
 
         Returns:
-            the commit's address.
+            (the commit's address, weights of an earlier push that it removed)
 
         Raises:
             HubError: nothing of it is on the Hub, and why.
@@ -102,11 +129,12 @@ class Repository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
         from huggingface_hub.hf_api import RepoFile
 
+        self.make()
         files = upload.files
         head = _asked(lambda: self._api.repo_info(self.name), self.name).sha
         there = _asked(lambda: list(self._api.list_repo_tree(self.name, revision=head, recursive=True)), self.name)
         remote = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
-        stale = [path for path in remote if path not in files and _matches(path, _WEIGHTS)]
+        stale = [path for path in remote if path not in files and _WEIGHTS.fullmatch(path)]
 
         def commit():
             # New ones each time: the client keeps notes in them of what it has done.
@@ -127,7 +155,7 @@ class Repository:
                 return f"{self._api.endpoint}/{self.name}/commit/{info.sha}"
             return None
 
-        return _asked(commit, self.name, has_arrived=has_arrived)
+        return _asked(commit, self.name, has_arrived=has_arrived), stale
 
 
 class BackgroundPusher:
@@ -142,38 +170,72 @@ class BackgroundPusher:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()  # training has its own
-        self._repository, self._say, self._thread = repository, say, None
-        self._is_pushed = False  # the last one that was tried
+        self._repository, self._say = repository, say
+        self._ended = None  # an Event: is set when the last one that was started is over
+        self._folder, self._is_pushed = None, False  # the last one that was tried
         self.reading = set()
         """folders that must stay for now"""
+        atexit.register(self._say_what_is_dropped)
 
     def push(self, folder):
         """Starts to, unless one is under way: then this one is left out, since there will be others."""
-        if self._thread is not None and self._thread.is_alive():
+        if self._is_under_way():
             self._say(f"not pushed {folder}: the push before it is still under way")
             return
         self.reading.add(folder)
-        # Not an executor's, which would keep a program that was asked to stop from ending.
-        self._thread = threading.Thread(target=self._push, args=[folder], daemon=True)
-        self._thread.start()
+        self._start(folder)
 
-    def finish(self, folder):
-        """Waits for what is under way and pushes the last checkpoint. Returns whether that is on the Hub."""
-        if self._thread is not None:
-            self._thread.join()
-        self._push(folder)
-        return self._is_pushed
+    def finish(self, folder, *, is_stopped=lambda: False):
+        """
+        Waits for what is under way and pushes the last checkpoint.
+
+        Args:
+            is_stopped: asked a few times a second; what is still to do is dropped when it says yes.
+
+        Returns:
+            whether it is on the Hub.
+        """
+        self._start(folder, after=self._ended)
+        while self._is_under_way() and not is_stopped():
+            self._ended.wait(0.2)  # not the thread's join(), which Ctrl-C makes believe that the thread is over
+        return self._is_pushed and not self._is_under_way()
+
+    def _is_under_way(self):
+        return self._ended is not None and not self._ended.is_set()
+
+    def _start(self, folder, after=None):
+        ended = threading.Event()
+
+        def push():
+            try:
+                if after is not None:
+                    after.wait()
+                self._push(folder)
+            finally:
+                ended.set()
+
+        self._folder, self._ended = folder, ended
+        # Not an executor's, which would keep a program that was asked to stop from ending.
+        threading.Thread(target=push, daemon=True).start()
+
+    def _say_what_is_dropped(self):
+        """At the program's end, which is the thread's too."""
+        if self._is_under_way():
+            self._say_by_hand(self._folder, "the program ended before")
+
+    def _say_by_hand(self, folder, why):
+        self._say(
+            f"warning: {folder} is not on the Hub: {why}. To push it by hand: python -m hub push {folder} "
+            f"{self._repository.name}"
+        )
 
     def _push(self, folder):
         try:
-            address = self._repository.push(prepare_upload(folder, self._repository.name))
+            address, _ = self._repository.push(prepare_upload(folder, self._repository.name))
             self._say(f"pushed    {folder} to {address}")
             self._is_pushed = True
-        except HubError as error:
-            self._say(
-                f"warning: {folder} is not on the Hub: {error}. To push it by hand: python -m hub push {folder} "
-                f"{self._repository.name}"
-            )
+        except Exception as error:  # whatever it is, training is not to end for it
+            self._say_by_hand(folder, error if isinstance(error, HubError) else type(error).__name__)
             self._is_pushed = False
         finally:
             self.reading.discard(folder)
@@ -196,9 +258,12 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
 
     folder = Path(checkpoint)
     config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise HubError(f"checkpoint {str(checkpoint)!r} has no config.json, so it is no checkpoint; give its folder")
-    if (folder / "training_state" / "manifest.json").is_file() and (damage := find_damage(folder)):
+    try:
+        if not config_file.is_file():
+            raise FileNotFoundError("it has no config.json")
+    except OSError as error:  # another: a name too long, a folder of somebody else's
+        raise HubError(f"{str(checkpoint)!r} is no checkpoint ({error}); give a checkpoint's folder") from error
+    if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
         raise HubError(f"checkpoint {str(checkpoint)!r} is damaged: {damage}; push another one")
     files = {
         path.relative_to(folder).as_posix(): path
@@ -209,37 +274,53 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
         raise HubError(
             f"checkpoint {str(checkpoint)!r} has no weights (*.safetensors); give the folder that holds them"
         )
-    for index in folder.glob("*.safetensors.index.json"):
-        shards = set(_read_json(index).get("weight_map", {}).values())
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        if "model.safetensors" in files:
+            raise HubError(
+                f"checkpoint {str(checkpoint)!r} has model.safetensors and {index.name}: remove the stale one"
+            )
+        try:
+            shards = set(_read_json(index)["weight_map"].values())
+        except (KeyError, AttributeError, TypeError):
+            raise HubError(f"{str(index)!r} has no weight_map that names files") from None
         if missing := sorted(shards - files.keys()):
             raise HubError(
                 f"checkpoint {str(checkpoint)!r} is not whole: {index.name} names {missing[0]}, which is missing"
             )
     if "tokenizer_config.json" not in files:
         raise HubError(f"checkpoint {str(checkpoint)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
-    run = Run(folder)
-    has_own_license = any(Path(path).stem.upper() == "LICENSE" for path in files)
-    if not has_own_license:
-        files["LICENSE"] = _LICENSE
+    run, config = Run(folder), _read_json(config_file)
+    if config.get("model_type") == "gpt2repro" and not run.has_own_license:
+        files["LICENSE"] = _LICENSE  # of the modeling files, which travel along
     if "README.md" in files:
+        try:
+            files["README.md"].read_text(encoding="utf-8")
+        except ValueError:
+            raise HubError(f"{str(folder / 'README.md')!r} is not UTF-8 text: convert it first") from None
         if results:
             raise HubError(
                 f"--results: {str(folder / 'README.md')!r} is the card already; remove it to have one written"
             )
     else:
-        config = _read_config(config_file)
-        card = model_card(
-            folder,
-            repo_id,
-            config=config,
-            parameters=_count_parameters(folder),
-            run=run,
-            results=[read_results(path, folder) for path in results],
-            license_id=None if has_own_license else "mit",
-        )
+        weights = weights_sha256(folder) if results else None
+        known = {
+            "config": _shape(config_file, config),
+            "parameters": _count_parameters(folder),
+            "results": [read_results(path, folder, weights) for path in results],
+        }
+        try:
+            card = model_card(repo_id, run=run, **known)
+        except UNREADABLE as error:
+            if run.folder is None:
+                raise
+            raise HubError(
+                f"{str(run.folder / 'provenance.json')!r} or metrics.jsonl beside it is not as train.py writes it "
+                f"({type(error).__name__}: {error}): mend it, or copy the checkpoint out of the run"
+            ) from error
         files["README.md"] = card.encode()
         if run.curves is not None:
-            files["curves.png"] = run.curves
+            files["curves.png"] = run.curves.read_bytes()  # training may draw it anew while it is sent
     return Upload(files, f"Upload {folder.name}" if run.step is None else f"Step {run.step:,}")
 
 
@@ -253,15 +334,18 @@ def _read_json(path):
     return content
 
 
-def _read_config(path):
-    config = _read_json(path)
-    kind = config.get("model_type")
-    if kind not in ("gpt2repro", "gpt2"):
+def _shape(path, content):
+    """The config, with what its class fills in where config.json is silent."""
+    kind = content.get("model_type")
+    if kind not in _CONFIGS:
         raise HubError(
             f"{str(path)!r} is of a {kind!r} model, for which no card can be written here: put a README.md beside it, "
             "or share it with `hf upload`"
         )
-    return config
+    try:
+        return _CONFIGS[kind].from_dict(content)
+    except Exception as error:  # what transformers raises for a broken one is of every kind
+        raise HubError(f"{str(path)!r} is no config of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
 def _count_parameters(folder):
@@ -283,6 +367,9 @@ def _matches(path, patterns):
 
 def _is_same(remote, source):
     """Whether a file on the Hub is this one, by the hash that the Hub has of it."""
+    if remote.lfs is not None and not isinstance(source, bytes):
+        with source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
     content = source if isinstance(source, bytes) else source.read_bytes()
     if remote.lfs is not None:
         return hashlib.sha256(content).hexdigest() == remote.lfs.sha256
@@ -304,7 +391,7 @@ def _asked(ask, name, *, has_arrived=None, of_interest=()):
     from huggingface_hub import errors
 
     # The client's base class for what its HTTP library raises, whichever library that is in its version.
-    problems = (errors.HfHubHTTPError.__bases__[0], OSError, RuntimeError)
+    problems = (errors.HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
     attempt = 0
     while True:
         attempt += 1
@@ -315,50 +402,57 @@ def _asked(ask, name, *, has_arrived=None, of_interest=()):
         except of_interest:
             raise
         except errors.OfflineModeIsEnabled:
-            raise HubError("HF_HUB_OFFLINE is set: unset it to push") from None
+            why = "HF_HUB_OFFLINE is set: unset it to push"
         except problems as error:
-            _raise_if_final(error, name, attempt)
+            why = _why_final(error, name, attempt)
+        if why is not None:
+            # Only now, when the problem is forgotten: its request holds the token, and an exception that is raised
+            # while another is handled leads to that one.
+            raise HubError(why)
         time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
 
 
-def _raise_if_final(error, name, attempt):
-    """Raises HubError where trying again is of no use. Without the cause, whose request holds the token."""
+def _why_final(error, name, attempt):
+    """What to tell the user where trying again is of no use; None where it is."""
     from huggingface_hub import constants
 
-    status, reason = _reason(error)
+    status, url, reason = _reason(error)
     if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError | TimeoutError):
-        raise HubError(f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})") from None
+        return f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})"
+    if status is None and isinstance(error, ValueError):
+        return f"{constants.ENDPOINT} does not take the push, or is no Hub ({type(error).__name__}: {reason})"
     if status == 401:
-        raise HubError(
+        return (
             f"{constants.ENDPOINT} does not accept this machine's token (of HF_TOKEN, or of `hf auth login`): make one "
             "that may write in the settings of your account there"
-        ) from None
-    if status in (403, 404):
-        raise HubError(
+        )
+    is_hubs_own = url.startswith(constants.ENDPOINT)  # and not its storage's, whose addresses expire
+    if status in (403, 404) and is_hubs_own:
+        return (
             f"this machine's token may not write to {name} ({reason}): check the owner's name, and that the token may "
             "write there"
-        ) from None
+        )
     if status in (409, 412):
-        raise HubError(
-            f"{name} has changed since this push began ({reason}): somebody else pushed. Nothing of this push is "
-            "there; look at what is, and push again"
-        ) from None
-    is_final = status is not None and 400 <= status < 500 and status not in (408, 429)
+        known = "Nothing of this push is there" if attempt == 1 else "Whether this push came before is not known"
+        return f"{name} has changed since this push began ({reason}): somebody else pushed. {known}; look at it first"
+    is_final = status is not None and 400 <= status < 500 and status not in (403, 408, 429)
     if is_final or attempt == _ATTEMPTS:
         tried = "" if is_final else f" after {attempt} attempts"
-        raise HubError(
+        return (
             f"{name} could not be pushed to {constants.ENDPOINT}{tried} ({reason}); check the network and HF_ENDPOINT, "
             "and push again: what was uploaded is not sent twice"
-        ) from None
+        )
+    return None
 
 
 def _reason(error):
-    """(HTTP status or None, a phrase)"""
+    """(HTTP status or None, the address that answered, a phrase)"""
     while True:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", None) is not None:
             said = " ".join((getattr(error, "server_message", None) or "").split())
-            return status, f"HTTP {status}" + (f", {said[:200]}" if said else "")
+            status = response.status_code
+            return status, str(response.url), f"HTTP {status}" + (f", {said[:200]}" if said else "")
         if error.__cause__ is None:
-            return None, " ".join(str(error).split())[:200] or type(error).__name__
+            return None, "", " ".join(str(error).split())[:200] or type(error).__name__
         error = error.__cause__

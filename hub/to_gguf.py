@@ -12,8 +12,14 @@ from hub import HubError
 from hub.export import bpe_of
 
 
-def write_gguf(model, tokenizer, folder, name):
-    """See `hub.export`."""
+def write_gguf(model, tokenizer, folder, *, name, license_id):
+    """
+    See `hub.export`.
+
+    Args:
+        name: of the model; the files' names begin with it.
+        license_id: as the Hub knows it; None: not said.
+    """
     from gguf import GGMLQuantizationType, LlamaFileType
 
     for suffix, kind, file_type in (
@@ -21,11 +27,11 @@ def write_gguf(model, tokenizer, folder, name):
         ("Q8_0", GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     ):
         path = folder / f"{name}-{suffix}.gguf"
-        _write(path, model, tokenizer, name, kind, file_type)
+        _write(path, model, tokenizer, name, license_id, kind, file_type)
         _check(path, model, kind)
 
 
-def _write(path, model, tokenizer, name, kind, file_type):
+def _write(path, model, tokenizer, name, license_id, kind, file_type):
     import gguf
 
     config = model.config
@@ -33,7 +39,8 @@ def _write(path, model, tokenizer, name, kind, file_type):
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(f"{model.num_parameters() / 1e6:.0f}M")
-    writer.add_license("mit")
+    if license_id is not None:
+        writer.add_license(license_id)
     writer.add_tags(["text-generation", "gpt2"])
     writer.add_languages(["en"])
     writer.add_file_type(file_type)

@@ -62,7 +62,7 @@ class _Graph(torch.nn.Module):
         return (outputs.logits, *present)
 
 
-def write_onnx(model, tokenizer, folder, name):
+def write_onnx(model, tokenizer, folder):
     """See `hub.export`."""
     import onnx_ir
 

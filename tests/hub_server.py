@@ -24,11 +24,12 @@ class HubServer:
         faults: list of (pattern, fault). The first whose pattern is found in a request's path and query is used up by
             it. A fault is a status (429, 500, ...), "drop" (the connection ends halfway through the body), "truncate"
             (half the body, under a header that says so), "corrupt" (other bytes, as many), "hang" (no answer for a
-            second, and then the connection's end); of a commit also "lost" (it is made, and the answer does not come)
-            and "overtaken" (somebody else's comes first).
+            second, and then the connection's end), "slow" (of what is posted: two seconds late); of a commit also
+            "lost" (it is made, and the answer does not come), "overtaken" (somebody else's comes first) and "dropped
+            and overtaken" (it is not made, somebody else's is, and the answer does not come).
         log: (method, path) of every request.
-        tokens: {token: {"name": its owner, "role": "write" or "read"}}. Who pushes needs one, and who
-            reads what is private.
+        tokens: {token: {"name": its owner, "orgs": those that it may write to as well, "role": "write" or "read"}}.
+            Who pushes needs one, and who reads what is private.
         private: repositories that are.
         commits: {repository: [(commit's id, title)]} of what was pushed; COMMIT is the id of what was there before.
         lfs: {SHA-256: bytes} that were uploaded; a commit makes files of them.
@@ -36,7 +37,10 @@ class HubServer:
 
     def __init__(self, repos):
         self.repos, self.cards, self.faults, self.log = repos, {}, [], []
-        self.tokens = {TOKEN: {"name": "me", "role": "write"}, READ_TOKEN: {"name": "me", "role": "read"}}
+        self.tokens = {
+            TOKEN: {"name": "me", "orgs": ["team"], "role": "write"},
+            READ_TOKEN: {"name": "me", "orgs": [], "role": "read"},
+        }
         self.private, self.commits, self.lfs = set(), {}, {}
         self.lock = threading.Lock()
 
@@ -96,7 +100,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if owner is None:
                 return self._reply(401, json.dumps({"error": "Invalid credentials"}).encode())
             token = {"role": owner["role"], "displayName": "mine"}
-            return self._json({"type": "user", "name": owner["name"], "orgs": [], "auth": {"accessToken": token}})
+            orgs = [{"type": "org", "name": name} for name in owner["orgs"]]
+            return self._json({"type": "user", "name": owner["name"], "orgs": orgs, "auth": {"accessToken": token}})
         return self._reply(404, headers={"X-Error-Code": "RepoNotFound"})
 
     do_HEAD = do_GET
@@ -113,6 +118,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._reply(self.fault, json.dumps({"error": "a fault on demand"}).encode())
         if self.fault == "drop":  # halfway: what was sent is lost
             return self._hang_up()
+        if self.fault == "slow":
+            time.sleep(2)
         path = unquote(self.path.partition("?")[0]).strip("/")
         if self.command == "PUT":  # storage, whose addresses are signed: no token comes with them
             self.hub.lfs[path.removeprefix("lfs/")] = body
@@ -130,7 +137,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         repo = f"models/{found[2]}"
         if repo not in self.hub.repos:
             return self._reply(404, headers={"X-Error-Code": "RepoNotFound"})
-        if not found[2].startswith(f"{owner['name']}/"):
+        if found[2].partition("/")[0] not in (owner["name"], *owner["orgs"]):
             return self._reply(403, json.dumps({"error": f"you may not write to {found[2]}"}).encode())
         if found[3] == "commit":
             return self._commit(repo, [json.loads(line) for line in body.splitlines()])
@@ -141,7 +148,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _create(self, asked, owner):
         namespace = asked.get("organization") or owner["name"]
         repo = f"models/{namespace}/{asked['name']}"
-        if namespace != owner["name"]:
+        if namespace not in (owner["name"], *owner["orgs"]):
             return self._reply(403, json.dumps({"error": f"you may not write to {namespace}"}).encode())
         url = f"{self.hub.address}/{repo.removeprefix('models/')}"
         if repo in self.hub.repos:
@@ -166,18 +173,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({"files": answer})
 
     def _batch(self, asked):
-        """Where to send what is not there yet."""
-        objects = []
+        """Where to send what is not there yet: storage, which has an address of its own."""
+        objects, storage = [], self.hub.address.replace("127.0.0.1", "localhost")
         for wanted in asked["objects"]:
-            upload = {"upload": {"href": f"{self.hub.address}/lfs/{wanted['oid']}", "header": {}}}
+            upload = {"upload": {"href": f"{storage}/lfs/{wanted['oid']}", "header": {}}}
             objects.append(wanted | ({} if wanted["oid"] in self.hub.lfs else {"actions": upload}))
         return self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, repo, lines):
         header = lines[0]["value"]
-        if self.fault == "overtaken":
+        if self.fault in ("overtaken", "dropped and overtaken"):
             self.hub.repos[repo] = self.hub.repos[repo] | {"theirs.txt": b"theirs"}
             self.hub.commits.setdefault(repo, []).append(("d" * 40, "Theirs"))
+        if self.fault == "dropped and overtaken":
+            return self._hang_up()
         head = self.hub.head(repo)
         if header.get("parentCommit") not in (None, head):
             return self._reply(412, json.dumps({"error": "A commit has happened since. Please refresh."}).encode())

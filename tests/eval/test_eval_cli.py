@@ -14,7 +14,7 @@ import torch
 
 from eval import EvalError, command, evaluate
 from eval import __main__ as program
-from eval.checkpoint import load_model, load_tokenizer
+from eval.checkpoint import load_model, load_tokenizer, weights_sha256
 from eval.hellaswag.items import SAMPLE
 from eval.hellaswag.task import Task as HellaSwag
 
@@ -69,6 +69,7 @@ def test_own_checkpoint_with_a_file_of_items(run_python, own_checkpoint, tiny_gp
     assert about["seconds"] > 0
     assert result["model"] == {
         **{"name": str(own_checkpoint), "revision": None, "class": "GPT2ReproForCausalLM", "dtype": "float32"},
+        "weights_sha256": weights_sha256(own_checkpoint),
         **{"device": "cpu", "n_layer": 2, "n_embd": 32, "parameters": tiny_gpt2.num_parameters()},
     }
     assert result["versions"]["torch"] == torch.__version__
@@ -299,6 +300,20 @@ def test_dtype_is_the_one_asked_for_whatever_was_saved(tiny_gpt2, tokenizer, tmp
     args = program._parse_arguments(["--model", str(tmp_path), *arguments])
     model = load_model(args.model, dtype=args.dtype, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_weights_are_told_apart_by_their_bytes(tmp_path):
+    """Of all files, in the order of their names; and not by the folder's name."""
+    folder = tmp_path / "a"
+    folder.mkdir()
+    seen = [weights_sha256("me/x")]
+    for files in ({"1": b"x", "2": b"y"}, {"1": b"y", "2": b"x"}, {"1": b"xy", "2": b""}):
+        for name, content in files.items():
+            (folder / f"model-{name}.safetensors").write_bytes(content)
+        seen.append(weights_sha256(folder))
+    assert seen[0] is None and len(set(seen)) == 4
+    folder.rename(tmp_path / "b")
+    assert weights_sha256(str(tmp_path / "b")) == seen[-1]
 
 
 def _edit_config(folder, **changes):

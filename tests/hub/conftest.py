@@ -1,5 +1,6 @@
 """A checkpoint in a run, as train.py leaves it, and a Hub on localhost to push it to."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -29,7 +30,27 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def whole_run(model, tokenizer, tmp_path_factory):
+def write_manifest():
+    """write_manifest(checkpoint): of what is there now, as training/checkpoint.py does."""
+
+    def write(checkpoint):
+        manifest = checkpoint / "training_state" / "manifest.json"
+        manifest.unlink(missing_ok=True)
+        files = {
+            path.relative_to(checkpoint).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+            for path in checkpoint.rglob("*")
+            if path.is_file()
+        }
+        manifest.write_text(json.dumps({"files": files}))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def whole_run(model, tokenizer, write_manifest, tmp_path_factory):
     """A run's folder with one checkpoint; tests that change it copy it."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     checkpoint = run / "checkpoints" / "step_000020"
@@ -38,6 +59,7 @@ def whole_run(model, tokenizer, tmp_path_factory):
     (checkpoint / "training_state").mkdir()
     (checkpoint / "training_state" / "state.json").write_text(json.dumps({"step": 20, "tokens": 5120}))
     (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"the moments")
+    write_manifest(checkpoint)
     (run / "provenance.json").write_text(
         json.dumps(
             {
@@ -45,10 +67,10 @@ def whole_run(model, tokenizer, tmp_path_factory):
                     "max_steps": 20,
                     "seed": 1337,
                     "batch": {"tokens_per_step": 256},
-                    "data": {"path": "/home/someone/shards/fineweb-edu"},
-                    "eval": {"val_tokens": 4096},
+                    "data": {"path": "/home/some one/shards/fineweb-edu"},
+                    "eval": {"val_tokens": 4096, "hellaswag": "runs/secret/items.jsonl"},
                     "init_from": None,
-                    "output_dir": "/home/someone/runs/tiny",
+                    "output_dir": "/home/some one/runs/tiny",
                 },
                 "data": {
                     "train_tokens": 100_000,

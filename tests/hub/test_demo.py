@@ -10,6 +10,8 @@ import time
 import pytest
 from tiny_run import ROOT, clean_environment
 
+from eval import EvalError
+from hub import demo
 from hub.__main__ import main
 from hub.continuation import Settings, continuation
 
@@ -130,7 +132,27 @@ def test_one_clear_line(checkpoint, page, capsys):
     assert "no such folder, nor a Hub id" in capsys.readouterr().err
     assert main(["demo", *[str(checkpoint)] * 3]) == 2
     assert "the page has room for two" in capsys.readouterr().err
+    for port in ("0", "65536", "-1"):
+        assert main(["demo", str(checkpoint), "--port", port]) == 2
+        assert f"--port must be between 1 and 65535, got {port}" in capsys.readouterr().err
     port = page.rpartition(":")[2]
     assert main(["demo", str(checkpoint), "--port", port, "--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert f"--port {port}" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
+def test_code_from_the_hub_runs_only_when_asked_for(capsys, monkeypatch, flags):
+    pytest.importorskip("gradio")
+    asked = []
+
+    def load(name, *, trust_remote_code, **_):
+        asked.append(trust_remote_code)
+        if len(asked) == 2:
+            raise EvalError("that is enough")
+        return None, None
+
+    monkeypatch.setattr(demo, "load_tokenizer", load)
+    monkeypatch.setattr(demo, "load_model", load)
+    assert main(["demo", "me/x", "--device", "cpu", *flags]) == 2
+    assert asked == [bool(flags)] * 2

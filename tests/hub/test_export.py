@@ -1,6 +1,8 @@
 """Exported checkpoints in engines that are not this project's and not transformers': the same text, token for token."""
 
+import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +240,33 @@ def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
     encoder.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     assert "is_causal=False" in fails(tmp_path / "encoder", "--to", "gpt2", "--out", out)
+    assert "File name too long" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 300))
+    assert "File name too long" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 250))  # but .partial
+    monkeypatch.chdir(tmp_path / "full")
+    assert "full' is there already" in fails(checkpoint, "--to", "gpt2", "--out", ".")
+    with monkeypatch.context() as patch:
+
+        def full(self, folder):
+            raise Exception("No space left on device (os error 28)")  # tokenizers has no other kind
+
+        patch.setattr(type(tokenizer), "save_pretrained", full)
+        assert "cannot be written (No space left on device" in fails(checkpoint, "--to", "gpt2", "--out", out)
+    with monkeypatch.context() as patch:
+
+        def code(*_, **__):
+            raise ValueError("Please pass the argument `trust_remote_code=True`")
+
+        patch.setattr("eval.checkpoint.why_unreachable", lambda: None)
+        patch.setattr(AutoTokenizer, "from_pretrained", code)
+        line = fails("me/x", "--to", "gpt2", "--out", out)
+        assert "only a GPT-2 (gpt2 or gpt2repro) can be exported" in line and "--trust" not in line
+    with monkeypatch.context() as patch:
+        adopted = GPT2ReproForCausalLM.from_pretrained(checkpoint)
+        adopted.transformer.wpe.weight.data[0] = float("nan")
+        patch.setattr(export_module, "load_model", lambda *_, **__: adopted)
+        assert "has weights that are not finite: its training has diverged" in fails(
+            *(checkpoint, "--to", "gguf", "--out", out)
+        )
     monkeypatch.setitem(export_module._PACKAGES, "gpt2", ("no_such_package",))
     assert "no_such_package not installed: pip install" in fails(checkpoint, "--to", "gpt2", "--out", out)
     assert not out.exists() and not list(tmp_path.glob(".*"))
@@ -258,3 +287,84 @@ def test_what_is_wrong_is_not_left_there(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(HubError, match="logits that are off by"):
         export(str(checkpoint), to="gpt2", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_folder_that_one_stands_in(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export(str(checkpoint), to="gpt2", out=".")
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("wrong", [None, "model.onnx", "model_without_past.onnx"])
+def test_onnx_is_read_back(exported, model, tokenizer, tmp_path, monkeypatch, wrong):
+    """Weights beside the graph, as of a large model; and a graph that gives other numbers is refused."""
+    import onnx_ir
+
+    from hub import to_onnx
+
+    graphs = iter(("model.onnx", "model_without_past.onnx"))
+
+    def written_before(*_, **__):
+        name = next(graphs)
+        graph = onnx_ir.load(exported("onnx") / "onnx" / name)
+        if name == wrong:
+            weights = graph.graph.initializers["model.transformer.wpe.weight"]
+            weights.const_value = onnx_ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
+        return SimpleNamespace(model=graph)
+
+    monkeypatch.setattr(torch.onnx, "export", written_before)
+    monkeypatch.setattr(to_onnx, "_LARGE_BYTES", 0)
+    model = copy.deepcopy(model)  # another attention is put in
+    if wrong is not None:
+        with pytest.raises(HubError, match="logits that are off by"):
+            to_onnx.write_onnx(model, tokenizer, tmp_path)
+        return
+    to_onnx.write_onnx(model, tokenizer, tmp_path)
+    for name in ("model.onnx", "model_without_past.onnx"):
+        assert (tmp_path / "onnx" / name).stat().st_size < 1e6 < (tmp_path / "onnx" / f"{name}_data").stat().st_size
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A model with a head of its own, and few tokens: GGUF's reader takes seconds for GPT-2's."""
+    gguf = pytest.importorskip("gguf")
+    from hub import to_gguf
+
+    torch.manual_seed(0)
+    config = GPT2ReproConfig(n_layer=1, n_head=1, n_embd=32, n_positions=8, vocab_size=64, tie_word_embeddings=False)
+    words = [f"w{i}" for i in range(64)]
+    monkeypatch.setattr(to_gguf, "_vocabulary", lambda *_: (words, [gguf.TokenType.NORMAL] * 64, ["w 1"]))
+    return GPT2ReproForCausalLM(config).eval()
+
+
+def test_gguf_has_a_head_of_its_own(small, tokenizer, tmp_path):
+    import gguf
+
+    from hub import to_gguf
+
+    to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license_id=None)
+    reader = gguf.GGUFReader(tmp_path / "x-F16.gguf")
+    [head] = [tensor for tensor in reader.tensors if tensor.name == "output.weight"]
+    np.testing.assert_allclose(head.data, small.lm_head.weight.detach().numpy(), atol=1e-3)
+    assert "general.license" not in reader.fields  # nobody has said whose the weights are
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_gguf_is_read_back(small, tokenizer, tmp_path, monkeypatch, kind):
+    """A number of some type that is not what was to be written."""
+    import gguf
+
+    from hub import to_gguf
+
+    dequantize = gguf.quants.dequantize
+
+    def other(data, tensor_type):
+        numbers = dequantize(data, tensor_type).copy()
+        if tensor_type.name == kind:
+            numbers.flat[-1] += 0.01
+        return numbers
+
+    monkeypatch.setattr(gguf.quants, "dequantize", other)
+    with pytest.raises(HubError, match="is not what was written"):
+        to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license_id=None)

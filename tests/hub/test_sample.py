@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import sample
+from eval import EvalError
 from hub import HubError
 from hub.continuation import Settings, continuation, encode_prompt, text_pieces, top_tokens
 
@@ -63,6 +64,8 @@ def test_characters_come_whole(tokenizer, text):
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert text_pieces(tokenizer, iter(ids)).__next__() in (text[: len(pieces[0])], "")  # as they are read
+    nothing = list(text_pieces(tokenizer, tokenizer.convert_tokens_to_ids(["Ģ"] * 8)))  # bytes that begin no character
+    assert len(nothing) == 8 and all("\N{REPLACEMENT CHARACTER}" in nothing[i] for i in (3, 7))  # are not waited for
     broken = list(text_pieces(tokenizer, ids[:1]))  # half a character, where the text ends
     assert broken[-1] in (text[: len(broken[-1])], "\N{REPLACEMENT CHARACTER}")
 
@@ -110,6 +113,25 @@ def test_chatty_goes_on_with_one_text(checkpoint, model, tokenizer, capsys, monk
     long = "".join(f"{PROMPT}\n" for _ in range(30))  # far more than the context holds
     code, out, _ = run(capsys, monkeypatch, *arguments, stdin=long)
     assert code == 0 and len(out.splitlines()) >= 30
+    code, out, error = run(capsys, monkeypatch, *arguments, stdin=f"{' a' * 300}\n{PROMPT}\n")
+    assert (code, out) == (0, f"{first}\n\n")  # a line that is too long changes nothing
+    assert "the prompt has 300 tokens" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
+def test_code_from_the_hub_runs_only_when_asked_for(capsys, monkeypatch, flags):
+    asked = []
+
+    def load(name, *, trust_remote_code, **_):
+        asked.append(trust_remote_code)
+        if len(asked) == 2:
+            raise EvalError("that is enough")
+        return None, None
+
+    monkeypatch.setattr(sample, "load_tokenizer", load)
+    monkeypatch.setattr(sample, "load_model", load)
+    assert run(capsys, monkeypatch, "me/x", PROMPT, *flags)[0] == 2
+    assert asked == [bool(flags)] * 2
 
 
 @pytest.mark.parametrize(
@@ -122,6 +144,7 @@ def test_chatty_goes_on_with_one_text(checkpoint, model, tokenizer, capsys, monk
         (["CHECKPOINT", " a" * 300], "shorten it to 127"),
         (["CHECKPOINT", PROMPT, "--warmth", "1"], "--warmth"),
         (["CHECKPOINT", "\udcff\udcfe"], "is not UTF-8 text"),
+        (["a" * 300, PROMPT], "cannot be opened (File name too long)"),
     ],
 )
 def test_one_clear_line(checkpoint, capsys, monkeypatch, arguments, says):
