@@ -474,7 +474,8 @@ def train(argv):
         say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
         return exit_code_of_stopping()
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
-    return 0 if pusher is None or pusher.finish(folder) else 1  # the others need not wait
+    # The others need not wait.
+    return 0 if pusher is None or pusher.finish(folder, is_stopped=lambda: stop.is_requested) else 1
 
 
 def shape_of(source):

@@ -37,6 +37,8 @@ def provenance(*, config, data, plan, accelerator, step):
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": config["seed"],
         "config": config,
+        # A folder here, or a model on the Hub? The name alone does not tell.
+        "init_from_is_folder": config["init_from"] is not None and Path(config["init_from"]).is_dir(),
         "model": {"parameters": plan.num_parameters, "flops_per_token": plan.flops_per_token},
         "data": data,
         "code": _git_state(),
