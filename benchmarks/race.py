@@ -6,15 +6,16 @@ validation loss that the first one ends with.
     python benchmarks/race.py adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \\
         wd0=benchmarks/race_small_fast.yaml,optim.muon_weight_decay=0 --seeds 1 2 3 --out runs/race_small
 
-NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, if their recipes have them of the
-same size. Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow
-hour of the machine falls on all of them. What is finished is not run again, what was interrupted goes on.
+NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, where these are of one size.
+Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow hour of the
+machine falls on all of them. What is finished is not run again, what was interrupted goes on.
 
 Writes into --out: a folder a run (NAME/SEED), race.json, race.png (loss over tokens and over seconds of training), and
 prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs.
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -92,7 +93,7 @@ def validation_curve(records):
 
 def needed(curve, loss):
     """(tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None: it does not."""
-    for (tokens, seconds, higher), (later_tokens, later_seconds, lower) in zip(curve, curve[1:], strict=False):
+    for (tokens, seconds, higher), (later_tokens, later_seconds, lower) in itertools.pairwise(curve):
         if higher > loss >= lower:
             share = (higher - loss) / (higher - lower)
             return tokens + share * (later_tokens - tokens), seconds + share * (later_seconds - seconds)
