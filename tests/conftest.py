@@ -13,6 +13,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs first, which take longest: what is short then fills the last minute of every worker."""
+    items.sort(key=lambda item: item.path.parent != ROOT / "tests")
+
+
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
     """

@@ -1,8 +1,12 @@
 """The benchmarks start. What they measure is no test."""
 
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
@@ -44,3 +48,38 @@ def test_the_tokenising_benchmark_runs(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "400 documents" in done.stdout
     assert "| prepare |" in done.stdout
+
+
+def test_a_race_says_how_many_tokens_and_seconds_another_recipe_needs(tmp_path, monkeypatch, capsys):
+    """Made-up ones: the reference, one that needs half the tokens and 0.6 of the time, one that never gets there."""
+    race = runpy.run_path(str(FOLDER / "race.py"))
+    (tmp_path / "x.yaml").touch()
+    asked = []
+
+    def train(folder, recipe, settings, launch):
+        asked.append((folder.name, settings))
+        folder.mkdir(parents=True)
+        slope, ms = {"adamw": (1.0, 1000), "fast": (2.0, 1200), "slow": (0.5, 1000)}[folder.parent.name]
+        records = [{"step": 0, "tokens": 0, "val_loss": 10.0}]
+        for step in range(1, 9):
+            records.append({"step": step, "tokens": 100 * step, "loss": 1.0, "ms": ms})
+            if step % 2 == 0:
+                records.append(
+                    {"step": step, "tokens": 100 * step, "val_loss": 10 - slope * step / 2 - 0.01 * int(folder.name)}
+                )
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    monkeypatch.setitem(race["main"].__globals__, "train", train)
+    recipe = tmp_path / "x.yaml"
+    runners = [f"adamw={recipe}", f"fast={recipe},optim.muon_lr=0.02,seed=5", f"slow={recipe}"]
+    monkeypatch.setattr(sys, "argv", ["race.py", *runners, "--seeds", "1", "2", "--out", str(tmp_path / "out")])
+    race["main"]()
+    assert asked[1] == ("1", ["--optim.muon_lr", "0.02", "--seed", "5", "--seed", "1"])
+    reference, fast, slow = json.loads((tmp_path / "out" / "race.json").read_text())["rows"]
+    assert reference["loss"] == pytest.approx([5.99, 5.98]) and reference["token_ratio"] == [1.0, 1.0]
+    assert fast["token_ratio"] == pytest.approx([0.5, 0.5])
+    assert fast["time_ratio"] == pytest.approx([0.6, 0.6])
+    assert slow["token_ratio"] == [None, None]
+    assert "| fast | 2 | 800 | 1.9850 ± 0.0071 | 0.50 ± 0.00 | 0.60 ± 0.00 |" in (said := capsys.readouterr().out)
+    assert "not reached by 2 of 2" in said
+    assert (tmp_path / "out" / "race.png").stat().st_size > 10_000

@@ -1,5 +1,6 @@
 """The files of accelerate_configs/ and recipes/."""
 
+import dataclasses
 import os
 import re
 import socket
@@ -26,7 +27,8 @@ def test_they_are_all_there():
         *("cpu", "cpu_2proc", "single_gpu", "ddp_8gpu", "multi_node_ddp", "fsdp2", "deepspeed_zero2", "mps"),
     }
     assert {path.stem for path in RECIPES} == {
-        *("sample", "shakespeare", "gpt2_124m", "gpt2_124m_lecture", "gpt2_350m", "gpt2_774m", "gpt2_1558m"),
+        *("sample", "shakespeare", "gpt2_124m", "gpt2_124m_lecture", "gpt2_124m_fast"),
+        *("gpt2_350m", "gpt2_774m", "gpt2_1558m"),
     }
 
 
@@ -89,6 +91,14 @@ def test_recipes_have_the_published_settings(name):
     assert optim.final_lr_fraction == 0.1
     for processes in (1, 8, 16):
         batch_arithmetic(config.batch, processes, 1)
+
+
+def test_the_fast_recipe_differs_in_how_it_learns_alone():
+    plain, fast = (load_config(["--config", str(ROOT / "recipes" / f"gpt2_124m{kind}.yaml")]) for kind in ("", "_fast"))
+    differing = {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(fast, f.name)}
+    assert differing == {"optim", "max_steps", "output_dir"}
+    assert fast.max_steps / plain.max_steps == pytest.approx(0.55, abs=1e-3)
+    assert fast.optim.grad_clip == plain.optim.grad_clip
 
 
 SEVERAL = """
