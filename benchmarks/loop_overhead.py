@@ -1,0 +1,73 @@
+"""
+What train.py spends in a step outside of forward, backward, clipping and optimizer: waiting for data, logging, itself.
+
+    python benchmarks/loop_overhead.py --max_steps 200                  # the sample recipe; any setting of train.py
+    python benchmarks/loop_overhead.py --config recipes/gpt2_124m.yaml --max_steps 5 --compile false ...
+
+On a CPU, where a call returns when its work is done. (A GPU works on behind the host's back; there it is the device
+that must not be kept waiting, which tests/test_waiting.py holds.) Writes a run like any other, prints a table of
+milliseconds a step: the median over all steps but the first ten.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # train.py is not installed
+
+
+def main():
+    if set(sys.argv[1:]) & {"-h", "--help"}:
+        print(f"usage: loop_overhead.py [settings of train.py]\n{__doc__}")
+        return
+    import train
+
+    steps, spent = [], Counter()
+
+    def clocked(owner, name, part):
+        function = getattr(owner, name)
+
+        def timed(*arguments, **more):
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **more)
+            finally:
+                spent[part] += 1000 * (time.perf_counter() - started)
+
+        setattr(owner, name, timed)
+
+    clocked(train.GPT2ReproForCausalLM, "forward", "forward")
+    clocked(torch.Tensor, "backward", "backward")
+    clocked(train, "clip_gradients", "clipping")
+    clocked(train, "step_where_finite", "optimizer")
+    start_step, log_step = train.StepNumbers.start_step, train.RunLog.step
+
+    def start(self):
+        spent.clear()
+        start_step(self)
+
+    def log(self, record):
+        steps.append({"step": record["ms"], **spent})
+        log_step(self, record)
+
+    train.StepNumbers.start_step, train.RunLog.step = start, log
+    code = train.train(sys.argv[1:])
+    if code:
+        raise SystemExit(code)
+    measured = steps[10:] or steps
+    rest = [step["step"] - sum(value for part, value in step.items() if part != "step") for step in measured]
+    for part in ("step", "forward", "backward", "clipping", "optimizer"):
+        print(f"{part:<10} {statistics.median(step[part] for step in measured):9.2f} ms")
+    shares = [100 * ours / step["step"] for ours, step in zip(rest, measured, strict=True)]
+    print(f"{'the rest':<10} {statistics.median(rest):9.2f} ms, {statistics.median(shares):.2f}% of a step")
+    print(json.dumps({"steps": len(measured), "rest_percent": statistics.median(shares)}))
+
+
+if __name__ == "__main__":
+    main()
