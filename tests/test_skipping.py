@@ -10,10 +10,19 @@ from tiny_run import ROOT, clean_environment
 
 from data.manifest import open_split
 
-# train.py with a model whose loss is NaN in some micro-batches (two a step), or whose gradient is; HellaSwag's second
-# scoring finds log-likelihoods that are not finite, as with a model that has diverged.
+# train.py as on CUDA, where the numbers of a step are read when the next one is under way; with a model whose loss is
+# NaN in some micro-batches (two a step), or whose gradient is. HellaSwag's second scoring finds log-likelihoods that are
+# not finite, as with a model that has diverged.
 PROGRAM = """
-import json, sys, train
+import json, sys, types, train
+train.torch.cuda.Event = lambda: types.SimpleNamespace(record=int, synchronize=int)
+set_up = train.StepNumbers.__init__
+
+def set_up_for_cuda(self, device):
+    set_up(self, device)
+    self._lag = 1
+
+train.StepNumbers.__init__ = set_up_for_cuda
 bad_losses, bad_gradients = json.loads(sys.argv[1])
 forward, calls = train.GPT2ReproForCausalLM.forward, 0
 

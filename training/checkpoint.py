@@ -3,7 +3,7 @@ Checkpoints: `checkpoints/step_000100/`, a Hugging Face model folder plus `train
 
     config.json, model.safetensors, tokenizer.json, ...   what from_pretrained opens
     training_state/state.json                             step, validation loss, and what the step number refers to
-    training_state/optimizer.safetensors                  AdamW's moments, by parameter name
+    training_state/optimizer.safetensors                  the optimizer's moments, by parameter name
     training_state/rng.safetensors                        random state of each process
     training_state/manifest.json                          size and SHA-256 of each file above, written last
 
@@ -324,12 +324,15 @@ def load_state(folder, must_match):
 
 
 def load_optimizer(folder, model, optimizer, accelerator):
-    """Gives AdamW the moments it had, matched by parameter name. Raises TrainingError where they do not fit."""
+    """Gives the optimizer the moments it had, by parameter name. Raises TrainingError where they do not fit."""
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     try:
         load_moments(load_file(path), model, optimizer, accelerator)
     except (OSError, SafetensorError, ValueError) as error:
-        raise TrainingError(f"{path} cannot be used ({error}); resume from another checkpoint") from error
+        raise TrainingError(
+            f"{path} cannot be used ({error}); resume from another checkpoint, with the optim.muon_lr (or none) it was "
+            f"saved with, or begin anew with its weights: --init_from {folder}"
+        ) from error
 
 
 def load_rng(folder, rank, device):

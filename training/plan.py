@@ -18,7 +18,7 @@ class MemoryEstimate(NamedTuple):
     """Bytes a process needs at its peak, by what for."""
 
     state: float
-    """parameters and AdamW's two moments, float32"""
+    """parameters and AdamW's two moments (Muon has one), float32"""
     gradients: float
     """float32, and DDP's buckets where there are several processes"""
     activations: float
