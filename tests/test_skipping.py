@@ -11,8 +11,8 @@ from tiny_run import ROOT, clean_environment
 from data.manifest import open_split
 
 # train.py as on CUDA, where the numbers of a step are read when the next one is under way; with a model whose loss is
-# NaN in some micro-batches (two a step), or whose gradient is. HellaSwag's second scoring finds log-likelihoods that are
-# not finite, as with a model that has diverged.
+# NaN in some micro-batches (two a step), or whose gradient is. HellaSwag's second scoring finds log-likelihoods that
+# are not finite, as with a model that has diverged.
 PROGRAM = """
 import json, sys, types, train
 train.torch.cuda.Event = lambda: types.SimpleNamespace(record=int, synchronize=int)
