@@ -9,6 +9,7 @@ that must not be kept waiting, which tests/test_waiting.py holds.) Writes a run 
 milliseconds a step: the median over all steps but the first ten.
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -23,9 +24,10 @@ sys.path.insert(0, str(ROOT))  # train.py is not installed
 
 
 def main():
-    if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(f"usage: loop_overhead.py [settings of train.py]\n{__doc__}")
-        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    _, settings = parser.parse_known_args()
     import train
 
     steps, spent = [], Counter()
@@ -57,7 +59,7 @@ def main():
         log_step(self, record)
 
     train.StepNumbers.start_step, train.RunLog.step = start, log
-    code = train.train(sys.argv[1:])
+    code = train.train(settings)
     if code:
         raise SystemExit(code)
     measured = steps[10:] or steps
