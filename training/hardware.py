@@ -129,8 +129,8 @@ def peak_flops(device, dtype):
     return measured_matmul_flops(device, dtype), "measured matmul"
 
 
-def measured_matmul_flops(device, dtype, seconds=0.1):
-    """The best rate of a square matmul, FLOP/s, of those tried within the time."""
+def measured_matmul_flops(device, dtype, seconds=0.3):
+    """The best rate of a square matmul, FLOP/s, of those tried within the time: long enough for a core to come free."""
     size = 2048 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)  # the run's own random state stays as it is
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
