@@ -5,12 +5,11 @@ What train.py spends in a step outside of forward, backward, clipping and optimi
     python benchmarks/loop_overhead.py --config recipes/gpt2_124m.yaml --max_steps 5 --compile false ...
 
 On a CPU, where a call returns when its work is done. (A GPU works on behind the host's back; there it is the device
-that must not be kept waiting, which tests/test_waiting.py holds.) Writes a run like any other, prints a table of
+that must not be kept waiting: tests/test_waiting.py.) Writes a run like any other, prints a table of
 milliseconds a step: the median over all steps but the first ten.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -67,8 +66,8 @@ def main():
     for part in ("step", "forward", "backward", "clipping", "optimizer"):
         print(f"{part:<10} {statistics.median(step[part] for step in measured):9.2f} ms")
     shares = [100 * ours / step["step"] for ours, step in zip(rest, measured, strict=True)]
-    print(f"{'the rest':<10} {statistics.median(rest):9.2f} ms, {statistics.median(shares):.2f}% of a step")
-    print(json.dumps({"steps": len(measured), "rest_percent": statistics.median(shares)}))
+    share = statistics.median(shares)
+    print(f"{'the rest':<10} {statistics.median(rest):9.2f} ms, {share:.2f}% of a step (medians of {len(measured)})")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ class Repository:
             )
         self.name, self._private, self._api = name, private, HfApi()
         _asked(self._check_token, name)
-        info = self._info()
+        info = self._find()
         if private and info is not None and info.private is False:
             raise HubError(
                 f"{self.name} exists and everybody can see it: say --public to push there all the same, or choose "
@@ -90,18 +90,13 @@ class Repository:
             )
         self.is_private = private if info is None else info.private is not False
 
-    def _info(self):
+    def _find(self):
         """What the Hub says of the repository; None if there is none."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         with contextlib.suppress(RepositoryNotFoundError):
             return _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=RepositoryNotFoundError)
         return None
-
-    def make(self):
-        """Makes it where it is not there. Raises HubError."""
-        if self._info() is None:
-            _asked(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True), self.name)
 
     def _check_token(self):
         who = self._api.whoami()
@@ -129,9 +124,11 @@ class Repository:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
         from huggingface_hub.hf_api import RepoFile
 
-        self.make()
         files = upload.files
-        head = _asked(lambda: self._api.repo_info(self.name), self.name).sha
+        if (info := self._find()) is None:
+            _asked(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True), self.name)
+            info = _asked(lambda: self._api.repo_info(self.name), self.name)
+        head = info.sha
         there = _asked(lambda: list(self._api.list_repo_tree(self.name, revision=head, recursive=True)), self.name)
         remote = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
         stale = [path for path in remote if path not in files and _WEIGHTS.fullmatch(path)]
@@ -265,11 +262,8 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
         raise HubError(f"{str(checkpoint)!r} is no checkpoint ({error}); give a checkpoint's folder") from error
     if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
         raise HubError(f"checkpoint {str(checkpoint)!r} is damaged: {damage}; push another one")
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _matches(path.relative_to(folder).as_posix(), _LEFT_OUT)
-    }
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    files = {name: folder / name for name in names if not any(fnmatch.fnmatch(name, p) for p in _LEFT_OUT)}
     if not any(path.endswith(".safetensors") for path in files):
         raise HubError(
             f"checkpoint {str(checkpoint)!r} has no weights (*.safetensors); give the folder that holds them"
@@ -359,10 +353,6 @@ def _count_parameters(folder):
         except (OSError, SafetensorError) as error:
             raise HubError(f"{str(path)!r} cannot be read ({error}); push another checkpoint") from error
     return count
-
-
-def _matches(path, patterns):
-    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
 def _is_same(remote, source):

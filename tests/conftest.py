@@ -22,7 +22,8 @@ def pytest_collection_modifyitems(items):
 def launch(tmp_path_factory):
     """
     launch(*arguments) runs `python train.py ...` to its end, which is what `accelerate launch` does for one process;
-    launch(..., accelerate=[...]) goes through it, with these options. `script`: another one in the place of train.py.
+    launch(..., accelerate=[...]) goes through it, with these options. `script`: another one in the place of train.py,
+    or "-c" for a program, the first of the arguments.
     `environment`: variables beside those of a clean one.
     """
     home = tmp_path_factory.mktemp("home")

@@ -108,16 +108,8 @@ for path in sys.argv[1:]:
 """
 
 
-def test_every_recipe_dry_runs(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, *map(str, RECIPES)],
-        cwd=ROOT,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+def test_every_recipe_dry_runs(launch):
+    done = launch(SEVERAL, *RECIPES, script="-c")
     plans = dict(zip([path.stem for path in RECIPES], done.stdout.split("model     ")[1:], strict=True))
     for name, (parameters, _, _) in PUBLISHED.items():
         assert f"{parameters:,} parameters" in plans[name]

@@ -3,14 +3,11 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import ROOT, clean_environment
 
 from data.manifest import open_split
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -62,7 +59,7 @@ def assert_same_parameters(run, expected):
         assert difference < 1e-5, f"{name}: {difference}"
 
 
-def test_one_process(tiny, by_hand, tmp_path):
+def test_one_process(launch, tiny, by_hand, tmp_path):
     splits = dict(SPLITS)
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         del splits["2x4 compiled"]
@@ -73,15 +70,7 @@ def test_one_process(tiny, by_hand, tmp_path):
         ]
         for name, (micro, compiled) in splits.items()
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs)],
-        cwd=ROOT,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(SEVERAL_RUNS, json.dumps(runs), script="-c")
     for name in splits:
         assert_same_parameters(tmp_path / name, by_hand)
 

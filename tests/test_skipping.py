@@ -1,12 +1,9 @@
 """Steps whose loss or gradient is not finite."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
-from tiny_run import ROOT, clean_environment
 
 from data.manifest import open_split
 
@@ -54,19 +51,13 @@ train.main()
 
 
 @pytest.fixture
-def run(tiny, tmp_path):
+def run(launch, tiny, tmp_path):
     def run(*arguments, bad_losses=(), bad_gradients=()):
-        return subprocess.run(
-            [
-                *(sys.executable, "-c", PROGRAM, json.dumps([list(bad_losses), list(bad_gradients)])),
-                *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2"),
-                *map(str, arguments),
-            ],
-            cwd=ROOT,
-            env=clean_environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=120,
+        return launch(
+            *(PROGRAM, json.dumps([list(bad_losses), list(bad_gradients)])),
+            *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2", *arguments),
+            script="-c",
+            check=False,
         )
 
     return run

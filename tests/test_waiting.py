@@ -1,10 +1,6 @@
 """The loop gives the device its work and waits for nothing: not for a loss, a norm, or whether a number was finite."""
 
 import json
-import subprocess
-import sys
-
-from tiny_run import ROOT, clean_environment
 
 # train.py, noting before each step how often the host has asked for a number that a device computes. What the model
 # asks for is left out on a CPU: it does so there alone. On CUDA, torch's own warnings count, whoever asks.
@@ -43,19 +39,12 @@ print(json.dumps(before_step))
 """
 
 
-def test_no_step_waits_for_the_device(tiny, tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", PROGRAM, "--config", tiny, "--output_dir", tmp_path / "run"),
-            *("--optim.muon_lr", "0.02", "--max_steps", "8", "--eval_every", "100", "--save_every", "100"),
-        ],
-        cwd=ROOT,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=120,
+def test_no_step_waits_for_the_device(launch, tiny, tmp_path):
+    done = launch(
+        *(PROGRAM, "--config", tiny, "--output_dir", tmp_path / "run", "--optim.muon_lr", "0.02"),
+        *("--max_steps", "8", "--eval_every", "100", "--save_every", "100"),
+        script="-c",
     )
-    assert done.returncode == 0, done.stderr
     before_step = json.loads(done.stdout.splitlines()[-1])
     assert len(before_step) == 8
     assert before_step[1:] == [before_step[1]] * 7  # the first step may prepare something

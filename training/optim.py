@@ -1,7 +1,5 @@
 """AdamW as GPT-3 used it; or, with `optim.muon_lr`, Muon on the blocks' matrices and AdamW on the rest."""
 
-from collections import defaultdict
-
 import torch
 
 # Device types whose AdamW has one fused kernel (torch 2.10 and newer).
@@ -49,7 +47,6 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, muon, adamw):
         self._muon, self._adamw = muon, adamw
         super().__init__(muon.param_groups + adamw.param_groups, defaults={})
-        self.state = defaultdict(dict)
         self._share()
 
     def _share(self):
@@ -72,7 +69,10 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         # Muon does not know found_inf. The host is not to wait for it, so the step is taken and then taken back.
         parameters = [p for group in self._muon.param_groups for p in group["params"]]
-        before = [(p.clone(), self.state[p].get("momentum_buffer", torch.zeros_like(p)).clone()) for p in parameters]
+        before = []
+        for p in parameters:
+            momentum = self.state[p].get("momentum_buffer")  # none before the first step, which begins with zeros
+            before.append((p.clone(), torch.zeros_like(p) if momentum is None else momentum.clone()))
         self._muon.step()
         is_bad = found_inf.bool()
         for p, (old, old_momentum) in zip(parameters, before, strict=True):

@@ -1,6 +1,5 @@
 """A checkpoint in a run, as train.py leaves it, and a Hub on localhost to push it to."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -12,8 +11,10 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 
 from data.tokenizer import load_hf_tokenizer
+from eval import EvalError
 from hub import push
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from training.checkpoint import _described
 
 
 @pytest.fixture(scope="session")
@@ -36,14 +37,8 @@ def write_manifest():
     def write(checkpoint):
         manifest = checkpoint / "training_state" / "manifest.json"
         manifest.unlink(missing_ok=True)
-        files = {
-            path.relative_to(checkpoint).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            }
-            for path in checkpoint.rglob("*")
-            if path.is_file()
-        }
+        paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+        files = {path.relative_to(checkpoint).as_posix(): _described(path) for path in paths}
         manifest.write_text(json.dumps({"files": files}))
 
     return write
@@ -141,3 +136,23 @@ def python(tmp_path):
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def trusted_by(monkeypatch):
+    """trusted_by(module): a list of what its loaders are told of trust_remote_code; the second one ends it."""
+
+    def patch(module):
+        asked = []
+
+        def load(name, *, trust_remote_code, **_):
+            asked.append(trust_remote_code)
+            if len(asked) == 2:
+                raise EvalError("that is enough")
+            return None, None
+
+        monkeypatch.setattr(module, "load_tokenizer", load)
+        monkeypatch.setattr(module, "load_model", load)
+        return asked
+
+    return patch

@@ -10,7 +10,6 @@ import time
 import pytest
 from tiny_run import ROOT, clean_environment
 
-from eval import EvalError
 from hub import demo
 from hub.__main__ import main
 from hub.continuation import Settings, continuation
@@ -142,17 +141,8 @@ def test_one_clear_line(checkpoint, page, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
-def test_code_from_the_hub_runs_only_when_asked_for(capsys, monkeypatch, flags):
+def test_code_from_the_hub_runs_only_when_asked_for(trusted_by, flags):
     pytest.importorskip("gradio")
-    asked = []
-
-    def load(name, *, trust_remote_code, **_):
-        asked.append(trust_remote_code)
-        if len(asked) == 2:
-            raise EvalError("that is enough")
-        return None, None
-
-    monkeypatch.setattr(demo, "load_tokenizer", load)
-    monkeypatch.setattr(demo, "load_model", load)
+    asked = trusted_by(demo)
     assert main(["demo", "me/x", "--device", "cpu", *flags]) == 2
     assert asked == [bool(flags)] * 2

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import sample
-from eval import EvalError
 from hub import HubError
 from hub.continuation import Settings, continuation, encode_prompt, text_pieces, top_tokens
 
@@ -119,17 +118,8 @@ def test_chatty_goes_on_with_one_text(checkpoint, model, tokenizer, capsys, monk
 
 
 @pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
-def test_code_from_the_hub_runs_only_when_asked_for(capsys, monkeypatch, flags):
-    asked = []
-
-    def load(name, *, trust_remote_code, **_):
-        asked.append(trust_remote_code)
-        if len(asked) == 2:
-            raise EvalError("that is enough")
-        return None, None
-
-    monkeypatch.setattr(sample, "load_tokenizer", load)
-    monkeypatch.setattr(sample, "load_model", load)
+def test_code_from_the_hub_runs_only_when_asked_for(trusted_by, capsys, monkeypatch, flags):
+    asked = trusted_by(sample)
     assert run(capsys, monkeypatch, "me/x", PROMPT, *flags)[0] == 2
     assert asked == [bool(flags)] * 2
 
