@@ -1,6 +1,7 @@
 """train.py --push_to_hub."""
 
 import _thread
+import signal
 import threading
 import time
 
@@ -108,6 +109,15 @@ def test_one_at_a_time_in_the_background(checkpoint, hub):
         )
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C means what it means: who is started in a shell's background ignores it, and so do the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_push_can_be_given_up(checkpoint, hub):
     """By Ctrl-C, or because the program was asked to stop; what is dropped is said at its end."""
     lines = []
