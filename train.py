@@ -18,7 +18,8 @@ Writes into --output_dir (runs/<recipe>):
     provenance.json            settings, code, versions, hardware, data: what made this run
     status.json                "running", "resume me", "failed" or "finished"
 
-Asked to stop (SIGTERM, SIGUSR1, Ctrl-C, --max_hours) it finishes the step, saves and exits with code 75: resume me.
+Asked to stop (SIGTERM, SIGUSR1, Ctrl-C, --max_hours) it finishes what the device has been given, saves and exits with
+code 75: resume me.
 Every setting is described by `python train.py --help` and in training/config.py.
 """
 
@@ -338,7 +339,7 @@ def train(argv):
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stop = StopRequest(config.max_hours, STARTED)
     stopping = False  # agreed on by all processes
-    numbers = StepNumbers(device)
+    numbers = StepNumbers(device, plan.flops_per_token * batch.tokens_per_step / world_size)
 
     def is_pause_next():
         return stopping or is_evaluation_due(step) or is_save_due(step)
@@ -429,7 +430,8 @@ def train(argv):
 
         # (c) Log the steps whose numbers are there; all steps, where something else than a step comes next.
         for (train_loss, num_requests, grad_norm), (of_step, lr, losses), seconds in numbers.read(is_pause_next):
-            stopping = stopping or num_requests > 0
+            # Alone, a process need not wait until its own request comes back from the device.
+            stopping = stopping or num_requests > 0 or (world_size == 1 and stop.is_requested)
             record = {
                 "step": of_step,
                 "tokens": of_step * batch.tokens_per_step,

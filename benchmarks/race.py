@@ -8,16 +8,21 @@ validation loss that the first one ends with.
 
 NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, where these are of one size.
 Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow hour of the
-machine falls on all of them. What is finished is not run again, what was interrupted goes on.
+machine falls on all of them. What is finished is not run again, what was interrupted goes on; a folder with a run of
+other settings is an error. A run that fails has not reached anything; one that is stopped stops the race.
 
 Writes into --out: a folder a run (NAME/SEED), race.json, race.png (loss over tokens and over seconds of training), and
-prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs.
+prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs, read off on
+straight lines between evaluations. Seconds are those of the steps, the first one's compiling among them, without
+evaluations and saving.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -26,21 +31,27 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `training` is not installed
 
+from training import TrainingError  # noqa: E402
+from training.config import load_config  # noqa: E402
+from training.files import finite  # noqa: E402
 from training.metrics import read_metrics  # noqa: E402
 
 
 def main():
     args = parse_args()
+    folder_of = {(name, seed): Path(args.out) / name / str(seed) for seed in args.seeds for name in args.runners}
+    for (name, seed), folder in folder_of.items():
+        check(folder, args.runners[name], seed)  # all of them, before hours go into the first
     curves = {name: {} for name in args.runners}
-    for seed in args.seeds:
-        for name, (recipe, settings) in args.runners.items():
-            folder = Path(args.out) / name / str(seed)
-            train(folder, recipe, [*settings, "--seed", str(seed)], args.launch)
-            curves[name][seed] = validation_curve(read_metrics(folder / "metrics.jsonl"))
-            tokens, seconds, loss = curves[name][seed][-1]
-            print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
+    for (name, seed), folder in folder_of.items():
+        is_finished = train(folder, args.runners[name], seed, args.launch)
+        curves[name][seed] = curve = validation_curve(read_metrics(folder / "metrics.jsonl"), is_finished)
+        tokens, seconds, loss = curve[-1]
+        print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
+        if curves[name] is next(iter(curves.values())) and not math.isfinite(loss):
+            raise SystemExit(f"{folder}: the reference has no last loss to race for; see its console.log")
     rows = compare(curves)
-    (Path(args.out) / "race.json").write_text(json.dumps({"curves": curves, "rows": rows}, indent=1) + "\n")
+    (Path(args.out) / "race.json").write_text(json.dumps(finite({"curves": curves, "rows": rows}), indent=1) + "\n")
     draw(curves, Path(args.out) / "race.png")
     print(table(rows))
 
@@ -57,37 +68,68 @@ def parse_args():
     runners = {}
     for runner in args.runners:
         name, _, rest = runner.partition("=")
-        recipe, *settings = rest.split(",")
+        recipe, *settings = re.split(r",(?![^\[{]*[\]}])", rest)  # not at the commas of a list
         if not Path(recipe).is_file():
             parser.error(f"{runner}: there is no recipe {recipe!r}")
         if name in runners:
             parser.error(f"two runners are named {name!r}")
         pairs = (setting.partition("=") for setting in settings)
-        runners[name] = recipe, [part for key, _, value in pairs for part in (f"--{key}", value)]
+        settings = [part for key, _, value in pairs for part in (f"--{key}", value)]
+        runners[name] = ["--config", str(Path(recipe).resolve()), *settings]
     args.runners = runners
     return args
 
 
-def train(folder, recipe, settings, launch):
-    status = folder / "status.json"
-    if status.is_file() and json.loads(status.read_text())["status"] == "finished":
+def check(folder, settings, seed):
+    """Ends with an error where the settings cannot be, or are not those of the run that the folder has."""
+    try:
+        config = load_config([*settings, "--seed", str(seed)])
+    except TrainingError as error:
+        raise SystemExit(f"error: {folder}: {error}") from None
+    path = folder / "provenance.json"
+    if not path.is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py"]
-    command += ["--config", str(Path(recipe).resolve()), *settings, "--output_dir", str(folder.resolve())]
-    with (folder / "console.log").open("a") as log:
-        done = subprocess.run([*command, "--resume", "auto"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise SystemExit(f"{folder} stopped with exit code {done.returncode}: see {log.name}")
+    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
+    found = json.loads(path.read_text())["config"]
+    not_compared = {"output_dir", "resume"} | ({"model"} if config.init_from else set())  # the shape is then another's
+    changed = sorted(key for key in wanted.keys() - not_compared if wanted[key] != found.get(key))
+    if changed:
+        raise SystemExit(
+            f"error: {folder} has a run with other settings ({', '.join(changed)}): remove it, or take another --out"
+        )
 
 
-def validation_curve(records):
-    """[(tokens, seconds of training, validation loss)] of a run's evaluations; evaluations take no time here."""
+def train(folder, settings, seed, launch):
+    """Whether the run came to its end."""
+    path = folder / "status.json"
+
+    def status():
+        return json.loads(path.read_text())["status"] if path.is_file() else None
+
+    if status() != "finished":
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py", *settings]
+        command += ["--seed", str(seed), "--output_dir", str(folder.resolve()), "--resume", "auto"]
+        with (folder / "console.log").open("a") as log:
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if status() not in ("finished", "failed"):
+        raise SystemExit(f"{folder} did not begin or was stopped: see console.log there, and run this again")
+    return status() == "finished"
+
+
+def validation_curve(records, is_finished=True):
+    """
+    [[tokens, seconds of training, validation loss]] of a run's evaluations, which take no time here. A loss that was
+    not finite, and what a run that failed would have come to, is infinite.
+    """
     curve, seconds = [], 0.0
     for record in records:
         seconds += record.get("ms", 0.0) / 1000
-        if record.get("val_loss") is not None:
-            curve.append((record["tokens"], seconds, record["val_loss"]))
+        if "val_loss" in record:
+            loss = record["val_loss"]
+            curve.append([record["tokens"], seconds, math.inf if loss is None else loss])
+    if not is_finished:
+        curve.append([records[-1]["tokens"] if records else 0, seconds, math.inf])
     return curve
 
 
@@ -95,7 +137,7 @@ def needed(curve, loss):
     """(tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None: it does not."""
     for (tokens, seconds, higher), (later_tokens, later_seconds, lower) in itertools.pairwise(curve):
         if higher > loss >= lower:
-            share = (higher - loss) / (higher - lower)
+            share = (higher - loss) / (higher - lower) if math.isfinite(higher) else 1.0
             return tokens + share * (later_tokens - tokens), seconds + share * (later_seconds - seconds)
     return None
 
@@ -107,7 +149,8 @@ def compare(curves):
 
     Returns:
         list of {"name", "loss", "tokens", "token_ratio", "time_ratio"}, each a list over the seeds; the loss is the
-        last one, the ratios are to the reference's whole run, None where its last loss was not reached.
+        last one, infinite where the run failed; the ratios are to the reference's whole run, None where its last loss
+        was not reached, or the run failed.
     """
     reference = next(iter(curves.values()))
     rows = []
@@ -116,6 +159,8 @@ def compare(curves):
         for seed, curve in by_seed.items():
             tokens, seconds, loss = reference[seed][-1]
             reached = (tokens, seconds) if by_seed is reference else needed(curve, loss)
+            if not math.isfinite(curve[-1][2]):  # what came down and went to pieces is no way to train
+                reached = None
             ratios.append((None, None) if reached is None else (reached[0] / tokens, reached[1] / seconds))
         rows.append(
             {
@@ -140,14 +185,14 @@ def table(rows):
         ratios = [shown(row[key], "{:.2f}") for key in ("token_ratio", "time_ratio")]
         loss = shown(row["loss"], "{:.4f}")
         lines.append(
-            f"| {row['name']} | {len(row['loss'])} | {row['tokens'][0]:,} | {loss} | {ratios[0]} | {ratios[1]} |"
+            f"| {row['name']} | {len(row['loss'])} | {max(row['tokens']):,} | {loss} | {ratios[0]} | {ratios[1]} |"
         )
     return "\n".join(lines)
 
 
 def shown(values, number_format):
     """Mean ± standard deviation; how many did not get there, if any."""
-    there = [value for value in values if value is not None]
+    there = [value for value in values if value is not None and math.isfinite(value)]
     if len(there) < len(values):
         return f"not reached by {len(values) - len(there)} of {len(values)}"
     mean = number_format.format(statistics.fmean(there))

@@ -51,15 +51,19 @@ def test_the_tokenising_benchmark_runs(tmp_path):
 
 
 def test_a_race_says_how_many_tokens_and_seconds_another_recipe_needs(tmp_path, monkeypatch, capsys):
-    """Made-up ones: the reference, one that needs half the tokens and 0.6 of the time, one that never gets there."""
+    """
+    Made-up ones: the reference, one that needs half the tokens and 0.6 of the time, one that never gets there, one that
+    gets there and diverges, one that fails.
+    """
     race = runpy.run_path(str(FOLDER / "race.py"))
-    (tmp_path / "x.yaml").touch()
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text("max_steps: 8\n")
     asked = []
 
-    def train(folder, recipe, settings, launch):
-        asked.append((folder.name, settings))
+    def train(folder, settings, seed, launch):
+        asked.append((folder.name, settings, seed))
         folder.mkdir(parents=True)
-        slope, ms = {"adamw": (1.0, 1000), "fast": (2.0, 1200), "slow": (0.5, 1000)}[folder.parent.name]
+        slope, ms = {"slow": (0.5, 1000), "adamw": (1.0, 1000)}.get(folder.parent.name, (2.0, 1200))
         records = [{"step": 0, "tokens": 0, "val_loss": 10.0}]
         for step in range(1, 9):
             records.append({"step": step, "tokens": 100 * step, "loss": 1.0, "ms": ms})
@@ -67,19 +71,39 @@ def test_a_race_says_how_many_tokens_and_seconds_another_recipe_needs(tmp_path, 
                 records.append(
                     {"step": step, "tokens": 100 * step, "val_loss": 10 - slope * step / 2 - 0.01 * int(folder.name)}
                 )
+        if folder.parent.name == "diverging":
+            records[-1]["val_loss"] = None
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
+        return folder.parent.name != "failing"
+
     monkeypatch.setitem(race["main"].__globals__, "train", train)
-    recipe = tmp_path / "x.yaml"
-    runners = [f"adamw={recipe}", f"fast={recipe},optim.muon_lr=0.02,seed=5", f"slow={recipe}"]
+    others = [f"{name}={recipe}" for name in ("slow", "diverging", "failing")]
+    runners = [f"adamw={recipe}", f"fast={recipe},optim.muon_lr=0.02,optim.betas=[0.9, 0.99],seed=5", *others]
     monkeypatch.setattr(sys, "argv", ["race.py", *runners, "--seeds", "1", "2", "--out", str(tmp_path / "out")])
     race["main"]()
-    assert asked[1] == ("1", ["--optim.muon_lr", "0.02", "--seed", "5", "--seed", "1"])
-    reference, fast, slow = json.loads((tmp_path / "out" / "race.json").read_text())["rows"]
+    settings = ["--config", str(recipe), "--optim.muon_lr", "0.02", "--optim.betas", "[0.9, 0.99]", "--seed", "5"]
+    assert asked[1] == ("1", settings, 1)
+    reference, fast, slow, diverging, failing = json.loads((tmp_path / "out" / "race.json").read_text())["rows"]
     assert reference["loss"] == pytest.approx([5.99, 5.98]) and reference["token_ratio"] == [1.0, 1.0]
     assert fast["token_ratio"] == pytest.approx([0.5, 0.5])
     assert fast["time_ratio"] == pytest.approx([0.6, 0.6])
     assert slow["token_ratio"] == [None, None]
+    for row in (diverging, failing):  # it was there, and did not stay
+        assert row["loss"] == row["token_ratio"] == [None, None]
     assert "| fast | 2 | 800 | 1.9850 ± 0.0071 | 0.50 ± 0.00 | 0.60 ± 0.00 |" in (said := capsys.readouterr().out)
     assert "not reached by 2 of 2" in said
+    assert "| failing | 2 | 800 | not reached by 2 of 2 | not reached by 2 of 2 |" in said
     assert (tmp_path / "out" / "race.png").stat().st_size > 10_000
+
+
+def test_a_race_does_not_take_a_run_of_other_settings_for_its_own(tmp_path, finished_run, tiny):
+    race = runpy.run_path(str(FOLDER / "race.py"))
+    folder, _ = finished_run
+    settings = ["--config", str(tiny), "--trackers", "[tensorboard]"]
+    race["check"](folder, settings, 1337)
+    with pytest.raises(SystemExit, match=r"other settings \(optim\)"):
+        race["check"](folder, [*settings, "--optim.lr", "1e-4"], 1337)
+    with pytest.raises(SystemExit, match=r"unknown setting 'optim\.learning_rate'"):
+        race["check"](tmp_path / "new", [*settings, "--optim.learning_rate", "1"], 1337)
+    assert race["train"](folder, settings, 1337, "")  # it is finished: nothing is run

@@ -1,9 +1,11 @@
-"""Steps whose loss or gradient is not finite."""
+"""Steps whose loss or gradient is not finite, and requests to stop, where numbers are read a step late."""
 
 import json
+import signal
 
 import pytest
 from safetensors.torch import load_file
+from tiny_run import ROOT
 
 from data.manifest import open_split
 
@@ -11,16 +13,15 @@ from data.manifest import open_split
 # NaN in some micro-batches (two a step), or whose gradient is. HellaSwag's second scoring finds log-likelihoods that
 # are not finite, as with a model that has diverged.
 PROGRAM = """
-import json, sys, types, train
+import json, os, signal, sys, types, train
 train.torch.cuda.Event = lambda: types.SimpleNamespace(record=int, synchronize=int)
 set_up = train.StepNumbers.__init__
 
-def set_up_for_cuda(self, device):
-    set_up(self, device)
-    self._lag = 1
+def set_up_for_cuda(self, device, flops):
+    set_up(self, train.torch.device("cuda"), flops)
 
 train.StepNumbers.__init__ = set_up_for_cuda
-bad_losses, bad_gradients = json.loads(sys.argv[1])
+bad_losses, bad_gradients, signal_after = json.loads(sys.argv[1])
 forward, calls = train.GPT2ReproForCausalLM.forward, 0
 
 def forward_with_faults(self, *arguments, **more):
@@ -43,20 +44,34 @@ def answer_with_fault(*arguments, **more):
         raise train.EvalError("log-likelihoods are not finite")
     return answer(*arguments, **more)
 
+learning_rate = train.learning_rate
+
+def learning_rate_and_signal(step, *arguments):
+    if step == signal_after and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return learning_rate(step, *arguments)
+
+train.learning_rate = learning_rate_and_signal
 train.answer_items = answer_with_fault
 train.GPT2ReproForCausalLM.forward = forward_with_faults
 sys.argv[1:2] = []
-train.main()
+if __name__ == "__main__":
+    train.main()
 """
+
+TWO_PROCESSES = ["--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"]
 
 
 @pytest.fixture
 def run(launch, tiny, tmp_path):
-    def run(*arguments, bad_losses=(), bad_gradients=()):
+    def run(*arguments, bad_losses=(), bad_gradients=(), signal_after=None, accelerate=None):
+        (tmp_path / "program.py").write_text(PROGRAM)
         return launch(
-            *(PROGRAM, json.dumps([list(bad_losses), list(bad_gradients)])),
+            json.dumps([list(bad_losses), list(bad_gradients), signal_after]),
             *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2", *arguments),
-            script="-c",
+            script=tmp_path / "program.py",
+            environment={"PYTHONPATH": str(ROOT)},
+            accelerate=accelerate,
             check=False,
         )
 
@@ -108,3 +123,22 @@ def test_too_many_in_a_row_stop_the_run(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "step 10" in done.stdout
     assert [r["step"] for r in records(tmp_path / "run") if "skipped" in r] == [5]
+
+
+def test_a_checkpoint_knows_of_the_step_just_before_it(run, tmp_path):
+    done = run("--save_every", "7", "--eval_every", "20", bad_losses=[2 * 6])  # step 7
+    assert done.returncode == 0, done.stderr
+    state = tmp_path / "run" / "checkpoints" / "step_000007" / "training_state" / "state.json"
+    assert (json.loads(state.read_text())["num_skipped"], json.loads(state.read_text())["skipped_in_a_row"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("accelerate", "last_step"),
+    [(None, 5), (TWO_PROCESSES, 6)],  # the other one hears of it with a step's numbers, which come with the next step
+)
+def test_a_request_to_stop_flushes_what_waits(run, tmp_path, accelerate, last_step):
+    done = run("--batch.micro_batch_size", "2", signal_after=4, accelerate=accelerate)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "resume me", done.stderr
+    assert [r["step"] for r in records(tmp_path / "run")] == list(range(1, last_step + 1))
+    assert (tmp_path / "run" / "checkpoints" / f"step_{last_step:06}").is_dir()
+    assert signal.Signals.SIGTERM.name in done.stdout

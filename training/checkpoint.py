@@ -326,12 +326,14 @@ def load_state(folder, must_match):
 def load_optimizer(folder, model, optimizer, accelerator):
     """Gives the optimizer the moments it had, by parameter name. Raises TrainingError where they do not fit."""
     path = Path(folder) / "training_state" / "optimizer.safetensors"
+    anew = f"or begin anew with its weights: --init_from {folder}"
     try:
         load_moments(load_file(path), model, optimizer, accelerator)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint, {anew}") from error
+    except ValueError as error:
         raise TrainingError(
-            f"{path} cannot be used ({error}); resume from another checkpoint, with the optim.muon_lr (or none) it was "
-            f"saved with, or begin anew with its weights: --init_from {folder}"
+            f"{path} does not fit ({error}); resume with the optim.muon_lr (or none) it was saved with, {anew}"
         ) from error
 
 

@@ -9,6 +9,7 @@ line. The finished settings are written to the run's provenance.json before the 
 
 import dataclasses
 import difflib
+import math
 import re
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -129,7 +130,7 @@ class Config:
     output_dir: str | None = None
     """the run's folder; by default runs/<name of the recipe>"""
     max_steps: int = 19073
-    """optimizer steps; the learning rate has gone down here"""
+    """optimizer steps; the learning rate's schedule ends here"""
     eval_every: int = 250
     """steps between evaluations"""
     save_every: int | None = None
@@ -267,12 +268,12 @@ def _check(config):
             f"eval.hellaswag_limit must be at least 2, got {config.eval.hellaswag_limit}: one item has no error bar"
         )
     for name, value in positive.items():
-        if not value > 0:
-            raise TrainingError(f"{name} must be above 0, got {value}")
+        if not 0 < value < math.inf:
+            raise TrainingError(f"{name} must be above 0 and finite, got {value}")
     for name, value, below in (
-        ("optim.warmup_steps", config.optim.warmup_steps, float("inf")),
-        ("optim.weight_decay", config.optim.weight_decay, float("inf")),
-        ("optim.muon_weight_decay", config.optim.muon_weight_decay, float("inf")),
+        ("optim.warmup_steps", config.optim.warmup_steps, math.inf),
+        ("optim.weight_decay", config.optim.weight_decay, math.inf),
+        ("optim.muon_weight_decay", config.optim.muon_weight_decay, math.inf),
         ("optim.betas[0]", config.optim.betas[0], 1),
         ("optim.betas[1]", config.optim.betas[1], 1),
         ("seed", config.seed, 2**32),

@@ -14,19 +14,21 @@ def learning_rate(step, optim, max_steps):
         step: optimizer steps already taken; 0 for the first. The first step has lr / warmup_steps, not 0.
         optim: has lr (the peak), warmup_steps, final_lr_fraction and cooldown_fraction; a
             training.config.OptimConfig.
-        max_steps: where it has gone down.
+        max_steps: where the schedule ends.
 
     Returns:
         float, the learning rate of the coming step; the lowest from `max_steps` on.
     """
     peak, warmup_steps, final_fraction = optim.lr, optim.warmup_steps, optim.final_lr_fraction
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
     if step >= max_steps:
         return peak * final_fraction
-    if optim.cooldown_fraction is None:
+    rise = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if optim.cooldown_fraction is not None:
+        height = min(1.0, (max_steps - step) / (optim.cooldown_fraction * max_steps))
+    elif step < warmup_steps:
+        height = 1.0
+    else:
         progress = (step - warmup_steps) / (max_steps - warmup_steps)
         height = 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 -> 0
-    else:
-        height = min(1.0, (max_steps - step) / (optim.cooldown_fraction * max_steps))
-    return peak * (final_fraction + (1.0 - final_fraction) * height)
+    # The lower one: a short run's warm-up may reach into its cooldown.
+    return peak * min(rise, final_fraction + (1.0 - final_fraction) * height)

@@ -5,20 +5,29 @@ from collections import deque
 
 import torch
 
+# FLOPs of a step on one device. From here on a step takes any GPU a tenth of a second and more, and what it then waits
+# for the host is not worth the later stop.
+_LONG_STEP = 1e14
+
 
 class StepNumbers:
     """
     A GPU works through what it is given while the host prepares more. A host that reads the loss of a step waits for
-    that step, and then the GPU waits for the host. So on CUDA the numbers of a step are read when the step after it has
-    been given; elsewhere at once.
+    that step, and then the GPU waits for the host. So on CUDA the numbers of a short step are read when the step after
+    it has been given; those of long steps, and elsewhere all, at once.
+
+    The seconds of a step are those between two readings. Where the host is the slower one, the last step before
+    something else has next to none left: the step before it had them.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, flops):
         """
         Args:
             device: torch.device of the numbers.
+            flops: of a step on one device; the same on every process, so that all of them read the same steps at the
+                same time.
         """
-        self._lag = 1 if device.type == "cuda" else 0
+        self._lag = 1 if device.type == "cuda" and flops < _LONG_STEP else 0
         self._waiting = deque()
         self._since = time.perf_counter()
 

@@ -43,6 +43,9 @@ def test_a_straight_cooldown():
     optim = OptimConfig(lr=1.0, warmup_steps=2, final_lr_fraction=0.2, cooldown_fraction=0.5)
     values = [learning_rate(step, optim, max_steps=10) for step in range(12)]
     assert values == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.84, 0.68, 0.52, 0.36, 0.2, 0.2])
+    optim = OptimConfig(lr=1.0, warmup_steps=4, final_lr_fraction=0.0, cooldown_fraction=1.0)
+    values = [learning_rate(step, optim, max_steps=5) for step in range(6)]
+    assert values == pytest.approx([0.25, 0.5, 0.6, 0.4, 0.2, 0])
 
 
 def small_model():
@@ -147,12 +150,12 @@ def test_numbers_of_a_step_come_with_the_next(monkeypatch):
     """What CUDA does; a CPU is a step's end and its reading in one."""
     clock = iter(range(100))
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    numbers = StepNumbers(torch.device("cpu"))
+    numbers = StepNumbers(torch.device("cpu"), flops=1e12)
     numbers.start_step()
     numbers.put(torch.tensor([1.0, 2.0]), "one")
     assert list(numbers.read(lambda: False)) == [([1.0, 2.0], "one", 1)]
 
-    numbers._lag = 1
+    numbers = StepNumbers(torch.device("cuda"), flops=1e12)
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=int, synchronize=int))
     for name in ("one", "two"):
         numbers.start_step()
@@ -160,6 +163,10 @@ def test_numbers_of_a_step_come_with_the_next(monkeypatch):
         got = [about for _, about, _ in numbers.read(lambda: False)]
         assert got == ([] if name == "one" else ["one"])
     assert [about for _, about, _ in numbers.read(lambda: True)] == ["two"]
+
+    numbers = StepNumbers(torch.device("cuda"), flops=1e15)  # so long that a request to stop should not wait for two
+    numbers.put(torch.tensor([1.0]), "long")
+    assert [about for _, about, _ in numbers.read(lambda: False)] == ["long"]
 
 
 def test_weight_decay_on_matrices_and_embeddings_only():
