@@ -23,6 +23,10 @@ code 75: resume me.
 Every setting is described by `python train.py --help` and in training/config.py.
 """
 
+import gc
+
+gc.disable()  # what is imported stays; looking for garbage in it takes half a second here and more later
+
 import contextlib
 import dataclasses
 import errno
@@ -79,6 +83,8 @@ from training.state import blank_copy, clip_gradients, prepare, whole_model
 from training.step_numbers import StepNumbers
 from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
 
+gc.freeze()
+gc.enable()
 STARTED = time.monotonic()  # what --max_hours counts from
 
 
