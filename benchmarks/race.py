@@ -148,9 +148,10 @@ def compare(curves):
         curves: {name: {seed: validation_curve}}, the reference first.
 
     Returns:
-        list of {"name", "loss", "tokens", "token_ratio", "time_ratio"}, each a list over the seeds; the loss is the
-        last one, infinite where the run failed; the ratios are to the reference's whole run, None where its last loss
-        was not reached, or the run failed.
+        list of {"name", "loss", "difference", "tokens", "token_ratio", "time_ratio"}, each a list over the seeds; the
+        loss is the last one, infinite where the run failed; the difference is what it has above the reference's of the
+        same seed; the ratios are to the reference's whole run, None where its last loss was not reached, or the run
+        failed.
     """
     reference = next(iter(curves.values()))
     rows = []
@@ -166,6 +167,7 @@ def compare(curves):
             {
                 "name": name,
                 "loss": [curve[-1][2] for curve in by_seed.values()],
+                "difference": [curve[-1][2] - reference[seed][-1][2] for seed, curve in by_seed.items()],
                 "tokens": [curve[-1][0] for curve in by_seed.values()],
                 "token_ratio": [of_tokens for of_tokens, _ in ratios],
                 "time_ratio": [of_time for _, of_time in ratios],
@@ -178,15 +180,14 @@ def table(rows):
     reference = rows[0]["name"]
     lines = [
         "",
-        f"| runner | n | tokens | last validation loss | tokens to {reference}'s | seconds to {reference}'s |",
-        "|---|---|---|---|---|---|",
+        f"| runner | n | tokens | last validation loss | above {reference}'s | tokens to it | seconds to it |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratios = [shown(row[key], "{:.2f}") for key in ("token_ratio", "time_ratio")]
-        loss = shown(row["loss"], "{:.4f}")
-        lines.append(
-            f"| {row['name']} | {len(row['loss'])} | {max(row['tokens']):,} | {loss} | {ratios[0]} | {ratios[1]} |"
-        )
+        cells = [row["name"], len(row["loss"]), f"{max(row['tokens']):,}"]
+        cells += [shown(row[key], "{:.4f}") for key in ("loss", "difference")]
+        cells += [shown(row[key], "{:.2f}") for key in ("token_ratio", "time_ratio")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
