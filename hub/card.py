@@ -80,7 +80,7 @@ class Run:
             if begun is not None:
                 self.base_model = None if self._is_folder(begun) else begun["config"]["init_from"]
                 self.init_from = self.base_model or _no_folder(begun["config"]["init_from"])
-            # Not where another run's checkpoint was resumed: what that began from is written down there.
+            # Not where the first launch is not there any more: what the checkpoint began from is written down in it.
             self.is_from_scratch = begun is None and not launches[0].get("from_step")
         except UNREADABLE as error:
             raise HubError(

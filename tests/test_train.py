@@ -148,6 +148,8 @@ def test_a_branch_in_a_folder_of_its_own_takes_its_past_along(finished_run, laun
     branch = losses(tmp_path / "branch")
     assert branch[:11] == losses(original)[:11]
     assert branch[12:] != losses(original)[12:]
+    launches = json.loads((tmp_path / "branch" / "provenance.json").read_text())["earlier_launches"]
+    assert [launch["from_step"] for launch in launches] == [0]
     assert len(branch) == 20
 
 

@@ -61,16 +61,18 @@ def provenance(*, config, data, plan, accelerator, step):
     }
 
 
-def write_provenance(path, record, *, resumed):
+def write_provenance(path, record, *, before):
     """
-    Writes provenance.json: the record of this launch, and under "earlier_launches" those of the launches before it,
-    where the run was resumed.
+    Writes provenance.json: the record of this launch, and under "earlier_launches" those of the launches before it.
+
+    Args:
+        before: the provenance.json of the run that this one goes on from, which may be another's; None for a fresh run.
     """
-    path, earlier = Path(path), []
-    if resumed and path.is_file():
+    earlier = []
+    if before is not None and before.is_file():
         with contextlib.suppress(ValueError):  # somebody has damaged it; the run goes on
-            before = json.loads(path.read_text(encoding="utf-8"))
-            earlier = [*before.pop("earlier_launches", []), before]
+            last = json.loads(before.read_text(encoding="utf-8"))
+            earlier = [*last.pop("earlier_launches", []), last]
     write_json(path, {**record, "earlier_launches": earlier})
 
 

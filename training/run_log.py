@@ -50,16 +50,17 @@ class RunLog:
         self.metrics_path = output_dir / "metrics.jsonl"
 
         def start():
-            earlier = []
+            earlier, before = [], None
             if resume_from is not None:  # a branch in a folder of its own takes its past along
-                past = read_metrics(resume_from.resolve().parents[1] / "metrics.jsonl")
-                earlier = until(past, step, is_evaluated=is_evaluated)
+                past = resume_from.resolve().parents[1]
+                earlier = until(read_metrics(past / "metrics.jsonl"), step, is_evaluated=is_evaluated)
+                before = past / "provenance.json"
             output_dir.mkdir(parents=True, exist_ok=True)
             settings = dataclasses.asdict(config)
             resume_step = None if resume_from is None else step
             self._trackers = start_trackers(config.trackers, output_dir, settings, resume_step=resume_step)
             record = provenance(config=settings, data=data, plan=plan, accelerator=accelerator, step=step)
-            write_provenance(output_dir / "provenance.json", record, resumed=resume_from is not None)
+            write_provenance(output_dir / "provenance.json", record, before=before)
             self._metrics = MetricsLog(self.metrics_path, earlier=earlier, warn=say)
             self._progress = Progress(
                 say,
