@@ -108,3 +108,18 @@ def test_export_with_a_static_cache(model, input_ids):
             exported.module()(input_ids=input_ids[:1, t : t + 1], cache_position=torch.tensor([t])) for t in range(6)
         ]
     torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+def test_compiled_attention_has_no_mask(model, input_ids, monkeypatch, is_training):
+    """CUDA's flash kernels take none. torch 2.10's and 2.11's compiler says of itself that it exports."""
+    monkeypatch.setattr("transformers.masking_utils.is_torchdynamo_exporting", lambda: True, raising=False)
+    calls = []
+
+    def backend(graph, _):
+        calls.extend(node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph
+
+    torch.compile(model.train(is_training), backend=backend)(input_ids, labels=input_ids)
+    assert len(calls) == model.config.n_layer
+    assert all(len(call.args) == 3 and call.kwargs["attn_mask"] is None and call.kwargs["is_causal"] for call in calls)
