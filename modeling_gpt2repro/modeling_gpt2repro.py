@@ -161,13 +161,36 @@ def is_plain(module):
     """
     weight = getattr(module, "weight", None)
     return (
-        type(module) in (nn.Linear, nn.GELU)
+        type(module) in (nn.Linear, nn.GELU, LanguageModelHead)
         and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantised weight is a subclass
         and "forward" not in vars(module)  # where accelerate's offloading puts its own
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
     )
+
+
+class LanguageModelHead(nn.Linear):
+    """The last linear layer; given targets, it computes their loss and not all the logits."""
+
+    def forward(self, hidden_states, targets=None, num_items=None):
+        """
+        Args:
+            hidden_states: [..., D].
+            targets: [N] token ids, one for each hidden state; -100 is ignored.
+            num_items: what the summed loss is divided by.
+
+        Returns:
+            logits [..., V]; with targets the loss, a scalar.
+        """
+        if targets is None:
+            return super().forward(hidden_states)
+        return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets, num_items=num_items)
+
+
+def is_sharded(module):
+    """Whether FSDP2 holds the parameters: they are whole while the module is called, and it may be called as ever."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -405,7 +428,13 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 f"attention_mask {tuple(attention_mask.shape)} does not fit the input's "
                 f"batch and length {tuple(inputs_embeds.shape[:2])}"
             )
-        if kernel == "sdpa" and is_causal and attention_mask is None and position_ids is None and past_key_values is None:
+        if (
+            kernel == "sdpa"
+            and is_causal
+            and attention_mask is None
+            and position_ids is None
+            and past_key_values is None
+        ):
             # transformers would say so too, but not while torch 2.10 or 2.11 compiles: it takes that for an export.
             return None
         arguments = {"config": self.config, _MASK_INPUT: inputs_embeds, "attention_mask": attention_mask}
@@ -424,7 +453,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = LanguageModelHead(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -497,7 +526,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                 num_items_in_batch = (shift_labels != -100).sum()
             elif torch.is_tensor(num_items_in_batch):
                 num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-            if is_plain(self.lm_head) and self.lm_head.bias is None:
+            if isinstance(self.lm_head, LanguageModelHead) and is_sharded(self.lm_head):
+                loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch)
+            elif is_plain(self.lm_head) and self.lm_head.bias is None:  # also a new one, after resizing the vocabulary
                 loss = linear_cross_entropy(
                     hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels, num_items=num_items_in_batch
                 )

@@ -203,7 +203,7 @@ def test_hooks_on_linear_layers_are_called_in_training(model, input_ids):
     for layer in (model.lm_head, model.transformer.h[0].mlp.c_fc, model.transformer.h[1].mlp.act):
         layer.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
     loss = model.train()(input_ids, labels=input_ids).loss
-    assert sorted(seen) == ["GELU", "Linear", "Linear"]
+    assert sorted(seen) == ["GELU", "LanguageModelHead", "Linear"]
     fresh = GPT2ReproForCausalLM(model.config)
     fresh.load_state_dict(model.state_dict())
     torch.testing.assert_close(loss, fresh.train()(input_ids, labels=input_ids).loss)

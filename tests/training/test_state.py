@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, modeling_gpt2repro
 from training.config import OptimConfig
 from training.optim import build_optimizer
 from training.skipping import step_where_finite
@@ -49,16 +49,25 @@ def build(parameters=None, sharded=None):  # sharded: "no" or "bf16", the mixed 
 
 def step(model, optimizer, rows, sharded):
     num_items = len(batch) * 32
+    head_calls.clear()
     for micro, x in enumerate(rows.split(2)):
         if sharded:
             model.set_requires_gradient_sync(micro == len(rows) // 2 - 1)
         loss = model(input_ids=x[:, :-1], shift_labels=x[:, 1:].contiguous(), num_items_in_batch=num_items).loss
         (loss * (world_size if sharded else 1)).backward()
+    assert len(head_calls) == len(rows) // 2  # never all the logits
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     # As train.py does, and now and then the step is not taken.
     step_where_finite(SimpleNamespace(optimizer=optimizer, step=optimizer.step), torch.tensor(number != 1))
     optimizer.zero_grad()
 
+head_calls, head_loss = [], modeling_gpt2repro.linear_cross_entropy
+
+def counted(*arguments, **more):
+    head_calls.append(1)
+    return head_loss(*arguments, **more)
+
+modeling_gpt2repro.linear_cross_entropy = counted
 torch.manual_seed(1)
 plain, plain_optimizer, _ = build()
 initial = {name: p.detach().clone() for name, p in plain.named_parameters()}
