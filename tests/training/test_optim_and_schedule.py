@@ -8,6 +8,7 @@ import torch
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
 from training.config import OptimConfig
+from training.muon import orthogonalized
 from training.optim import build_optimizer
 from training.precision import resolve_mixed_precision
 from training.schedule import learning_rate
@@ -74,14 +75,20 @@ def prepared(optimizer):
 MUON = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=0.05)
 
 
-def test_muon_and_adamw_as_torch_has_them():
-    """Three steps, the second with half the learning rate; against the two by themselves."""
+@pytest.mark.parametrize("batch_numel", [2**26, 1])
+def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
+    """Three steps, the second with half the learning rate; against the two by themselves, and Q, K and V too."""
+    monkeypatch.setattr("training.muon._BATCH_NUMEL", batch_numel)
     model, reference = small_model(), small_model()
     optimizer = build_optimizer(model, MUON, "cpu")
     blocks = [p for name, p in reference.named_parameters() if ".h." in name and p.dim() == 2]
     rest = [p for p in reference.parameters() if all(p is not block for block in blocks)]
     assert len(blocks) == 8
-    muon = torch.optim.Muon(blocks, lr=0.02, weight_decay=0.05, momentum=0.95)
+    parts_of = {p: p.detach().chunk(3) if p.shape[0] == 3 * p.shape[1] else (p.detach(),) for p in blocks}  # views
+    assert [len(parts) for parts in parts_of.values()] == [3, 1, 1, 1] * 2
+    parts_of = {p: [torch.nn.Parameter(part) for part in parts] for p, parts in parts_of.items()}
+    pieces = [part for parts in parts_of.values() for part in parts]
+    muon = torch.optim.Muon(pieces, lr=0.02, weight_decay=0.05, momentum=0.95)
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
@@ -98,11 +105,30 @@ def test_muon_and_adamw_as_torch_has_them():
             group["lr"] = 1e-2 * factor
         for each in (model, reference):
             give_gradients(each, seed=step)
+        for p, parts in parts_of.items():
+            for part, gradient in zip(parts, p.grad.chunk(len(parts)), strict=True):
+                part.grad = gradient
         optimizer.step()
         muon.step()
         adamw.step()
-    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
+    for (name, p), q, initial in zip(
+        model.named_parameters(), reference.parameters(), small_model().parameters(), strict=True
+    ):
+        # Muon computes in bfloat16, and not every machine's batched matmul rounds like the others.
+        assert (p - q).norm() < (0.02 if q in parts_of else 1e-5) * (q - initial).norm(), name
+
+
+def test_orthogonalized_is_nearly_so():
+    """Against the quintic in float64, and what its author says of the singular values."""
+    matrices = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / values.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    assert values.min() > 0.5 and values.max() < 1.3
+    expected = left @ torch.diag_embed(values) @ right
+    for found, wanted in ((orthogonalized(matrices), expected), (orthogonalized(matrices.mT).mT, expected)):
+        assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
 
 
 @pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), MUON], ids=["adamw", "muon"])

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM, modeling_gpt2repro
 from training.config import OptimConfig
 from training.optim import build_optimizer
@@ -58,7 +59,9 @@ def step(model, optimizer, rows, sharded):
     assert len(head_calls) == len(rows) // 2  # never all the logits
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     # As train.py does, and now and then the step is not taken.
-    step_where_finite(SimpleNamespace(optimizer=optimizer, step=optimizer.step), torch.tensor(number != 1))
+    with CommDebugMode() as messages:
+        step_where_finite(SimpleNamespace(optimizer=optimizer, step=optimizer.step), torch.tensor(number != 1))
+    assert messages.get_total_counts() == (8 if sharded and muon_lr else 0)  # each matrix is gathered once
     optimizer.zero_grad()
 
 head_calls, head_loss = [], modeling_gpt2repro.linear_cross_entropy
@@ -93,7 +96,7 @@ if rank == 0:
     for name, parameter in plain.named_parameters():
         if muon_lr is None:
             torch.testing.assert_close(parameters[name], parameter.detach(), atol=1e-5, rtol=0)
-        else:  # it computes in bfloat16, and shards round otherwise than the whole
+        else:  # it computes in bfloat16
             moved = (parameter - initial[name]).norm()
             assert (parameters[name] - parameter).norm() < 0.1 * moved, name
         assert torch.equal(whole_parameters[name], parameters[name])
