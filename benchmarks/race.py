@@ -9,12 +9,13 @@ validation loss that the first one ends with.
 NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, where these are of one size.
 Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow hour of the
 machine falls on all of them. What is finished is not run again, what was interrupted goes on; a folder with a run of
-other settings is an error. A run that fails has not reached anything; one that is stopped stops the race.
+other settings is an error. A run that diverges has not reached anything; one that stops for another reason stops the
+race.
 
 Writes into --out: a folder a run (NAME/SEED), race.json, race.png (loss over tokens and over seconds of training), and
 prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs, read off on
-straight lines between evaluations. Seconds are those of the steps, the first one's compiling among them, without
-evaluations and saving.
+straight lines between evaluations: no better than these are close. Seconds are those of the steps, the first one's
+compiling among them, without evaluations and saving.
 """
 
 import argparse
@@ -40,8 +41,8 @@ from training.metrics import read_metrics  # noqa: E402
 def main():
     args = parse_args()
     folder_of = {(name, seed): Path(args.out) / name / str(seed) for seed in args.seeds for name in args.runners}
-    for (name, seed), folder in folder_of.items():
-        check(folder, args.runners[name], seed)  # all of them, before hours go into the first
+    checked = [check(folder, args.runners[name], seed) for (name, seed), folder in folder_of.items()]
+    check_comparable(checked)  # all of them, before hours go into the first
     curves = {name: {} for name in args.runners}
     for (name, seed), folder in folder_of.items():
         is_finished = train(folder, args.runners[name], seed, args.launch)
@@ -50,6 +51,9 @@ def main():
         print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
         if curves[name] is next(iter(curves.values())) and not math.isfinite(loss):
             raise SystemExit(f"{folder}: the reference has no last loss to race for; see its console.log")
+    made_by = {origin(folder) for folder in folder_of.values()}
+    if len(made_by) > 1:
+        print("\nwarning: these runs are not of one machine and one code:", *sorted(made_by), sep="\n    ")
     rows = compare(curves)
     (Path(args.out) / "race.json").write_text(json.dumps(finite({"curves": curves, "rows": rows}), indent=1) + "\n")
     draw(curves, Path(args.out) / "race.png")
@@ -81,14 +85,14 @@ def parse_args():
 
 
 def check(folder, settings, seed):
-    """Ends with an error where the settings cannot be, or are not those of the run that the folder has."""
+    """The Config; ends with an error where it cannot be, or is not that of the run that the folder has."""
     try:
         config = load_config([*settings, "--seed", str(seed)])
     except TrainingError as error:
         raise SystemExit(f"error: {folder}: {error}") from None
     path = folder / "provenance.json"
     if not path.is_file():
-        return
+        return config
     wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     found = json.loads(path.read_text())["config"]
     not_compared = {"output_dir", "resume"} | ({"model"} if config.init_from else set())  # the shape is then another's
@@ -97,10 +101,34 @@ def check(folder, settings, seed):
         raise SystemExit(
             f"error: {folder} has a run with other settings ({', '.join(changed)}): remove it, or take another --out"
         )
+    return config
+
+
+def check_comparable(configs):
+    """Ends with an error where losses of two runs would not be losses of the same thing."""
+    for name, value_of in {
+        "model": lambda config: dataclasses.replace(config.model, dropout=0.0),
+        "data.path": lambda config: config.data.path,
+        "data.boundary": lambda config: config.data.boundary,
+        "batch.seq_len": lambda config: config.batch.seq_len,
+        "eval.val_tokens": lambda config: config.eval.val_tokens,
+    }.items():
+        values = {str(value_of(config)) for config in configs}
+        if len(values) > 1:
+            raise SystemExit(f"error: the runners differ in {name}: {', '.join(sorted(values))}")
+
+
+def origin(folder):
+    """What a run was made by, on one line."""
+    made = json.loads((folder / "provenance.json").read_text())
+    hardware, code = made["hardware"], made["code"] or {}
+    machine = f"{hardware['processes']} x {hardware['device']}, {hardware['cpu_count']} cores"
+    commit = f"commit {code.get('commit')}{', changed' if code.get('dirty') else ''}"
+    return f"{machine}, {hardware['mixed_precision']}, torch {made['versions']['torch']}, {commit}"
 
 
 def train(folder, settings, seed, launch):
-    """Whether the run came to its end."""
+    """Whether the run came to its end; if not, it has diverged."""
     path = folder / "status.json"
 
     def status():
@@ -108,13 +136,16 @@ def train(folder, settings, seed, launch):
 
     if status() != "finished":
         folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # what it says is of an earlier attempt
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py", *settings]
         command += ["--seed", str(seed), "--output_dir", str(folder.resolve()), "--resume", "auto"]
         with (folder / "console.log").open("a") as log:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if status() not in ("finished", "failed"):
-        raise SystemExit(f"{folder} did not begin or was stopped: see console.log there, and run this again")
-    return status() == "finished"
+    last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
+    has_diverged = status() == "failed" and "skipped" in last  # it gave up after a step that was not finite
+    if status() != "finished" and not has_diverged:
+        raise SystemExit(f"{folder} did not come to its end: see console.log there, and run this again")
+    return not has_diverged
 
 
 def validation_curve(records, is_finished=True):
@@ -134,7 +165,14 @@ def validation_curve(records, is_finished=True):
 
 
 def needed(curve, loss):
-    """(tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None: it does not."""
+    """
+    (tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None where it does not,
+    or ends above it.
+    """
+    if not curve[-1][2] <= loss:
+        return None
+    if curve[0][2] <= loss:
+        return tuple(curve[0][:2])
     for (tokens, seconds, higher), (later_tokens, later_seconds, lower) in itertools.pairwise(curve):
         if higher > loss >= lower:
             share = (higher - loss) / (higher - lower) if math.isfinite(higher) else 1.0
@@ -149,9 +187,8 @@ def compare(curves):
 
     Returns:
         list of {"name", "loss", "difference", "tokens", "token_ratio", "time_ratio"}, each a list over the seeds; the
-        loss is the last one, infinite where the run failed; the difference is what it has above the reference's of the
-        same seed; the ratios are to the reference's whole run, None where its last loss was not reached, or the run
-        failed.
+        loss is the last one, infinite where the run diverged; the difference is what it has above the reference's of
+        the same seed; the ratios are to the reference's whole run, None where its last loss was not reached for good.
     """
     reference = next(iter(curves.values()))
     rows = []
@@ -160,8 +197,6 @@ def compare(curves):
         for seed, curve in by_seed.items():
             tokens, seconds, loss = reference[seed][-1]
             reached = (tokens, seconds) if by_seed is reference else needed(curve, loss)
-            if not math.isfinite(curve[-1][2]):  # what came down and went to pieces is no way to train
-                reached = None
             ratios.append((None, None) if reached is None else (reached[0] / tokens, reached[1] / seconds))
         rows.append(
             {

@@ -1,5 +1,6 @@
 """The benchmarks start. What they measure is no test."""
 
+import functools
 import json
 import runpy
 import subprocess
@@ -53,7 +54,7 @@ def test_the_tokenising_benchmark_runs(tmp_path):
 def test_a_race_says_how_many_tokens_and_seconds_another_recipe_needs(tmp_path, monkeypatch, capsys):
     """
     Made-up ones: the reference, one that needs half the tokens and 0.6 of the time, one that never gets there, one that
-    gets there and diverges, one that fails.
+    gets there and comes back up, one that gets there and has no finite loss, one that gets there and gives up.
     """
     race = runpy.run_path(str(FOLDER / "race.py"))
     recipe = tmp_path / "x.yaml"
@@ -71,27 +72,31 @@ def test_a_race_says_how_many_tokens_and_seconds_another_recipe_needs(tmp_path, 
                 records.append(
                     {"step": step, "tokens": 100 * step, "val_loss": 10 - slope * step / 2 - 0.01 * int(folder.name)}
                 )
-        if folder.parent.name == "diverging":
-            records[-1]["val_loss"] = None
+        if folder.parent.name in ("rising", "diverging"):
+            records[-1]["val_loss"] = 9.0 if folder.parent.name == "rising" else None
+        made = {"hardware": dict.fromkeys(("processes", "device", "cpu_count", "mixed_precision")), "code": None}
+        made["versions"] = {"torch": f"2.{min(len(asked) - 1, 1)}"}
+        (folder / "provenance.json").write_text(json.dumps(made))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
         return folder.parent.name != "failing"
 
     monkeypatch.setitem(race["main"].__globals__, "train", train)
-    others = [f"{name}={recipe}" for name in ("slow", "diverging", "failing")]
+    others = [f"{name}={recipe}" for name in ("slow", "rising", "diverging", "failing")]
     runners = [f"adamw={recipe}", f"fast={recipe},optim.muon_lr=0.02,optim.betas=[0.9, 0.99],seed=5", *others]
     monkeypatch.setattr(sys, "argv", ["race.py", *runners, "--seeds", "1", "2", "--out", str(tmp_path / "out")])
     race["main"]()
     settings = ["--config", str(recipe), "--optim.muon_lr", "0.02", "--optim.betas", "[0.9, 0.99]", "--seed", "5"]
     assert asked[1] == ("1", settings, 1)
-    reference, fast, slow, diverging, failing = json.loads((tmp_path / "out" / "race.json").read_text())["rows"]
+    reference, fast, slow, rising, diverging, failing = json.loads((tmp_path / "out" / "race.json").read_text())["rows"]
     assert reference["loss"] == pytest.approx([5.99, 5.98]) and reference["token_ratio"] == [1.0, 1.0]
     assert fast["token_ratio"] == pytest.approx([0.5, 0.5])
     assert fast["time_ratio"] == pytest.approx([0.6, 0.6])
-    assert slow["token_ratio"] == [None, None]
+    assert slow["token_ratio"] == rising["token_ratio"] == [None, None]
     for row in (diverging, failing):  # it was there, and did not stay
         assert row["loss"] == row["token_ratio"] == [None, None]
     said = capsys.readouterr().out
+    assert "not of one machine" in said and "torch 2.0" in said and "torch 2.1" in said
     assert "| fast | 2 | 800 | 1.9850 ± 0.0071 | -4.0000 ± 0.0000 | 0.50 ± 0.00 | 0.60 ± 0.00 |" in said
     assert f"| failing | 2 | 800 {'| not reached by 2 of 2 ' * 4}|" in said
     assert (tmp_path / "out" / "race.png").stat().st_size > 10_000
@@ -107,3 +112,28 @@ def test_a_race_does_not_take_a_run_of_other_settings_for_its_own(tmp_path, fini
     with pytest.raises(SystemExit, match=r"unknown setting 'optim\.learning_rate'"):
         race["check"](tmp_path / "new", [*settings, "--optim.learning_rate", "1"], 1337)
     assert race["train"](folder, settings, 1337, "")  # it is finished: nothing is run
+    configs = [race["check"](tmp_path / "new", [*settings, *more], 1) for more in ([], ["--model.n_layer", "3"])]
+    with pytest.raises(SystemExit, match="differ in model"):
+        race["check_comparable"](configs)
+    race["check_comparable"](configs[:1] * 2)
+
+
+def test_a_race_ends_with_a_run_that_fails_for_another_reason_than_diverging(tmp_path, monkeypatch):
+    race = runpy.run_path(str(FOLDER / "race.py"))
+    folder = tmp_path / "x" / "1"
+    folder.mkdir(parents=True)
+    (folder / "status.json").write_text('{"status": "failed"}')  # an earlier attempt's
+    records = [{"step": 1, "tokens": 8, "loss": 3.0}, {"step": 2, "tokens": 16, "loss": None, "skipped": {}}]
+
+    def run(*arguments, writes, **more):
+        if writes:
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records[:writes]))
+            (folder / "status.json").write_text('{"status": "failed"}')
+
+    for writes, has_diverged in ((0, False), (1, False), (2, True)):
+        monkeypatch.setattr(subprocess, "run", functools.partial(run, writes=writes))
+        if has_diverged:
+            assert not race["train"](folder, [], 1, "")
+        else:
+            with pytest.raises(SystemExit, match=r"did not come to its end: see console\.log"):
+                race["train"](folder, [], 1, "")
