@@ -3,10 +3,16 @@
 import gc
 import os
 import sys
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 
 from training import TrainingError
 from training.cpu import keep_freed_memory, use_all_cores
@@ -28,7 +34,14 @@ def start_accelerator(mixed_precision, *, is_muon=False):
     """
     # cpu=True where there is no accelerator: without it, processes started on a CPU never find each other.
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=resolve_mixed_precision(mixed_precision)
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=resolve_mixed_precision(mixed_precision),
+        kwargs_handlers=[
+            # The others wait while one prepares data, checks a checkpoint or saves; NCCL's patience is ten minutes.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            # Gradients lie where DDP exchanges them, and not there and beside it.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:

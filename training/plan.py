@@ -98,9 +98,9 @@ class Plan:
         buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
         gradients = 4 * num_parameters
         # The gradients of one micro-batch are there while the next needs its activations; of a lone one they grow as
-        # the activations go.
+        # the activations go, or where there are buckets in these.
         if rows * num_processes == self.batch.tokens_per_step:
-            gradients = max(0, gradients - activations)
+            gradients = max(0, gradients - activations) if num_processes == 1 else 0
         return MemoryEstimate(
             state=12 * num_parameters,
             gradients=gradients + buckets,

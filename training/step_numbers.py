@@ -5,8 +5,8 @@ from collections import deque
 
 import torch
 
-# FLOPs of a step on one device. From here on a step takes any GPU a tenth of a second and more, and what it then waits
-# for the host is not worth the later stop.
+# FLOPs of a step on one device: 0.2 seconds of an H100 at half of its peak. What the device waits for the host between
+# longer steps, a millisecond, is not worth the later stop.
 _LONG_STEP = 1e14
 
 
