@@ -8,9 +8,9 @@ validation loss that the first one ends with.
 
 NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, where these are of one size.
 Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow hour of the
-machine falls on all of them. What is finished is not run again, what was interrupted goes on; a folder with a run of
-other settings is an error. A run that diverges has not reached anything; one that stops for another reason stops the
-race.
+machine falls on all of them. What is finished or has diverged is not run again, what was interrupted goes on; a folder
+with a run of other settings is an error. A run that diverges has not reached anything; one that stops for another
+reason stops the race.
 
 Writes into --out: a folder a run (NAME/SEED), race.json, race.png (loss over tokens and over seconds of training), and
 prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs, read off on
@@ -41,11 +41,11 @@ from training.metrics import read_metrics  # noqa: E402
 def main():
     args = parse_args()
     folder_of = {(name, seed): Path(args.out) / name / str(seed) for seed in args.seeds for name in args.runners}
-    checked = [check(folder, args.runners[name], seed) for (name, seed), folder in folder_of.items()]
-    check_comparable(checked)  # all of them, before hours go into the first
+    configs = {folder: check(folder, args.runners[name], seed) for (name, seed), folder in folder_of.items()}
+    check_comparable(configs.values())  # all of them, before hours go into the first
     curves = {name: {} for name in args.runners}
     for (name, seed), folder in folder_of.items():
-        is_finished = train(folder, args.runners[name], seed, args.launch)
+        is_finished = train(folder, args.runners[name], seed, args.launch, configs[folder].optim.max_skipped_steps)
         curves[name][seed] = curve = validation_curve(read_metrics(folder / "metrics.jsonl"), is_finished)
         tokens, seconds, loss = curve[-1]
         print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
@@ -112,6 +112,7 @@ def check_comparable(configs):
         "data.boundary": lambda config: config.data.boundary,
         "batch.seq_len": lambda config: config.batch.seq_len,
         "eval.val_tokens": lambda config: config.eval.val_tokens,
+        "init_from": lambda config: config.init_from,
     }.items():
         values = {str(value_of(config)) for config in configs}
         if len(values) > 1:
@@ -127,25 +128,26 @@ def origin(folder):
     return f"{machine}, {hardware['mixed_precision']}, torch {made['versions']['torch']}, {commit}"
 
 
-def train(folder, settings, seed, launch):
+def train(folder, settings, seed, launch, max_skipped_steps):
     """Whether the run came to its end; if not, it has diverged."""
     path = folder / "status.json"
 
-    def status():
-        return json.loads(path.read_text())["status"] if path.is_file() else None
+    def outcome():
+        status = json.loads(path.read_text())["status"] if path.is_file() else None
+        last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
+        gave_up = last.get("skipped", {}).get("in_a_row", 0) >= max_skipped_steps
+        return "diverged" if status == "failed" and gave_up else status
 
-    if status() != "finished":
+    if outcome() not in ("finished", "diverged"):
         folder.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)  # what it says is of an earlier attempt
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py", *settings]
         command += ["--seed", str(seed), "--output_dir", str(folder.resolve()), "--resume", "auto"]
         with (folder / "console.log").open("a") as log:
             subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
-    has_diverged = status() == "failed" and "skipped" in last  # it gave up after a step that was not finite
-    if status() != "finished" and not has_diverged:
+    if outcome() not in ("finished", "diverged"):
         raise SystemExit(f"{folder} did not come to its end: see console.log there, and run this again")
-    return not has_diverged
+    return outcome() == "finished"
 
 
 def validation_curve(records, is_finished=True):

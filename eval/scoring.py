@@ -148,9 +148,11 @@ def _can_share_context(model):
     if getattr(config, "model_type", None) not in SHARING_MODELS or config._attn_implementation != "sdpa":
         return False
     head = model.get_output_embeddings()
+    # By name: a checkpoint's own code (trust_remote_code) has a class of its own.
+    is_linear = type(head) is nn.Linear or type(head).__name__ == "LanguageModelHead"
     return (
         getattr(model, model.base_model_prefix) is model.base_model
-        and type(head) is nn.Linear
+        and is_linear
         and head.bias is None
         and head.weight.device.type != "meta"
     )

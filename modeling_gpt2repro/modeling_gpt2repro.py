@@ -526,9 +526,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                 num_items_in_batch = (shift_labels != -100).sum()
             elif torch.is_tensor(num_items_in_batch):
                 num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-            if isinstance(self.lm_head, LanguageModelHead) and is_sharded(self.lm_head):
+            has_bias = self.lm_head.bias is not None
+            if isinstance(self.lm_head, LanguageModelHead) and is_sharded(self.lm_head) and not has_bias:
                 loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch)
-            elif is_plain(self.lm_head) and self.lm_head.bias is None:  # also a new one, after resizing the vocabulary
+            elif is_plain(self.lm_head) and not has_bias:  # also a new one, after resizing the vocabulary
                 loss = linear_cross_entropy(
                     hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels, num_items=num_items_in_batch
                 )

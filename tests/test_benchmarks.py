@@ -61,7 +61,7 @@ def test_a_race_says_how_many_tokens_and_seconds_another_recipe_needs(tmp_path, 
     recipe.write_text("max_steps: 8\n")
     asked = []
 
-    def train(folder, settings, seed, launch):
+    def train(folder, settings, seed, launch, max_skipped_steps):
         asked.append((folder.name, settings, seed))
         folder.mkdir(parents=True)
         slope, ms = {"slow": (0.5, 1000), "adamw": (1.0, 1000)}.get(folder.parent.name, (2.0, 1200))
@@ -111,7 +111,7 @@ def test_a_race_does_not_take_a_run_of_other_settings_for_its_own(tmp_path, fini
         race["check"](folder, [*settings, "--optim.lr", "1e-4"], 1337)
     with pytest.raises(SystemExit, match=r"unknown setting 'optim\.learning_rate'"):
         race["check"](tmp_path / "new", [*settings, "--optim.learning_rate", "1"], 1337)
-    assert race["train"](folder, settings, 1337, "")  # it is finished: nothing is run
+    assert race["train"](folder, settings, 1337, "", 10)  # it is finished: nothing is run
     configs = [race["check"](tmp_path / "new", [*settings, *more], 1) for more in ([], ["--model.n_layer", "3"])]
     with pytest.raises(SystemExit, match="differ in model"):
         race["check_comparable"](configs)
@@ -123,17 +123,21 @@ def test_a_race_ends_with_a_run_that_fails_for_another_reason_than_diverging(tmp
     folder = tmp_path / "x" / "1"
     folder.mkdir(parents=True)
     (folder / "status.json").write_text('{"status": "failed"}')  # an earlier attempt's
-    records = [{"step": 1, "tokens": 8, "loss": 3.0}, {"step": 2, "tokens": 16, "loss": None, "skipped": {}}]
+    records = [{"step": 1, "tokens": 8, "loss": 3.0}]
+    records += [{"step": n + 1, "tokens": 8, "loss": None, "skipped": {"in_a_row": n}} for n in (1, 2)]
+    runs = []
 
     def run(*arguments, writes, **more):
+        runs.append(writes)
         if writes:
             (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records[:writes]))
             (folder / "status.json").write_text('{"status": "failed"}')
 
-    for writes, has_diverged in ((0, False), (1, False), (2, True)):
+    for writes in (0, 1, 2):  # it does not begin; it fails; it fails after a skipped step
         monkeypatch.setattr(subprocess, "run", functools.partial(run, writes=writes))
-        if has_diverged:
-            assert not race["train"](folder, [], 1, "")
-        else:
-            with pytest.raises(SystemExit, match=r"did not come to its end: see console\.log"):
-                race["train"](folder, [], 1, "")
+        with pytest.raises(SystemExit, match=r"did not come to its end: see console\.log"):
+            race["train"](folder, [], 1, "", 2)
+    monkeypatch.setattr(subprocess, "run", functools.partial(run, writes=3))
+    for _ in range(2):
+        assert not race["train"](folder, [], 1, "", 2)
+    assert runs == [0, 1, 2, 3]  # what has diverged would do so again

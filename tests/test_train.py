@@ -21,6 +21,8 @@ from data.manifest import is_to_be_prepared, open_split, read_manifest
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import run_folder
+from training.checkpoint import run_folder_of
+from training.provenance import write_provenance
 
 
 def test_a_run_leaves_what_it_promises(finished_run):
@@ -153,6 +155,22 @@ def test_a_branch_in_a_folder_of_its_own_takes_its_past_along(finished_run, laun
     assert len(branch) == 20
 
 
+def test_what_a_run_takes_along_of_the_one_before(tmp_path):
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps({"from_step": 10, "earlier_launches": [{"from_step": 0}, {"from_step": 4}]}))
+    for step, launches in ((10, [0, 4, 10]), (9, [0, 4]), (0, [0])):  # not what came after the step it branches off
+        write_provenance(tmp_path / "provenance.json", {"from_step": step}, before=before)
+        record = json.loads((tmp_path / "provenance.json").read_text())
+        assert [launch["from_step"] for launch in record["earlier_launches"]] == launches
+    # A run's checkpoints may lie on another disk.
+    (tmp_path / "disk" / "step_000001").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_000001"
+    assert run_folder_of(checkpoint, tmp_path / "run") == tmp_path / "run"
+    assert run_folder_of(checkpoint, tmp_path / "other") == tmp_path
+
+
 # One of gloo's threads still has tensors of Python's when the processes part: the second process is late.
 LINGERING = f"""
 import sys, time
@@ -209,6 +227,15 @@ training.launch.Accelerator = alone
 sys.argv = ["train.py", *sys.argv[1:]]
 train.main()
 """
+
+
+def test_what_processes_are_told_of_each_other(launch):
+    program = """
+from training.launch import start_accelerator
+accelerator = start_accelerator("no")
+print(accelerator.ddp_handler.gradient_as_bucket_view, accelerator.init_handler.timeout)
+"""
+    assert launch(program, script="-c").stdout.split() == ["True", "0:30:00"]
 
 
 def test_processes_that_do_not_see_each_other_stop(tiny, tmp_path):

@@ -44,6 +44,13 @@ def checkpoint_folder(output_dir, step):
     return Path(output_dir) / "checkpoints" / f"step_{step:06d}"
 
 
+def run_folder_of(checkpoint, output_dir):
+    """The folder of the run that a checkpoint is of: `output_dir` where it lies there, on whatever disk that is."""
+    checkpoints = Path(checkpoint).resolve().parent
+    is_own = checkpoints == (Path(output_dir) / "checkpoints").resolve()
+    return Path(output_dir) if is_own else checkpoints.parent
+
+
 class CheckpointWriter:
     """
     Writes checkpoints and removes old ones. On a GPU, training waits only while the state is copied to the host's

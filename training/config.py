@@ -90,7 +90,7 @@ class OptimConfig:
     muon_weight_decay: float = 0.05
     """Muon's"""
     grad_clip: float = 1.0
-    """largest norm of the whole gradient"""
+    """largest norm of the whole gradient; .inf: any"""
     max_skipped_steps: int = 10
     """a step whose loss or gradient is not finite is skipped; after so many in a row the run stops"""
 
@@ -268,7 +268,7 @@ def _check(config):
             f"eval.hellaswag_limit must be at least 2, got {config.eval.hellaswag_limit}: one item has no error bar"
         )
     for name, value in positive.items():
-        if not 0 < value < math.inf:
+        if not 0 < value < math.inf and (name, value) != ("optim.grad_clip", math.inf):  # which clips nothing
             raise TrainingError(f"{name} must be above 0 and finite, got {value}")
     for name, value, below in (
         ("optim.warmup_steps", config.optim.warmup_steps, math.inf),

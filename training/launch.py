@@ -39,7 +39,7 @@ def start_accelerator(mixed_precision, *, is_muon=False):
         kwargs_handlers=[
             # The others wait while one prepares data, checks a checkpoint or saves; NCCL's patience is ten minutes.
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
-            # Gradients lie where DDP exchanges them, and not there and beside it.
+            # Gradients lie where DDP exchanges them; of several micro-batches the sum only, when it is complete.
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )

@@ -83,7 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
             change(state["momentum_buffer"], momentum)
         rows, columns = parameters[0].shape
         matrices = torch.stack(directions).view(-1, rows // group["parts"], columns)
-        updates = orthogonalized(matrices).view(-1, rows, columns)
+        updates = orthogonalized(matrices).reshape(-1, rows, columns)
         # So that the size of a step's effect on the output does not depend on the shape.
         lr = group["lr"] * math.sqrt(max(1, rows / group["parts"] / columns))
         for p, update in zip(parameters, updates, strict=True):

@@ -73,6 +73,8 @@ def write_provenance(path, record, *, before):
         with contextlib.suppress(ValueError):  # somebody has damaged it; the run goes on
             last = json.loads(before.read_text(encoding="utf-8"))
             earlier = [*last.pop("earlier_launches", []), last]
+            # Not of what came after the step that a branch goes on from.
+            earlier = [launch for launch in earlier if launch.get("from_step", 0) <= record["from_step"]]
     write_json(path, {**record, "earlier_launches": earlier})
 
 

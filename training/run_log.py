@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from training.checkpoint import run_folder_of
 from training.curves import plot_curves
 from training.launch import on_main_process
 from training.metrics import MetricsLog, read_metrics, until
@@ -52,7 +53,7 @@ class RunLog:
         def start():
             earlier, before = [], None
             if resume_from is not None:  # a branch in a folder of its own takes its past along
-                past = resume_from.resolve().parents[1]
+                past = run_folder_of(resume_from, output_dir)
                 earlier = until(read_metrics(past / "metrics.jsonl"), step, is_evaluated=is_evaluated)
                 before = past / "provenance.json"
             output_dir.mkdir(parents=True, exist_ok=True)

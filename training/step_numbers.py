@@ -27,7 +27,8 @@ class StepNumbers:
             flops: of a step on one device; the same on every process, so that all of them read the same steps at the
                 same time.
         """
-        self._lag = 1 if device.type == "cuda" and flops < _LONG_STEP else 0
+        self._is_cuda = device.type == "cuda"
+        self._lag = 1 if self._is_cuda and flops < _LONG_STEP else 0
         self._waiting = deque()
         self._since = time.perf_counter()
 
@@ -39,12 +40,12 @@ class StepNumbers:
     def put(self, numbers, about):
         """
         Args:
-            numbers: 1-D tensor on the device; the host does not wait for it.
+            numbers: 1-D tensor on the device; on CUDA the host does not wait for it here.
             about: what comes back with them.
         """
-        numbers = numbers.detach().to("cpu", non_blocking=self._lag > 0)  # from CUDA into pinned memory
+        numbers = numbers.detach().to("cpu", non_blocking=self._is_cuda)  # from CUDA into pinned memory
         has_come = None
-        if self._lag:
+        if self._is_cuda:
             has_come = torch.cuda.Event()
             has_come.record()
         self._waiting.append((numbers, has_come, about))

@@ -1,4 +1,4 @@
-"""Ways to ask a run to stop: it then finishes its step, saves, and says that it wants to go on."""
+"""Ways to ask a run to stop: it then finishes what the device was given, saves, and says that it wants to go on."""
 
 import os
 import signal

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from eval import EvalError
-from eval.scoring import Request, loglikelihoods
+from eval.scoring import Request, _can_share_context, loglikelihoods
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 VOCABULARY = 61
@@ -99,7 +99,9 @@ def pairs(requests):
 def either_way(request, model):
     """The same weights, scored with shared contexts and without."""
     if request.param == "our model":
-        return GPT2ReproForCausalLM.from_gpt2(model)
+        ours = GPT2ReproForCausalLM.from_gpt2(model)
+        assert _can_share_context(ours)
+        return ours
     config = copy.deepcopy(model.config)
     other = type(model)._from_config(
         config, attn_implementation="sdpa" if request.param == "shared contexts" else "eager"

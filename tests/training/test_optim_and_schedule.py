@@ -80,7 +80,8 @@ def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
     """Three steps, the second with half the learning rate; against the two by themselves, and Q, K and V too."""
     monkeypatch.setattr("training.muon._BATCH_NUMEL", batch_numel)
     model, reference = small_model(), small_model()
-    optimizer = build_optimizer(model, MUON, "cpu")
+    optim = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=5.0)  # so much that it shows
+    optimizer = build_optimizer(model, optim, "cpu")
     blocks = [p for name, p in reference.named_parameters() if ".h." in name and p.dim() == 2]
     rest = [p for p in reference.parameters() if all(p is not block for block in blocks)]
     assert len(blocks) == 8
@@ -88,7 +89,7 @@ def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
     assert [len(parts) for parts in parts_of.values()] == [3, 1, 1, 1] * 2
     parts_of = {p: [torch.nn.Parameter(part) for part in parts] for p, parts in parts_of.items()}
     pieces = [part for parts in parts_of.values() for part in parts]
-    muon = torch.optim.Muon(pieces, lr=0.02, weight_decay=0.05, momentum=0.95)
+    muon = torch.optim.Muon(pieces, lr=0.02, weight_decay=5.0, momentum=0.95)
     adamw = torch.optim.AdamW(
         [
             {"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1},
@@ -191,6 +192,7 @@ def test_numbers_of_a_step_come_with_the_next(monkeypatch):
     assert [about for _, about, _ in numbers.read(lambda: True)] == ["two"]
 
     numbers = StepNumbers(torch.device("cuda"), flops=1e15)  # so long that a request to stop should not wait for two
+    numbers.start_step()
     numbers.put(torch.tensor([1.0]), "long")
     assert [about for _, about, _ in numbers.read(lambda: False)] == ["long"]
 

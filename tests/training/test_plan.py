@@ -43,6 +43,14 @@ def test_memory_is_within_15_percent_of_what_was_measured(row):
     assert plan(*settings).memory(micro_batch_size=row[4]).total / 1e9 == pytest.approx(peak, rel=0.15)
 
 
+def test_gradients_of_several_processes_lie_in_the_buckets():
+    """DDP's; while micro-batches are added up they lie beside these."""
+    for accumulation, copies in ((2, 1), (4, 2)):
+        two = plan(12, 768, 12, 1024, 4, accumulation, "bf16", 0.0, 124_439_808)
+        two.hardware = two.hardware._replace(num_processes=2)
+        assert two.memory(micro_batch_size=4).gradients == copies * 4 * 124_439_808
+
+
 def test_flops_and_time():
     the_lectures = plan(12, 768, 12, 1024, 64, 8, "bf16", 0.0, 124_439_808, max_steps=19_073)
     assert the_lectures.total_tokens == 9_999_745_024
