@@ -5,8 +5,8 @@ from collections import deque
 
 import torch
 
-# FLOPs of a step on one device: 0.2 seconds of an H100 at half of its peak. What the device waits for the host between
-# longer steps, a millisecond, is not worth the later stop.
+# FLOPs of a step on one device: 0.2 seconds of an H100 at half of its peak. Beside longer steps it is little that the
+# device waits for the host between them, and a request to stop should not wait for one more.
 _LONG_STEP = 1e14
 
 
