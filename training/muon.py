@@ -4,7 +4,8 @@ import math
 from collections import defaultdict
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+
+from training.state import gathered, held_like
 
 # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: a quintic that takes singular values to about 1.
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -79,7 +80,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(p)
             momentum = state["momentum_buffer"].lerp(p.grad, 1 - group["momentum"])
             direction = p.grad.lerp(momentum, group["momentum"])  # Nesterov's
-            directions.append(direction.full_tensor() if isinstance(direction, DTensor) else direction)
+            directions.append(gathered(direction))
             change(state["momentum_buffer"], momentum)
         rows, columns = parameters[0].shape
         matrices = torch.stack(directions).view(-1, rows // group["parts"], columns)
@@ -87,10 +88,8 @@ class MuonAdamW(torch.optim.Optimizer):
         # So that the size of a step's effect on the output does not depend on the shape.
         lr = group["lr"] * math.sqrt(max(1, rows / group["parts"] / columns))
         for p, update in zip(parameters, updates, strict=True):
-            if isinstance(p, DTensor):  # every process has computed it: each keeps its own rows
-                whole = DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False)
-                update = whole.redistribute(placements=p.placements)
-            change(p, (p * (1 - group["lr"] * group["weight_decay"])).add_(update, alpha=-lr))
+            decayed = p * (1 - group["lr"] * group["weight_decay"])
+            change(p, decayed.add_(held_like(p, update), alpha=-lr))
 
 
 def orthogonalized(matrices):

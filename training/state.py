@@ -9,7 +9,7 @@ from copy import deepcopy
 import torch
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from training import zero
 
@@ -58,9 +58,22 @@ def clip_gradients(accelerator, model, most):
     Returns:
         scalar float32 tensor, the norm before.
     """
-    norm = accelerator.clip_grad_norm_(model.parameters(), most)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = gathered(accelerator.clip_grad_norm_(model.parameters(), most))
     return torch.as_tensor(norm, dtype=torch.float32, device=accelerator.device)  # ZeRO's is a float
+
+
+def gathered(tensor):
+    """The whole of it, where each process has a shard. Every process calls it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def held_like(parameter, whole):
+    """A tensor of the parameter's shape that every process has whole, as the parameter is held: its shard, if it is."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    mesh = parameter.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=parameter.placements)
 
 
 def fsdp_precision(mixed_precision):
@@ -88,9 +101,7 @@ def full_state(model, optimizer, accelerator, copy):
     """
 
     def whole(tensor):
-        tensor = tensor.detach()
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()  # every process takes part
+        tensor = gathered(tensor.detach())
         return tensor.to("cpu", copy=copy).contiguous() if accelerator.is_main_process else None
 
     parameters, moments = {}, {}
@@ -121,9 +132,8 @@ def load_moments(tensors, model, optimizer, accelerator):
         if any(value is None for value in entry.values()) or entry[MOMENTS[kind][-1]].shape != parameter.shape:
             raise ValueError(f"no fitting moments of {kind} for {name} {tuple(parameter.shape)}")
         if isinstance(parameter, DTensor):
-            for key in [key for key in entry if key != "step"]:  # in the same order on every process
-                whole = entry[key].to(parameter.device)
-                entry[key] = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+            for key in [key for key in entry if key != "step"]:
+                entry[key] = held_like(parameter, entry[key].to(parameter.device))
         state[name] = entry
     if tensors:
         raise ValueError(f"moments of parameters the model lacks, for example {min(tensors)}")
