@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_run import TWO_PROCESSES
 
 from data.manifest import open_split
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
@@ -79,6 +80,6 @@ def test_one_process(launch, tiny, by_hand, tmp_path):
 def test_two_processes(launch, tiny, by_hand, tmp_path, micro):
     launch(
         *("--config", tiny, "--output_dir", tmp_path / "run", *ARGUMENTS, "--batch.micro_batch_size", micro),
-        accelerate=["--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"],
+        accelerate=TWO_PROCESSES,
     )
     assert_same_parameters(tmp_path / "run", by_hand)

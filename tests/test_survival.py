@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from killing import assert_same_run, kill_at_random, start, status, wait_for, wait_for_step
-from tiny_run import ROOT, losses
+from tiny_run import ROOT, TWO_PROCESSES, losses
 
 from training.stopping import RESUME_ME
 
@@ -91,7 +91,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
     output = tmp_path / "run"
     run = start(
         *(output, tmp_path, "--config", tiny, "--max_steps", 2000, "--eval_every", 2000),
-        through=(*LAUNCH, "--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"),
+        through=(*LAUNCH, *TWO_PROCESSES),
     )
     wait_for_step(output, 5, run)
     workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True, check=True).stdout.split()

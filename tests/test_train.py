@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import ROOT, clean_environment, losses
+from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
@@ -194,7 +194,7 @@ def test_two_processes_give_the_losses_of_one_and_part(finished_run, launch, tin
     (tmp_path / "lingering.py").write_text(LINGERING)
     launch(
         *("--config", tiny, "--output_dir", tmp_path / "two"),
-        accelerate=["--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"],
+        accelerate=TWO_PROCESSES,
         script=tmp_path / "lingering.py",
     )
     original, _ = finished_run

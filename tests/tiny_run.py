@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Options of `accelerate launch`; port 0: one that is free.
+TWO_PROCESSES = ["--config_file", "accelerate_configs/cpu_2proc.yaml", "--main_process_port", "0"]
 
 RECIPE = """
 model: {n_layer: 2, n_head: 2, n_embd: 32, n_positions: 32}

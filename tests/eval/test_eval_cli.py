@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+from tiny_run import TWO_PROCESSES
 
 from eval import EvalError, command, evaluate
 from eval import __main__ as program
@@ -178,8 +179,8 @@ def test_two_processes_give_the_figures_of_one(in_process, own_checkpoint, run_p
     """Eleven items: the shares are not of one size."""
     output = tmp_path / "two.json"
     run = run_python(
-        *("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu_2proc.yaml"),
-        *("--main_process_port", 0, "-m", "eval", "--model", own_checkpoint, "--data", "sample", "--limit", 11),
+        *("-m", "accelerate.commands.launch", *TWO_PROCESSES),
+        *("-m", "eval", "--model", own_checkpoint, "--data", "sample", "--limit", 11),
         *("--output", output, "--per_item", tmp_path / "two.jsonl"),
     )
     assert run.returncode == 0, run.stderr

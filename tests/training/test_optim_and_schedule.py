@@ -77,8 +77,12 @@ MUON = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=0.
 
 @pytest.mark.parametrize("batch_numel", [2**26, 1])
 def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
-    """Three steps, the second with half the learning rate; against the two by themselves, and Q, K and V too."""
+    """
+    Three steps, the second with half the learning rate; against the two by themselves, and Q, K and V too. In float32:
+    in bfloat16 not every machine's batched matmul rounds like the others.
+    """
     monkeypatch.setattr("training.muon._BATCH_NUMEL", batch_numel)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     model, reference = small_model(), small_model()
     optim = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=5.0)  # so much that it shows
     optimizer = build_optimizer(model, optim, "cpu")
@@ -112,11 +116,8 @@ def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
         optimizer.step()
         muon.step()
         adamw.step()
-    for (name, p), q, initial in zip(
-        model.named_parameters(), reference.parameters(), small_model().parameters(), strict=True
-    ):
-        # Muon computes in bfloat16, and not every machine's batched matmul rounds like the others.
-        assert (p - q).norm() < (0.02 if q in parts_of else 1e-5) * (q - initial).norm(), name
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
 
 
 def test_orthogonalized_is_nearly_so():
