@@ -150,10 +150,10 @@ def train(folder, settings, seed, launch, max_skipped_steps):
     return outcome() == "finished"
 
 
-def validation_curve(records, is_finished=True):
+def validation_curve(records, is_finished):
     """
     [[tokens, seconds of training, validation loss]] of a run's evaluations, which take no time here. A loss that was
-    not finite, and what a run that failed would have come to, is infinite.
+    not finite, and what a run that diverged would have come to, is infinite.
     """
     curve, seconds = [], 0.0
     for record in records:
@@ -171,15 +171,15 @@ def needed(curve, loss):
     (tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None where it does not,
     or ends above it.
     """
-    if not curve[-1][2] <= loss:
+    if curve[-1][2] > loss:
         return None
     if curve[0][2] <= loss:
         return tuple(curve[0][:2])
-    for (tokens, seconds, higher), (later_tokens, later_seconds, lower) in itertools.pairwise(curve):
-        if higher > loss >= lower:
-            share = (higher - loss) / (higher - lower) if math.isfinite(higher) else 1.0
-            return tokens + share * (later_tokens - tokens), seconds + share * (later_seconds - seconds)
-    return None
+    (tokens, seconds, higher), (later_tokens, later_seconds, lower) = next(
+        (before, after) for before, after in itertools.pairwise(curve) if after[2] <= loss
+    )
+    share = (higher - loss) / (higher - lower) if math.isfinite(higher) else 1.0
+    return tokens + share * (later_tokens - tokens), seconds + share * (later_seconds - seconds)
 
 
 def compare(curves):
