@@ -10,12 +10,15 @@ The checkpoint is a folder of train.py's, any other that `from_pretrained` opens
 """
 
 import logging
-import os
 import sys
 
-from eval import EvalError
+from common.cli import Parser, prepare_process, run_command
+
+if __name__ == "__main__":
+    prepare_process()
+
 from eval.checkpoint import check_name, load_model, load_tokenizer
-from eval.command import Parser, find_device
+from eval.command import find_device
 from hub import HubError
 from hub.continuation import Settings, continuation, encode_prompt, text_pieces
 
@@ -122,22 +125,17 @@ def _main(arguments):
 
 
 def main(arguments=None):
-    """Returns the exit code: 0, or 2 for what the user can mend, said on one line of stderr."""
-    try:
-        _main(arguments)
-    except (HubError, EvalError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # enough of that text
-        print()
-        return 130
-    except BrokenPipeError:  # whoever read it has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python would still flush
-        return 141
-    except OSError as error:  # a full disk behind standard output
-        print(f"error: the text cannot be written: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command and return its exit code; see `common.cli.run_command`."""
+
+    def run(arguments):
+        try:
+            _main(arguments)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk behind standard output
+            raise HubError(f"the text cannot be written: {error}") from error
+
+    return run_command(run, arguments, on_interrupt="stopped")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ What the model is trained on: text -> tokens -> shards -> batches.
     ngram.py          the unigram and bigram losses of a corpus, to compare a model with
 """
 
+from common.errors import UserError
 
-class DataError(ValueError):
-    """Something the user can mend; the commands show its message on one line, without a traceback."""
+
+class DataError(UserError):
+    """An error about the data that the user can fix."""

@@ -29,6 +29,11 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
+from common.cli import INTERRUPTED, Parser, prepare_process, print_interrupted, run_command
+
+if __name__ == "__main__":
+    prepare_process()
+
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -666,7 +671,7 @@ def source_of(settings, *, out, keep=False, max_tokens=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.prepare",
         description="Text to shards of GPT-2 tokens. Interrupted, the same command goes on where it stopped.",
     )
@@ -772,7 +777,7 @@ def _settings(args):
     }
 
 
-def main(argv=None):
+def _main(argv):
     args = _parser().parse_args(argv)
     try:
         if args.source == "merge":
@@ -800,23 +805,29 @@ def main(argv=None):
             name = "sample" if args.source == "sample" else Path(args.out).resolve().name
             manifest = prepare(source, args.out, name=name, say=tqdm.write, **given)
     except DataError as error:
-        sys.exit(f"error: {error}{kept(args.out)}")
+        raise DataError(f"{error}{kept(args.out)}") from error
     except KeyboardInterrupt:
-        print(f"interrupted{kept(args.out) or ': nothing was kept'}", file=sys.stderr)
-        sys.exit(130)
+        print_interrupted(f"interrupted{kept(args.out) or ': nothing was kept'}")
+        return INTERRUPTED
     if manifest is None:
         print(
             f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. The last of "
             "the machines that write there joins them all; what stands in several folders, this does:\n"
             f"python -m data.prepare merge {args.out} ... --out DIR"
         )
-        return
+        return 0
     for split in SPLITS:
         print(
             f"{split:9s} {manifest.total(split, 'documents'):,} documents, {manifest.total(split, 'tokens'):,} tokens"
         )
     print(f"in        {args.out}")
+    return 0
+
+
+def main(argv=None):
+    """Run the command and return its exit code; see `common.cli.run_command`."""
+    return run_command(_main, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

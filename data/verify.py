@@ -9,12 +9,16 @@ that GPT-2 has every token. What is wrong is said with the first bad range of by
 shards again from their source (the same parts, and no others), and takes them only if they are what the manifest says.
 """
 
-import argparse
 import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from common.cli import Parser, prepare_process, run_command
+
+if __name__ == "__main__":
+    prepare_process()
 
 from tqdm import tqdm
 
@@ -146,8 +150,8 @@ def repair(folder, *, num_proc=1, say=print):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m data.verify", description="Checks a folder of shards.")
+def _main(argv):
+    parser = Parser(prog="python -m data.verify", description="Checks a folder of shards.")
     parser.add_argument(
         "folder", metavar="DIR", help="as `python -m data.prepare` leaves it, or of other people's shards"
     )
@@ -157,29 +161,31 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     if args.num_proc < 1:
-        sys.exit(f"error: --num_proc must be at least 1, got {args.num_proc}")
+        raise DataError(f"--num_proc must be at least 1, got {args.num_proc}")
     try:
         if args.repair:
             repair(args.folder, num_proc=args.num_proc)
         checked, problems = verify(args.folder, num_proc=args.num_proc)
-    except DataError as error:
-        sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {args.folder}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        raise DataError(f"{args.folder}: {error}") from error
     for problem in problems.values():
         print(f"error: {problem}", file=sys.stderr)
     if problems:
         print(f"error: {len(problems)} of {len(checked)} shards are bad", file=sys.stderr)
-        sys.exit(1)
+        return 1
     what = (
         "are what was written"
         if (Path(args.folder) / MANIFEST).exists()
         else f"are whole (no {MANIFEST}: no checksums)"
     )
     print(f"{args.folder}: {len(checked)} shards {what}")
+    return 0
+
+
+def main(argv=None):
+    """Run the command and return its exit code; see `common.cli.run_command`."""
+    return run_command(_main, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,11 +18,20 @@ is also a metric that `evaluate.load("eval/NAME")` opens. Import as `from eval.s
 `import eval.scoring` would shadow Python's own `eval`.
 """
 
-
-class EvalError(ValueError):
-    """Something the user can mend; the commands show its message on one line, without a traceback."""
+from common.errors import UserError
 
 
-from eval.evaluator import evaluate  # noqa: E402  (it needs EvalError)
+class EvalError(UserError):
+    """An error about scoring that the user can fix."""
+
+
+def __getattr__(name: str):
+    """Import `evaluate` when it is first used: the commands and `import eval` start without torch."""
+    if name == "evaluate":
+        from eval.evaluator import evaluate
+
+        return evaluate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["EvalError", "evaluate"]

@@ -11,10 +11,14 @@ import logging
 import sys
 from pathlib import Path
 
+from common.cli import Parser, prepare_process
+
+if __name__ == "__main__":
+    prepare_process()
+
 from eval import EvalError
 from eval.checkpoint import check_name, load_tokenizer
 from eval.command import (
-    Parser,
     add_task_arguments,
     check_output,
     find_device,

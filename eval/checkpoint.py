@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import one_line
 from eval import EvalError
 from eval.hub import why_unreachable
 
@@ -144,9 +145,3 @@ def weights_sha256(model):
     except OSError as error:
         raise EvalError(f"checkpoint {str(model)!r} cannot be read ({error})") from error
     return digest.hexdigest()
-
-
-def one_line(error):
-    """An error's message, on one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:297]}..."

@@ -1,27 +1,20 @@
 """What the commands of this room share: arguments, the device and the other processes, results, errors on one line."""
 
-import argparse
 import dataclasses
 import json
 import math
 import os
-import sys
 
 import torch
 
+from common import cli
+from common.errors import one_line
 from eval import EvalError
-from eval.checkpoint import load_model, one_line, revision, weights_sha256
+from eval.checkpoint import load_model, revision, weights_sha256
 from eval.evaluator import score
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
 from eval.published import GPT2, why_not_comparable
 from eval.task import task_class, task_names
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose errors are the user's to mend, on one line."""
-
-    def error(self, message):  # argparse's own prints the whole usage first
-        raise EvalError(f"{message} (see {self.prog} --help)")
 
 
 def add_task_arguments(parser):
@@ -224,18 +217,12 @@ def _finite(value):
 
 
 def run_command(command, arguments):
-    """Calls a command; what the user can mend becomes one line of stderr and the exit code 2."""
-    rank = os.environ.get("RANK", "0")
-    who = "error" if rank == "0" else f"error (process {rank})"
-    try:
-        command(arguments)
-    except EvalError as error:
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(f"{who}: out of memory, use a smaller --tokens_per_batch ({one_line(error)})", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{who}: stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    """Run a command that scores; see `common.cli.run_command`. Too little memory is the user's to fix, too."""
+
+    def run(arguments):
+        try:
+            command(arguments)
+        except torch.OutOfMemoryError as error:
+            raise EvalError(f"out of memory, use a smaller --tokens_per_batch ({one_line(error)})") from error
+
+    return cli.run_command(run, arguments)

@@ -16,6 +16,11 @@ import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+from common.cli import Parser, prepare_process
+
+if __name__ == "__main__":
+    prepare_process()
+
 import numpy as np
 
 from eval import EvalError, command
@@ -41,7 +46,7 @@ class Row(NamedTuple):
 
 
 def _parse_arguments(arguments):
-    parser = command.Parser(
+    parser = Parser(
         prog="python -m eval.miniseries",
         description="Draws the scores of several models over their size. Several GPUs share the items of each: "
         "accelerate launch -m eval.miniseries ...",

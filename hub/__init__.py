@@ -7,6 +7,8 @@ Into the world: a checkpoint on the Hub, in other engines' formats, and on a pag
     continuation.py                        text as a model writes it, token by token: what demo.py and sample.py show
 """
 
+from common.errors import UserError
 
-class HubError(Exception):
-    """Something that the user can mend; the message names the value and the remedy."""
+
+class HubError(UserError):
+    """An error about sharing or exporting that the user can fix."""

@@ -8,9 +8,10 @@ import argparse
 import logging
 import sys
 
-from eval import EvalError
-from eval.command import Parser
-from hub import HubError
+from common.cli import Parser, prepare_process, run_command
+
+if __name__ == "__main__":
+    prepare_process()
 
 
 def _parse_arguments(arguments):
@@ -78,17 +79,13 @@ def _demo(args):
 
 
 def main(arguments=None):
-    """Returns the exit code: 0, or 2 for what the user can mend, said on one line of stderr."""
-    try:
+    """Run a command and return its exit code; see `common.cli.run_command`."""
+
+    def run(arguments):
         args = _parse_arguments(arguments)
         {"push": _push, "export": _export, "demo": _demo}[args.command](args)
-    except (HubError, EvalError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr)
-        return 130
-    return 0
+
+    return run_command(run, arguments, on_interrupt="stopped")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ How the model is trained: everything that has a test of its own outside train.py
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
     stopping.py     signals and time limits: save, and ask to be resumed
     run_folder.py   one run at a time; status.json
-    files.py        files written aside, flushed, renamed
     run_log.py      all that a run tells, by these:
     progress.py     what someone who watches sees
     metrics.py      metrics.jsonl
@@ -27,6 +26,8 @@ How the model is trained: everything that has a test of its own outside train.py
 Knows nothing of the model's class, the data's format or the evaluation: train.py puts the rooms together.
 """
 
+from common.errors import UserError
 
-class TrainingError(ValueError):
-    """Something the user can mend; train.py shows its message on one line, without a traceback."""
+
+class TrainingError(UserError):
+    """An error of a run that the user can fix."""

@@ -25,8 +25,8 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from common.files import flush_to_disk, write_json
 from training import TrainingError
-from training.files import flush_to_disk, write_json
 from training.state import blank_copy, fill, full_state, load_moments
 
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")

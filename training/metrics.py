@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from common.files import finite, write_aside
 from training import TrainingError
-from training.files import finite, write_aside
 
 
 class MetricsLog:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from training.files import write_json
+from common.files import write_json
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
 _MOST_DIFF_CHARACTERS = 1_000_000

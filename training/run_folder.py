@@ -7,8 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.files import write_json
 from training import TrainingError
-from training.files import write_json
 
 _PATIENCE_S = 60
 _held = []  # this process's locks

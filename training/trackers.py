@@ -7,8 +7,8 @@ from pathlib import Path
 
 from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
 
+from common.files import write_aside
 from training import TrainingError
-from training.files import write_aside
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "gpt2-repro"

@@ -197,7 +197,7 @@ def test_the_command(server, run_command, tmp_path):
 
 def test_offline_is_said_on_one_line(run_command, tmp_path):
     done = run_command("fineweb", HF_HUB_OFFLINE="1")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "HF_HUB_OFFLINE is set" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -418,7 +418,7 @@ def test_interrupted(in_process, monkeypatch, tmp_path):
 
     monkeypatch.setattr(command, "score", stop)
     code, printed = in_process("--data", "sample", "--output", tmp_path / "result.json")
-    assert (code, printed.err.splitlines()[-1]) == (130, "error: stopped; nothing was written")
+    assert (code, printed.err.splitlines()[-1]) == (130, "interrupted; nothing was written")
     assert not list(tmp_path.iterdir())
 
 

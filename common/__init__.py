@@ -1,0 +1,7 @@
+"""
+The bottom layer: what every other folder may use. Imports nothing of this project.
+
+    errors.py       UserError, the one base class of errors that the user can fix
+    cli.py          what the commands share: argument parser, output streams, errors on one line, Ctrl-C
+    files.py        atomic writes, JSON, flushing to the disk
+"""

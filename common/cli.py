@@ -1,0 +1,84 @@
+"""
+What the commands share: the argument parser, the output streams, errors on one line, Ctrl-C.
+
+This module imports nothing heavy, so that a command can call `prepare_process` before its own imports.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from common.errors import UserError, one_line
+
+USAGE_ERROR = 2  # the exit code of errors that the user can fix, as argparse has it
+INTERRUPTED = 128 + signal.SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose usage errors are UserErrors: one line, as for every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def prepare_process() -> None:
+    """
+    Prepare the output streams, and make Ctrl-C end the process with one line. A command calls this before its imports.
+
+    A console with a small character set (cp1252, ASCII, a redirected log on Windows) must not end a run because a
+    sample has a character that the console does not have.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
+            stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _on_unhandled_exception
+
+
+def _on_unhandled_exception(kind, error, traceback) -> None:
+    """Print one line for Ctrl-C during the imports; Python then exits as an interrupted process does."""
+    if issubclass(kind, KeyboardInterrupt):
+        print_interrupted("interrupted")
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def run_command(
+    command: Callable[[Sequence[str] | None], int | None],
+    arguments: Sequence[str] | None = None,
+    *,
+    on_interrupt: str = "interrupted; nothing was written",
+) -> int:
+    """
+    Run a command and return its exit code. An error that the user can fix becomes one line on stderr.
+
+    Args:
+        command: takes the arguments (None: those of the command line), returns an exit code (None: 0).
+        on_interrupt: the line for Ctrl-C.
+    """
+    try:
+        return command(arguments) or 0
+    except UserError as error:
+        print_error(error)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print_interrupted(on_interrupt)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has closed it, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
+        return 128 + 13  # SIGPIPE, which Windows does not name
+
+
+def print_interrupted(text: str) -> None:
+    """Print what Ctrl-C led to, on a terminal below the ^C that it shows."""
+    print(f"{chr(10) if sys.stderr.isatty() else ''}{text}", file=sys.stderr)
+
+
+def print_error(error: BaseException | str) -> None:
+    """Print "error: ..." on one line of stderr, with the process's rank if it is not the first of several."""
+    rank = os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error (process {rank})"
+    text = error if isinstance(error, str) else one_line(error, max_length=4000)
+    print(f"{who}: {text}", file=sys.stderr)
