@@ -3,5 +3,7 @@ The bottom layer: what every other folder may use. Imports nothing of this proje
 
     errors.py       UserError, the one base class of errors that the user can fix
     cli.py          what the commands share: argument parser, output streams, errors on one line, Ctrl-C
+    terminal.py     Ctrl-C under `accelerate launch`
+    weights.py      incomplete, missing or unsafe weights, found without loading them
     files.py        atomic writes, JSON, flushing to the disk
 """

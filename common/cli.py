@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from common.errors import UserError, one_line
+from common.terminal import take_terminal
 
 USAGE_ERROR = 2  # the exit code of errors that the user can fix, as argparse has it
-INTERRUPTED = 128 + signal.SIGINT
+
+_has_terminal = False  # taken over from accelerate's launcher
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,16 +33,29 @@ def prepare_process() -> None:
     A console with a small character set (cp1252, ASCII, a redirected log on Windows) must not end a run because a
     sample has a character that the console does not have.
     """
+    global _has_terminal
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
             stream.reconfigure(errors="backslashreplace")
+    _has_terminal = _has_terminal or take_terminal()
     sys.excepthook = _on_unhandled_exception
 
 
+def interrupt_exit_code() -> int:
+    """
+    Return the exit code for Ctrl-C: 130, as shells have it.
+
+    But 0 where accelerate's launcher waits for this process at a terminal: it prints a traceback for any other code.
+    """
+    return 0 if _has_terminal else 128 + signal.SIGINT
+
+
 def _on_unhandled_exception(kind, error, traceback) -> None:
-    """Print one line for Ctrl-C during the imports; Python then exits as an interrupted process does."""
+    """End with one line where Ctrl-C came during the imports."""
     if issubclass(kind, KeyboardInterrupt):
         print_interrupted("interrupted")
+        if _has_terminal:
+            os._exit(interrupt_exit_code())  # Python's own code would be the signal's
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -65,7 +80,7 @@ def run_command(
         return USAGE_ERROR
     except KeyboardInterrupt:
         print_interrupted(on_interrupt)
-        return INTERRUPTED
+        return interrupt_exit_code()
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + 13  # SIGPIPE, which Windows does not name

@@ -29,7 +29,7 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from common.cli import INTERRUPTED, Parser, prepare_process, print_interrupted, run_command
+from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command
 
 if __name__ == "__main__":
     prepare_process()
@@ -808,7 +808,7 @@ def _main(argv):
         raise DataError(f"{error}{kept(args.out)}") from error
     except KeyboardInterrupt:
         print_interrupted(f"interrupted{kept(args.out) or ': nothing was kept'}")
-        return INTERRUPTED
+        return interrupt_exit_code()
     if manifest is None:
         print(
             f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. The last of "

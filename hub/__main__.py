@@ -48,8 +48,9 @@ def _parse_arguments(arguments):
 
 
 def _push(args):
-    from hub.push import Repository, prepare_upload
+    from hub.push import Repository, check_repo_id, prepare_upload
 
+    check_repo_id(args.repository)
     upload = prepare_upload(args.checkpoint, args.repository, results=args.results)
     if args.dry_run:
         card = upload.files["README.md"]

@@ -35,6 +35,16 @@ _LEFT_OVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 _SMALL_FILES_BYTES = 16 * 2**20
 
 
+# What `must_match` in `load_state` has of the data, and the settings that its other keys stand for.
+_DATA_KEYS = ("train_tokens", "train_sha256")
+_SETTING_OF = {
+    "tokens_per_step": "batch.tokens_per_step",
+    "seq_len": "batch.seq_len",
+    "order": "data.order",
+    "boundary": "data.boundary",
+}
+
+
 class SaveError(TrainingError):
     """A checkpoint could not be written; the ones before it are whole."""
 
@@ -322,11 +332,18 @@ def load_state(folder, must_match):
             "share"
         ) from error
     for key, value in must_match.items():
-        if state.get(key) != value:
+        if state.get(key) == value:
+            continue
+        new_run = f"or begin a new run with its weights: --init_from {folder} and another --output_dir"
+        if key in _DATA_KEYS:
             raise TrainingError(
-                f"cannot resume from {folder}: it was trained with {key}={state.get(key)}, this run has {value}. "
-                "Resume with the same setting, or start afresh in another --output_dir"
+                f"cannot resume from {folder}: it was trained on other data ({key}: {state.get(key)} then, {value} now). "
+                f"Resume with its data.path, {new_run}"
             )
+        raise TrainingError(
+            f"cannot resume from {folder}: it was trained with {_SETTING_OF.get(key, key)}={state.get(key)}, this run "
+            f"has {value}. Resume with the same setting, {new_run}"
+        )
     return state
 
 

@@ -62,10 +62,11 @@ def begin(output_dir, is_main):
 
 
 def fail():
-    """Status "failed", where a run had begun: it ends with an error that somebody must mend. Any process may know."""
+    """Write status "failed" where a run had begun, and return whether one had. Any process may call it."""
     for output_dir in _running:
         with contextlib.suppress(OSError):
             write_status(output_dir, "failed")
+    return bool(_running)
 
 
 def write_status(output_dir, status, **more):

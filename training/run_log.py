@@ -1,6 +1,7 @@
 """Everything that a run tells: metrics.jsonl, trackers, curves.png, and lines with a live bar on the console."""
 
 import dataclasses
+import math
 
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
@@ -9,6 +10,7 @@ from training.metrics import MetricsLog, read_metrics, until
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
+from training.schedule import learning_rate
 from training.trackers import start_trackers
 
 
@@ -55,6 +57,7 @@ class RunLog:
             if resume_from is not None:  # a branch in a folder of its own takes its past along
                 past = run_folder_of(resume_from, output_dir)
                 earlier = until(read_metrics(past / "metrics.jsonl"), step, is_evaluated=is_evaluated)
+                self._say_if_learning_rate_jumps(earlier, config)
                 before = past / "provenance.json"
             output_dir.mkdir(parents=True, exist_ok=True)
             settings = dataclasses.asdict(config)
@@ -77,6 +80,18 @@ class RunLog:
             )
 
         on_main_process(accelerator, start)
+
+    def _say_if_learning_rate_jumps(self, earlier: list[dict], config) -> None:
+        """Say so where max_steps or a setting of optim.* gives another learning rate at this step than the run had."""
+        last = next((record for record in reversed(earlier) if "lr" in record), None)
+        if last is None:
+            return
+        now = learning_rate(last["step"] - 1, config.optim, config.max_steps)
+        if not math.isclose(last["lr"], now, rel_tol=1e-6):
+            self._say(
+                f"resume    the learning rate of step {last['step']:,} was {last['lr']:.3g} and is {now:.3g} now: "
+                "max_steps or a setting of optim.* has changed"
+            )
 
     def step(self, record):
         """

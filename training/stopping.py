@@ -4,13 +4,24 @@ import os
 import signal
 import time
 
+from common.cli import interrupt_exit_code
+
 # sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Its meaning here: resume me.
 RESUME_ME = 75
+_HOW_TO_QUIT = " (Ctrl-C once more stops at once, without one)"
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")  # the last is what SLURM and others send ahead of a time limit
 
 
-def exit_code_of_stopping():
-    """RESUME_ME; but 0 under a launcher that takes any other for a crash and starts the run again (--max_restarts)."""
+def exit_code_of_stopping(reason: str) -> int:
+    """
+    Return RESUME_ME, but 0 under a launcher that mistakes any other code for a crash: one that restarts the run
+    (--max_restarts), or accelerate's after Ctrl-C, which prints a traceback.
+
+    Args:
+        reason: `StopRequest.reason`.
+    """
+    if reason == "SIGINT" and interrupt_exit_code() == 0:
+        return 0
     return RESUME_ME if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 else 0
 
 
@@ -45,7 +56,12 @@ class StopRequest:
             if self._interrupted_at is not None and now - self._interrupted_at > 2:
                 raise KeyboardInterrupt
             self._interrupted_at = self._interrupted_at or now
-        self.reason = self.reason or signal.Signals(number).name
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            # Not print(), which cannot be entered again where the signal came in the middle of a print().
+            os.write(
+                2, f"\n{self.reason}: stopping after this step; then a checkpoint is saved{_HOW_TO_QUIT}\n".encode()
+            )
 
     @property
     def is_requested(self):

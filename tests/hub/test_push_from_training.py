@@ -54,7 +54,7 @@ def test_what_cannot_be_pushed_is_said_before_training(launch, tiny, server, env
         environment=environment,
         check=False,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: the token is me's, who may not write to you's you/tiny" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
