@@ -160,7 +160,9 @@ def _from_pretrained(kind, name, trust_remote_code, **options):
             raise NeedsCodeError(
                 f"checkpoint {name!r}: brings its own modeling code; read it, then run it with --trust_remote_code"
             ) from error
-        if why is not None and isinstance(error, OSError):
+        if "use_safetensors" in str(error):
+            problem = "no weights as safetensors; pickles (pytorch_model.bin) can run any code and are not opened here"
+        elif why is not None and isinstance(error, OSError):
             problem = f"no such folder, nor in the Hub's local cache, and {why}"
         else:
             problem = f"cannot be opened ({type(error).__name__}: {one_line(error)})"

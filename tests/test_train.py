@@ -361,12 +361,14 @@ def fails(tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output), *map(str, arguments)]
         )
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train.main()
         run_folder.release()  # the end of a process does so by itself
-        message = stop.value.code
-        assert isinstance(message, str) and message.startswith("error: "), message
-        assert "\n" not in message
+        errors = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2, errors
+        (message,) = [line for line in errors if line.startswith("error: ")]
+        assert errors[-1] == message
         assert not output.exists()
         return message
 
@@ -424,22 +426,33 @@ def test_an_unknown_key(fails):
 
 def test_weights_that_cannot_be_begun_with(fails, tmp_path):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    assert "is a 'bert' model" in fails("--init_from", tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99}')
-    assert "has a vocabulary of 99" in fails("--init_from", tmp_path / "other")
-    assert "is no model's folder and no Hub id" in fails("--init_from", tmp_path / "nowhere")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "no weights (*.safetensors)" in fails("--init_from", tmp_path / "other")
+    (tmp_path / "other" / "pytorch_model.bin").write_text("")
+    assert "pytorch_model.bin, a pickle" in fails("--init_from", tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
+    assert "a PEFT adapter of 'gpt2'" in fails("--init_from", tmp_path / "other")
+    assert "no such folder" in fails("--init_from", tmp_path / "nowhere")
+    assert "nor in the Hub's local cache, and" in fails("--init_from", "gpt2")  # and why the Hub did not answer
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, n_positions=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
     weights, config = tmp_path / "gpt2" / "model.safetensors", tmp_path / "gpt2" / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "gpt2"', '"model_type": "bert"'))
+    assert "is a 'bert' model" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace('"model_type": "bert"', '"model_type": "gpt2"'))
     config.write_text(config.read_text().replace('"n_layer": 1', '"n_layer": 2'))
-    assert "lacks 12 of the weights, for example transformer.h.1.attn" in fails("--init_from", tmp_path / "gpt2")
+    assert "asks for 12 tensors that the weights lack" in fails("--init_from", tmp_path / "gpt2")
     config.write_text(config.read_text().replace('"n_embd": 4', '"n_embd": 8'))
-    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
-    config.write_text(config.read_text().replace("gelu_new", "relu"))
-    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
-    os.truncate(weights, weights.stat().st_size // 2)
-    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
+    assert "the weights lack or have in another shape" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace("gelu_new", "relu").replace('"n_embd": 8', '"n_embd": 4'))
+    config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 1'))
+    assert "activation_function" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace('"vocab_size": 50257', '"vocab_size": 99'))
+    assert "has a vocabulary of 99" in fails("--init_from", tmp_path / "gpt2")
+    size = weights.stat().st_size
+    os.truncate(weights, size // 2)
+    message = fails("--init_from", tmp_path / "gpt2")
+    assert f"{size // 2:,} bytes" in message and f"{size:,}" in message
 
 
 def test_a_malformed_hellaswag_file(fails, tmp_path):
@@ -448,14 +461,14 @@ def test_a_malformed_hellaswag_file(fails, tmp_path):
     assert f"{path}:2" in fails("--eval.hellaswag", path)
 
 
-def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch, tmp_path):
+def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch, tmp_path, capsys):
     output, _ = finished_run
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         train.main()
     run_folder.release()
-    assert "--resume auto" in stop.value.code
+    assert "--resume auto" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
 
 
@@ -465,7 +478,9 @@ def test_resuming_another_run_is_refused(finished_run, fails):
     message = fails("--resume", checkpoint, "--seed", "7")
     assert "seed=1337" in message
     assert "7" in message
-    assert "order=shuffled, this run has sequential" in fails("--resume", checkpoint, "--data.order", "sequential")
+    message = fails("--resume", checkpoint, "--data.order", "sequential")
+    assert "data.order=shuffled, this run has sequential" in message
+    assert f"--init_from {checkpoint}" in message
     assert "no checkpoint" in fails("--resume", output)
 
 

@@ -337,8 +337,8 @@ def load_state(folder, must_match):
         new_run = f"or begin a new run with its weights: --init_from {folder} and another --output_dir"
         if key in _DATA_KEYS:
             raise TrainingError(
-                f"cannot resume from {folder}: it was trained on other data ({key}: {state.get(key)} then, {value} now). "
-                f"Resume with its data.path, {new_run}"
+                f"cannot resume from {folder}: it was trained on other data ({key}: {state.get(key)} then, {value} "
+                f"now). Resume with its data.path, {new_run}"
             )
         raise TrainingError(
             f"cannot resume from {folder}: it was trained with {_SETTING_OF.get(key, key)}={state.get(key)}, this run "

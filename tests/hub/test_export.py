@@ -264,8 +264,8 @@ def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         adopted = GPT2ReproForCausalLM.from_pretrained(checkpoint)
         adopted.transformer.wpe.weight.data[0] = float("nan")
-        patch.setattr(export_module, "load_model", lambda *_, **__: adopted)
-        assert "has weights that are not finite: its training has diverged" in fails(
+        patch.setattr("eval.checkpoint.load_model", lambda *_, **__: adopted)
+        assert "has weights that are not finite: its training diverged" in fails(
             *(checkpoint, "--to", "gguf", "--out", out)
         )
     monkeypatch.setitem(export_module._PACKAGES, "gpt2", ("no_such_package",))
