@@ -219,8 +219,9 @@ print(tokenizer.decode(output[0]))
 {text}
 
 `trust_remote_code` runs the modeling files of this repository; they import torch and transformers alone. Without it,
-transformers asks on the terminal, for the tokenizer too, since it opens the model's config first. If gpt2-repro is
-installed, `import modeling_gpt2repro` registers the model with the Auto classes, and the argument is not needed.{of_code}
+transformers asks on the terminal, for the tokenizer too, since it opens the model's config first. Where gpt2-repro is
+installed, `import modeling_gpt2repro` registers the model with the Auto classes, and the argument is not
+needed.{of_code}
 
 For engines and servers that know GPT-2 and not this code (`transformers serve` is one), write the same weights as
 transformers' own `GPT2LMHeadModel`; its logits are equal:

@@ -1,5 +1,6 @@
 """The code blocks and commands of the Markdown documents, as a reader would copy them."""
 
+import importlib.util
 import re
 import shlex
 import textwrap
@@ -38,7 +39,7 @@ def blocks_of(text: str) -> list[Block]:
     ]
 
 
-def python_program(path: Path, text: str, *, is_installed) -> str:
+def python_program(path: Path, text: str) -> str:
     """
     Put the Python blocks of a document into one program, in which each one builds on those before it.
 
@@ -47,12 +48,11 @@ def python_program(path: Path, text: str, *, is_installed) -> str:
 
     Args:
         path, text: of the document.
-        is_installed: function of a package's name.
     """
     programs = []
     for block in blocks_of(text):
         kind, _, rest = block.note.partition(": ")
-        missing = kind == "needs" and not all(map(is_installed, rest.split(", ")))
+        missing = kind == "needs" and not all(importlib.util.find_spec(name) for name in rest.split(", "))
         if block.language == "python" and kind != "not run" and not missing:
             programs.append("\n" * (block.line - 1) + block.code)
     return f"for code in {programs!r}: exec(compile(code, {str(path)!r}, 'exec'), globals())"
@@ -60,8 +60,8 @@ def python_program(path: Path, text: str, *, is_installed) -> str:
 
 def commands_of(text: str) -> list[list[str]]:
     """
-    Return the commands of a Markdown text as lists of words: those of shell blocks and of indented lines. Pipes and `&&`
-    separate commands; comments are left out.
+    Return the commands of a Markdown text as lists of words: those of shell blocks and of indented lines. Pipes and
+    `&&` separate commands; comments are left out.
     """
     shell = "".join(block.code for block in blocks_of(text) if block.language in ("bash", "sh", "shell"))
     indented = "\n".join(_INDENTED.findall(_BLOCK.sub("", text)))

@@ -1,4 +1,4 @@
-"""The documents: their Python blocks run on a terminal and ask nothing, and their commands have the options they show."""
+"""The documents: their Python blocks run on a terminal and ask nothing, and their commands have the options shown."""
 
 import argparse
 import importlib
@@ -7,13 +7,14 @@ import json
 import re
 import sys
 from functools import cache
+from itertools import chain, pairwise
 
 import pytest
 import torch
 from documents import commands_of, inline_options, python_program
-from fresh_process import QUESTION, run_on_terminal
+from fresh_process import QUESTION
 from test_imports import extras
-from tiny_run import ROOT, clean_environment
+from tiny_run import ROOT
 
 from data.tokenizer import load_hf_tokenizer
 from hub.card import Run, model_card
@@ -26,10 +27,6 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 WITH_PYTHON = [path for path in DOCUMENTS if "```python" in path.read_text(encoding="utf-8") and path.stem != "sharing"]
 STEP = "runs/sample/checkpoints/step_001250"
 SETTINGS = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
-
-
-def is_installed(package):
-    return importlib.util.find_spec(package) is not None
 
 
 @pytest.fixture(scope="module")
@@ -56,27 +53,14 @@ def runs(finished):
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=lambda path: path.stem)
 def test_python_blocks_run_and_ask_nothing(path, checkout, fresh):
-    program = python_program(path, path.read_text(encoding="utf-8"), is_installed=is_installed)
+    program = python_program(path, path.read_text(encoding="utf-8"))
     runs(fresh.run(program, cwd=checkout))
-
-
-def test_last_lines_of_a_run_open_its_checkpoint(checkout, tmp_path):
-    """As typed at a shell's prompt: a real start of Python, on a terminal."""
-    lines = WHAT_NEXT.format(folder=checkout / STEP, curves="", metrics="").splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("load "))
-    program = "\n".join(line[len("load    ") :] for line in lines[start : start + 3])
-    program += "\nprint(tokenizer.decode(model.generate(**tokenizer('Hi', return_tensors='pt'), max_new_tokens=1)[0]))"
-    finished = run_on_terminal(
-        [sys.executable, "-c", program], cwd=tmp_path, environment=clean_environment(tmp_path / "home")
-    )
-    runs(finished)
-    assert "Hi" in finished.output
 
 
 def test_model_card_opens_the_checkpoint(checkout, fresh):
     run = Run(checkout / "me/model")
     card = model_card("me/model", config=GPT2ReproConfig(**SETTINGS), parameters=1, run=run, results=[])
-    runs(fresh.run(python_program(checkout / "card", card, is_installed=is_installed), cwd=checkout))
+    runs(fresh.run(python_program(checkout / "card", card), cwd=checkout))
     assert (checkout / "plain-gpt2" / "tokenizer.json").is_file()  # the last line of the card
 
 
@@ -100,7 +84,7 @@ getattr(transformers, name).from_pretrained(path, **({"trust_remote_code": True}
 # Commands: parsed by the parser of the program that they start, which does nothing else.
 
 # Programs of others, whose options are theirs. `transformers serve` is run in tests/hub/test_export.py.
-OTHERS = {"python3", "hf", "vllm", "transformers", "curl", "echo", "diff", "jq", "ruff"}
+OTHERS = {"python3", "hf", "vllm", "transformers", "lm_eval", "curl", "echo", "diff", "jq", "ruff"}
 
 
 class _Found(BaseException):
@@ -127,7 +111,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         try:
             module.main()
         except _Found as found:
-            return found.args[0]
+            return in_full(found.args[0])
     raise AssertionError(f"{program} did not parse its arguments")
 
 
@@ -135,7 +119,20 @@ def parser_of(program: str) -> argparse.ArgumentParser:
 def launch_parser() -> argparse.ArgumentParser:
     from accelerate.commands.launch import launch_command_parser
 
-    return launch_command_parser()
+    return in_full(launch_command_parser())
+
+
+def in_full(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Make a parser and its subcommands take options by their full names only."""
+    for each in parsers_of(parser):
+        each.allow_abbrev = False
+    return parser
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Return a parser and those of its subcommands."""
+    below = [action.choices.values() for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *chain(*below)]
 
 
 def check(words: list[str]) -> None:
@@ -159,7 +156,7 @@ def check(words: list[str]) -> None:
         else:
             parser_of(program).parse_args(words)
     elif program == "pip":
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in pairwise(words):
             assert option != "-c" or (ROOT / value).is_file(), value
             assert option != "-e" or not (extra := re.search(r"\[(.*)\]", value)) or extra[1] in extras(), value
     elif program == "pytest":
@@ -195,12 +192,8 @@ def test_commands_have_the_options_they_show(name, text, monkeypatch, capsys):
 def test_options_in_sentences_exist():
     known = {f"--{key}" for key in known_keys()} | {"--help", "--config"}
     for program in ("data.prepare", "data.verify", "eval", "eval.miniseries", "hub", "sample.py"):
-        parsers = [parser_of(program)]
-        for parser in parsers:
-            for action in parser._actions:
-                known |= {*action.option_strings}
-                if isinstance(action, argparse._SubParsersAction):
-                    parsers += action.choices.values()
+        for parser in parsers_of(parser_of(program)):
+            known |= {*parser._option_string_actions}
     theirs = {"--trust-remote-code"}  # of `transformers serve`
     for name, text in texts():
         assert inline_options(text) <= known | theirs, name

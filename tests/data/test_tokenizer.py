@@ -2,12 +2,12 @@ import hashlib
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_run import ROOT
+from transformers import AutoTokenizer
 
 from data import DataError, tokenizer
 from data.sources import sample_documents
@@ -98,17 +98,11 @@ def test_known_ids(both):
     assert hf.bos_token_id == hf.eos_token_id == EOT
 
 
-def test_saved_tokenizer_opens_in_a_fresh_process(tmp_path, both):
+def test_saved_tokenizer_opens_with_the_same_ids(tmp_path, both):
     text = "The café's <|endoftext|> 12345\n\n  naïve 👩‍👩‍👧"
     load_hf_tokenizer(model_max_length=77).save_pretrained(tmp_path)
-    code = (
-        "import sys; from transformers import AutoTokenizer; t = AutoTokenizer.from_pretrained(sys.argv[1]); "
-        "print(t(sys.argv[2])['input_ids'], t.model_max_length)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), text], capture_output=True, text=True, cwd=tmp_path, timeout=120
-    )
-    assert done.stdout.strip() == f"{both[1](text)['input_ids']} 77", done.stderr
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded(text)["input_ids"], loaded.model_max_length) == (both[1](text)["input_ids"], 77)
 
 
 def test_both_vocabulary_files_are_the_published_ones():
