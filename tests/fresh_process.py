@@ -1,8 +1,8 @@
 """
-Programs in fresh processes on a terminal (a pty), as a user starts them: nothing of this project is imported there.
+Run programs in fresh processes on a terminal (a pty), as a user starts them, with none of this project imported.
 
-A start of Python with torch and transformers takes seconds. `Forks` imports them once, in a process that does nothing
-else, and forks each program's process from there; `run_on_terminal` starts a command for real.
+Starting Python with torch and transformers takes seconds. `Forks` imports them once, in a process that does nothing else,
+and forks each program's process from it; `run_on_terminal` starts a command from scratch.
 """
 
 import json
@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-# What transformers asks where it would run a checkpoint's code and was not told whether it may.
+# The end of transformers' question whether to run a checkpoint's code.
 QUESTION = "[y/N]"
 
 # Submodules that transformers imports at first use, by nearly every program.
@@ -24,14 +24,14 @@ _PRELOADED = ("transformers.pipelines", "transformers.models.auto", "transformer
 
 
 class Finished(NamedTuple):
-    """A program that has ended: what its terminal shows, and its exit code (negative: the signal that killed it)."""
+    """The output of a program on its terminal, and its exit code (negative: the signal that killed it)."""
 
     output: str
     returncode: int
 
 
 def run_on_terminal(command: list[str], *, cwd: Path, environment: dict[str, str], timeout: float = 120) -> Finished:
-    """Start a command on a terminal of its own and wait for its end. Nobody types; a question gets no answer."""
+    """Start a command on a terminal of its own, where nothing is typed, and wait for its end."""
     terminal, inside = os.openpty()
     process = subprocess.Popen(
         command, cwd=cwd, env=environment, stdin=inside, stdout=inside, stderr=inside, start_new_session=True
@@ -64,13 +64,13 @@ def _watch(pid: int, terminal: int, timeout: float) -> Finished:
 
 
 class Forks:
-    """Runs Python programs in processes that are forked from one with torch and transformers. A context manager."""
+    """Context manager that runs Python programs in forks of one process, which has imported torch and transformers."""
 
     def __init__(self, environment: dict[str, str], cwd: Path):
         """
         Args:
-            environment: of the programs; what libraries read at their import counts as it is now.
-            cwd: where the first process stands, with nothing of this project in it.
+            environment: of all programs.
+            cwd: a folder without this project's modules, for the process that the others are forked from.
         """
         self._server = subprocess.Popen(
             [sys.executable, __file__],
@@ -103,7 +103,7 @@ def _serve() -> None:
 
     for name in _PRELOADED:
         importlib.import_module(name)
-    torch.set_num_threads(1)  # threads of before a fork do not exist after it
+    torch.set_num_threads(1)  # a fork has only the thread that forked
     for line in sys.stdin:
         request = json.loads(line)
         pid, terminal = os.forkpty()
@@ -113,7 +113,7 @@ def _serve() -> None:
 
 
 def _be_a_program(request: dict) -> None:
-    """In the forked process: run the program as `__main__` on the terminal, and exit."""
+    """Run the program as `__main__` in the forked process, on the terminal, and exit."""
     import types
 
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115

@@ -82,9 +82,9 @@ def test_training_starts_without_heavy_optional_packages():
 # ---------------------------------------------------------------------------------------------------------------
 # setup.cfg declares what is imported, and nothing else.
 
-# Where a package is not called as what it is imported by.
+# Packages whose name is not the name of their module.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
-# Declared and not imported here, with who does.
+# Packages that are declared for others to import, with their users.
 THROUGH_OTHERS = {
     "tensorboard": "torch.utils.tensorboard, through accelerate's tracker",
     "onnx": "torch.onnx",
@@ -107,7 +107,7 @@ def extras():
 
 
 def declared(*names):
-    """Names of the distributions that extras ask for, or `install_requires`, spelled as pip normalizes them."""
+    """Return the distributions that extras or `install_requires` name, normalized as pip does."""
     parser = setup_cfg()
     lines = []
     for name in names:
@@ -118,7 +118,7 @@ def declared(*names):
 
 
 def imported(paths):
-    """Distributions whose modules the files import, wherever that stands, or ask for by `importorskip`."""
+    """Return the distributions whose modules the files import, lazily or not, or ask for by `importorskip`."""
     ours = {path.stem for path in ROOT.iterdir()} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     ours |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     modules = set()
@@ -138,8 +138,8 @@ def test_imports_are_declared():
     assert imported(OTHER_FILES) <= declared("install_requires", "test")
 
 
-def test_modules_that_every_command_needs_are_no_extras():
-    """What a file imports before it does anything; files of an extra import its packages where they use them."""
+def test_packages_of_extras_are_imported_lazily():
+    """Packages of an extra are imported in functions, never at the top of a file."""
     top = set()
     for path in PRODUCT:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
