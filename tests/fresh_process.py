@@ -1,7 +1,7 @@
 """
 Run programs in fresh processes on a terminal (a pty), as a user starts them, with none of this project imported.
 
-Starting Python with torch and transformers takes seconds. `Forks` imports them once, in a process that does nothing else,
+Starting Python with torch and transformers takes seconds. `Forks` imports them once, in a process that only waits,
 and forks each program's process from it; `run_on_terminal` starts a command from scratch.
 """
 
