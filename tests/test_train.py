@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_on_terminal
 from safetensors.torch import load_file
 from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -275,18 +276,19 @@ def test_dry_run_writes_nothing(launch, tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # A checkpoint, opened by someone who has only transformers.
 
-ELSEWHERE = """
+NOT_INSTALLED = """
 import sys
 sys.modules["modeling_gpt2repro"] = None  # importing it raises: this project is not installed here
+"""
+ELSEWHERE = """
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, pipeline
 
 path = sys.argv[1]
 expected = load_file(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+model.eval()
 trunk = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(path)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 ids = tokenizer("The with statement", return_tensors="pt").input_ids
 assert ids.tolist() == expected["ids"].tolist(), ids
@@ -302,9 +304,10 @@ print("opened")
 
 
 def test_a_checkpoint_opens_elsewhere_without_this_project(finished_run, tmp_path):
+    """By the lines that the run ends with, typed on a terminal: nothing is asked there."""
     from safetensors.torch import save_file
 
-    output, _ = finished_run
+    output, console = finished_run
     checkpoint = tmp_path / "downloaded"
     shutil.copytree(output / "checkpoints" / "step_000020", checkpoint)
     model = GPT2ReproForCausalLM.from_pretrained(checkpoint).eval()
@@ -312,16 +315,23 @@ def test_a_checkpoint_opens_elsewhere_without_this_project(finished_run, tmp_pat
     with torch.no_grad():
         save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.safetensors")
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(checkpoint), str(tmp_path / "expected.safetensors")],
+    last_lines = console[console.index("\nload    ") :]
+    last_lines = last_lines.replace(str(output / "checkpoints" / "step_000020"), str(checkpoint))
+    load = "".join(f"{line[8:]}\n" for line in last_lines.splitlines()[1:4])
+    not_installed = "import sys; sys.modules['modeling_gpt2repro'] = None  # importing it raises\n"
+    finished = run_on_terminal(
+        [
+            sys.executable,
+            "-c",
+            not_installed + load + ELSEWHERE,
+            str(checkpoint),
+            str(tmp_path / "expected.safetensors"),
+        ],
         cwd=tmp_path / "elsewhere",
-        env=clean_environment(tmp_path / "elsewhere"),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        environment=clean_environment(tmp_path / "elsewhere"),
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("opened")
+    assert finished.returncode == 0, finished.output
+    assert finished.output.strip().endswith("opened")
 
 
 def test_checkpoint_has_no_pickle_and_no_stray_file(finished_run):

@@ -188,7 +188,7 @@ numbers     {metrics}
 
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained("{folder}")
+        tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 sample  python sample.py {folder} "Hello, I'm"
 score   python -m eval --model {folder} --tasks hellaswag
 share   python -m hub push {folder} USER/NAME    (after: hf auth login)"""

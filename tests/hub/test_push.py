@@ -33,7 +33,8 @@ logits = {}
 for name in %r:
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules")
-    ids = AutoTokenizer.from_pretrained(name)("Hello, I'm a language model,", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    ids = tokenizer("Hello, I'm a language model,", return_tensors="pt").input_ids
     torch.save(model(ids).logits.detach(), %r + name.replace("/", "-"))
 """
 
