@@ -33,7 +33,7 @@ SETTINGS = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 def checkout(tmp_path_factory):
     """A folder like a reader's checkout after the first command, with small models where the documents have theirs."""
     folder = tmp_path_factory.mktemp("checkout")
-    for room in ("data", "eval", "hub", "modeling_gpt2repro", "training"):
+    for room in ("common", "data", "eval", "hub", "modeling_gpt2repro", "training"):
         (folder / room).symlink_to(ROOT / room)
     torch.manual_seed(0)
     model, tokenizer = GPT2ReproForCausalLM(GPT2ReproConfig(**SETTINGS)), load_hf_tokenizer(SETTINGS["n_positions"])
