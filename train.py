@@ -77,9 +77,9 @@ from training.checkpoint import (
 from training.config import check_lengths, load_config
 from training.hardware import describe_hardware
 from training.launch import leave_process_group, on_main_process, start_accelerator
-from training.microbatch import cut_batch
+from training.microbatch import check_memory, cut_batch
 from training.optim import build_optimizer
-from training.plan import Plan
+from training.plan import Plan, repetition_warning
 from training.run_folder import begin, fail, lock, write_finished, write_status
 from training.run_log import RunLog
 from training.schedule import learning_rate
@@ -153,7 +153,7 @@ def train(argv):
         model = GPT2ReproForCausalLM(model_config)
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     plan = Plan(model_config, model.num_parameters(), config, describe_hardware(accelerator, config.dollars_an_hour))
-    for line in plan.lines():
+    for line in [*plan.lines(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
         say(line)
     if config.dry_run:
         micro_batch_size, accumulation = cut_batch(plan, accelerator)
@@ -189,6 +189,8 @@ def train(argv):
         f"data      {config.data.path}: {data['train_tokens']:,} training and {data['val_tokens']:,} validation "
         f"tokens; the run is {plan.total_tokens / loader.tokens_per_epoch:.2f} epochs"
     )
+    for line in repetition_warning(plan.total_tokens / loader.tokens_per_epoch):
+        say(line)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
     if baselines:
         say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats a token")

@@ -6,7 +6,9 @@ This module imports nothing heavy, so that a command can call `prepare_process` 
 
 import argparse
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -84,6 +86,11 @@ def run_command(
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + 13  # SIGPIPE, which Windows does not name
+
+
+def shell_quote(argument: object) -> str:
+    """Quote an argument of a command that is printed for the user to copy, as the shell of this system wants it."""
+    return subprocess.list2cmdline([str(argument)]) if os.name == "nt" else shlex.quote(str(argument))
 
 
 def print_interrupted(text: str) -> None:

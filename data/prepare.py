@@ -29,7 +29,7 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command
+from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, shell_quote
 
 if __name__ == "__main__":
     prepare_process()
@@ -813,7 +813,7 @@ def _main(argv):
         print(
             f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. The last of "
             "the machines that write there joins them all; what stands in several folders, this does:\n"
-            f"python -m data.prepare merge {args.out} ... --out DIR"
+            f"python -m data.prepare merge {shell_quote(args.out)} ... --out DIR"
         )
         return 0
     for split in SPLITS:

@@ -19,7 +19,7 @@ ALLOWED = {
         *("filelock", "fsspec", "huggingface_hub", "pyarrow"),
     },
     "training": {
-        *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"),
+        *("training", "torch", "accelerate", "numpy", "safetensors", "yaml", "matplotlib"),
         *("filelock", "psutil", "tqdm", "deepspeed"),
     },
     "eval": {

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
+from common.cli import shell_quote
+from training import TrainingError
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
 from training.launch import on_main_process
-from training.metrics import MetricsLog, read_metrics, until
+from training.metrics import MetricsLog, read_metrics, recover_metrics, until
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
@@ -54,12 +56,13 @@ class RunLog:
 
         def start():
             earlier, before = [], None
+            output_dir.mkdir(parents=True, exist_ok=True)
             if resume_from is not None:  # a branch in a folder of its own takes its past along
                 past = run_folder_of(resume_from, output_dir)
-                earlier = until(read_metrics(past / "metrics.jsonl"), step, is_evaluated=is_evaluated)
+                records = recover_metrics(past / "metrics.jsonl", keep_in=output_dir, warn=say)
+                earlier = until(records, step, is_evaluated=is_evaluated)
                 self._say_if_learning_rate_jumps(earlier, config)
                 before = past / "provenance.json"
-            output_dir.mkdir(parents=True, exist_ok=True)
             settings = dataclasses.asdict(config)
             resume_step = None if resume_from is None else step
             self._trackers = start_trackers(config.trackers, output_dir, settings, resume_step=resume_step)
@@ -140,7 +143,7 @@ class RunLog:
                 loss_lines=self._loss_lines,
                 hellaswag_lines=self._score_lines,
             )
-        except OSError as error:
+        except (OSError, TrainingError) as error:
             self._say(f"warning: curves.png could not be written ({error})")
 
     def _track(self, step, values):
@@ -172,11 +175,13 @@ class RunLog:
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
         self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
         board = self._output_dir / "tensorboard"
+        show_board = f"    (tensorboard --logdir {shell_quote(board)})" if board.is_dir() else ""
         self._say(
             WHAT_NEXT.format(
                 folder=checkpoint,
+                quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
-                metrics=f"{self.metrics_path}{f'    (tensorboard --logdir {board})' if board.is_dir() else ''}",
+                metrics=f"{self.metrics_path}{show_board}",
             )
         )
 
@@ -189,6 +194,6 @@ numbers     {metrics}
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
-sample  python sample.py {folder} "Hello, I'm"
-score   python -m eval --model {folder} --tasks hellaswag
-share   python -m hub push {folder} USER/NAME    (after: hf auth login)"""
+sample  python sample.py {quoted} "Hello, I'm"
+score   python -m eval --model {quoted} --tasks hellaswag
+share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""
