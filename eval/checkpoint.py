@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import resolve_checkpoint
 from common.errors import one_line
 from eval import EvalError
 from eval.hub import why_unreachable
@@ -15,10 +16,19 @@ class NeedsCodeError(EvalError):
 
 
 def check_name(model):
-    """Raises EvalError for what is neither a checkpoint's folder nor the id of a model on the Hub."""
+    """
+    Check that a name is a checkpoint's folder or the id of a model on the Hub.
+
+    Returns:
+        the name to open: the step folder where it is .../checkpoints/best, else the name itself.
+
+    Raises:
+        UserError: it is neither.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    model = resolve_checkpoint(model)
     folder = Path(model)
     try:
         is_folder = folder.is_dir()
@@ -36,6 +46,7 @@ def check_name(model):
             validate_repo_id(model)
         except HFValidationError as error:
             raise EvalError(f"checkpoint {model!r}: no such folder, nor a Hub id (owner/name)") from error
+    return model
 
 
 def load_tokenizer(name, *, trust_remote_code=False):

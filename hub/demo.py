@@ -45,8 +45,7 @@ def serve(checkpoints, *, port, device=None, trust_remote_code=False):
         raise HubError(f"{len(checkpoints)} checkpoints: the page has room for two")
     if not 1 <= port <= 65535:
         raise HubError(f"--port must be between 1 and 65535, got {port}")
-    for name in checkpoints:
-        check_name(name)
+    checkpoints = [check_name(name) for name in checkpoints]
     device, _ = find_device(device)
     models = []
     for name in checkpoints:

@@ -9,7 +9,7 @@ from training.metrics import MetricsLog, read_metrics, until
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
-from training.trackers import start_trackers
+from training.trackers import finish_tracker, start_trackers
 
 
 class RunLog:
@@ -139,13 +139,14 @@ class RunLog:
                 )
                 self._trackers.remove(tracker)
 
-    def close(self):
-        """Lets the trackers send what they have."""
-        if self._is_main:
-            self._progress.close()
-            self._metrics.close()
-            for tracker in self._trackers:
-                tracker.finish()
+    def close(self, *, has_failed: bool = False) -> None:
+        """Close the files and let the trackers send what they have; does nothing the second time."""
+        if not self._is_main:
+            return
+        self._progress.close()
+        self._metrics.close()
+        while self._trackers:
+            finish_tracker(self._trackers.pop(), has_failed=has_failed)
 
     def summary(self, *, val_loss, num_skipped, checkpoint):
         """What came of it, and what to do next."""
