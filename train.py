@@ -85,7 +85,7 @@ from training.run_folder import RunFolder
 from training.run_log import RunLog
 from training.schedule import learning_rate
 from training.skipping import step_where_finite, suspect_windows
-from training.state import blank_copy, clip_gradients, prepare, whole_model
+from training.state import blank_copy, clip_gradients, copy_from_file, prepare, whole_model
 from training.step_numbers import StepNumbers
 from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
 
@@ -275,6 +275,7 @@ def _train(argv, held, started):
         set_seed(config.seed)  # the same on every process
         model = GPT2ReproForCausalLM(model_config)
     model.to(device).train()
+    copy_from_file(model)
     blank = blank_copy(model)  # without numbers: where the weights are shared out, a whole copy to evaluate
 
     # ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from common.checkpoints import resolve_checkpoints
 from eval import EvalError, command
 from eval.checkpoint import check_name, load_tokenizer
 from eval.evaluator import prepare

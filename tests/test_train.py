@@ -177,8 +177,8 @@ import torch, torch.distributed, train
 
 close = train.RunLog.close
 
-def close_and_linger(log):
-    close(log)
+def close_and_linger(log, **more):
+    close(log, **more)
     late = torch.distributed.get_rank() == 1
     time.sleep(1 if late else 0)
     torch.distributed.all_gather([torch.zeros(1), torch.zeros(1)], torch.zeros(1), async_op=True)

@@ -356,7 +356,10 @@ def load_optimizer(folder, model, optimizer, accelerator):
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     anew = f"or begin anew with its weights: --init_from {folder}"
     try:
-        load_moments(load_file(path), model, optimizer, accelerator)
+        tensors = load_file(path)
+        if accelerator.device.type == "cpu":  # else they stay mapped from the file, see copy_from_file
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        load_moments(tensors, model, optimizer, accelerator)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint, {anew}") from error
     except ValueError as error:

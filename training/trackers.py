@@ -67,7 +67,7 @@ def start_trackers(names, output_dir, config, *, resume_step):
 
 
 def finish_tracker(tracker: GeneralTracker, *, has_failed: bool) -> None:
-    """Let a tracker send what it has. If the run has failed, W&B shows so, and the tracker's own errors do not count."""
+    """Let a tracker send what it has. If the run failed, W&B shows that, and the tracker's own errors do not count."""
     try:
         if has_failed and tracker.name == "wandb":
             tracker.run.finish(exit_code=1)
