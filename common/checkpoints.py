@@ -29,11 +29,11 @@ class Checkpoint(NamedTuple):
     step: int
     folder: Path
     val_loss: float | None
-    """None if the checkpoint was not evaluated, or the loss was not finite"""
+    """None if the checkpoint was not evaluated, the loss was not finite, or the file that has it is missing"""
 
     def describe(self) -> str:
         """Return "runs/x/checkpoints/step_000100 (validation loss 3.1234)"."""
-        loss = "not evaluated" if self.val_loss is None else f"validation loss {self.val_loss:.4f}"
+        loss = "no validation loss" if self.val_loss is None else f"validation loss {self.val_loss:.4f}"
         return f"{self.folder} ({loss})"
 
 

@@ -26,14 +26,19 @@ def no_locks():
 
 
 @contextlib.contextmanager
-def no_links():
-    """Windows without developer mode, FAT, many cloud drives."""
+def no_links_and_no_sigusr1():
+    """Windows without developer mode; links alone: FAT, many cloud drives."""
 
     def refuse(*_, **__):
         raise OSError(errno.EPERM, "a required privilege is not held by the client")
 
-    with mock.patch.object(os, "symlink", refuse), mock.patch.object(os, "link", refuse):
-        yield
+    number = signal.SIGUSR1
+    del signal.SIGUSR1
+    try:
+        with mock.patch.object(os, "symlink", refuse), mock.patch.object(os, "link", refuse):
+            yield
+    finally:
+        signal.SIGUSR1 = number
 
 
 @contextlib.contextmanager
@@ -47,7 +52,7 @@ def windows_flushing():
         fsync(descriptor)
 
     def open_no_folder(path, *arguments, **more):
-        if os.path.isdir(path):
+        if Path(path).is_dir():
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         return open_file(path, *arguments, **more)
 
@@ -69,7 +74,7 @@ def windows_renaming():
                 for name in (path, *arguments[:1]):
                     if name is not None and (user := user_of(name)):
                         raise PermissionError(errno.EACCES, f"in use: {user}", os.fspath(name))
-                if change is os_replace and os.path.isdir(arguments[0]):
+                if change is os_replace and Path(arguments[0]).is_dir():
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(arguments[0]))
             return change(path, *arguments, **more)
 
@@ -85,23 +90,13 @@ def windows_renaming():
 def user_of(path):
     """What in this process keeps a file, or a file in a folder, open or mapped; None if nothing does."""
     path = os.path.realpath(path)
-    names = {line.split(maxsplit=5)[5].rstrip("\n") for line in open("/proc/self/maps") if line.count("/")}
-    for descriptor in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            names.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    names = {line.split(maxsplit=5)[5] for line in maps if "/" in line}
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # the one that lists the folder
+            names.add(str(descriptor.readlink()))
     # filelock opens its file so that it can be removed, on Windows too
     return next((n for n in names if (n == path or n.startswith(path + os.sep)) and not n.endswith("lock")), None)
-
-
-@contextlib.contextmanager
-def no_sigusr1():
-    """Windows."""
-    number = signal.SIGUSR1
-    del signal.SIGUSR1
-    try:
-        yield
-    finally:
-        signal.SIGUSR1 = number
 
 
 @contextlib.contextmanager
@@ -114,7 +109,7 @@ def umask_027():
         os.umask(before)
 
 
-ALL = (no_locks, no_links, windows_flushing, windows_renaming, no_sigusr1, umask_027)
+ALL = (no_locks, no_links_and_no_sigusr1, windows_flushing, windows_renaming, umask_027)
 
 
 def modes(folder):

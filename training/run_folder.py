@@ -125,5 +125,5 @@ def describe(error: BaseException) -> str:
     if isinstance(error, UserError):
         return one_line(error)
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted by a second Ctrl-C, before a checkpoint was saved"
+        return "interrupted (Ctrl-C) before a checkpoint of the last steps was saved"
     return f"{type(error).__name__}: {one_line(error)}"

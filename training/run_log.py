@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from common.checkpoints import best_of, list_checkpoints
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
 from training.launch import on_main_process
@@ -157,6 +158,9 @@ class RunLog:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
         self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
+        best = best_of(list_checkpoints(checkpoint.parent))
+        if best is not None and best.folder != checkpoint:
+            self._say(f"best      {best.describe()}")
         board = self._output_dir / "tensorboard"
         self._say(
             WHAT_NEXT.format(
