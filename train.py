@@ -87,7 +87,7 @@ from training.schedule import learning_rate
 from training.skipping import step_where_finite, suspect_windows
 from training.state import blank_copy, clip_gradients, copy_from_file, prepare, whole_model
 from training.step_numbers import StepNumbers
-from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
+from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping, ignore_signals
 
 gc.freeze()
 gc.enable()
@@ -575,6 +575,7 @@ def main():
         code = 1
     except KeyboardInterrupt:
         code = "error: interrupted; what was saved before is whole, and --resume auto goes on from it"
+    ignore_signals()
     if isinstance(code, int):
         leave_process_group()
     sys.exit(code)

@@ -93,7 +93,7 @@ def is_local(name: str | os.PathLike) -> bool:
 
 def resolve_checkpoints(names: Iterable[str]) -> list[str]:
     """
-    Resolve several names; a pattern such as "runs/*/checkpoints/best" stands for all that it matches.
+    Resolve several names; a pattern such as "runs/*/checkpoints/best" means every checkpoint that it matches.
 
     Raises:
         UserError: as `resolve_checkpoint`; a pattern that matches nothing.
@@ -118,7 +118,7 @@ def _resolve_best(path: Path, say: Callable[[str], object]) -> str:
     checkpoints = list_checkpoints(path.parent)
     if not checkpoints:
         if not path.is_dir() and path.parent.name == "checkpoints":
-            raise UserError(f"{str(path)!r}: there is no checkpoint in {path.parent} yet")
+            raise UserError(f"{str(path)!r}: {path.parent} does not have a checkpoint yet")
         return str(path)
     best = best_of(checkpoints)
     if best is None:
@@ -136,7 +136,7 @@ def _refuse_run_folder(path: Path) -> None:
     if checkpoints:
         raise UserError(f"{str(path)!r} is a run's folder, not a checkpoint; give one of {_listed(checkpoints)}")
     if (path / "status.json").is_file() or (path / "metrics.jsonl").is_file():
-        raise UserError(f"{str(path)!r} is a run's folder, and there is no checkpoint in it yet")
+        raise UserError(f"{str(path)!r} is a run's folder and does not have a checkpoint yet")
 
 
 def _listed(checkpoints: list[Checkpoint]) -> str:

@@ -1,7 +1,7 @@
 """
 Other systems, simulated on Linux: each condition is a context manager that changes this process alone.
 
-What is simulated is the error that the system gives, as the tests' docstrings and docs/training.md say.
+Each simulates the error that the other system gives; docs/training.md has the list.
 """
 
 import contextlib
@@ -88,7 +88,7 @@ def windows_renaming():
 
 
 def user_of(path):
-    """What in this process keeps a file, or a file in a folder, open or mapped; None if nothing does."""
+    """Return the name of a file, or of a file in a folder, that this process has open or mapped; None if it has not."""
     path = os.path.realpath(path)
     maps = Path("/proc/self/maps").read_text().splitlines()
     names = {line.split(maxsplit=5)[5] for line in maps if "/" in line}
@@ -101,7 +101,7 @@ def user_of(path):
 
 @contextlib.contextmanager
 def umask_027():
-    """A group that shares its files, and nobody else."""
+    """A group that shares its files."""
     before = os.umask(0o027)
     try:
         yield

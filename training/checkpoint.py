@@ -183,7 +183,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def _remove_old(self, step):
-        """What stays follows from the folders that are there alone, so that a crash in between changes nothing."""
+        """Decide by the folders that are there alone, so that a crash in between changes nothing."""
         self._remove_link()
         # A run that was resumed from an earlier step leaves the later ones alone until it comes there again.
         checkpoints = [c for c in list_checkpoints(self.output_dir / "checkpoints") if c.step <= step]
@@ -244,7 +244,7 @@ def check_start(resume, output_dir, say):
         Path of the checkpoint that `resume` names; None for "auto" and for a fresh start.
 
     Raises:
-        TrainingError: the path is no checkpoint; a fresh start, or one from elsewhere or from an earlier step, where
+        TrainingError: the path is not a checkpoint; a fresh start, or one from elsewhere or from an earlier step, where
             the folder has a run already.
         UserError: the path is a run's folder.
     """

@@ -45,7 +45,7 @@ class RunFolder:
         """
         path = self.path.absolute()
         if not path.name:
-            raise TrainingError(f"output_dir={str(path)!r} is no folder for a run; name one below it")
+            raise TrainingError(f"output_dir={str(path)!r} is not a folder for a run; name one below it")
         # Next to the folder, which is made only when nothing can be wrong any more.
         lock = Lock(path.with_name(f".{path.name}.lock"), warn=self._say)
         try:
@@ -107,8 +107,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        # Any process may be the one that knows what went wrong; the first to say so is right, and those that end
-        # because another one did know nothing. What is saved and finished stays so.
+        # Any process may be the first that fails; those that fail after it do so because they lost it. "finished" and
+        # "resume me" are not overwritten.
         if isinstance(error, UserError) and self._has_begun:
             error.exit_code = 1
         is_own = error is not None and not isinstance(error, MainProcessFailed)

@@ -164,7 +164,7 @@ class RunLog:
         board = self._output_dir / "tensorboard"
         self._say(
             WHAT_NEXT.format(
-                folder=checkpoint,
+                folder=checkpoint.as_posix(),  # no backslashes inside Python's quotes
                 curves=self._output_dir / "curves.png",
                 metrics=f"{self.metrics_path}{f'    (tensorboard --logdir {board})' if board.is_dir() else ''}",
             )

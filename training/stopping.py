@@ -16,6 +16,13 @@ def exit_code_of_stopping():
     return RESUME_ME if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 else 0
 
 
+def ignore_signals() -> None:
+    """Ignore what asks a run to stop: it has ended, and its exit code is not to become that of a late signal."""
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 class StoppedInEvaluation(Exception):
     """Raised out of an evaluation that would take longer than the one who asked may wait."""
 

@@ -160,7 +160,7 @@ def test_written_in_the_background_while_training_goes_on(writer, trained, save,
 
 
 def test_stale_best_link_is_removed_and_stale_copy_is_left_alone(writer, save, tmp_path):
-    """Of an earlier version's run. A name decides: neither what the link leads to, nor the copy."""
+    """Both are left from an earlier version's run; neither decides which checkpoint is the best."""
     older = save(writer(), 1, 5.0)
     path, lines = tmp_path / "checkpoints" / "best", []
     path.symlink_to("step_000001", target_is_directory=True)
