@@ -565,6 +565,8 @@ def first_line(error):
 def main():
     try:
         code = train(sys.argv[1:], started=STARTED)
+        ignore_signals()
+        leave_process_group()
     except UserError as error:
         print_error(error)
         code = error.exit_code
@@ -575,9 +577,6 @@ def main():
         code = 1
     except KeyboardInterrupt:
         code = "error: interrupted; what was saved before is whole, and --resume auto goes on from it"
-    ignore_signals()
-    if isinstance(code, int):
-        leave_process_group()
     sys.exit(code)
 
 
