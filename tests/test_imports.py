@@ -12,15 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "common": {"common"},
+    "common": {"common", "filelock"},
     "modeling_gpt2repro": {"torch", "transformers"},
     "data": {
         *("data", "numpy", "torch", "tqdm", "tiktoken", "transformers", "gigatoken"),
-        *("filelock", "fsspec", "huggingface_hub", "pyarrow"),
+        *("fsspec", "huggingface_hub", "pyarrow"),
     },
     "training": {
         *("training", "torch", "accelerate", "numpy", "safetensors", "yaml", "matplotlib"),
-        *("filelock", "psutil", "tqdm", "deepspeed"),
+        *("psutil", "tqdm", "deepspeed"),
     },
     "eval": {
         *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from common.checkpoints import best_of, list_checkpoints
 from common.cli import shell_quote
 from training import TrainingError
 from training.checkpoint import run_folder_of
@@ -13,7 +14,7 @@ from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
 from training.schedule import learning_rate
-from training.trackers import start_trackers
+from training.trackers import finish_tracker, start_trackers
 
 
 class RunLog:
@@ -157,13 +158,14 @@ class RunLog:
                 )
                 self._trackers.remove(tracker)
 
-    def close(self):
-        """Lets the trackers send what they have."""
-        if self._is_main:
-            self._progress.close()
-            self._metrics.close()
-            for tracker in self._trackers:
-                tracker.finish()
+    def close(self, *, has_failed: bool = False) -> None:
+        """Close the files and let the trackers send what they have; does nothing the second time."""
+        if not self._is_main:
+            return
+        self._progress.close()
+        self._metrics.close()
+        while self._trackers:
+            finish_tracker(self._trackers.pop(), has_failed=has_failed)
 
     def summary(self, *, val_loss, num_skipped, checkpoint):
         """What came of it, and what to do next."""
@@ -174,11 +176,14 @@ class RunLog:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
         self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
+        best = best_of(list_checkpoints(checkpoint.parent))
+        if best is not None and best.folder != checkpoint:
+            self._say(f"best      {best.describe()}")
         board = self._output_dir / "tensorboard"
         show_board = f"    (tensorboard --logdir {shell_quote(board)})" if board.is_dir() else ""
         self._say(
             WHAT_NEXT.format(
-                folder=checkpoint,
+                folder=checkpoint.as_posix(),  # no backslashes inside Python's quotes
                 quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
                 metrics=f"{self.metrics_path}{show_board}",
