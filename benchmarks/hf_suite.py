@@ -7,9 +7,9 @@ Run transformers' own tests of a model on ours and on transformers' GPT-2, and p
 
 The tests are the mixins of the source distribution of the installed transformers version (ModelTesterMixin,
 TrainingTesterMixin, FSDPTesterMixin, TensorParallelTesterMixin and ConfigTester). They are downloaded into a temporary
-folder and are not part of this repository. The source distribution lacks some files that they import; empty stand-ins
-replace these. GenerationTesterMixin and ExportTesterMixin are among them: --checkout names a clone of transformers whose
-tests/ folder has all files, and then they run too. tests/modeling has our own tests of generation and export.
+folder and are not part of this repository. The source distribution lacks some files that they import; small stand-ins
+replace these. GenerationTesterMixin and ExportTesterMixin are among them: --checkout names a clone of transformers,
+whose tests/ folder has all files, and then they run too. tests/modeling has our own tests of generation and export.
 
 Prints a table of the tests with different outcomes and the counts. Exit code 1 if ours fails a test that stock passes.
 """

@@ -156,7 +156,7 @@ class GPT2ReproConfig(PreTrainedConfig):
 
 
 def add_peft_defaults(model_type: str) -> None:
-    """If PEFT is imported, give `model_type` its defaults for GPT-2 (`target_modules` and so on): the names are equal."""
+    """If PEFT is imported, give `model_type` its defaults for GPT-2 (`target_modules`, ...): the names are the same."""
     for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and "gpt2" in table:
             table.setdefault(model_type, table["gpt2"])

@@ -150,7 +150,11 @@ def test_attentions_under_sdpa_are_empty_and_warned_of_once(gpt2, input_ids, cap
         assert candidate(input_ids, output_attentions=True).attentions == ()
         assert candidate(input_ids, output_attentions=True, return_dict=False)[2] == ()
         generated = candidate.generate(
-            input_ids, output_attentions=True, return_dict_in_generate=True, attention_mask=input_ids * 0 + 1, **arguments
+            input_ids,
+            output_attentions=True,
+            return_dict_in_generate=True,
+            attention_mask=input_ids * 0 + 1,
+            **arguments,
         )
         assert generated.attentions == ((), ())
     warnings = [record.getMessage() for record in caplog.records if "output_attentions" in record.getMessage()]
