@@ -5,7 +5,8 @@ What a user does with a checkpoint's folder, each thing in a process of its own 
 
 FOLDER has the checkpoints "causal", "sequence" and "token" (see test_fresh_process.py). A process that has
 imported torch and transformers forks for every case, so that a case costs a fraction of a second; the last one runs in
-that process itself. OUTPUT.json then has {case: {"result": numbers or names, "error": traceback or null, "console": all output}}.
+that process itself. OUTPUT.json then has
+{case: {"result": numbers or names, "error": traceback or null, "console": all output}}.
 """
 
 import builtins

@@ -1,5 +1,6 @@
 """Auto classes, pipelines, Trainer and PEFT on a folder, in processes that never heard of this project."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -106,8 +107,8 @@ def expected(models):
 
 @pytest.mark.parametrize("case", fresh_process.CASES)
 def test_a_process_that_knows_nothing_of_the_project(reports, expected, case):
-    if case == "LoRA":
-        pytest.importorskip("peft")
+    if case == "LoRA" and importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed")
     report = reports[case]
     assert report["error"] is None, report["error"]
     if case in ("LoRA", "text-generation"):
