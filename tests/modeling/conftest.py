@@ -36,7 +36,7 @@ def gpt2():
 
 @pytest.fixture
 def small_gpt2():
-    """The same with 1,000 tokens, the last of which ends texts: where the vocabulary's size only costs time."""
+    """GPT-2 with 1,000 tokens, the last of which ends texts, for tests that the full vocabulary only makes slow."""
     return make_gpt2(vocab_size=1000, bos_token_id=999, eos_token_id=999)
 
 

@@ -1,5 +1,5 @@
 """
-What a user does with a checkpoint's folder, each thing in a process of its own that does not know this project.
+Use a checkpoint's folder as a user does, every way in a process of its own that does not know this project.
 
     python fresh_process.py FOLDER OUTPUT.json
 
