@@ -1,20 +1,15 @@
 """
-Use a checkpoint's folder as a user does, every way in a process of its own that does not know this project.
+What a user does with a checkpoint's folder, in a process that does not know this project.
 
-    python fresh_process.py FOLDER OUTPUT.json
+    python checkpoint_cases.py FOLDER CASE PROJECT
 
-FOLDER has the checkpoints "causal", "sequence" and "token" (see test_fresh_process.py). A process that has
-imported torch and transformers forks for every case, so that a case costs a fraction of a second; the last one runs in
-that process itself. OUTPUT.json then has
-{case: {"result": numbers or names, "error": traceback or null, "console": all output}}.
+FOLDER has the checkpoints "causal", "sequence" and "token" (see test_checkpoint_cases.py). The last line of the output
+is the result of the case as JSON: numbers or names.
 """
 
-import builtins
 import json
-import os
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import torch
@@ -155,58 +150,11 @@ CASES = {
     "text-classification": text_classification,
     "token-classification": token_classification,
     "feature-extraction": feature_extraction,
-    "zero-shot-classification": zero_shot_classification,  # in a process that was really started
+    "zero-shot-classification": zero_shot_classification,
 }
 
 
-def run(case, output):
-    """Run a case with the console going into a file; write its result."""
-    console = output.with_suffix(".console")
-    with console.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    report = {"result": None, "error": None}
-    try:
-        report["result"] = CASES[case]()
-    except BaseException:
-        report["error"] = traceback.format_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    report["console"] = console.read_text()
-    output.write_text(json.dumps(report))
-
-
-def refuse_to_ask(question=""):
-    raise AssertionError(f"asked: {question}")
-
-
-def main():
-    builtins.input = refuse_to_ask
-    assert not any("gpt2repro" in name for name in sys.modules)
-    torch.set_num_threads(1)  # the threads of a parent do not live on in a fork
-    _ = transformers.Trainer, transformers.GenerationMixin, transformers.GPT2Tokenizer  # imported at their first use
-    reports = {}
-    with tempfile.TemporaryDirectory() as folder:
-        # Once for all cases: what transformers prepares when it loads a model for the first time.
-        shape = {"n_layer": 1, "n_head": 1, "n_embd": 2, "n_positions": 2, "vocab_size": 2}
-        transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(folder)
-        transformers.GPT2LMHeadModel.from_pretrained(folder)
-        for number, case in enumerate(CASES):
-            output = Path(folder) / f"{number}.json"
-            if case == [*CASES][-1]:
-                run(case, output)
-            elif not (child := os.fork()):
-                try:
-                    run(case, output)
-                finally:
-                    os._exit(0)  # without what the parent will do at its end
-            else:
-                os.waitpid(child, 0)
-            reports[case] = json.loads(output.read_text()) if output.exists() else {"error": "the process was killed"}
-    Path(sys.argv[2]).write_text(json.dumps(reports))
-
-
 if __name__ == "__main__":
-    FOLDER, PROJECT = Path(sys.argv[1]), str(Path(__file__).parents[2])
-    sys.path = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).parent]
-    main()
+    FOLDER, case, PROJECT = Path(sys.argv[1]), *sys.argv[2:]
+    assert not any("gpt2repro" in name for name in sys.modules)
+    print(json.dumps(CASES[case]()))
