@@ -369,7 +369,7 @@ def test_the_last_lines_name_the_best_checkpoint_and_paths_that_python_reads(bes
     named = [line for line in lines if line.startswith("best ")]
     assert named == ([] if best is None else [f"best      {folder.with_name('step_000020')} (validation loss 3.2500)"])
     RunLog.summary(log, val_loss=4.0, num_skipped=0, checkpoint=PureWindowsPath(r"runs\x\checkpoints\step_000100"))
-    assert 'from_pretrained("runs/x/checkpoints/step_000100")' in lines[-1]
+    assert 'from_pretrained("runs/x/checkpoints/step_000100", ' in lines[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
