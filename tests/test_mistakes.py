@@ -84,18 +84,18 @@ MISTAKES = [
     ("recipe_setting_group", "train --config setting_group.yaml", "max_steps must be", "{'value': '5'}"),
     ("recipe_key_list", "train --config key_list.yaml", "key_list.yaml:1", "unknown setting", "max_steps"),
     ("recipe_nested", "train --config nested.yaml", "eval.prompts must be a list", "[['a']]"),
-    ("recipe_object", "train --config object.yaml", "max_steps must be a whole number", "got []"),
+    ("recipe_object", "train --config object.yaml", "max_steps must be an integer", "got []"),
     ("recipe_hf", "train --config hf.yaml", "hf.yaml:2", "optim.learning_rate", "did you mean 'optim.lr'"),
     ("recipe_accelerate", "train --config accelerate.yaml", "compute_environment", "accelerate launch"),
     ("recipe_json", "train --config json.json", "json.json:1", "max_steps", "got 0"),
     # Values.
     ("large_number", f"train --max_steps {10**23 - 1} --dry_run", "max_steps", "[1, 1e9]", "got 9999"),
-    ("long_number", f"train --seed {'9' * 5000}", "seed must be a whole number", "999..."),
+    ("long_number", f"train --seed {'9' * 5000}", "seed must be an integer", "999..."),
     ("long_exponent", "train --max_steps 1e999999999", "max_steps", "got 1e999999999"),
     ("many_positions", "train --model.n_positions 100000000000", "model.n_positions", "[1, 1e9]"),
     ("many_layers", "train --model.n_layer 1e6 --dry_run", "model.n_layer", "[1, 1000]"),
     ("wide", "train --model.n_embd 99999999 --dry_run", "model.n_embd", "[1, 1e6]"),
-    ("zero", "train --log_every 0", "log_every must be a whole number in [1, 1e9], got 0"),
+    ("zero", "train --log_every 0", "log_every must be an integer in [1, 1e9], got 0"),
     ("negative", "train --save_every -5", "save_every", "got -5"),
     ("fraction", "train --max_steps 1.5", "max_steps", "got 1.5"),
     ("inexact", "train --max_steps 1.23e1", "max_steps", "got 1.23e1"),
@@ -126,7 +126,7 @@ MISTAKES = [
     ("larger_than_memory", "train --model.n_positions 1e9", "parameters", "GB", "choose a smaller model"),
     ("wider_than_memory", "train --model.n_embd 100000", "parameters", "GB", "model.n_embd"),
     # Forms.
-    ("value_missing", "train --max_steps", "--max_steps needs a value, a whole number", "optimizer steps"),
+    ("value_missing", "train --max_steps", "--max_steps needs a value, an integer", "optimizer steps"),
     ("value_missing_before", "train --max_steps --dry_run", "--max_steps needs a value"),
     ("push_bare", "train --push_to_hub", "--push_to_hub needs a value", "USER/NAME"),
     ("resume_bare", "train --resume --dry_run", "--resume needs a value", "`auto`"),
@@ -140,7 +140,7 @@ MISTAKES = [
     ("no_dash", "train optim.lr=3e-4", "--optim.lr 3e-4"),
     ("blank", "train ' ' --max_steps 5", "blank", "backslash"),
     ("group", "train --optim adamw", "optim is a group of settings", "optim.lr"),
-    ("group_value", "train --model.optim 5", "unknown setting model.optim"),
+    ("group_value", "train --model.optim 5", "unknown setting 'model.optim'"),
     # Names.
     ("mistyped", "train --max_stepz 3", "max_stepz", "did you mean 'max_steps'"),
     ("mistyped_in_group", "train --optim.lrr=3", "did you mean 'optim.lr'"),
@@ -203,7 +203,7 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(command, words, folder, ti
     before = {path for path in folder.rglob("*") if path.suffix != ".lock"}
     name, *argv = [argument.replace("{tiny}", str(tiny)) for argument in shlex.split(command)]
     code = COMMANDS[name](argv)
-    run_folder.release()  # the end of a process does so by itself
+    run_folder.release()
     message = capsys.readouterr().err
     assert code == USAGE_ERROR, message
     assert message.startswith("error: ") and message.count("\n") == 1 and len(message) < 700, message

@@ -292,7 +292,7 @@ def _value(given: str | list, kind: object) -> object:
     if kind is bool and given.lower() in _BOOLEANS:
         return _BOOLEANS[given.lower()]
     if kind is int:
-        return _whole_number(given)
+        return _integer(given)
     if kind is float:
         return float(given.lower().replace(".inf", "inf"))  # YAML has a dot there
     if kind is str:
@@ -300,7 +300,7 @@ def _value(given: str | list, kind: object) -> object:
     raise ValueError
 
 
-def _whole_number(text: str) -> int:
+def _integer(text: str) -> int:
     """Also of 1e3, 1_000 and 5.0, which are exact."""
     try:
         number = Decimal(text)
@@ -347,7 +347,7 @@ def describe(kind: object) -> str:
         return f"{len(options)} values such as 0.9 0.95, each {describe(options[0])}"
     if origin is list:
         return f"a list, of {describe(options[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}[
+    return {int: "an integer", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}[
         kind
     ]
 
@@ -374,15 +374,15 @@ def unknown(name: str, settings: dict[str, Setting]) -> str:
     by_last = {setting.rpartition(".")[2]: setting for setting in settings}
     switch = by_last.get(re.sub(r"^(no|disable)_", "", last))
     if switch and last not in by_last and settings[switch].kind is bool:
-        return f"unknown setting {shown(name)}; write --{switch} false"
+        return f"unknown setting {shown(name)!r}; write --{switch} false"
     if last not in by_last and last not in HINTS:
         near = difflib.get_close_matches(last, [*by_last, *HINTS, "config"], n=1, cutoff=0.8)
         last = near[0] if near else plain.replace(".", "_")  # `eval.every` is eval_every
     hint = by_last.get(last) or ("--config" if last == "config" else HINTS.get(last))
     if hint is None:
-        return f"unknown setting {shown(name)}; {HELP}"
+        return f"unknown setting {shown(name)!r}; {HELP}"
     is_name = hint in settings or hint == "--config"
-    return f"unknown setting {shown(name)}; " + (f"did you mean {hint!r}?" if is_name else f"here: {hint}")
+    return f"unknown setting {shown(name)!r}; " + (f"did you mean {hint!r}?" if is_name else f"here: {hint}")
 
 
 def _members(group: str, settings: dict[str, Setting]) -> str:
