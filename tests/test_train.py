@@ -409,7 +409,7 @@ def test_a_folder_that_cannot_be(fails, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in fails("--output_dir", tmp_path / "file" / "run")
     assert "is a file" in fails("--output_dir", tmp_path / "file")
-    assert "is no folder for a run" in fails("--output_dir", "/")
+    assert "must be a folder of the run's own" in fails("--output_dir", "/")
 
 
 def test_a_tracker_that_is_not_there(fails, monkeypatch):
