@@ -11,7 +11,8 @@ before it prepares what it uses, in the order in which it is needed.
 Writes into --output_dir (runs/<recipe>):
 
     checkpoints/step_000100/   a Hugging Face folder: AutoModelForCausalLM.from_pretrained opens it
-    checkpoints/best           a link to the one with the lowest validation loss
+                               (checkpoints/best, as a name, is the one with the lowest validation loss: for --resume,
+                               --init_from, sample.py, eval and hub)
     metrics.jsonl              one object a training step, one an evaluation
     curves.png                 losses and HellaSwag over tokens
     tensorboard/               the same numbers for TensorBoard
@@ -27,41 +28,48 @@ import gc
 
 gc.disable()  # what is imported stays; looking for garbage in it takes half a second here and more later
 
+from common.cli import encodable, interrupt_exit_code, prepare_process, print_error, print_interrupted
+
+if __name__ == "__main__":
+    prepare_process()
+
 import contextlib
 import dataclasses
 import errno
 import math
-import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate.utils import gather_object, set_seed
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from data import DataError
+from common.checkpoints import resolve_checkpoint
+from common.errors import UserError
 from data.loader import WindowLoader, validation_batches
 from data.manifest import identity, is_to_be_prepared, open_split
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample
 from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
 from eval import EvalError
+from eval.checkpoint import check_name, load_gpt2
+from eval.checkpoint import load_config as load_model_config
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
 from eval.samples import check_prompts, sample_texts
 from eval.task import answer_items, in_order, joint_results
 from eval.validation import validation_loss
-from hub import HubError
 from hub.push import BackgroundPusher, Repository
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
 from training.checkpoint import (
     CheckpointWriter,
     SaveError,
+    check_start,
     checkpoint_folder,
     clear_left_overs,
     find_checkpoint,
@@ -71,25 +79,43 @@ from training.checkpoint import (
 )
 from training.config import check_lengths, load_config
 from training.hardware import describe_hardware
-from training.launch import leave_process_group, on_main_process, start_accelerator
+from training.launch import leave_process_group, on_main_process, own_accelerator_state, start_accelerator
 from training.microbatch import check_memory, cut_batch
 from training.optim import build_optimizer
 from training.plan import Plan, repetition_warning
-from training.run_folder import begin, fail, lock, write_finished, write_status
+from training.run_folder import RunFolder
 from training.run_log import RunLog
 from training.schedule import learning_rate
 from training.skipping import step_where_finite, suspect_windows
-from training.state import blank_copy, clip_gradients, prepare, whole_model
+from training.state import blank_copy, clip_gradients, copy_from_file, prepare, whole_model
 from training.step_numbers import StepNumbers
-from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
+from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping, ignore_signals
 
 gc.freeze()
 gc.enable()
 STARTED = time.monotonic()  # what --max_hours counts from
 
 
-def train(argv):
-    """Returns the exit code: 0, 75 (resume me), or 1 (all is trained and saved, and not on the Hub)."""
+def train(argv, *, started=None):
+    """
+    Train, also several times in a row in one process, as in a notebook.
+
+    Args:
+        argv: list of str, the command line's arguments.
+        started: time.monotonic() from which --max_hours counts; None: now.
+
+    Returns:
+        exit code: 0, 75 (resume me), or 1 (all is trained and saved, and not on the Hub).
+
+    Raises:
+        UserError: an error that the user can fix.
+    """
+    # Leaving this gives everything back, whatever happens: the folder's lock, the signal handlers, threads, open files.
+    with own_accelerator_state(), contextlib.ExitStack() as held:
+        return _train(argv, held, time.monotonic() if started is None else started)
+
+
+def _train(argv, held, started):
     # ------------------------------------------------------------------------------------------------------
     # Settings: defaults < recipe < command line.
     config = load_config(argv)
@@ -106,15 +132,17 @@ def train(argv):
     def say(text=""):
         if is_main:
             with contextlib.suppress(OSError):  # the log's disk may be the full one
-                tqdm.write(text)
+                tqdm.write(encodable(text))
 
     def to_device(tensor):
         return tensor.to(device, non_blocking=device.type == "cuda")
 
     # ------------------------------------------------------------------------------------------------------
     # The run's folder: fresh, or with a checkpoint to go on from.
+    run_folder = held.enter_context(RunFolder(output_dir, say))
+
     def open_run_folder():
-        lock(output_dir, say)
+        run_folder.lock(lambda: check_start(config.resume, output_dir, lambda line: None))
         clear_left_overs(output_dir)
         return find_checkpoint(config.resume, output_dir, say)
 
@@ -133,9 +161,12 @@ def train(argv):
 
     # ------------------------------------------------------------------------------------------------------
     # The plan: the model's shape, and what it takes to train it.
-    if config.init_from is not None:
+    init_from = config.init_from  # as it was given, also on resuming
+    if init_from is not None:
+        if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
+            config.init_from = on_main_process(accelerator, lambda: resolve_checkpoint(config.init_from, say))
         # Once a run has begun, its own checkpoints have the shape.
-        its_shape = on_main_process(accelerator, lambda: shape_of(resume_from or config.init_from))
+        its_shape = on_main_process(accelerator, lambda: shape_of(str(resume_from or config.init_from)))
         config.model = dataclasses.replace(config.model, **its_shape)
     check_lengths(config)
     shape = {name: getattr(config.model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
@@ -209,7 +240,7 @@ def train(argv):
         "train_sha256": data["train_sha256"],
         "order": config.data.order,
         "boundary": config.data.boundary,
-        "init_from": config.init_from,
+        "init_from": init_from,
         "model": shape,
     }
 
@@ -231,9 +262,11 @@ def train(argv):
         if is_own and (is_evaluated or not is_evaluation_due(step)):
             saved_at = step  # the folder has already what would be saved here
         if step >= config.max_steps and saved_at == step:
+            if not is_finite_loss(val_loss):
+                return fail_as_diverged(run_folder, resume_from, is_main)
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
-                write_finished(output_dir, resume_from, step, saved["val_loss"])
+                run_folder.write_finished(resume_from, step, saved["val_loss"])
             return 0 if pusher is None or pusher.finish(resume_from) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
@@ -242,12 +275,13 @@ def train(argv):
     if resume_from is not None:
         model = GPT2ReproForCausalLM.from_pretrained(resume_from, dtype=torch.float32, **dropout)
     elif config.init_from is not None:
-        model = load_weights(config.init_from, dropout)
+        model = load_weights(config.init_from, dropout, say)
         say(f"weights   from {config.init_from}, and the shape too: settings of model.* but dropout do not count")
     else:
         set_seed(config.seed)  # the same on every process
         model = GPT2ReproForCausalLM(model_config)
     model.to(device).train()
+    copy_from_file(model)
     blank = blank_copy(model)  # without numbers: where the weights are shared out, a whole copy to evaluate
 
     # ------------------------------------------------------------------------------------------------------
@@ -271,6 +305,7 @@ def train(argv):
         in_use=() if pusher is None else pusher.reading,
         warn=say,
     )
+    held.callback(checkpoints.close)
     train_model, step_model, optimizer = prepare(
         accelerator,
         model,
@@ -301,7 +336,8 @@ def train(argv):
         loss_lines=baselines | published_losses,
         score_lines=published_scores,
     )
-    begin(output_dir, is_main)
+    held.push(lambda kind, error, traceback: log.close(has_failed=error is not None))
+    run_folder.begin(is_main)
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
 
     def report_saved(wait=False):
@@ -341,11 +377,12 @@ def train(argv):
         except StoppedInEvaluation:
             pass
         except EvalError as error:  # a model that has diverged; its losses say so too
-            tqdm.write(f"warning: HellaSwag was not scored: {error}")
+            tqdm.write(encodable(f"warning: HellaSwag was not scored: {error}"))
         return loss_sum, num_tokens, answers, seconds
 
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
-    stop = StopRequest(config.max_hours, STARTED)
+    held.callback(batches.close)
+    stop = held.enter_context(StopRequest(config.max_hours, started, say))
     stopping = False  # agreed on by all processes
     numbers = StepNumbers(device, plan.flops_per_token * batch.tokens_per_step / world_size)
 
@@ -473,80 +510,98 @@ def train(argv):
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
     folder = checkpoint_folder(output_dir, step)
     on_main_process(accelerator, lambda: checkpoints.finished(wait=True))
+    if not stopping and not is_finite_loss(val_loss):
+        log.close()
+        return fail_as_diverged(run_folder, folder, is_main)
     if is_main and stopping:
-        write_status(output_dir, "resume me", step=step, exit_code=exit_code_of_stopping())
+        run_folder.write_status("resume me", step=step, exit_code=exit_code_of_stopping(reasons[0]))
     elif is_main:
-        write_finished(output_dir, folder, step, val_loss)
+        run_folder.write_finished(folder, step, val_loss)
     accelerator.wait_for_everyone()
     log.close()
     say(f"saved     {folder}")
     if stopping:
         say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
-        return exit_code_of_stopping()
+        return exit_code_of_stopping(reasons[0])
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
     return 0 if pusher is None or pusher.finish(folder, is_stopped=lambda: stop.is_requested) else 1
 
 
-def shape_of(source):
-    """
-    Args:
-        source: a checkpoint of ours or a GPT-2: a folder, or a Hub id.
+def is_finite_loss(loss: float | None) -> bool:
+    """Return True for a number; a loss that was not finite is None where it was read from a JSON file."""
+    return loss is not None and math.isfinite(loss)
 
-    Returns:
-        {"n_layer", "n_head", "n_embd", "n_positions"}
+
+def fail_as_diverged(run_folder: RunFolder, checkpoint: Path, is_main: bool) -> int:
+    """Print and write down that the training diverged, and return the exit code."""
+    if is_main:
+        problem = (
+            f"the validation loss of {checkpoint} is not finite: the training diverged. Train again in another "
+            "--output_dir with a lower optim.lr or more optim.warmup_steps, from the start or from an earlier "
+            "checkpoint (--resume)"
+        )
+        print_error(problem)
+        run_folder.write_status("failed", error=problem)
+    return 1
+
+
+def shape_of(source: str) -> dict[str, int]:
+    """
+    Return the shape of a checkpoint that a run can start from: {"n_layer", "n_head", "n_embd", "n_positions"}.
+
+    Args:
+        source: a checkpoint of ours or a GPT-2 of transformers: a folder or a Hub id.
 
     Raises:
-        TrainingError: it is not there, or neither of the two.
+        EvalError: it cannot be opened.
+        TrainingError: it is not a GPT-2, or has fewer tokens than GPT-2.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:  # what transformers raises for a broken config.json is of every kind
-        raise TrainingError(f"init_from: {source} is no model's folder and no Hub id ({first_line(error)})") from None
+    check_name(source)
+    config = load_model_config(source)
     if config.model_type not in ("gpt2", "gpt2repro"):
         raise TrainingError(f"init_from: {source} is a {config.model_type!r} model; it must be 'gpt2' or 'gpt2repro'")
-    if config.vocab_size != VOCAB_SIZE:
+    if config.vocab_size < VOCAB_SIZE:
         raise TrainingError(
-            f"init_from: {source} has a vocabulary of {config.vocab_size}, and the data's is {VOCAB_SIZE}"
+            f"init_from: {source} has a vocabulary of {config.vocab_size:,} tokens; the data has GPT-2's {VOCAB_SIZE:,}"
         )
     return {name: getattr(config, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
 
 
-def load_weights(source, dropout):
-    """A GPT2ReproForCausalLM with the weights of what `shape_of` accepted, in float32."""
-    is_gpt2 = transformers.AutoConfig.from_pretrained(source).model_type == "gpt2"
-    model_class = transformers.GPT2LMHeadModel if is_gpt2 else GPT2ReproForCausalLM
-    try:
-        model, loading = model_class.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **dropout
+def load_weights(source: str, dropout: dict[str, float], say: Callable[[str], None]) -> GPT2ReproForCausalLM:
+    """Open a checkpoint that `shape_of` accepts, in float32, with GPT-2's vocabulary. Raises EvalError."""
+    model = load_gpt2(source, **dropout)
+    if added := model.config.vocab_size - VOCAB_SIZE:  # padding (nanoGPT's 50,304), or tokens that somebody added
+        say(
+            f"weights   the last {added} rows of the embedding are dropped: GPT-2's tokenizer has {VOCAB_SIZE:,} tokens"
         )
-        if missing := set(loading["missing_keys"]) - {"lm_head.weight"}:
-            raise ValueError(f"it lacks {len(missing)} of the weights, for example {min(missing)}")
-        return GPT2ReproForCausalLM.from_gpt2(model) if is_gpt2 else model
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise TrainingError(f"init_from: {source} cannot be loaded: {first_line(error)}") from error
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        gpt2 = model.to_gpt2()
+        gpt2.resize_token_embeddings(VOCAB_SIZE)
+        model = GPT2ReproForCausalLM.from_gpt2(gpt2)
+    return model
 
 
 def main():
+    """
+    Run `train` on the command line's arguments and exit.
+
+    Exit codes: 0, 75 (resume me), 2 for a mistake that was found before the run began, 1 for a run that failed.
+    """
     try:
-        code = train(sys.argv[1:])
-    except (TrainingError, DataError, EvalError, HubError) as error:
-        fail()
-        rank = os.environ.get("RANK", "0")
-        code = f"error: {error}" if rank == "0" else f"error (process {rank}): {error}"
+        code = train(sys.argv[1:], started=STARTED)
+        ignore_signals()
+        leave_process_group()
+    except UserError as error:
+        print_error(error)
+        code = error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail()
-        code = f"error: no space left on the disk for {error.filename or 'what the run writes'}: make room there"
+        print_error(f"no space left on the disk for {error.filename or 'what the run writes'}: make room there")
+        code = 1
     except KeyboardInterrupt:
-        code = "error: interrupted; what was saved before is whole, and --resume auto goes on from it"
-    if isinstance(code, int):
-        leave_process_group()
+        print_interrupted("interrupted; checkpoints saved before are complete: resume with --resume auto")
+        code = interrupt_exit_code()
     sys.exit(code)
 
 

@@ -5,6 +5,7 @@ This module imports nothing heavy, so that a command can call `prepare_process` 
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -14,9 +15,11 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from common.errors import UserError, one_line
+from common.terminal import take_terminal
 
 USAGE_ERROR = 2  # the exit code of errors that the user can fix, as argparse has it
-INTERRUPTED = 128 + signal.SIGINT
+
+_has_terminal = False  # taken over from accelerate's launcher
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,16 +36,50 @@ def prepare_process() -> None:
     A console with a small character set (cp1252, ASCII, a redirected log on Windows) must not end a run because a
     sample has a character that the console does not have.
     """
+    global _has_terminal
+    _use_utf8_for_paths()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
             stream.reconfigure(errors="backslashreplace")
+    _has_terminal = _has_terminal or take_terminal()
     sys.excepthook = _on_unhandled_exception
 
 
+def interrupt_exit_code() -> int:
+    """
+    Return the exit code for Ctrl-C: 130, as shells have it.
+
+    But 0 where accelerate's launcher waits for this process at a terminal: it prints a traceback for any other code.
+    """
+    return 0 if _has_terminal else 128 + signal.SIGINT
+
+
+def _use_utf8_for_paths() -> None:
+    """
+    Start this command again in Python's UTF-8 mode if the locale's encoding is another one (LC_ALL=C without Python's
+    own remedy, ISO-8859-1).
+
+    The tokenizers package and other libraries take paths as UTF-8 only. The streams keep their encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    encoding = os.environ.get("PYTHONIOENCODING") or f"{getattr(sys.stdout, 'encoding', 'utf-8')}:backslashreplace"
+    environment = os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": encoding}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def encodable(text: str) -> str:
+    """Return the text as standard output can print it, with escapes for characters that it does not have."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def _on_unhandled_exception(kind, error, traceback) -> None:
-    """Print one line for Ctrl-C during the imports; Python then exits as an interrupted process does."""
+    """End with one line where Ctrl-C came during the imports."""
     if issubclass(kind, KeyboardInterrupt):
         print_interrupted("interrupted")
+        if _has_terminal:
+            os._exit(interrupt_exit_code())  # Python's own code would be the signal's
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -64,12 +101,13 @@ def run_command(
         return command(arguments) or 0
     except UserError as error:
         print_error(error)
-        return USAGE_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print_interrupted(on_interrupt)
-        return INTERRUPTED
+        return interrupt_exit_code()
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
+        with contextlib.suppress(OSError):  # where standard output is not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + 13  # SIGPIPE, which Windows does not name
 
 

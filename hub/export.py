@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
 
-from eval.checkpoint import NeedsCodeError, check_name, load_model, load_tokenizer
+from common.files import apply_umask
+from eval.checkpoint import NeedsCodeError, check_name, load_gpt2, load_tokenizer
 from hub import HubError
 from hub.card import Run
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 # What each format needs beside what training does; the extras of setup.cfg have their names.
 _PACKAGES = {"gpt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
@@ -45,7 +45,7 @@ def export(checkpoint, *, to, out):
         raise HubError(f"--out {str(out)!r} cannot be written ({error.strerror}): name another folder") from error
     if is_taken:
         raise HubError(f"--out {str(out)!r} is there already: name another folder, or remove it")
-    check_name(checkpoint)
+    checkpoint = check_name(checkpoint)
     only = "only a GPT-2 (gpt2 or gpt2repro) can be exported"
     try:
         tokenizer, config = load_tokenizer(checkpoint)
@@ -58,23 +58,15 @@ def export(checkpoint, *, to, out):
             f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "
             f"{config.vocab_size:,}; put the model's own tokenizer there"
         )
-    # This project's code, also where a checkpoint of an older version brings its own.
-    model_class = GPT2LMHeadModel if config.model_type == "gpt2" else GPT2ReproForCausalLM
-    model = load_model(checkpoint, dtype="float32", device="cpu", model_class=model_class).eval()
-    if config.model_type == "gpt2":
-        try:
-            model = GPT2ReproForCausalLM.from_gpt2(model)
-        except ValueError as error:
-            raise HubError(f"checkpoint {checkpoint!r} cannot be exported: {error}") from error
+    model = load_gpt2(checkpoint).eval()
     if not model.config.is_causal:
         raise HubError(f"checkpoint {checkpoint!r} has is_causal=False: it is a text encoder and cannot be exported")
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise HubError(f"checkpoint {checkpoint!r} has weights that are not finite: its training has diverged")
     aside = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _WRITERS[to](model, tokenizer, aside, name=_name_of(checkpoint), license_id=_license_of(checkpoint))
+        apply_umask(aside)
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -112,8 +104,9 @@ def save_tokenizer(tokenizer, folder):
     except Exception as error:  # what the tokenizers package raises when the disk is full
         raise OSError(str(error)) from error
     vocabulary, merges = bpe_of(tokenizer)
+    lines = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "merges.txt").write_text(lines, encoding="utf-8", newline="\n")  # other engines split at \n alone
 
 
 def bpe_of(tokenizer):
@@ -144,7 +137,10 @@ def compare_logits(model, logits_of, *, tolerance):
     generator = torch.Generator().manual_seed(0)
     length = min(_CHECKED_TOKENS, model.config.n_positions)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
-    difference = (logits_of(ids) - model(ids).logits).abs().max().item()
+    expected = model(ids).logits
+    if not expected.isfinite().all():
+        raise HubError("the model's logits are not finite: its training diverged; export an earlier checkpoint")
+    difference = (logits_of(ids) - expected).abs().max().item()
     if not difference <= tolerance:
         raise HubError(f"what was written gives logits that are off by {difference:.2g} (allowed: {tolerance:.2g})")
 

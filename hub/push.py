@@ -10,7 +10,6 @@ import contextlib
 import fnmatch
 import hashlib
 import json
-import math
 import random
 import re
 import threading
@@ -20,21 +19,49 @@ from typing import NamedTuple
 
 from transformers import GPT2Config
 
+from common.checkpoints import resolve_checkpoint
+from common.weights import weights_problem
 from eval.checkpoint import weights_sha256
 from hub import HubError
 from hub.card import UNREADABLE, Run, model_card, read_results
 from modeling_gpt2repro import GPT2ReproConfig
 
 _ATTEMPTS = 5
+_OFFLINE = "HF_HUB_OFFLINE is set: unset it to push"
 _FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
 _CONFIGS = {"gpt2repro": GPT2ReproConfig, "gpt2": GPT2Config}
-# What only resuming reads, what is hidden, and pickles, which run code when they are opened.
-_LEFT_OUT = ("training_state/*", ".*", "*/.*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+# What only resuming reads (trainer_state.json is the Trainer's, and names folders of this machine), what is hidden,
+# and pickles, which run code when they are opened.
+_LEFT_OUT = (
+    "training_state/*",
+    "trainer_state.json",
+    ".*",
+    "*/.*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.pickle",
+    "*.ckpt",
+)
 # What an earlier push may have left at the root: from_pretrained would open it in the place of what is there now.
 _WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
+
+
+def check_repo_id(name: str) -> None:
+    """Raise HubError for what is not the id of a repository, USER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise HubError(f"{name!r} is not the name of a repository, USER/NAME ({error})") from None
+    if "/" not in name:
+        raise HubError(f"{name!r} does not say whose repository it is: give USER/{name}, with your name on the Hub")
 
 
 class Upload(NamedTuple):
@@ -61,21 +88,14 @@ class Repository:
             HubError: no token, or one that may not write; no such owner; a public repository though private was asked
                 for; no network.
         """
-        from huggingface_hub import HfApi, get_token
-        from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub import HfApi, constants, get_token
 
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise HubError(f"{name!r} is no name of a repository, USER/NAME ({error})") from None
-        if "/" not in name:
-            raise HubError(f"{name!r} does not say whose it is: give USER/NAME")
+        check_repo_id(name)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError(_OFFLINE)
         token = get_token()
         if token is None:
-            raise HubError(
-                "the Hub wants to know who pushes: run `hf auth login`, or set HF_TOKEN, with a token that may write"
-            )
+            raise HubError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN (a token with write access)")
         if not (token.isascii() and token.isprintable()):
             raise HubError(
                 "the token (of HF_TOKEN, or of `hf auth login`) has characters that no token has: give it anew"
@@ -95,7 +115,7 @@ class Repository:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         with contextlib.suppress(RepositoryNotFoundError):
-            return _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=RepositoryNotFoundError)
+            return _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=[RepositoryNotFoundError])
         return None
 
     def _check_token(self):
@@ -253,6 +273,7 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
     """
     from training.checkpoint import find_damage
 
+    checkpoint = resolve_checkpoint(checkpoint)
     folder = Path(checkpoint)
     config_file = folder / "config.json"
     try:
@@ -262,12 +283,10 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
         raise HubError(f"{str(checkpoint)!r} is no checkpoint ({error}); give a checkpoint's folder") from error
     if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
         raise HubError(f"checkpoint {str(checkpoint)!r} is damaged: {damage}; push another one")
+    if problem := weights_problem(folder):
+        raise HubError(f"checkpoint {str(checkpoint)!r}: {problem}")
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     files = {name: folder / name for name in names if not any(fnmatch.fnmatch(name, p) for p in _LEFT_OUT)}
-    if not any(path.endswith(".safetensors") for path in files):
-        raise HubError(
-            f"checkpoint {str(checkpoint)!r} has no weights (*.safetensors); give the folder that holds them"
-        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         if "model.safetensors" in files:
@@ -285,6 +304,12 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
     if "tokenizer_config.json" not in files:
         raise HubError(f"checkpoint {str(checkpoint)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     run, config = Run(folder), _read_json(config_file)
+    if run.evaluation is not None and run.evaluation["val_loss"] is None:
+        raise HubError(
+            f"checkpoint {str(checkpoint)!r}: its validation loss is not finite, the training diverged: "
+            "push an earlier one"
+        )
+    num_parameters = _count_parameters(folder)
     if config.get("model_type") == "gpt2repro" and not run.has_own_license:
         files["LICENSE"] = _LICENSE  # of the modeling files, which travel along
     if "README.md" in files:
@@ -300,7 +325,7 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
         weights = weights_sha256(folder) if results else None
         known = {
             "config": _shape(config_file, config),
-            "parameters": _count_parameters(folder),
+            "parameters": num_parameters,
             "results": [read_results(path, folder, weights) for path in results],
         }
         try:
@@ -342,14 +367,21 @@ def _shape(path, content):
         raise HubError(f"{str(path)!r} is no config of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
-def _count_parameters(folder):
+def _count_parameters(folder: Path) -> int:
+    """Count the parameters in a folder's weights. Raises HubError where one is not finite: the training diverged."""
     from safetensors import SafetensorError, safe_open
 
     count = 0
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(name)
+                    if not tensor.isfinite().all():
+                        raise HubError(
+                            f"{str(path)!r}: {name} is not finite, the training diverged; push an earlier checkpoint"
+                        )
+                    count += tensor.numel()
         except (OSError, SafetensorError) as error:
             raise HubError(f"{str(path)!r} cannot be read ({error}); push another checkpoint") from error
     return count
@@ -389,10 +421,10 @@ def _asked(ask, name, *, has_arrived=None, of_interest=()):
             if attempt > 1 and has_arrived is not None and (answer := has_arrived()) is not None:
                 return answer
             return ask()
-        except of_interest:
+        except (HubError, *of_interest):
             raise
         except errors.OfflineModeIsEnabled:
-            why = "HF_HUB_OFFLINE is set: unset it to push"
+            why = _OFFLINE
         except problems as error:
             why = _why_final(error, name, attempt)
         if why is not None:

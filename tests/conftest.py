@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from fresh_process import Forks
 from tiny_run import RECIPE, ROOT, clean_environment
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -43,6 +44,14 @@ def launch(tmp_path_factory):
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory):
+    """fresh.run(program, *arguments, cwd=folder): a program in a fresh process on a terminal; see fresh_process.py."""
+    home = tmp_path_factory.mktemp("fresh")
+    with Forks(clean_environment(home), cwd=home) as forks:
+        yield forks
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Who may import whom (CONTRIBUTING.md): read from the source, so that a lazy import counts too."""
 
 import ast
+import configparser
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,15 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "common": set(),
+    "common": {"common", "filelock"},
     "modeling_gpt2repro": {"torch", "transformers"},
     "data": {
         *("data", "numpy", "torch", "tqdm", "tiktoken", "transformers", "gigatoken"),
-        *("filelock", "fsspec", "huggingface_hub", "pyarrow"),
+        *("fsspec", "huggingface_hub", "pyarrow"),
     },
     "training": {
         *("training", "torch", "accelerate", "numpy", "safetensors", "yaml", "matplotlib"),
-        *("filelock", "psutil", "tqdm", "deepspeed"),
+        *("psutil", "tqdm", "deepspeed"),
     },
     "eval": {
         *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),
@@ -55,8 +57,8 @@ def test_a_room_imports_only_what_it_may(path):
             top = module.split(".")[0]
             # The one exception: text and shards are read in one place only.
             more = {"data"} if path == ROOT / "eval" / "bits_per_byte" / "task.py" else set()
-            if room != "modeling_gpt2repro":
-                more.add("common")  # the bottom layer
+            if room not in ("common", "modeling_gpt2repro"):
+                more |= {"common", "modeling_gpt2repro"}  # what everyone may import
             assert top in STANDARD | ALLOWED[room] | more, f"{path}: {room} may not import {module}"
 
 
@@ -78,3 +80,86 @@ def test_training_starts_without_heavy_optional_packages():
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# setup.cfg declares what is imported, and nothing else.
+
+# Packages whose name is not the name of their module.
+DISTRIBUTIONS = {"yaml": "pyyaml"}
+# Packages that are declared for others to import, with their users.
+THROUGH_OTHERS = {
+    "tensorboard": "torch.utils.tensorboard, through accelerate's tracker",
+    "onnx": "torch.onnx",
+    "onnxscript": "torch.onnx",
+    "bitsandbytes": "transformers, for models in 8 and 4 bits",
+    "transformers": "transformers[serving], its own server",
+    "pytest-xdist": "pytest -n",
+    "ruff": "a command",
+}
+
+
+def setup_cfg():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def extras():
+    return {*setup_cfg()["options.extras_require"]}
+
+
+def declared(*names):
+    """Return the distributions that extras or `install_requires` name, normalized as pip does."""
+    parser = setup_cfg()
+    lines = []
+    for name in names:
+        section = "options" if name == "install_requires" else "options.extras_require"
+        lines += parser[section][name].split("\n")
+    found = {re.match(r"[\w.-]+", line)[0] for line in lines if line}
+    return {re.sub(r"[-_.]+", "-", name).lower() for name in found}
+
+
+def imported(paths):
+    """Return the distributions whose modules the files import, lazily or not, or ask for by `importorskip`."""
+    ours = {path.stem for path in ROOT.iterdir()} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    ours |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    modules = set()
+    for path in paths:
+        modules |= {module.split(".")[0] for module, level in imports(path) if not level}
+        modules |= set(re.findall(r"importorskip\(\"(\w+)", path.read_text(encoding="utf-8")))
+    return {DISTRIBUTIONS.get(name, name.lower().replace("_", "-")) for name in modules - STANDARD - ours}
+
+
+PRODUCT = [*FILES, ROOT / "train.py", ROOT / "sample.py"]
+OTHER_FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
+PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo", "deepspeed")
+
+
+def test_imports_are_declared():
+    assert imported(PRODUCT) <= declared("install_requires", *PRODUCT_EXTRAS)
+    assert imported(OTHER_FILES) <= declared("install_requires", "test")
+
+
+def test_packages_of_extras_are_imported_lazily():
+    """Packages of an extra are imported in functions, never at the top of a file."""
+    top = set()
+    for path in PRODUCT:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            top |= {name.split(".")[0] for name in names}
+    optional = declared(*PRODUCT_EXTRAS) - declared("install_requires")
+    assert not {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in top} & optional
+
+
+def test_declared_packages_are_imported():
+    assert declared("install_requires", *PRODUCT_EXTRAS) - {*THROUGH_OTHERS} <= imported(PRODUCT)
+    assert declared("test", "dev") - {*THROUGH_OTHERS} <= imported(PRODUCT + OTHER_FILES)
+    assert {*PRODUCT_EXTRAS, "test", "dev"} == extras()
+
+
+def test_constraints_pin_what_is_declared():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines if not line.startswith("#")}
+    assert declared("install_requires", "dev") <= pinned

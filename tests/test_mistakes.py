@@ -14,7 +14,7 @@ from tiny_run import ROOT, clean_environment
 
 import train
 from common.cli import USAGE_ERROR, run_command
-from training import hardware, run_folder
+from training import hardware
 
 COMMANDS = {"train": lambda argv: run_command(train.train, argv)}
 
@@ -217,7 +217,6 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(command, words, folder, ti
     command = command.replace("{tiny}", shlex.quote(str(tiny))).replace("{root}", shlex.quote(str(ROOT)))
     name, *argv = shlex.split(command)
     code = COMMANDS[name](argv)
-    run_folder.release()
     message = capsys.readouterr().err
     assert code == USAGE_ERROR, message
     assert message.startswith("error: ") and message.count("\n") == 1 and len(message) < 700, message

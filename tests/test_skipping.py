@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from tiny_run import ROOT, TWO_PROCESSES
 
 from data.manifest import open_split
+from hub.__main__ import main as hub_command
 
 # train.py as on CUDA, where the numbers of a step are read when the next one is under way; with a model whose loss is
 # NaN in some micro-batches (two a step), or whose gradient is. HellaSwag's second scoring finds log-likelihoods that
@@ -20,7 +21,7 @@ def set_up_for_cuda(self, device, flops):
     set_up(self, train.torch.device("cuda"), flops)
 
 train.StepNumbers.__init__ = set_up_for_cuda
-bad_losses, bad_gradients, signal_after = json.loads(sys.argv[1])
+bad_losses, bad_gradients, signal_after, nan_validations_from = json.loads(sys.argv[1])
 forward, calls = train.GPT2ReproForCausalLM.forward, 0
 
 def forward_with_faults(self, *arguments, **more):
@@ -43,6 +44,15 @@ def answer_with_fault(*arguments, **more):
         raise train.EvalError("log-likelihoods are not finite")
     return answer(*arguments, **more)
 
+validate, validations = train.validation_loss, 0
+
+def validate_with_fault(*arguments, **more):
+    global validations
+    validations += 1
+    loss_sum, num_tokens = validate(*arguments, **more)
+    return (float("nan") if validations >= nan_validations_from else loss_sum), num_tokens
+
+train.validation_loss = validate_with_fault
 learning_rate = train.learning_rate
 
 def learning_rate_and_signal(step, *arguments):
@@ -61,10 +71,10 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def run(launch, tiny, tmp_path):
-    def run(*arguments, bad_losses=(), bad_gradients=(), signal_after=None, accelerate=None):
+    def run(*arguments, bad_losses=(), bad_gradients=(), signal_after=None, nan_from=99, accelerate=None):
         (tmp_path / "program.py").write_text(PROGRAM)
         return launch(
-            json.dumps([list(bad_losses), list(bad_gradients), signal_after]),
+            json.dumps([list(bad_losses), list(bad_gradients), signal_after, nan_from]),
             *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2", *arguments),
             script=tmp_path / "program.py",
             environment={"PYTHONPATH": str(ROOT)},
@@ -120,6 +130,21 @@ def test_too_many_in_a_row_stop_the_run(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "step 10" in done.stdout
     assert [r["step"] for r in records(tmp_path / "run") if "skipped" in r] == [5]
+
+
+def test_diverged_run_fails_and_its_checkpoint_is_not_shared(run, tmp_path, capsys):
+    """The last validation loss is NaN: status "failed", exit code 1, no line about sharing; also when resumed."""
+    first = run(nan_from=3)
+    output = tmp_path / "run"
+    checkpoint = output / "checkpoints" / "step_000020"
+    for done in (first, run("--resume", "auto")):
+        assert done.returncode == 1, done.stderr
+        assert "not finite: the training diverged" in done.stderr
+        assert str(checkpoint) in done.stderr and "optim.lr" in done.stderr
+        assert "hub push" not in done.stdout and "Traceback" not in done.stderr
+        assert json.loads((output / "status.json").read_text())["status"] == "failed"
+    assert hub_command(["push", str(checkpoint), "me/x", "--dry_run"]) == 2
+    assert "diverged" in capsys.readouterr().err
 
 
 def test_a_checkpoint_knows_of_the_step_just_before_it(run, tmp_path):

@@ -1,5 +1,6 @@
 """Runs that are killed, asked to stop, damaged, or given a full disk: nothing is lost, and the curve is the same."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import sys
 
 import pytest
 from killing import assert_same_run, kill_at_random, start, status, wait_for, wait_for_step
-from tiny_run import ROOT, TWO_PROCESSES, losses
+from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 
 from training.stopping import RESUME_ME
 
@@ -40,9 +41,7 @@ def halfway(undisturbed, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output, symlinks=True)
     for folder in (output / "checkpoints").iterdir():
-        if folder.is_symlink():
-            folder.unlink()
-        elif folder.name != "step_000030":
+        if folder.name != "step_000030":
             shutil.rmtree(folder)
     lines = (output / "metrics.jsonl").read_text().splitlines(keepends=True)
     (output / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= 33))
@@ -66,7 +65,7 @@ def test_killed_at_random_moments(tiny, undisturbed, tmp_path, seed, times):
 # Asked to stop.
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow), "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT"))])
 def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
     """In the middle of a stretch without checkpoints, and at a step that should have been evaluated."""
     output = tmp_path / "run"
@@ -85,6 +84,43 @@ def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
         run = start(output, tmp_path, *arguments)
         assert run.wait(timeout=120) == 0
         assert_same_run(output, undisturbed, STEPS)
+
+
+@pytest.mark.skipif(not hasattr(os, "tcsetpgrp"), reason="POSIX terminals")
+def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny, tmp_path):
+    """The launcher keeps waiting until the checkpoint is saved, and has nothing to print."""
+    import pty
+
+    output = tmp_path / "run"
+    command = [sys.executable, *LAUNCH, "--mixed_precision=no", "--num_processes=1", "--num_machines=1"]
+    command += [
+        "--dynamo_backend=no",
+        "train.py",
+        "--config",
+        tiny,
+        *OFTEN,
+        "--save_every",
+        STEPS,
+        "--output_dir",
+        output,
+    ]
+    pid, terminal = pty.fork()  # a session of its own, with the launcher as the leader of the foreground job
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execve(sys.executable, [str(argument) for argument in command], clean_environment(tmp_path))
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a terminal's output, on Linux
+        while data := os.read(terminal, 2**16):
+            shown += data
+            if b"step     10/" in shown and b"^C" not in shown:
+                os.write(terminal, b"\x03")
+    os.close(terminal)
+    shown = shown.decode()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
+    assert "SIGINT: stopping after this step" in shown
+    assert "Traceback" not in shown
+    assert status(output)["status"] == "resume me"
+    assert (output / "checkpoints" / f"step_{status(output)['step']:06d}").is_dir()
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
@@ -161,32 +197,24 @@ def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
 
     lines = []
     monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.1)
-    code = f"from training.run_folder import lock; lock({str(tmp_path / 'run')!r}, print); print('held'); input()"
+    # The lock alone: importing training takes seconds.
+    code = (
+        "from common.locks import Lock\n"
+        f"lock = Lock({str(tmp_path / '.run.lock')!r}, warn=print); lock.acquire(); print('held'); input()"
+    )
     first = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "held\n"
+    folder = run_folder.RunFolder(tmp_path / "run", lines.append)
     with pytest.raises(TrainingError, match="another process is training in"):
-        run_folder.lock(tmp_path / "run", lines.append)
+        folder.lock()
     assert "waiting for it to leave" in lines[0]
     first.kill()  # whatever way it ends
     first.wait()
-    run_folder.lock(tmp_path / "run", lines.append)
-    run_folder.release()
+    with folder:
+        folder.lock()
     assert len(lines) == 1
-
-
-def test_any_process_can_say_that_the_run_has_failed(tmp_path):
-    """The one that meets a damaged shard, say; but not before the run has begun."""
-    from training import run_folder
-
-    run_folder.write_status(tmp_path, "resume me")
-    run_folder.fail()
-    assert status(tmp_path)["status"] == "resume me"
-    run_folder.begin(tmp_path, is_main=False)
-    assert status(tmp_path)["status"] == "resume me"
-    run_folder.fail()
-    assert status(tmp_path)["status"] == "failed"
 
 
 SLOW_EVALUATION = """

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh_process import run_on_terminal
 from safetensors.torch import load_file
 from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,15 +22,13 @@ from data.loader import Permutation
 from data.manifest import is_to_be_prepared, open_split, read_manifest
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training import run_folder
 from training.checkpoint import run_folder_of
 from training.provenance import write_provenance
 
 
 def test_a_run_leaves_what_it_promises(finished_run):
     output, console = finished_run
-    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020", "best"}
-    assert (output / "checkpoints" / "best" / "config.json").is_file()
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
     for name in ("curves.png", "provenance.json", "metrics.jsonl", "tensorboard", "status.json"):
         assert (output / name).exists(), name
     assert not list(output.rglob(".*.partial"))
@@ -182,8 +181,8 @@ import torch, torch.distributed, train
 
 close = train.RunLog.close
 
-def close_and_linger(log):
-    close(log)
+def close_and_linger(log, **more):
+    close(log, **more)
     late = torch.distributed.get_rank() == 1
     time.sleep(1 if late else 0)
     torch.distributed.all_gather([torch.zeros(1), torch.zeros(1)], torch.zeros(1), async_op=True)
@@ -278,18 +277,19 @@ def test_dry_run_writes_nothing(launch, tiny, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 # A checkpoint, opened by someone who has only transformers.
 
-ELSEWHERE = """
+NOT_INSTALLED = """
 import sys
 sys.modules["modeling_gpt2repro"] = None  # importing it raises: this project is not installed here
+"""
+ELSEWHERE = """
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, pipeline
 
 path = sys.argv[1]
 expected = load_file(sys.argv[2])
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
+model.eval()
 trunk = AutoModel.from_pretrained(path, trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(path)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 ids = tokenizer("The with statement", return_tensors="pt").input_ids
 assert ids.tolist() == expected["ids"].tolist(), ids
@@ -305,9 +305,10 @@ print("opened")
 
 
 def test_a_checkpoint_opens_elsewhere_without_this_project(finished_run, tmp_path):
+    """By the lines that the run ends with, typed on a terminal: nothing is asked there."""
     from safetensors.torch import save_file
 
-    output, _ = finished_run
+    output, console = finished_run
     checkpoint = tmp_path / "downloaded"
     shutil.copytree(output / "checkpoints" / "step_000020", checkpoint)
     model = GPT2ReproForCausalLM.from_pretrained(checkpoint).eval()
@@ -315,16 +316,23 @@ def test_a_checkpoint_opens_elsewhere_without_this_project(finished_run, tmp_pat
     with torch.no_grad():
         save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.safetensors")
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(checkpoint), str(tmp_path / "expected.safetensors")],
+    last_lines = console[console.index("\nload    ") :]
+    last_lines = last_lines.replace(str(output / "checkpoints" / "step_000020"), str(checkpoint))
+    load = "".join(f"{line[8:]}\n" for line in last_lines.splitlines()[1:4])
+    not_installed = "import sys; sys.modules['modeling_gpt2repro'] = None  # importing it raises\n"
+    finished = run_on_terminal(
+        [
+            sys.executable,
+            "-c",
+            not_installed + load + ELSEWHERE,
+            str(checkpoint),
+            str(tmp_path / "expected.safetensors"),
+        ],
         cwd=tmp_path / "elsewhere",
-        env=clean_environment(tmp_path / "elsewhere"),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        environment=clean_environment(tmp_path / "elsewhere"),
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("opened")
+    assert finished.returncode == 0, finished.output
+    assert finished.output.strip().endswith("opened")
 
 
 def test_checkpoint_has_no_pickle_and_no_stray_file(finished_run):
@@ -364,12 +372,13 @@ def fails(tiny, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(
             sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output), *map(str, arguments)]
         )
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train.main()
-        run_folder.release()  # the end of a process does so by itself
-        message = stop.value.code
-        assert isinstance(message, str) and message.startswith("error: "), message
-        assert "\n" not in message
+        errors = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2, errors
+        (message,) = [line for line in errors if line.startswith("error: ")]
+        assert errors[-1] == message
         assert not output.exists()
         return message
 
@@ -423,22 +432,33 @@ def test_a_batch_that_does_not_divide(fails):
 
 def test_weights_that_cannot_be_begun_with(fails, tmp_path):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    assert "is a 'bert' model" in fails("--init_from", tmp_path / "other")
-    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 99}')
-    assert "has a vocabulary of 99" in fails("--init_from", tmp_path / "other")
-    assert "is no model's folder and no Hub id" in fails("--init_from", tmp_path / "nowhere")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    assert "no weights (*.safetensors)" in fails("--init_from", tmp_path / "other")
+    (tmp_path / "other" / "pytorch_model.bin").write_text("")
+    assert "pytorch_model.bin, a pickle" in fails("--init_from", tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
+    assert "a PEFT adapter of 'gpt2'" in fails("--init_from", tmp_path / "other")
+    assert "no such folder" in fails("--init_from", tmp_path / "nowhere")
+    assert "nor in the Hub's local cache, and" in fails("--init_from", "gpt2")  # and why the Hub did not answer
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=4, n_head=2, n_positions=32))
     gpt2.save_pretrained(tmp_path / "gpt2")
     weights, config = tmp_path / "gpt2" / "model.safetensors", tmp_path / "gpt2" / "config.json"
+    config.write_text(config.read_text().replace('"model_type": "gpt2"', '"model_type": "bert"'))
+    assert "is a 'bert' model" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace('"model_type": "bert"', '"model_type": "gpt2"'))
     config.write_text(config.read_text().replace('"n_layer": 1', '"n_layer": 2'))
-    assert "lacks 12 of the weights, for example transformer.h.1.attn" in fails("--init_from", tmp_path / "gpt2")
+    assert "asks for 12 tensors that the weights lack" in fails("--init_from", tmp_path / "gpt2")
     config.write_text(config.read_text().replace('"n_embd": 4', '"n_embd": 8'))
-    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
-    config.write_text(config.read_text().replace("gelu_new", "relu"))
-    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
-    os.truncate(weights, weights.stat().st_size // 2)
-    assert "cannot be loaded" in fails("--init_from", tmp_path / "gpt2")
+    assert "the weights lack or have in another shape" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace("gelu_new", "relu").replace('"n_embd": 8', '"n_embd": 4'))
+    config.write_text(config.read_text().replace('"n_layer": 2', '"n_layer": 1'))
+    assert "activation_function" in fails("--init_from", tmp_path / "gpt2")
+    config.write_text(config.read_text().replace('"vocab_size": 50257', '"vocab_size": 99'))
+    assert "has a vocabulary of 99" in fails("--init_from", tmp_path / "gpt2")
+    size = weights.stat().st_size
+    os.truncate(weights, size // 2)
+    message = fails("--init_from", tmp_path / "gpt2")
+    assert f"{size // 2:,} bytes" in message and f"{size:,}" in message
 
 
 def test_a_malformed_hellaswag_file(fails, tmp_path):
@@ -447,14 +467,13 @@ def test_a_malformed_hellaswag_file(fails, tmp_path):
     assert f"{path}:2" in fails("--eval.hellaswag", path)
 
 
-def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch, tmp_path):
+def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch, tmp_path, capsys):
     output, _ = finished_run
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output)])
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         train.main()
-    run_folder.release()
-    assert "--resume auto" in stop.value.code
+    assert "--resume auto" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
 
 
@@ -464,8 +483,10 @@ def test_resuming_another_run_is_refused(finished_run, fails):
     message = fails("--resume", checkpoint, "--seed", "7")
     assert "seed=1337" in message
     assert "7" in message
-    assert "order=shuffled, this run has sequential" in fails("--resume", checkpoint, "--data.order", "sequential")
-    assert "no checkpoint" in fails("--resume", output)
+    message = fails("--resume", checkpoint, "--data.order", "sequential")
+    assert "data.order=shuffled, this run has sequential" in message
+    assert f"--init_from {checkpoint}" in message
+    assert "is a run's folder, not a checkpoint; give one of" in fails("--resume", output)
 
 
 def test_order_and_boundary(launch, tiny, finished_run, tmp_path):

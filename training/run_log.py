@@ -1,7 +1,9 @@
 """Everything that a run tells: metrics.jsonl, trackers, curves.png, and lines with a live bar on the console."""
 
 import dataclasses
+import math
 
+from common.checkpoints import best_of, list_checkpoints
 from common.cli import shell_quote
 from training import TrainingError
 from training.checkpoint import run_folder_of
@@ -11,7 +13,8 @@ from training.metrics import MetricsLog, read_metrics, recover_metrics, until
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
-from training.trackers import start_trackers
+from training.schedule import learning_rate
+from training.trackers import finish_tracker, start_trackers
 
 
 class RunLog:
@@ -59,6 +62,7 @@ class RunLog:
                 past = run_folder_of(resume_from, output_dir)
                 records = recover_metrics(past / "metrics.jsonl", keep_in=output_dir, warn=say)
                 earlier = until(records, step, is_evaluated=is_evaluated)
+                self._say_if_learning_rate_jumps(earlier, config)
                 before = past / "provenance.json"
             settings = dataclasses.asdict(config)
             resume_step = None if resume_from is None else step
@@ -80,6 +84,18 @@ class RunLog:
             )
 
         on_main_process(accelerator, start)
+
+    def _say_if_learning_rate_jumps(self, earlier: list[dict], config) -> None:
+        """Say so where max_steps or a setting of optim.* gives another learning rate at this step than the run had."""
+        last = next((record for record in reversed(earlier) if "lr" in record), None)
+        if last is None:
+            return
+        now = learning_rate(last["step"] - 1, config.optim, config.max_steps)
+        if not math.isclose(last["lr"], now, rel_tol=1e-6):
+            self._say(
+                f"resume    the learning rate of step {last['step']:,} was {last['lr']:.3g} and is {now:.3g} now: "
+                "max_steps or a setting of optim.* has changed"
+            )
 
     def step(self, record):
         """
@@ -142,13 +158,14 @@ class RunLog:
                 )
                 self._trackers.remove(tracker)
 
-    def close(self):
-        """Lets the trackers send what they have."""
-        if self._is_main:
-            self._progress.close()
-            self._metrics.close()
-            for tracker in self._trackers:
-                tracker.finish()
+    def close(self, *, has_failed: bool = False) -> None:
+        """Close the files and let the trackers send what they have; does nothing the second time."""
+        if not self._is_main:
+            return
+        self._progress.close()
+        self._metrics.close()
+        while self._trackers:
+            finish_tracker(self._trackers.pop(), has_failed=has_failed)
 
     def summary(self, *, val_loss, num_skipped, checkpoint):
         """What came of it, and what to do next."""
@@ -159,11 +176,14 @@ class RunLog:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
         self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
+        best = best_of(list_checkpoints(checkpoint.parent))
+        if best is not None and best.folder != checkpoint:
+            self._say(f"best      {best.describe()}")
         board = self._output_dir / "tensorboard"
         show_board = f"    (tensorboard --logdir {shell_quote(board)})" if board.is_dir() else ""
         self._say(
             WHAT_NEXT.format(
-                folder=checkpoint,
+                folder=checkpoint.as_posix(),  # no backslashes inside Python's quotes
                 quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
                 metrics=f"{self.metrics_path}{show_board}",
@@ -178,7 +198,7 @@ numbers     {metrics}
 
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained("{folder}")
+        tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 sample  python sample.py {quoted} "Hello, I'm"
 score   python -m eval --model {quoted} --tasks hellaswag
 share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""

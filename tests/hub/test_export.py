@@ -2,11 +2,15 @@
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from documents import commands_of, python_program
+from fresh_process import QUESTION
+from tiny_run import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from hub import HubError
@@ -86,6 +90,74 @@ def test_a_plain_gpt2(exported, model, tokenizer, greedy):
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert (merges[0], merges[1], len(merges)) == ("#version: 0.2", "Ġ t", 50_001)
     assert AutoTokenizer.from_pretrained(folder)(PROMPTS).input_ids == [prompt for prompt, _ in greedy]
+
+
+def test_documented_python_opens_the_exports(exported, fresh, tmp_path):
+    """The blocks of docs/sharing.md, in a process that has nothing but what was exported."""
+    for name, to in (("plain", "gpt2"), ("onnx", "onnx")):
+        (tmp_path / name).symlink_to(exported(to))
+    document = ROOT / "docs" / "sharing.md"
+    finished = fresh.run(python_program(document, document.read_text(encoding="utf-8")), cwd=tmp_path)
+    assert finished.returncode == 0 and QUESTION not in finished.output, finished.output
+
+
+SERVE = """
+import json, os, socket, sys, threading, time, urllib.error, urllib.request
+from transformers.cli.transformers import main
+
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+address = f"http://localhost:{port}"
+sys.argv = ["transformers", *sys.argv[1:], "--port", str(port), "--device", "cpu"]
+server = threading.Thread(target=main, daemon=True)
+server.start()
+
+
+def ask(endpoint, **body):
+    body = json.dumps({"model": "plain", "temperature": 0, "stream": False} | body).encode()
+    request = urllib.request.Request(address + endpoint, body, {"Content-Type": "application/json"})
+    return json.load(urllib.request.urlopen(request, timeout=60))
+
+
+while server.is_alive():
+    try:
+        urllib.request.urlopen(address + "/health", timeout=60)
+        break
+    except urllib.error.URLError:
+        time.sleep(0.1)
+answers = {
+    "completions": ask("/v1/completions", prompt="Hello, I'm a language model,", max_tokens=8),
+    "chat": ask("/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}], max_tokens=8),
+    "responses": ask("/v1/responses", input="Hello", max_output_tokens=8),
+}
+print("answers:", json.dumps(answers))
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_transformers_serve_answers_on_an_export(exported, model, tokenizer, fresh, tmp_path):
+    """`transformers serve plain` of docs/sharing.md, by its own entry point; in a chat, the messages are joined."""
+    for package in ("openai", "fastapi", "uvicorn"):
+        pytest.importorskip(package)
+    shutil.copytree(exported("gpt2"), tmp_path / "plain")
+    document = (ROOT / "docs" / "sharing.md").read_text(encoding="utf-8")
+    [command] = [words for words in commands_of(document) if words[:2] == ["transformers", "serve"]]
+    [echo] = [words for words in commands_of(document) if words[0] == "echo" and words[-1].endswith(".jinja")]
+    (tmp_path / echo[-1]).write_text(echo[1] + "\n")
+    finished = fresh.run(SERVE, *command[1:], cwd=tmp_path)
+    assert finished.returncode == 0 and "answers:" in finished.output, finished.output
+    answers = json.loads(finished.output.partition("answers: ")[2].splitlines()[0])
+
+    def greedy(prompt):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        output = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=50256)
+        return tokenizer.decode(output[0, ids.shape[1] :])
+
+    assert answers["completions"]["choices"][0]["text"] == greedy("Hello, I'm a language model,")
+    assert answers["chat"]["choices"][0]["message"]["content"] == greedy("Hello\n")
+    assert answers["responses"]["output"][0]["content"][0]["text"] == greedy("Hello\n")
 
 
 def test_ctranslate2_writes_the_same(exported, tokenizer, greedy, tmp_path):
@@ -264,8 +336,8 @@ def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         adopted = GPT2ReproForCausalLM.from_pretrained(checkpoint)
         adopted.transformer.wpe.weight.data[0] = float("nan")
-        patch.setattr(export_module, "load_model", lambda *_, **__: adopted)
-        assert "has weights that are not finite: its training has diverged" in fails(
+        patch.setattr("eval.checkpoint.load_model", lambda *_, **__: adopted)
+        assert "has weights that are not finite: its training diverged" in fails(
             *(checkpoint, "--to", "gguf", "--out", out)
         )
     monkeypatch.setitem(export_module._PACKAGES, "gpt2", ("no_such_package",))

@@ -33,7 +33,8 @@ logits = {}
 for name in %r:
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
     assert type(model).__module__.startswith("transformers_modules")
-    ids = AutoTokenizer.from_pretrained(name)("Hello, I'm a language model,", return_tensors="pt").input_ids
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    ids = tokenizer("Hello, I'm a language model,", return_tensors="pt").input_ids
     torch.save(model(ids).logits.detach(), %r + name.replace("/", "-"))
 """
 
@@ -187,13 +188,13 @@ def test_a_repository_that_exists(server, copied):
 @pytest.mark.parametrize(
     ("name", "token", "says"),
     [
-        ("me/model", "", "run `hf auth login`, or set HF_TOKEN"),
+        ("me/model", "", "run `hf auth login` or set HF_TOKEN"),
         ("me/model", "hf_wrongwrongwrong", "does not accept this machine's token"),
         ("me/model", READ_TOKEN, "the token 'mine' of me may only read"),
         ("me/model", "hf_s\xe9cret", "characters that no token has"),
         ("you/model", TOKEN, "the token is me's, who may not write to you's you/model"),
-        ("model", TOKEN, "'model' does not say whose it is"),
-        ("me/mo del", TOKEN, "'me/mo del' is no name of a repository"),
+        ("model", TOKEN, "'model' does not say whose repository it is: give USER/model"),
+        ("me/mo del", TOKEN, "'me/mo del' is not the name of a repository"),
     ],
 )
 def test_one_clear_line(server, checkpoint, monkeypatch, capsys, name, token, says):
@@ -249,7 +250,7 @@ def in_shards(folder, index):
     ("breaks", "says"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' cannot be read .*no JSON object"),
@@ -258,7 +259,10 @@ def in_shards(folder, index):
         (lambda folder: in_shards(folder, '{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which is"),
         (lambda folder: in_shards(folder, '{"weight_map": ["a"]}'), "has no weight_map that names files"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "remove the stale one"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"torn"), "cannot be read"),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
+            "model.safetensors has 4 bytes and is not",
+        ),
         (lambda folder: (folder / "README.md").write_bytes(b"\xff"), "README.md' is not UTF-8 text"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Find what is wrong with a folder's weights without loading them."""
+
+import json
+import struct
+from pathlib import Path
+
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def weights_problem(folder: str | Path) -> str | None:
+    """
+    Return what is wrong with the weights in a folder, and what to do about it; None if every file is complete.
+
+    Weights that are pickles (pytorch_model.bin) are never opened, since opening one can run any code.
+    """
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file() and not any(path.name.startswith("model") for path in files):
+        return (
+            f"a PEFT adapter of {_base_model(folder)!r}, not a whole model: merge it first, "
+            "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
+        )
+    if not files:
+        if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+            return (
+                f"the weights are in {pickles[0]}, a pickle, which can run any code when it is opened, so it is not "
+                "opened here. If you trust it, convert it: "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        return "no weights (*.safetensors) in it: give the folder that holds them"
+    return next((problem for path in files if (problem := file_problem(path))), None)
+
+
+def file_problem(path: Path) -> str | None:
+    """Return what is wrong with one .safetensors file, by its header and its size; None if it is complete."""
+    remedy = "copy or download it again, or take another checkpoint"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            header_size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 0 < header_size <= size - 8:
+                return f"{path.name} has {size:,} bytes and is not a safetensors file, or only its beginning: {remedy}"
+            header = json.loads(file.read(header_size))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + header_size + max(ends, default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{path.name} cannot be read ({type(error).__name__}: {error}): {remedy}"
+    if size != expected:
+        return f"{path.name} has {size:,} bytes, and its header says {expected:,}: {remedy}"
+    return None
+
+
+def _base_model(folder: Path) -> str:
+    try:
+        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(content["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "unknown"
