@@ -147,9 +147,14 @@ def open_split(folder, split):
         DataError: no such folder, one that is not finished, no shards of that split, or one of them is not whole.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise DataError(
+            f"{folder} is a file, not a folder of shards. Make one of it with `python -m data.prepare files "
+            f"{shell_quote(folder)} --out {shell_quote(Path('shards') / folder.stem)}`"
+        )
     if not folder.is_dir():
         raise DataError(
-            f"no data in {folder}: there is no such folder{_near(folder)}. Make it with "
+            f"no data in {folder}: there is no such folder{_near(folder)} Make it with "
             f"`python -m data.prepare files YOUR_TEXT --out {shell_quote(folder)}` (or `sample`, for the offline "
             "sample)"
         )
@@ -176,9 +181,9 @@ def _near(folder: Path) -> str:
     try:
         names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
-        return ""
+        names = []
     near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else ""
+    return f"; did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else "."
 
 
 def open_entry(folder, entry):

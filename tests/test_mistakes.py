@@ -2,7 +2,7 @@
 A table of mistakes: each ends with exit code 2 and one line that names the value and the remedy, and writes nothing.
 
 A row is (name, command line, words of the message). The command runs in this process and in a folder with the files of
-FILES; "{tiny}" is the recipe of tests/conftest.py.
+FILES; "{tiny}" is the recipe of tests/conftest.py, "{root}" the checkout.
 """
 
 import os
@@ -10,7 +10,7 @@ import shlex
 
 import pytest
 from accelerate.state import AcceleratorState
-from tiny_run import clean_environment
+from tiny_run import ROOT, clean_environment
 
 import train
 from common.cli import USAGE_ERROR, run_command
@@ -40,6 +40,8 @@ FILES = {
     "setting_group.yaml": b"max_steps: {value: 5}\n",
     "key_list.yaml": b"? [max_steps]\n: 5\n",
     "nested.yaml": b"eval:\n  prompts: [[a]]\n",
+    "list_group.yaml": b"eval:\n  prompts: {a: b}\n",
+    "nested_numbers.yaml": b"optim:\n  betas: [[0.9, 0.95]]\n",
     "object.yaml": b"max_steps: !!python/object/apply:os.getpid []\n",
     "hf.yaml": b"optim:\n  learning_rate: 1e-3\n",
     "nanogpt.py": b"batch_size = 12\nblock_size = 64\n",
@@ -53,6 +55,7 @@ MISTAKES = [
     ("data_default_recipe", "train --data.path shards/mine", "no data in shards/mine", "data.prepare files"),
     ("data_near_name", "train --data.path shards/shakespear", "did you mean shards/shakespeare?"),
     ("data_quoted", "train --data.path 'my shards'", "--out 'my shards'"),
+    ("data_is_a_text_file", "train --data.path text.yaml", "data.prepare files text.yaml --out shards/text"),
     ("data_other_recipe", "train --config {tiny} --data.path nowhere", "no data in nowhere"),
     # Recipes that are none.
     ("recipe_missing", "train --config recipes/gpt2_124.yaml", "no such file", "did you mean", "gpt2_124m.yaml"),
@@ -84,18 +87,25 @@ MISTAKES = [
     ("recipe_setting_group", "train --config setting_group.yaml", "max_steps must be", "{'value': '5'}"),
     ("recipe_key_list", "train --config key_list.yaml", "key_list.yaml:1", "unknown setting", "max_steps"),
     ("recipe_nested", "train --config nested.yaml", "eval.prompts must be a list", "[['a']]"),
-    ("recipe_object", "train --config object.yaml", "max_steps must be a whole number", "got []"),
+    ("recipe_list_group", "train --config list_group.yaml", "eval.prompts must be a list", "{'a': 'b'}"),
+    (
+        "recipe_nested_numbers",
+        "train --config nested_numbers.yaml",
+        "optim.betas must be 2 values",
+        "[['0.9', '0.95']]",
+    ),
+    ("recipe_object", "train --config object.yaml", "max_steps must be an integer", "got []"),
     ("recipe_hf", "train --config hf.yaml", "hf.yaml:2", "optim.learning_rate", "did you mean 'optim.lr'"),
     ("recipe_accelerate", "train --config accelerate.yaml", "compute_environment", "accelerate launch"),
     ("recipe_json", "train --config json.json", "json.json:1", "max_steps", "got 0"),
     # Values.
     ("large_number", f"train --max_steps {10**23 - 1} --dry_run", "max_steps", "[1, 1e9]", "got 9999"),
-    ("long_number", f"train --seed {'9' * 5000}", "seed must be a whole number", "999..."),
+    ("long_number", f"train --seed {'9' * 5000}", "seed must be an integer", "999..."),
     ("long_exponent", "train --max_steps 1e999999999", "max_steps", "got 1e999999999"),
     ("many_positions", "train --model.n_positions 100000000000", "model.n_positions", "[1, 1e9]"),
     ("many_layers", "train --model.n_layer 1e6 --dry_run", "model.n_layer", "[1, 1000]"),
     ("wide", "train --model.n_embd 99999999 --dry_run", "model.n_embd", "[1, 1e6]"),
-    ("zero", "train --log_every 0", "log_every must be a whole number in [1, 1e9], got 0"),
+    ("zero", "train --log_every 0", "log_every must be an integer in [1, 1e9], got 0"),
     ("negative", "train --save_every -5", "save_every", "got -5"),
     ("fraction", "train --max_steps 1.5", "max_steps", "got 1.5"),
     ("inexact", "train --max_steps 1.23e1", "max_steps", "got 1.23e1"),
@@ -114,11 +124,14 @@ MISTAKES = [
     ("one_item", "train --eval.hellaswag_limit 1", "eval.hellaswag_limit", "[2, 1e9]", "got 1"),
     ("no_folder", "train --output_dir ''", "output_dir", "not empty", "got ''"),
     ("no_folder_equals", "train --output_dir=", "output_dir", "not empty", "got ''"),
+    ("folder_is_the_checkout", "train --output_dir {root}", "output_dir must be a folder of the run's own"),
+    ("folder_is_above_it", "train --output_dir /", "output_dir must be a folder of the run's own", "got /"),
     ("blank_folder", "train --output_dir '  '", "output_dir must be text (not empty) or null, got ' '"),
     ("no_data", "train --data.path ''", "data.path", "not empty", "got ''"),
     ("no_weights", "train --init_from ''", "init_from", "not empty", "got ''"),
     ("long_folder", f"train --output_dir {'x' * 5000}", "output_dir", "too long", "xxx..."),
     ("long_data", f"train --dry_run --data.path {'x/' * 5000}", "data.path", "too long"),
+    ("prompt_not_utf8", "train --eval.prompts \udcff", "eval.prompts", "\\udcff"),
     ("scratch", "train --init_from scratch", "init_from", "leave it out"),
     ("resume_of_nanogpt", "train --init_from resume", "--resume auto"),
     ("resume_switch", "train --resume true", "resume must be auto or a checkpoint's path"),
@@ -126,7 +139,7 @@ MISTAKES = [
     ("larger_than_memory", "train --model.n_positions 1e9", "parameters", "GB", "choose a smaller model"),
     ("wider_than_memory", "train --model.n_embd 100000", "parameters", "GB", "model.n_embd"),
     # Forms.
-    ("value_missing", "train --max_steps", "--max_steps needs a value, a whole number", "optimizer steps"),
+    ("value_missing", "train --max_steps", "--max_steps needs a value, an integer", "optimizer steps"),
     ("value_missing_before", "train --max_steps --dry_run", "--max_steps needs a value"),
     ("push_bare", "train --push_to_hub", "--push_to_hub needs a value", "USER/NAME"),
     ("resume_bare", "train --resume --dry_run", "--resume needs a value", "`auto`"),
@@ -140,7 +153,7 @@ MISTAKES = [
     ("no_dash", "train optim.lr=3e-4", "--optim.lr 3e-4"),
     ("blank", "train ' ' --max_steps 5", "blank", "backslash"),
     ("group", "train --optim adamw", "optim is a group of settings", "optim.lr"),
-    ("group_value", "train --model.optim 5", "unknown setting model.optim"),
+    ("group_value", "train --model.optim 5", "unknown setting 'model.optim'"),
     # Names.
     ("mistyped", "train --max_stepz 3", "max_stepz", "did you mean 'max_steps'"),
     ("mistyped_in_group", "train --optim.lrr=3", "did you mean 'optim.lr'"),
@@ -201,7 +214,8 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(command, words, folder, ti
     monkeypatch.chdir(folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had other settings
     before = {path for path in folder.rglob("*") if path.suffix != ".lock"}
-    name, *argv = [argument.replace("{tiny}", str(tiny)) for argument in shlex.split(command)]
+    command = command.replace("{tiny}", shlex.quote(str(tiny))).replace("{root}", shlex.quote(str(ROOT)))
+    name, *argv = shlex.split(command)
     code = COMMANDS[name](argv)
     message = capsys.readouterr().err
     assert code == USAGE_ERROR, message

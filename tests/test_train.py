@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,13 +51,15 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert "NOT HellaSwag" in console
     assert "tok/s" in console
     assert "left" in console
-    for line in (
-        "AutoModelForCausalLM.from_pretrained",
-        "python -m eval --model",
-        "python sample.py",
-        "python -m hub push",
+    assert "AutoModelForCausalLM.from_pretrained" in console
+    checkpoint = str(output / "checkpoints" / "step_000020")
+    for command in (
+        ["python", "sample.py", checkpoint],
+        ["python", "-m", "eval", "--model", checkpoint],
+        ["python", "-m", "hub", "push", checkpoint],
     ):
-        assert line in console
+        lines = [line for line in console.splitlines() if " ".join(command[:-1]) in line]
+        assert shlex.split(lines[0])[1 : 1 + len(command)] == command
 
 
 def test_provenance_says_what_made_the_run(finished_run):
@@ -415,7 +418,7 @@ def test_a_folder_that_cannot_be(fails, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in fails("--output_dir", tmp_path / "file" / "run")
     assert "is a file" in fails("--output_dir", tmp_path / "file")
-    assert "is not a folder for a run" in fails("--output_dir", "/")
+    assert "must be a folder of the run's own" in fails("--output_dir", "/")
 
 
 def test_a_tracker_that_is_not_there(fails, monkeypatch):
@@ -425,10 +428,6 @@ def test_a_tracker_that_is_not_there(fails, monkeypatch):
 
 def test_a_batch_that_does_not_divide(fails):
     assert "micro_batch_size=3" in fails("--batch.micro_batch_size", "3")
-
-
-def test_an_unknown_key(fails):
-    assert "did you mean 'optim.weight_decay'" in fails("--optim.weight_decat", "0.1")
 
 
 def test_weights_that_cannot_be_begun_with(fails, tmp_path):

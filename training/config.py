@@ -226,6 +226,9 @@ def _check(config):
         raise TrainingError("push_every_save and push_public say how to push; push_to_hub=USER/NAME says where to")
     if config.push_every_save and config.save_every is None:
         raise TrainingError("push_every_save needs save_every: without it, only the last checkpoint is saved")
+    checkout = DEFAULT_RECIPE.parent.parent
+    if Path(config.output_dir).absolute() in (checkout, *checkout.parents):
+        raise TrainingError(f"output_dir must be a folder of the run's own, such as runs/x, got {config.output_dir}")
     if config.init_from in ("scratch", "resume") and not Path(config.init_from).exists():  # nanoGPT's
         remedy = "leave it out for random weights" if config.init_from == "scratch" else "write --resume auto"
         raise TrainingError(f"init_from must be a checkpoint or a model, got {config.init_from}; {remedy}")

@@ -51,7 +51,7 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> l
 
     Returns:
         Lines of a warning, none where the estimate fits. None either where the parameters are sharded (FSDP, ZeRO),
-        for which there is no estimate.
+        for which nothing is estimated.
 
     Raises:
         TrainingError: parameters and optimizer alone are larger than all of the memory (not in a dry run, which may be
@@ -77,7 +77,7 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> l
     sequences = f"{largest} sequence{'s' if largest > 1 else ''}"
     return [
         f"warning: with {sequences} at once, a process takes about {_gigabytes(needed.total)} (an estimate), and "
-        f"{_gigabytes(free)} are free: the run may be killed. Remedy: {remedy}"
+        f"{_gigabytes(free)} are free: it may run out of memory. Remedy: {remedy}"
     ]
 
 

@@ -1,6 +1,6 @@
-"""What nanoGPT, nanochat, llm.c and Hugging Face call a run's settings, for the error about an unknown name."""
+"""Names of settings in nanoGPT, nanochat, llm.c and Hugging Face, for the error about an unknown setting."""
 
-# What it is here: what others call it. A hint, not an alias: units and meanings differ.
+# {setting of ours: names elsewhere}. Hints, not aliases: units and meanings differ.
 _ELSEWHERE = {
     # Model
     "model.n_layer": "n_layers num_layers num_hidden_layers layers",

@@ -28,6 +28,7 @@ HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # more is not a recipe; weights, perhaps
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NULLS = ("null", "none", "~")
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}
 
 
 class Setting(NamedTuple):
@@ -120,17 +121,13 @@ def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tup
         if not texts and kind is bool:
             texts = ["true"]
         elif not texts:
-            what = (
-                f"{describe(kind)}: {settings[name].description}" if kind else "a recipe, such as recipes/sample.yaml"
-            )
+            what = "a recipe" if kind is None else f"{describe(kind)}: {settings[name].description}"
             raise TrainingError(f"--{name} needs a value, {what}")
         if name == "config":
             recipes += texts
-        else:
-            is_one = len(texts) == 1 or (
-                texts[0].startswith("[") and texts[-1].endswith("]")
-            )  # `[a, b]` without quotes
-            values[name] = convert(name, " ".join(texts) if is_one else texts, kind)
+            continue
+        is_cut = texts[0].startswith("[") and texts[-1].endswith("]")  # [a, b] without quotes
+        values[name] = convert(name, " ".join(texts) if is_cut or len(texts) == 1 else texts, kind)
     return recipes, values
 
 
@@ -292,7 +289,7 @@ def _value(given: str | list, kind: object) -> object:
     if kind is bool and given.lower() in _BOOLEANS:
         return _BOOLEANS[given.lower()]
     if kind is int:
-        return _whole_number(given)
+        return _integer(given)
     if kind is float:
         return float(given.lower().replace(".inf", "inf"))  # YAML has a dot there
     if kind is str:
@@ -300,7 +297,7 @@ def _value(given: str | list, kind: object) -> object:
     raise ValueError
 
 
-def _whole_number(text: str) -> int:
+def _integer(text: str) -> int:
     """Also of 1e3, 1_000 and 5.0, which are exact."""
     try:
         number = Decimal(text)
@@ -329,9 +326,12 @@ def _split(given: str | list, is_text: bool) -> list:
             except yaml.YAMLError:
                 raise ValueError from None
         given = [given]
-    if is_text:
-        return list(given)
-    return [item for text in given for item in re.split(r"[\s,()\[\]'\"]+", str(text)) if item]
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError
+    if not is_text:
+        return [item for text in given for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
+    "".join(given).encode()  # an argument whose bytes are not UTF-8 raises
+    return given
 
 
 def describe(kind: object) -> str:
@@ -347,9 +347,7 @@ def describe(kind: object) -> str:
         return f"{len(options)} values such as 0.9 0.95, each {describe(options[0])}"
     if origin is list:
         return f"a list, of {describe(options[0])}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}[
-        kind
-    ]
+    return _WORDS[kind]
 
 
 def shown(value: object) -> str:
@@ -374,15 +372,15 @@ def unknown(name: str, settings: dict[str, Setting]) -> str:
     by_last = {setting.rpartition(".")[2]: setting for setting in settings}
     switch = by_last.get(re.sub(r"^(no|disable)_", "", last))
     if switch and last not in by_last and settings[switch].kind is bool:
-        return f"unknown setting {shown(name)}; write --{switch} false"
+        return f"unknown setting {shown(name)!r}; write --{switch} false"
     if last not in by_last and last not in HINTS:
         near = difflib.get_close_matches(last, [*by_last, *HINTS, "config"], n=1, cutoff=0.8)
         last = near[0] if near else plain.replace(".", "_")  # `eval.every` is eval_every
     hint = by_last.get(last) or ("--config" if last == "config" else HINTS.get(last))
     if hint is None:
-        return f"unknown setting {shown(name)}; {HELP}"
+        return f"unknown setting {shown(name)!r}; {HELP}"
     is_name = hint in settings or hint == "--config"
-    return f"unknown setting {shown(name)}; " + (f"did you mean {hint!r}?" if is_name else f"here: {hint}")
+    return f"unknown setting {shown(name)!r}; " + (f"did you mean {hint!r}?" if is_name else f"here: {hint}")
 
 
 def _members(group: str, settings: dict[str, Setting]) -> str:
