@@ -122,7 +122,7 @@ def declared(*names):
 
 def imported(paths):
     """Return the distributions whose modules the files import, lazily or not, or ask for by `importorskip`."""
-    ours = {path.stem for path in ROOT.iterdir()} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    ours = {path.stem for path in ROOT.iterdir()} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     ours |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     modules = set()
     for path in paths:
