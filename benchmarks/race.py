@@ -33,9 +33,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # `training` is not installed
 
 from common.files import finite  # noqa: E402
+from common.metrics import read_metrics  # noqa: E402
 from training import TrainingError  # noqa: E402
 from training.config import load_config  # noqa: E402
-from training.metrics import read_metrics  # noqa: E402
 
 
 def main():

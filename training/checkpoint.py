@@ -12,7 +12,6 @@ folder `step_...` is a whole one, unless the disk or somebody changed it since; 
 The checkpoint with the lowest validation loss has a name besides, `checkpoints/best`: see common/checkpoints.py.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -24,7 +23,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.checkpoints import BEST, best_of, list_checkpoints, resolve_checkpoint
+from common.checkpoints import BEST, best_of, describe_file, find_damage, list_checkpoints, resolve_checkpoint
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
 from training.state import blank_copy, fill, full_state, load_moments
@@ -162,7 +161,7 @@ class CheckpointWriter:
                 flush_to_disk(path)
             write_json(
                 aside / "training_state" / "manifest.json",
-                {"files": {path.relative_to(aside).as_posix(): _described(path) for path in files}},
+                {"files": {path.relative_to(aside).as_posix(): describe_file(path) for path in files}},
             )
             flush_to_disk(aside / "training_state")
             flush_to_disk(aside)
@@ -223,11 +222,6 @@ class CheckpointWriter:
                 f"warning: the folder {path} is a copy from before and stays as it is; as a checkpoint's name, {path} "
                 "means the step folder with the lowest validation loss. Remove or rename the copy"
             )
-
-
-def _described(path):
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def clear_left_overs(output_dir):
@@ -311,26 +305,6 @@ def find_checkpoint(resume, output_dir, say):
             f"every checkpoint in {output_dir} is damaged: choose another --output_dir for a fresh start, or "
             "bring back a whole one"
         )
-    return None
-
-
-def find_damage(folder):
-    """What is wrong with a checkpoint, in words, or None: every byte is compared with its manifest."""
-    manifest = Path(folder) / "training_state" / "manifest.json"
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
-            path = Path(folder) / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes and not {expected['bytes']:,}"
-            if _described(path) != expected:
-                return f"{name} is not what was written (another SHA-256)"
-    except FileNotFoundError:
-        return "no training_state/manifest.json, so it is not whole"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({error})"
     return None
 
 

@@ -5,11 +5,12 @@ import math
 
 from common.checkpoints import best_of, list_checkpoints
 from common.cli import shell_quote
-from training import TrainingError
+from common.errors import UserError
+from common.metrics import read_metrics, recover_metrics
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
 from training.launch import on_main_process
-from training.metrics import MetricsLog, read_metrics, recover_metrics, until
+from training.metrics import MetricsLog, until
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
@@ -60,7 +61,7 @@ class RunLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             if resume_from is not None:  # a branch in a folder of its own takes its past along
                 past = run_folder_of(resume_from, output_dir)
-                records = recover_metrics(past / "metrics.jsonl", keep_in=output_dir, warn=say)
+                records = recover_metrics(past / "metrics.jsonl", copy_to=output_dir, warn=say)
                 earlier = until(records, step, is_evaluated=is_evaluated)
                 self._say_if_learning_rate_jumps(earlier, config)
                 before = past / "provenance.json"
@@ -144,7 +145,7 @@ class RunLog:
                 loss_lines=self._loss_lines,
                 hellaswag_lines=self._score_lines,
             )
-        except (OSError, TrainingError) as error:
+        except (OSError, UserError) as error:
             self._say(f"warning: curves.png could not be written ({error})")
 
     def _track(self, step, values):
