@@ -46,18 +46,18 @@ def main():
     clocked(train.GPT2ReproForCausalLM, "forward", "forward")
     clocked(torch.Tensor, "backward", "backward")
     clocked(train, "clip_gradients", "clipping")
-    clocked(train, "step_where_finite", "optimizer")
-    start_step, log_step = train.StepNumbers.start_step, train.RunLog.step
+    clocked(train, "step_if_finite", "optimizer")
+    learning_rate, log_step = train.learning_rate, train.RunLog.step
 
-    def start(self):
+    def start(*arguments):  # the first call of a step
         spent.clear()
-        start_step(self)
+        return learning_rate(*arguments)
 
     def log(self, record):
         steps.append({"step": record["ms"], **spent})
         log_step(self, record)
 
-    train.StepNumbers.start_step, train.RunLog.step = start, log
+    train.learning_rate, train.RunLog.step = start, log
     code = train.train(settings)
     if code:
         raise SystemExit(code)

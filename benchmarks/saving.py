@@ -25,7 +25,7 @@ from data.tokenizer import load_hf_tokenizer  # noqa: E402
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM  # noqa: E402
 from training.checkpoint import CheckpointWriter  # noqa: E402
 from training.config import OptimConfig  # noqa: E402
-from training.cpu import keep_freed_memory  # noqa: E402
+from training.distributed import keep_freed_memory  # noqa: E402
 from training.optim import build_optimizer  # noqa: E402
 
 

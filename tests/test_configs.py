@@ -24,7 +24,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 def test_they_are_all_there():
     names = {path.stem for path in HARDWARE}
     assert names == {
-        *("cpu", "cpu_2proc", "single_gpu", "ddp_8gpu", "multi_node_ddp", "fsdp2", "deepspeed_zero2", "mps"),
+        *("cpu", "cpu_2proc", "single_gpu", "ddp_8gpu", "multi_node_ddp", "fsdp2", "mps"),
     }
     assert {path.stem for path in RECIPES} == {
         *("sample", "shakespeare", "gpt2_124m", "gpt2_124m_lecture", "gpt2_124m_fast"),
@@ -44,14 +44,10 @@ def test_accelerate_takes_it(path, monkeypatch):
     args, default, _ = _validate_launch_command(args)
     assert args.num_processes == asked["num_processes"]
     assert default.mixed_precision == asked.get("mixed_precision")
-    flags = {"FSDP": "use_fsdp", "DEEPSPEED": "use_deepspeed"}
-    for kind, flag in flags.items():
-        assert bool(getattr(args, flag, False)) == (asked["distributed_type"] == kind)
+    assert bool(args.use_fsdp) == (asked["distributed_type"] == "FSDP")
     if asked["distributed_type"] == "FSDP":
         for key, value in asked["fsdp_config"].items():
             assert str(getattr(args, key)).lower() == str(value).lower(), key
-    if asked["distributed_type"] == "DEEPSPEED":
-        assert args.zero_stage == 2
 
 
 def test_commands_in_their_heads_name_real_files():

@@ -37,7 +37,7 @@ from eval import miniseries
 from hub import __main__ as hub
 from training import TrainingError, hardware, run_folder
 from training.checkpoint import check_start
-from training.launch import MainProcessFailed
+from training.distributed import MainProcessFailed
 from training.run_log import RunLog
 from training.stopping import StopRequest
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from common.checkpoints import BEST, best_of, describe_file, find_damage, list_checkpoints, resolve_checkpoint
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.state import blank_copy, fill, full_state, load_moments
+from training.sharding import full_state_dict, load_moments, load_params, meta_copy
 
 _LEFT_OVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Files beside the tensors (tokenizer, configuration, code), and the disk's own rounding up.
@@ -94,7 +94,7 @@ class CheckpointWriter:
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
         self._warn, self._in_use = warn, in_use
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
-        self._blank = blank_copy(model)  # what the thread saves; never the model that is being trained
+        self._meta_model = meta_copy(model)  # what the thread saves; never the model that is being trained
         # On a CPU the thread would take its time from training, and the copies would take memory for nothing.
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -113,7 +113,7 @@ class CheckpointWriter:
         """
         assert self._writing is None, "a second copy of the state in memory, and nobody told of the first"
         accelerator = self.accelerator
-        tensors, moments = full_state(model, optimizer, accelerator, copy=self._in_background)
+        tensors, moments = full_state_dict(model, optimizer, accelerator, copy=self._in_background)
         rng = gather_object([_rng_state(accelerator.device)])
         if accelerator.is_main_process:
             rng = {f"{rank}.{name}": tensor for rank, of_rank in enumerate(rng) for name, tensor in of_rank.items()}
@@ -147,7 +147,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(aside).free
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
-            fill(self._blank, tensors).save_pretrained(aside)
+            load_params(self._meta_model, tensors).save_pretrained(aside)
             try:
                 self.tokenizer.save_pretrained(aside)
             except Exception as error:  # what the tokenizers package raises when the disk is full
@@ -180,7 +180,7 @@ class CheckpointWriter:
                 "disk, or lower keep_last. The checkpoints before it are whole"
             ) from error
         finally:
-            self._blank.to("meta")  # gives the copy's memory back
+            self._meta_model.to("meta")  # gives the copy's memory back
         try:
             self._remove_old(state["step"])
         except OSError as error:
@@ -350,7 +350,7 @@ def load_optimizer(folder, model, optimizer, accelerator):
         tensors = load_file(path)
         if accelerator.device.type == "cpu":  # else they stay mapped from the file, see copy_from_file
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        load_moments(tensors, model, optimizer, accelerator)
+        load_moments(tensors, model, optimizer)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint, {anew}") from error
     except ValueError as error:

@@ -50,14 +50,14 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> l
     Compare what the run needs with what the machine has, before anything is loaded.
 
     Returns:
-        Lines of a warning, none where the estimate fits. None either where the parameters are sharded (FSDP, ZeRO),
+        Lines of a warning, none where the estimate fits. None either where the parameters are sharded (FSDP),
         for which nothing is estimated.
 
     Raises:
         TrainingError: parameters and optimizer alone are larger than all of the memory (not in a dry run, which may be
             for another machine).
     """
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type == DistributedType.FSDP:
         return []
     device, sharing = accelerator.device, plan.hardware.processes_here if accelerator.device.type == "cpu" else 1
     sizes = micro_batch_sizes(plan.batch, plan.hardware.num_processes)

@@ -74,7 +74,7 @@ class Plan:
             micro_batch_size: sequences in one forward pass of one process.
 
         Returns:
-            MemoryEstimate. Checked on a CPU against runs (benchmarks/RECORDS.md); sharding (FSDP, ZeRO) is not in it.
+            MemoryEstimate. Checked on a CPU against runs (benchmarks/RECORDS.md); sharding (FSDP) is not in it.
         """
         num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
         n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd

@@ -9,12 +9,12 @@ from common.errors import UserError
 from common.metrics import read_metrics, recover_metrics
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
-from training.launch import on_main_process
+from training.distributed import run_on_main
 from training.metrics import MetricsLog, until
+from training.optim import learning_rate
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
-from training.schedule import learning_rate
 from training.trackers import finish_tracker, start_trackers
 
 
@@ -84,7 +84,7 @@ class RunLog:
                 and plan.hardware.dollars_an_hour * plan.hardware.num_processes,
             )
 
-        on_main_process(accelerator, start)
+        run_on_main(accelerator, start)
 
     def _say_if_learning_rate_jumps(self, earlier: list[dict], config) -> None:
         """Say so where max_steps or a setting of optim.* gives another learning rate at this step than the run had."""
