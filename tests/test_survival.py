@@ -89,7 +89,7 @@ def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
 @pytest.mark.skipif(not hasattr(os, "tcsetpgrp"), reason="POSIX terminals")
 def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny, undisturbed, tmp_path):
     """
-    The launcher keeps waiting until the checkpoint is saved, and has nothing to print. Until then the losses are those of
+    The launcher keeps waiting until the checkpoint is saved, and prints nothing. Until then the losses are those of
     `python train.py`.
     """
     import pty
