@@ -89,7 +89,7 @@ def _write_answers(path, answers):
     ]
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_aside("--per_item", path, lambda aside: aside.write_text(text, encoding="utf-8"))
+        write_aside("--per_item", path, lambda aside: aside.write_text(text, encoding="utf-8", newline="\n"))
         return
     import pyarrow
     import pyarrow.parquet
@@ -106,7 +106,7 @@ def _main(arguments):
         raise EvalError(f"--per_item {str(args.per_item)!r} must end in .jsonl or .parquet")
     if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
         raise EvalError("--per_item: lm-eval keeps the items of its tasks to itself; score those without it")
-    check_name(args.model)
+    args.model = check_name(args.model)
     device, speaks = find_device(args.device)
     for name in ("output", "per_item"):
         if speaks and getattr(args, name) is not None:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import math
 import os
 
 import torch
 
 from common import cli
 from common.errors import one_line
+from common.files import atomic_write, finite
 from eval import EvalError
 from eval.checkpoint import load_model, revision, weights_sha256
 from eval.evaluator import score
@@ -192,28 +192,17 @@ def _published_beside(result):
 
 def write_json(option, path, content):
     """Without nan, which JSON does not have: null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_aside(option, path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_aside(option, path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_aside(option, path, write):
     """Calls write(another path) and renames what it wrote, so that `path` is never half a file."""
-    target = path.resolve()  # where a link leads
-    aside = target.with_name(f".{target.name}.partial")
     try:
-        write(aside)
-        aside.replace(target)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
-        raise
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        with atomic_write(path.resolve()) as tmp_path:  # where a link leads
+            write(tmp_path)
+    except OSError as error:
+        raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
 
 
 def run_command(command, arguments):

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from common.checkpoints import resolve_checkpoints
 from eval import EvalError, command
 from eval.checkpoint import check_name, load_tokenizer
 from eval.evaluator import prepare
@@ -56,7 +57,8 @@ def _parse_arguments(arguments):
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="before the options: a checkpoint folder or the id of a model on the Hub, to be scored; or a .json file "
+        help="before the options: a checkpoint folder or the id of a model on the Hub, to be scored, or a quoted "
+        "pattern such as 'runs/*/checkpoints/best'; or a .json file "
         "of `python -m eval --output`. If all are such files, what they have is shown, or --tasks of it",
     )
     parser.add_argument(
@@ -121,7 +123,6 @@ def labels_of(names):
     Raises:
         EvalError: two are the same model.
     """
-    # Not resolved: where the link checkpoints/best leads now says nothing of a result from before.
     paths = [Path(name).absolute() if Path(name).is_dir() else Path(name) for name in names]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         labels = []
@@ -324,6 +325,7 @@ def _label_points(axes, points):
 
 def _main(arguments):
     args = _parse_arguments(arguments)
+    args.checkpoints = resolve_checkpoints(args.checkpoints)
     results = {n: read_result(n) for n in args.checkpoints if n.endswith(".json") and not Path(n).is_dir()}
     to_score = [name for name in args.checkpoints if name not in results]
     if to_score:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from transformers import GPT2Config
 
+from common.checkpoints import resolve_checkpoint
 from common.weights import weights_problem
 from eval.checkpoint import weights_sha256
 from hub import HubError
@@ -272,6 +273,7 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
     """
     from training.checkpoint import find_damage
 
+    checkpoint = resolve_checkpoint(checkpoint)
     folder = Path(checkpoint)
     config_file = folder / "config.json"
     try:
