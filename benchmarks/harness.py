@@ -84,7 +84,7 @@ def with_range(values: Sequence[float], number_format: str) -> str:
 
 
 def median_ratio(values: Sequence[float], reference: Sequence[float] | None) -> str:
-    """Return the median of the ratios within a round, or "-" if there is no reference."""
+    """Return the median of the ratios within a round, or "-" without a reference."""
     if reference is None:
         return "-"
     return f"{statistics.median(value / other for value, other in zip(values, reference, strict=True)):.2f}"

@@ -1,4 +1,4 @@
-"""The benchmarks start, print their columns, and compare runs correctly. What they measure is not tested."""
+"""The benchmarks start, print their columns, and compare runs correctly. Their timings are not tested."""
 
 import dataclasses
 import importlib
