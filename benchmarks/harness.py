@@ -43,6 +43,7 @@ def take_turns(
 
     Args:
         candidates: functions that measure, by name.
+        rounds: number of turns of each candidate.
         describe: turns a result into text for the progress line; None prints nothing.
 
     Returns:

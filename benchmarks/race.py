@@ -1,8 +1,8 @@
-"""
+r"""
 Train the same model by several recipes, and compare the tokens and seconds each needs to reach a validation loss.
 
     python -m benchmarks.race adamw=recipes/gpt2_124m.yaml fast=recipes/gpt2_124m_fast.yaml --out runs/race
-    python -m benchmarks.race adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \\
+    python -m benchmarks.race adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \
         wd0=benchmarks/race_small_fast.yaml,optim.muon_weight_decay=0 --seeds 1 2 3 --out runs/race_small
 
 NAME=RECIPE[,SETTING=VALUE...] is a runner. The last validation loss of the first one, the reference, is the goal. With
@@ -208,7 +208,8 @@ def compare(curves: Curves) -> list[dict[str, Any]]:
     reference = next(iter(curves.values()))
     rows = []
     for name, by_seed in curves.items():
-        row = {"name": name, "loss": [], "difference": [], "tokens": [], "token_ratio": [], "time_ratio": []}
+        lists = ("loss", "difference", "tokens", "token_ratio", "time_ratio")
+        row: dict[str, Any] = {"name": name, **{key: [] for key in lists}}
         for seed, curve in by_seed.items():
             end, goal = curve[-1], reference[seed][-1]
             reached = goal if by_seed is reference else reach(curve, goal.loss)

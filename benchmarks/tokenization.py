@@ -1,7 +1,7 @@
-"""
+r"""
 Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, and `python -m data.prepare`.
 
-    python -m benchmarks.tokenization corpus/*.txt --separator '\\n<|endoftext|>\\n' --num_proc 2 --rounds 3
+    python -m benchmarks.tokenization corpus/*.txt --separator '\n<|endoftext|>\n' --num_proc 2 --rounds 3
 
     tiktoken        tiktoken alone: each process encodes its share of documents that are already in its memory
     lecture         build-nanogpt's fineweb.py: multiprocessing's imap over single documents, joined in order

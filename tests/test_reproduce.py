@@ -1,4 +1,4 @@
-"""recipes/reproduce.sh with programs in the place of training, preparation and scoring."""
+"""recipes/reproduce.sh, with stand-ins for training, preparation and scoring."""
 
 import os
 import shutil
