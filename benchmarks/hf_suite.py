@@ -50,6 +50,7 @@ import transformers
 
 import modeling_gpt2repro
 from modeling_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproBlock
 
 from .generation.test_utils import GenerationTesterMixin
 from .test_configuration_common import ConfigTester
@@ -60,7 +61,7 @@ from .test_training_mixin import TrainingTesterMixin
 
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # the list of models that the mixin is restricted to
 # Ours selects hidden states without transformers' hooks; the test of it asks for their table.
-modeling_gpt2repro.GPT2ReproPreTrainedModel._can_record_outputs = {"hidden_states": None}
+modeling_gpt2repro.GPT2ReproPreTrainedModel._can_record_outputs = {"hidden_states": GPT2ReproBlock}
 
 
 class Tester:
