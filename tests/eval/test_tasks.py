@@ -11,18 +11,18 @@ import evaluate as evaluate_library
 import numpy as np
 import pytest
 import torch
+from eval.bits_per_byte.compression import bits_per_byte
+from eval.lambada.word_prediction import word_prediction
+from eval.validation import validation_loss
 
 from data.loader import validation_batches
 from data.manifest import open_split
 from data.shards import write_shard
 from data.tokenizer import EOT
 from eval import EvalError, evaluate
-from eval.bits_per_byte.compression import bits_per_byte
 from eval.bits_per_byte.task import Task as BitsPerByte
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
-from eval.lambada.word_prediction import word_prediction
-from eval.validation import validation_loss
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 ROOT = Path(__file__).parents[2]
