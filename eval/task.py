@@ -145,9 +145,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bo
     if not texts:
         return []
     # verbose=False: do not warn about texts longer than the model's context, which are truncated later.
-    return tokenizer(
-        list(texts), add_special_tokens=add_special_tokens, split_special_tokens=True, verbose=False
-    ).input_ids
+    options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True, "verbose": False}
+    return tokenizer(list(texts), **options)["input_ids"]
 
 
 def encode_together(tokenizer: Tokenizer, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[Request]:

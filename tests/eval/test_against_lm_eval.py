@@ -149,11 +149,8 @@ def test_bridge_returns_lm_evals_metrics_and_restores_training_mode(model, token
         model.eval()
     reference = expected["results"]["hellaswag_here"]
     metrics = result["results"][name]
-    assert (metrics["acc"], metrics["acc_norm"], metrics["n"]) == (
-        reference["acc,none"],
-        reference["acc_norm,none"],
-        12,
-    )
+    assert (metrics["acc"], metrics["acc_norm"]) == (reference["acc,none"], reference["acc_norm,none"])
+    assert metrics["n"] == 12
     assert metrics["acc_stderr"] > 0
     assert result["tasks"][name]["figures"].keys() == {"acc", "acc_norm"}
 
