@@ -1,5 +1,4 @@
-"""
-Model evaluation: `python -m eval --model CHECKPOINT --tasks hellaswag`, or `eval.evaluate(model, tokenizer)`.
+"""Model evaluation: `python -m eval --model CHECKPOINT --tasks hellaswag`, or `eval.evaluate(model, tokenizer)`.
 
     scoring.py          log-likelihoods of continuations, in batches; every task is built on it
     task.py, items.py   the base class of tasks; reading items from the Hub and from files

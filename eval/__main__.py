@@ -1,4 +1,5 @@
-"""
+"""Score a language model.
+
 python -m eval --model CHECKPOINT --tasks hellaswag lambada bits_per_byte lm-eval:NAME [--data TASK=PATH ...] ...
 
 CHECKPOINT is a folder written by train.py (checkpoints/step_...), any other folder that `from_pretrained` opens, or

@@ -66,8 +66,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
-    """
-    Return the tasks that the arguments select, with their settings.
+    """Return the tasks that the arguments select, with their settings.
 
     Raises:
         EvalError: an unknown or repeated task, data or a setting for a task that is not selected.
@@ -108,8 +107,7 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
 
 
 def find_device(name: str | None) -> tuple[str, bool]:
-    """
-    Return (the device to run on, whether this is the main process), after connecting to the other processes.
+    """Return (the device to run on, whether this is the main process), after connecting to the other processes.
 
     Args:
         name: "cuda", "mps", "cpu", ...; None for the first one available.
@@ -155,8 +153,7 @@ def score_checkpoint(
     *,
     keep_item_results: bool = False,
 ) -> dict[str, Any]:
-    """
-    Load a model and score it.
+    """Load a model and score it.
 
     Args:
         args: has dtype, tokens_per_batch and trust_remote_code, see `add_task_arguments`.

@@ -76,8 +76,7 @@ class TrainingEvaluation:
     stop: StopRequest
 
     def run(self, model: Model, loss_model: nn.Module | None = None) -> EvaluationResult | None:
-        """
-        Evaluate a model and return the results, or None if any process was asked to stop.
+        """Evaluate a model and return the results, or None if any process was asked to stop.
 
         Call it on every process, within the run's autocast.
 
@@ -133,8 +132,7 @@ class TrainingEvaluation:
 def validation_loss(
     model: nn.Module, batches: Iterable[Batch], *, on_batch: Callable[[], object] | None = None
 ) -> tuple[float, int]:
-    """
-    Return (sum of -ln p(target) in nats, number of targets), which can be added up over processes.
+    """Return (sum of -ln p(target) in nats, number of targets), which can be added up over processes.
 
     Args:
         model: a GPT2ReproForCausalLM in eval mode, wrapped or not. An autocast around the call is respected.
@@ -175,8 +173,7 @@ def check_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: i
 def sample_texts(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: int, seed: int
 ) -> list[str]:
-    """
-    Return each prompt with a continuation, sampled from the 50 most probable tokens at each position (the lecture's).
+    """Return each prompt with a continuation, sampled from the 50 most probable tokens as in the lecture.
 
     Args:
         model: a causal language model with `generate`, in eval mode.
@@ -185,13 +182,13 @@ def sample_texts(
     """
     device = model.device
     own_rng = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    texts = []
+    texts: list[str] = []
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt").to(device)
         with torch.random.fork_rng(**own_rng):
             torch.manual_seed(seed)
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]  # in GenerationMixin, not in PreTrainedModel
                 **ids, max_new_tokens=num_tokens, do_sample=True, top_k=50, pad_token_id=tokenizer.eos_token_id
             )
-        texts.append(tokenizer.decode(output[0]))
+        texts += tokenizer.batch_decode(output)
     return texts

@@ -25,9 +25,10 @@ def evaluate(
     progress: bool = False,
     keep_item_results: bool = False,
 ) -> dict[str, Any]:
-    """
-    Score a model. Under `accelerate launch`, every process calls this with its copy of the model, scores its share of
-    the items, and gets the full result.
+    """Score a model.
+
+    Under `accelerate launch`, every process calls this with its copy of the model, scores its share of the items, and
+    gets the full result.
 
     Args:
         model: a causal language model, on its device. An autocast around the call is respected.
@@ -63,8 +64,7 @@ def evaluate(
 def load_tasks(
     tasks: str | Sequence[str | BaseTask | LmEvalTask], tokenizer: Tokenizer, config: Config
 ) -> list[LoadedTask | LmEvalTask]:
-    """
-    Load the items of all tasks, so that errors in them are found before anything is scored.
+    """Load the items of all tasks, so that errors in them are found before anything is scored.
 
     Args:
         tasks, tokenizer: see `evaluate`.

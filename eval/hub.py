@@ -8,8 +8,7 @@ PROBE_SECONDS = 10
 
 @functools.cache
 def hub_error() -> str | None:
-    """
-    Return why the Hub cannot be reached, or None if it answers. The answer is cached, and takes at most PROBE_SECONDS.
+    """Return why the Hub cannot be reached, or None if it answers within PROBE_SECONDS; cached.
 
     The Hub's own clients retry each file for over 20 seconds before they use their cache. If this function returns a
     reason, pass local_files_only (or set HF_HUB_OFFLINE) to read the cache at once. The probe uses the Hub's client,

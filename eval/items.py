@@ -33,8 +33,7 @@ class HubUnavailableError(Exception):
 
 
 def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[tuple[dict[str, Any], str]]:
-    """
-    Return a split of a dataset on the Hub, from the network or the local cache: pairs of a record and its location.
+    """Return a split of a dataset on the Hub, from the network or the local cache: pairs of a record and its location.
 
     Raises:
         HubUnavailableError: neither has it.
@@ -57,8 +56,7 @@ def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[t
 
 
 def file_records(path: str | Path, *, alternatives: str = "") -> list[tuple[Any, str]]:
-    """
-    Read a .jsonl, .jsonl.gz or .jsonl.xz file.
+    """Read a .jsonl, .jsonl.gz or .jsonl.xz file.
 
     Args:
         path: the file; blank lines are skipped.

@@ -35,8 +35,7 @@ class LmEvalTask:
 
 
 def check_lm_eval(task: LmEvalTask) -> tuple["TaskManager", str]:
-    """
-    Return lm-eval's TaskManager and the task's name in it.
+    """Return lm-eval's TaskManager and the task's name in it.
 
     Raises:
         EvalError: lm-eval is not installed or does not know the task, or there are several processes.
@@ -61,7 +60,7 @@ def check_lm_eval(task: LmEvalTask) -> tuple["TaskManager", str]:
 
 
 @functools.cache
-def _task_manager(folder):
+def _task_manager(folder: str) -> "TaskManager":
     """Return a TaskManager, which reads all of lm-eval's tasks (seconds), and those in `folder` unless it is ""."""
     import lm_eval.tasks
 
@@ -69,8 +68,7 @@ def _task_manager(folder):
 
 
 def score_with_lm_eval(task: LmEvalTask, model: Model, tokenizer: Tokenizer) -> tuple[dict[str, float], dict[str, Any]]:
-    """
-    Score a model with lm-eval.
+    """Score a model with lm-eval.
 
     Returns:
         the task's values of "results" and of "tasks" in what `eval.evaluate` returns. Metrics of a group's tasks are

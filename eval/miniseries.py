@@ -1,10 +1,11 @@
-"""
+"""Plot scores over model size, as in figure 1 of the GPT-2 paper.
+
 python -m eval.miniseries CHECKPOINT... [--published] [--tasks ...] [--data TASK=PATH ...] [--out FOLDER] ...
 
-Scores over model size, as in figure 1 of the GPT-2 paper: miniseries.png with one panel per metric, and miniseries.md
-with the same numbers as a table. Each CHECKPOINT is a folder or an id on the Hub, which is scored now, or a .json file
-from `python -m eval --output`, whose results are used. New results are written next to the plot as such files,
-replacing older ones. --published adds OpenAI's GPT-2 and GPT-3 where they can be compared.
+Writes miniseries.png with one panel per metric, and miniseries.md with the same numbers as a table. Each CHECKPOINT is
+a folder or an id on the Hub, which is scored now, or a .json file from `python -m eval --output`, whose results are
+used. New results are written next to the plot as such files, replacing older ones. --published adds OpenAI's GPT-2 and
+GPT-3 where they can be compared.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from common.cli import Parser, prepare_process
 
@@ -32,7 +33,13 @@ from eval.published import GPT2, GPT3, find_corpus, not_comparable_reason
 from eval.task import LoadedTask
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+Column: TypeAlias = tuple[str, str]
+"""(task, metric)"""
+Protocol: TypeAlias = tuple[Any, str, int | None]
+"""(version, hash or source of the items, number of items)"""
 
 OURS = "scored here (± standard error)"
 TITLES = {"hellaswag": "HellaSwag", "lambada": "LAMBADA", "bits_per_byte": "validation text"}
@@ -47,7 +54,7 @@ class Row(NamedTuple):
     series: str
     """the line that its points are on"""
     parameters: int
-    metrics: dict[tuple[str, str], tuple[float, float | None]]
+    metrics: dict[Column, tuple[float, float | None]]
     """{(task, metric): (value, standard error or None)}, finite values only"""
 
 
@@ -81,8 +88,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """
-    Read a result file from `python -m eval --output`.
+    """Read a result file from `python -m eval --output`.
 
     Raises:
         EvalError: the file is missing, or is not a result file.
@@ -111,8 +117,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
 
 
 def unique_labels(names: Sequence[str]) -> list[str]:
-    """
-    Return a label for each model: the last folders of its name, as many as are needed to tell the models apart.
+    """Return a label for each model: the last folders of its name, as many as are needed to tell the models apart.
 
     The labels stay unique if "/" becomes "-", as in the names of result files.
 
@@ -136,7 +141,7 @@ def unique_labels(names: Sequence[str]) -> list[str]:
     raise EvalError(f"{duplicate!r} is listed twice; remove one, or change model.name in one of the .json files")
 
 
-def _protocols(result):
+def _protocols(result: dict[str, Any]) -> dict[str, Protocol]:
     """Return {task: (version, data, n)}, which must agree between models; n because hashes do not cover windows."""
     return {
         name: (task["version"], task["data"]["sha256"] or task["data"]["source"], result["results"][name].get("n"))
@@ -144,9 +149,9 @@ def _protocols(result):
     }
 
 
-def _check_same_protocols(protocols):
+def _check_same_protocols(protocols: dict[str, dict[str, Protocol]]) -> None:
     """Raise EvalError if two of {model: {task: protocol}} differ in a task."""
-    first_models = {}
+    first_models: dict[str, str] = {}
     for model, task in ((model, task) for model, model_protocols in protocols.items() for task in model_protocols):
         first_model = first_models.setdefault(task, model)
         pair = protocols[first_model][task], protocols[model][task]
@@ -204,7 +209,7 @@ def published_rows(result: dict[str, Any]) -> tuple[list[Row], list[str]]:
     return [row for row in rows if row.metrics], footnotes
 
 
-def _columns(rows):
+def _columns(rows: Sequence[Row]) -> list[Column]:
     """Return the (task, metric) of our models; a column of only published numbers would compare nothing."""
     return list(dict.fromkeys(column for row in rows if row.series == OURS for column in row.metrics))
 
@@ -225,8 +230,7 @@ def table(rows: Sequence[Row], result: dict[str, Any], footnotes: Sequence[str] 
 
 
 def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
-    """
-    Return a matplotlib Figure with a panel per metric, and in each a line per series.
+    """Return a matplotlib Figure with a panel per metric, and in each a line per series.
 
     Args:
         rows: from `rows_of` and `published_rows`.
@@ -249,8 +253,8 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
         for series, style in styles.items():
             if points := _points(rows, series, column):
                 x, y, errors, _ = zip(*points, strict=True)
-                errors = [error or 0.0 for error in errors] if any(errors) else None
-                legend[series] = axes.errorbar(x, y, yerr=errors, fmt=style, ms=5, lw=1.2, capsize=3, label=series)
+                yerr = [error or 0.0 for error in errors] if any(errors) else None
+                legend[series] = axes.errorbar(x, y, yerr=yerr, fmt=style, ms=5, lw=1.2, capsize=3, label=series)
         (name, metric), task = column, result["tasks"][column[0]]
         title = TITLES.get(name, name)
         if task["data"]["is_sample"]:
@@ -273,13 +277,13 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     return figure
 
 
-def _points(rows, series, column):
+def _points(rows: Sequence[Row], series: str, column: Column) -> list[tuple[float, float, float | None, str]]:
     """Return [(millions of parameters, value, standard error or None, label)] of a panel's line."""
     series_rows = [row for row in rows if row.series == series and column in row.metrics]
     return [(row.parameters / 1e6, *row.metrics[column], row.label) for row in series_rows]
 
 
-def _label_points(axes, points):
+def _label_points(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
     """Write each (x, y, label) as close to its point as other labels and the lines allow."""
     from matplotlib.text import Text
 
@@ -295,7 +299,7 @@ def _label_points(axes, points):
     for x, y, label in points:
         lines = label.replace("/", "\n").replace(" (", "\n(")
         arrow = {"arrowstyle": "-", "lw": 0.5, "color": "C0"}
-        style = {"fontsize": 7, "color": "C0", "ha": "center", "va": "center", "arrowprops": arrow}
+        style: dict[str, Any] = {"fontsize": 7, "color": "C0", "ha": "center", "va": "center", "arrowprops": arrow}
         text = axes.annotate(lines, (x, y), (0, 0), textcoords="offset pixels", **style)
         text.set_in_layout(False)
         half = np.array(Text.get_window_extent(text).size) / 2 + 2  # without the arrow
@@ -356,14 +360,14 @@ def _main(arguments: Sequence[str] | None) -> None:
     _check_same_protocols({name: _protocols(result) for name, result in results.items()})
     if not is_main_process:
         return
-    results = list(results.values())
-    rows, footnotes = rows_of(results), []
+    rows, footnotes = rows_of(list(results.values())), list[str]()
+    first_result = next(iter(results.values()))  # the items and metrics are the same in all
     if not _columns(rows):
         raise EvalError(f"{', '.join(args.checkpoints)}: no metric is a finite number; score these models again")
     if args.published:
-        published, footnotes = published_rows(results[0])
+        published, footnotes = published_rows(first_result)
         rows += published
-    text, figure = table(rows, results[0], footnotes), draw(rows, results[0])
+    text, figure = table(rows, first_result, footnotes), draw(rows, first_result)
     command.write_aside("--out", args.out / "miniseries.md", lambda aside: aside.write_text(text, encoding="utf-8"))
     command.write_aside("--out", args.out / "miniseries.png", lambda aside: figure.savefig(aside, format="png"))
     print(f"{text}\nwritten: {args.out / 'miniseries.md'}, {args.out / 'miniseries.png'}")

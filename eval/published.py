@@ -59,8 +59,7 @@ GPT3 = [
 
 
 def not_comparable_reason(data: dict[str, Any], n: int | None, full_size: int | None) -> str | None:
-    """
-    Return why published results cannot be compared with a score, or None if they can.
+    """Return why published results cannot be compared with a score, or None if they can.
 
     Args:
         data: the task's "data" from `eval.evaluate`.
@@ -80,8 +79,7 @@ def models_of_size(size: Sequence[int]) -> list[PublishedModel]:
 
 
 def find_corpus(source: Any) -> str | None:
-    """
-    Return the corpus with published losses that a data source names: "fineweb-edu", "fineweb", "openwebtext" or None.
+    """Return the corpus that a data source names: "fineweb-edu", "fineweb", "openwebtext" or None.
 
     Args:
         source: a JSON-serializable description of where the data came from; None if that is not known.
@@ -99,8 +97,7 @@ def find_corpus(source: Any) -> str | None:
 def published_lines(
     shape: "GPT2ReproConfig", data_source: Any, hellaswag_data: "DataInfo | None"
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """
-    Return the losses and HellaSwag scores of models of this size that can be compared with a training run's.
+    """Return the losses and HellaSwag scores of models of this size that can be compared with a training run's.
 
     Args:
         shape: has n_layer and n_embd.

@@ -1,5 +1,4 @@
-"""
-Log-likelihoods of continuations given a context, for many contexts at once.
+"""Log-likelihoods of continuations given a context, for many contexts at once.
 
 A causal model's logit at position t scores the token at t + 1, and the last token of a continuation is never an
 input. The continuations of one context share it: one row holds the context once, followed by each continuation,
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eval import EvalError
@@ -40,11 +39,11 @@ SHARING_MODELS = ("gpt2", "gpt2repro")
 
 # Inputs (including padding) per forward pass, by device type: enough to keep a GPU busy, but on a CPU only as many as
 # fill its matmuls, since larger batches do not fit its caches (benchmarks/LOG.md).
-TOKENS_PER_BATCH = {"cpu": 1024, None: 32_768}
+TOKENS_PER_BATCH: dict[str | None, int] = {"cpu": 1024, None: 32_768}
 # Logits per forward pass, for models that compute them for every input after the first scored position.
-LOGITS_PER_BATCH = {"cpu": 2**25, None: 2**28}
+LOGITS_PER_BATCH: dict[str | None, int] = {"cpu": 2**25, None: 2**28}
 # Rows of the head's weight that are multiplied at a time. On a CPU a slab stays in the cache, which is faster.
-VOCABULARY_SLAB = {"cpu": 1024, None: 4096}
+VOCABULARY_SLAB: dict[str | None, int] = {"cpu": 1024, None: 4096}
 
 
 class Request(NamedTuple):
@@ -97,8 +96,7 @@ def loglikelihoods(
     tokens_per_batch: int | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[list[ContinuationScore]]:
-    """
-    Compute the log-likelihood of each continuation given its context, in nats, from float32 logits.
+    """Compute the log-likelihood of each continuation given its context, in nats, from float32 logits.
 
     A context and continuation that are longer than the model's context lose their leftmost tokens, as in
     lm-evaluation-harness. The model is in eval mode during the call. An autocast around the call is respected.
@@ -139,7 +137,8 @@ def loglikelihoods(
             batch_scores = iter(_score_batch(model, batch, device, shares_context))
             for row in batch:
                 for index in row.indices:
-                    scores[row.request][index] = ContinuationScore(*next(batch_scores), row.num_truncated)
+                    log_likelihoods, is_greedy = next(batch_scores)
+                    scores[row.request][index] = ContinuationScore(log_likelihoods, is_greedy, row.num_truncated)
             if on_batch is not None:
                 on_batch(sum(len(row.indices) for row in batch))
     return scores
@@ -157,7 +156,7 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _can_share_context(model):
+def _can_share_context(model: Model) -> bool:
     """Return True for unmodified SHARING_MODELS; adapters, quantization and offloading change what is called."""
     config = model.config
     if getattr(config, "model_type", None) not in SHARING_MODELS or config._attn_implementation != "sdpa":
@@ -173,11 +172,11 @@ def _can_share_context(model):
     )
 
 
-def _by_device(sizes, device):
+def _by_device(sizes: dict[str | None, int], device: torch.device) -> int:
     return sizes.get(device.type, sizes[None])
 
 
-def _text_config(config):
+def _text_config(config: Config) -> Config:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -192,7 +191,9 @@ def max_length_of(config: Config) -> int | None:
     return length if length is not None and length > 0 else None
 
 
-def _make_rows(vocab_size, max_length, request_index, request, shares_context):
+def _make_rows(
+    vocab_size: int, max_length: int | None, request_index: int, request: Request, shares_context: bool
+) -> list[_Row]:
     """Return a request's rows: as few as its continuations fit into, or one each if contexts are not shared."""
     context, continuations = request
     if len(context) == 0 or not continuations or min(map(len, continuations)) == 0:
@@ -222,7 +223,7 @@ def _make_rows(vocab_size, max_length, request_index, request, shares_context):
     return rows
 
 
-def _batches(rows, tokens_per_batch):
+def _batches(rows: list[_Row], tokens_per_batch: int) -> Iterator[list[_Row]]:
     """Split the rows, longest first, into the largest batches within the budget."""
     start = 0
     while start < len(rows):
@@ -231,15 +232,20 @@ def _batches(rows, tokens_per_batch):
         start += size
 
 
-def _score_batch(model, rows, device, shares_context):
+def _score_batch(
+    model: Model, rows: list[_Row], device: torch.device, shares_context: bool
+) -> list[tuple[np.ndarray, bool]]:
     """Return (log-likelihoods of the tokens, is_greedy) for each continuation, row by row."""
     length = max(row.num_inputs for row in rows)
     # Padding gets its own segment: no token attends to it, and its own attention row is not empty.
-    input_ids, positions, segments = np.zeros((3, len(rows), length), dtype=np.int64)  # [B, T] each
+    inputs = np.zeros((3, len(rows), length), dtype=np.int64)
+    input_ids, positions, segments = inputs  # [B, T] each
     segments[:] = -1
     positions[:] = np.arange(length)  # padding too: positions that restart would mean packed documents
     # For each of the N scored tokens: the index of its logit in [B * T], and its id.
-    logit_index, targets, counts = [], [], []
+    logit_index: list[int] = []
+    targets: list[int] = []
+    counts = []
     for i, row in enumerate(rows):
         num_context = end = len(row.context)
         input_ids[i, :end], segments[i, :end] = row.context, 0
@@ -251,12 +257,12 @@ def _score_batch(model, rows, device, shares_context):
             logit_index += [i * length + num_context - 1, *range(i * length + own.start, i * length + own.stop)]
             targets += list(tokens)
             counts.append(len(tokens))
-    input_ids, positions, segments = (torch.from_numpy(x).to(device) for x in (input_ids, positions, segments))
-    logit_index, targets = (torch.tensor(x, dtype=torch.long, device=device) for x in (logit_index, targets))
+    ids, position_ids, segment_ids = torch.from_numpy(inputs).to(device)
+    scored = [torch.tensor(x, dtype=torch.long, device=device) for x in (logit_index, targets)]
     if shares_context:
-        log_likelihoods, are_greedy = _shared_context_pass(model, input_ids, positions, segments, logit_index, targets)
+        log_likelihoods, are_greedy = _shared_context_pass(model, ids, position_ids, segment_ids, *scored)
     else:
-        log_likelihoods, are_greedy = _plain_pass(model, input_ids, segments >= 0, logit_index, targets)
+        log_likelihoods, are_greedy = _plain_pass(model, ids, segment_ids >= 0, *scored)
     log_likelihoods, are_greedy = log_likelihoods.cpu(), are_greedy.cpu()
     if not log_likelihoods.isfinite().all():
         raise EvalError(
@@ -269,7 +275,9 @@ def _score_batch(model, rows, device, shares_context):
     return [(values, bool(greedy.all())) for values, greedy in zip(token_scores, greedy_tokens, strict=True)]
 
 
-def _shared_context_pass(model, input_ids, positions, segments, logit_index, targets):
+def _shared_context_pass(
+    model: Model, input_ids: Tensor, positions: Tensor, segments: Tensor, logit_index: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return (ln p [N] float32, is the most probable [N]) of the N targets, for rows that share contexts."""
     mask = None  # no row has two continuations: plain causal attention, which has the fastest kernels
     if (segments > 1).any():
@@ -280,7 +288,7 @@ def _shared_context_pass(model, input_ids, positions, segments, logit_index, tar
     return _head_scores(model.get_output_embeddings(), hidden, targets)
 
 
-def _head_scores(head, hidden, targets):
+def _head_scores(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return (ln p [N], is the most probable [N]) from the last hidden states [N, D], one vocabulary slab at a time."""
     size = _by_device(VOCABULARY_SLAB, hidden.device)
     log_normalizer = best = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
@@ -298,7 +306,9 @@ def _head_scores(head, hidden, targets):
     return target_logit - log_normalizer, is_first_best & (target_logit >= best)
 
 
-def _plain_pass(model, input_ids, is_token, logit_index, targets):
+def _plain_pass(
+    model: Model, input_ids: Tensor, is_token: Tensor, logit_index: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return (ln p [N] float32, is the most probable [N]) from any causal language model's own forward."""
     length = input_ids.shape[1]
     # Columns counted from the end are the same in all logits and in only the last few.

@@ -1,5 +1,4 @@
-"""
-The base class of tasks, and scoring a task's items.
+"""The base class of tasks, and scoring a task's items.
 
 Each task is a folder of eval/ with a `task.py` in it, whose class `Task` derives from `BaseTask`.
 `python -m eval --tasks NAME` and `eval.evaluate` find it there. CONTRIBUTING.md has an example.
@@ -63,6 +62,7 @@ class BaseTask:
     """number of items that published results are computed over"""
 
     def __post_init__(self) -> None:
+        """Check the settings."""
         if self.limit is not None and self.limit < 1:
             raise EvalError(f"{self.name}: limit must be at least 1, got {self.limit}")
 
@@ -72,8 +72,7 @@ class BaseTask:
         return type(self).__module__.split(".")[-2]
 
     def load(self, tokenizer: Tokenizer, max_length: int | None = None) -> LoadedTask:
-        """
-        Load the items, and check that they fit the model.
+        """Load the items, and check that they fit the model.
 
         Args:
             tokenizer: the model's tokenizer.
@@ -118,8 +117,7 @@ def score_items(
     tokens_per_batch: int | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[ItemResult]:
-    """
-    Return each item's result, with "tokens_truncated" added: the number of tokens that did not fit the context.
+    """Return each item's result, with "tokens_truncated" added: the number of tokens that did not fit the context.
 
     Args:
         items: any of the task's items, for instance the share of one process, `items[rank::world_size]`; may be empty.
@@ -150,8 +148,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bo
 
 
 def encode_together(tokenizer: Tokenizer, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[Request]:
-    """
-    Make requests from (context, continuations) texts as lm-evaluation-harness does (TemplateLM._encode_pair).
+    """Make requests from (context, continuations) texts as lm-evaluation-harness does (TemplateLM._encode_pair).
 
     Context and continuation are encoded as one text, with a beginning-of-text token if the tokenizer adds one (GPT-2's
     does not). The continuation is what follows the context's own tokens. White space at the end of a context is moved

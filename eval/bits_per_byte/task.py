@@ -20,8 +20,9 @@ DEFAULT_MAX_LENGTH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Task(BaseTask):
-    """
-    Every token of a text is scored once. The first window scores as many tokens as fit the model. Each further window
+    """The loss of a text or of shards, with every token scored once.
+
+    The first window scores as many tokens as fit the model. Each further window
     scores `stride` more, after as many earlier ones as fit. These are the windows of lm-evaluation-harness (utils.py,
     `get_rolling_token_windows`), whose stride is the full context, as in training's validation loss. A shorter stride
     costs more forward passes and gives every token a longer context.
@@ -60,7 +61,7 @@ class Task(BaseTask):
             # --errors is an option of data.prepare, not of this command.
             raise EvalError(str(error).replace(", or give --errors replace", "")) from error
 
-    def _read_shards(self, tokenizer, max_length, stride):
+    def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         from data.manifest import open_split
         from data.tokenizer import EOT, VOCAB_SIZE, encode_document
 
@@ -71,7 +72,9 @@ class Task(BaseTask):
                 "they were made from"
             )
         # A byte-level tokenizer spells each byte of a token as one character.
-        lengths = np.array([len(text) for text in tokenizer.convert_ids_to_tokens(range(VOCAB_SIZE))], dtype=np.uint8)
+        lengths = np.array(
+            [len(text) for text in tokenizer.convert_ids_to_tokens(list(range(VOCAB_SIZE)))], dtype=np.uint8
+        )
         lengths[EOT] = 0
         windows = [
             (shard, start, stop)
@@ -80,9 +83,9 @@ class Task(BaseTask):
         ]
         if not windows:
             raise EvalError(f"{self.data}: the validation split has fewer than two tokens; prepare it from more text")
-        windows, count = first_items(windows, self.limit)
+        kept, count = first_items(windows, self.limit)
         items, digest = [], hashlib.sha256()
-        for shard, start, stop in windows:
+        for shard, start, stop in kept:
             first = max(0, stop - max_length)
             tokens = shard[first : stop + 1]  # the first of them is never scored
             context, scored = tokens[: start - first + 1], tokens[start - first + 1 :]
@@ -93,7 +96,7 @@ class Task(BaseTask):
         description = f"{self.data}, validation split, stride {stride}, {count.replace('items', 'windows')}"
         return items, DataInfo(description=description, sha256=digest.hexdigest())
 
-    def _read_text(self, tokenizer, max_length, stride):
+    def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         from data.sources import FileSource, Progress, document
 
         source = FileSource([self.data])
@@ -102,8 +105,8 @@ class Task(BaseTask):
             for file in source.inputs()
             for record in source.records(file, source.fetch(file), Progress(file["bytes"]))
         )
-        texts = (text for text in map(document, records) if text and not text.isspace())
-        texts = list(itertools.islice(texts, self.limit))  # reads no further than that
+        documents = (text for text in map(document, records) if text and not text.isspace())
+        texts = list(itertools.islice(documents, self.limit))  # reads no further than that
         if not texts:
             raise EvalError(f"{self.data}: there is no text in it; give a file that has some")
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -155,7 +158,7 @@ def is_shards(path: str | Path) -> bool:
     return folder.is_dir() and bool(foreign_shards(folder) or (folder / PREPARING).exists())
 
 
-def _windows(num_tokens, max_length, stride):
+def _windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int]]:
     """Return the (start, stop) of the tokens that each window scores, counted from the first scored token."""
     edges = [0, *range(min(max_length, num_tokens), num_tokens, stride), num_tokens]
     return list(itertools.pairwise(edges)) if num_tokens > 0 else []

@@ -1,5 +1,4 @@
-"""
-HellaSwag's accuracies, from the endings' log-likelihoods.
+"""HellaSwag's accuracies, from the endings' log-likelihoods.
 
 `evaluate` copies this file along with the metric, so it imports nothing from this project.
 """
@@ -12,8 +11,7 @@ import numpy as np
 
 
 def accuracy(predictions: Sequence[dict[str, Any]], references: Sequence[int]) -> dict[str, float]:
-    """
-    Compute the accuracy of choosing by log-likelihood (acc), and by log-likelihood over length (acc_norm).
+    """Compute the accuracy of choosing by log-likelihood (acc), and by log-likelihood over length (acc_norm).
 
     With lengths in tokens, acc_norm is build-nanogpt's and llm.c's number (0.2955 for OpenAI's 124M); in characters,
     lm-evaluation-harness's (0.3114, with its own prompt). The first of several equal endings is chosen.

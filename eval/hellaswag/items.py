@@ -1,7 +1,7 @@
 """Load HellaSwag's items from the Hub, a file, or the sample in this folder."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,7 @@ def lm_eval_text(text: str) -> str:
 def load_items(
     data: str | Path = "hub", limit: int | None = None, prompts: Collection[str] = tuple(CONTEXT_FIELDS)
 ) -> tuple[list[HellaSwagItem], DataInfo]:
-    """
-    Load HellaSwag's items.
+    """Load HellaSwag's items.
 
     Args:
         data: "hub": the validation split of Rowan/hellaswag, from the network or the local cache; if neither has it,
@@ -100,10 +99,11 @@ def load_items(
     return list(items), DataInfo(description=description, is_sample=is_sample, sha256=sha256_of(content))
 
 
-def _make_item(record: Any, where: str, fields: Collection[str]) -> HellaSwagItem:
+def _make_item(record: Any, where: str, fields: Sequence[str]) -> HellaSwagItem:
     check_fields(record, fields, where)
-    *context, endings, label = (record.get(name, "") for name in FIELDS)
-    for name, text in zip(FIELDS, context, strict=False):
+    endings, label = record["endings"], record["label"]
+    context = {name: record.get(name, "") for name in ("activity_label", "ctx_a", "ctx_b", "ctx")}
+    for name, text in context.items():
         if name in fields:
             check_text(text, f"{where}: {name}", may_be_empty=name == "ctx_b")
     if not isinstance(endings, list) or len(endings) != 4:
@@ -115,4 +115,4 @@ def _make_item(record: Any, where: str, fields: Collection[str]) -> HellaSwagIte
     # The Hub's copy has the label as text, and an empty one in the test split.
     if isinstance(label, bool) or label not in (0, 1, 2, 3, "0", "1", "2", "3") or isinstance(label, float):
         raise EvalError(f"{where}: label must be 0, 1, 2 or 3 (the correct ending), got {label!r:.60}")
-    return HellaSwagItem(*context, tuple(endings), int(label))
+    return HellaSwagItem(**context, endings=tuple(endings), label=int(label))

@@ -15,13 +15,12 @@ LECTURE, LM_EVAL = CONTEXT_FIELDS
 
 @dataclass(frozen=True, kw_only=True)
 class Task(BaseTask):
-    """
-    Two prompts, each with two ways to choose an ending:
+    """HellaSwag with two prompts, each with two ways to choose an ending.
 
-        lecture    the context as in the data; a space and the ending, encoded separately
-                   (build-nanogpt hellaswag.py, llm.c dev/data/hellaswag.py)
-        lm_eval    "activity_label: ctx_a Ctx_b", tags in brackets removed; context and ending encoded together
-                   (lm-evaluation-harness, tasks/hellaswag version 1)
+    lecture    the context as in the data; a space and the ending, encoded separately
+               (build-nanogpt hellaswag.py, llm.c dev/data/hellaswag.py)
+    lm_eval    "activity_label: ctx_a Ctx_b", tags in brackets removed; context and ending encoded together
+               (lm-evaluation-harness, tasks/hellaswag version 1)
     """
 
     prompts: tuple[str, ...] = (LECTURE, LM_EVAL)

@@ -37,8 +37,7 @@ class Task(BaseTask):
     full_size = 5_153
 
     def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
-        """
-        Read the passages. See BaseTask.
+        """Read the passages. See BaseTask.
 
         `data` is "hub" (EleutherAI/lambada_openai), or a .jsonl, .jsonl.gz or .jsonl.xz file with the fields context
         and continuation, or with the full passage as text.
@@ -68,8 +67,7 @@ class Task(BaseTask):
         }
 
     def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
-        """
-        Return acc (fraction of greedy words), perplexity (exp of minus the mean log-likelihood per word), and n.
+        """Return acc (fraction of greedy words), perplexity (exp of minus the mean log-likelihood per word), and n.
 
         acc_stderr is sqrt(p (1 - p) / (n - 1)), perplexity_stderr the perplexity times the standard error of the mean
         log-likelihood, as in lm-evaluation-harness (tasks/lambada, version 1); both are nan for one passage.
