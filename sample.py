@@ -103,7 +103,7 @@ def _main(arguments):
         raise HubError(f"n must be at least 1, got {args.n}")
     if args.chatty and (args.prompt is not None or args.n > 1):
         raise HubError("--chatty asks for prompts itself, one at a time: leave out the prompt and --n")
-    check_name(args.checkpoint)
+    args.checkpoint = check_name(args.checkpoint)
     trust = args.trust_remote_code
     tokenizer, _ = load_tokenizer(args.checkpoint, trust_remote_code=trust)
     device, _ = find_device(args.device)

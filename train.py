@@ -11,7 +11,8 @@ before it prepares what it uses, in the order in which it is needed.
 Writes into --output_dir (runs/<recipe>):
 
     checkpoints/step_000100/   a Hugging Face folder: AutoModelForCausalLM.from_pretrained opens it
-    checkpoints/best           a link to the one with the lowest validation loss
+                               (checkpoints/best, as a name, is the one with the lowest validation loss: for --resume,
+                               --init_from, sample.py, eval and hub)
     metrics.jsonl              one object a training step, one an evaluation
     curves.png                 losses and HellaSwag over tokens
     tensorboard/               the same numbers for TensorBoard
@@ -27,7 +28,7 @@ import gc
 
 gc.disable()  # what is imported stays; looking for garbage in it takes half a second here and more later
 
-from common.cli import USAGE_ERROR, interrupt_exit_code, prepare_process, print_error, print_interrupted
+from common.cli import encodable, interrupt_exit_code, prepare_process, print_error, print_interrupted
 
 if __name__ == "__main__":
     prepare_process()
@@ -46,6 +47,7 @@ import transformers
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
+from common.checkpoints import resolve_checkpoint
 from common.errors import UserError
 from data.loader import WindowLoader, validation_batches
 from data.manifest import identity, is_to_be_prepared, open_split
@@ -67,6 +69,7 @@ from training import TrainingError
 from training.checkpoint import (
     CheckpointWriter,
     SaveError,
+    check_start,
     checkpoint_folder,
     clear_left_overs,
     find_checkpoint,
@@ -76,25 +79,43 @@ from training.checkpoint import (
 )
 from training.config import check_lengths, load_config
 from training.hardware import describe_hardware
-from training.launch import leave_process_group, on_main_process, start_accelerator
-from training.microbatch import cut_batch
+from training.launch import leave_process_group, on_main_process, own_accelerator_state, start_accelerator
+from training.microbatch import check_memory, cut_batch
 from training.optim import build_optimizer
-from training.plan import Plan
-from training.run_folder import begin, fail, lock, write_finished, write_status
+from training.plan import Plan, repetition_warning
+from training.run_folder import RunFolder
 from training.run_log import RunLog
 from training.schedule import learning_rate
 from training.skipping import step_where_finite, suspect_windows
-from training.state import blank_copy, clip_gradients, prepare, whole_model
+from training.state import blank_copy, clip_gradients, copy_from_file, prepare, whole_model
 from training.step_numbers import StepNumbers
-from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping
+from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping, ignore_signals
 
 gc.freeze()
 gc.enable()
 STARTED = time.monotonic()  # what --max_hours counts from
 
 
-def train(argv):
-    """Returns the exit code: 0, 75 (resume me), or 1 (all is trained and saved, and not on the Hub)."""
+def train(argv, *, started=None):
+    """
+    Train, also several times in a row in one process, as in a notebook.
+
+    Args:
+        argv: list of str, the command line's arguments.
+        started: time.monotonic() from which --max_hours counts; None: now.
+
+    Returns:
+        exit code: 0, 75 (resume me), or 1 (all is trained and saved, and not on the Hub).
+
+    Raises:
+        UserError: an error that the user can fix.
+    """
+    # Leaving this gives everything back, whatever happens: the folder's lock, the signal handlers, threads, open files.
+    with own_accelerator_state(), contextlib.ExitStack() as held:
+        return _train(argv, held, time.monotonic() if started is None else started)
+
+
+def _train(argv, held, started):
     # ------------------------------------------------------------------------------------------------------
     # Settings: defaults < recipe < command line.
     config = load_config(argv)
@@ -111,15 +132,17 @@ def train(argv):
     def say(text=""):
         if is_main:
             with contextlib.suppress(OSError):  # the log's disk may be the full one
-                tqdm.write(text)
+                tqdm.write(encodable(text))
 
     def to_device(tensor):
         return tensor.to(device, non_blocking=device.type == "cuda")
 
     # ------------------------------------------------------------------------------------------------------
     # The run's folder: fresh, or with a checkpoint to go on from.
+    run_folder = held.enter_context(RunFolder(output_dir, say))
+
     def open_run_folder():
-        lock(output_dir, say)
+        run_folder.lock(lambda: check_start(config.resume, output_dir, lambda line: None))
         clear_left_overs(output_dir)
         return find_checkpoint(config.resume, output_dir, say)
 
@@ -138,7 +161,10 @@ def train(argv):
 
     # ------------------------------------------------------------------------------------------------------
     # The plan: the model's shape, and what it takes to train it.
-    if config.init_from is not None:
+    init_from = config.init_from  # as it was given, also on resuming
+    if init_from is not None:
+        if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
+            config.init_from = on_main_process(accelerator, lambda: resolve_checkpoint(config.init_from, say))
         # Once a run has begun, its own checkpoints have the shape.
         its_shape = on_main_process(accelerator, lambda: shape_of(str(resume_from or config.init_from)))
         config.model = dataclasses.replace(config.model, **its_shape)
@@ -153,7 +179,7 @@ def train(argv):
         model = GPT2ReproForCausalLM(model_config)
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     plan = Plan(model_config, model.num_parameters(), config, describe_hardware(accelerator, config.dollars_an_hour))
-    for line in plan.lines():
+    for line in [*plan.lines(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
         say(line)
     if config.dry_run:
         micro_batch_size, accumulation = cut_batch(plan, accelerator)
@@ -189,6 +215,8 @@ def train(argv):
         f"data      {config.data.path}: {data['train_tokens']:,} training and {data['val_tokens']:,} validation "
         f"tokens; the run is {plan.total_tokens / loader.tokens_per_epoch:.2f} epochs"
     )
+    for line in repetition_warning(plan.total_tokens / loader.tokens_per_epoch):
+        say(line)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
     if baselines:
         say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats a token")
@@ -213,7 +241,7 @@ def train(argv):
         "train_sha256": data["train_sha256"],
         "order": config.data.order,
         "boundary": config.data.boundary,
-        "init_from": config.init_from,
+        "init_from": init_from,
         "model": shape,
     }
 
@@ -236,10 +264,10 @@ def train(argv):
             saved_at = step  # the folder has already what would be saved here
         if step >= config.max_steps and saved_at == step:
             if not is_finite_loss(val_loss):
-                return fail_as_diverged(output_dir, resume_from, is_main)
+                return fail_as_diverged(run_folder, resume_from, is_main)
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
-                write_finished(output_dir, resume_from, step, saved["val_loss"])
+                run_folder.write_finished(resume_from, step, saved["val_loss"])
             return 0 if pusher is None or pusher.finish(resume_from) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
@@ -254,6 +282,7 @@ def train(argv):
         set_seed(config.seed)  # the same on every process
         model = GPT2ReproForCausalLM(model_config)
     model.to(device).train()
+    copy_from_file(model)
     blank = blank_copy(model)  # without numbers: where the weights are shared out, a whole copy to evaluate
 
     # ------------------------------------------------------------------------------------------------------
@@ -277,6 +306,7 @@ def train(argv):
         in_use=() if pusher is None else pusher.reading,
         warn=say,
     )
+    held.callback(checkpoints.close)
     train_model, step_model, optimizer = prepare(
         accelerator,
         model,
@@ -307,7 +337,8 @@ def train(argv):
         loss_lines=baselines | published_losses,
         score_lines=published_scores,
     )
-    begin(output_dir, is_main)
+    held.push(lambda kind, error, traceback: log.close(has_failed=error is not None))
+    run_folder.begin(is_main)
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
 
     def report_saved(wait=False):
@@ -347,11 +378,12 @@ def train(argv):
         except StoppedInEvaluation:
             pass
         except EvalError as error:  # a model that has diverged; its losses say so too
-            tqdm.write(f"warning: HellaSwag was not scored: {error}")
+            tqdm.write(encodable(f"warning: HellaSwag was not scored: {error}"))
         return loss_sum, num_tokens, answers, seconds
 
     batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
-    stop = StopRequest(config.max_hours, STARTED)
+    held.callback(batches.close)
+    stop = held.enter_context(StopRequest(config.max_hours, started, say))
     stopping = False  # agreed on by all processes
     numbers = StepNumbers(device, plan.flops_per_token * batch.tokens_per_step / world_size)
 
@@ -481,11 +513,11 @@ def train(argv):
     on_main_process(accelerator, lambda: checkpoints.finished(wait=True))
     if not stopping and not is_finite_loss(val_loss):
         log.close()
-        return fail_as_diverged(output_dir, folder, is_main)
+        return fail_as_diverged(run_folder, folder, is_main)
     if is_main and stopping:
-        write_status(output_dir, "resume me", step=step, exit_code=exit_code_of_stopping(reasons[0]))
+        run_folder.write_status("resume me", step=step, exit_code=exit_code_of_stopping(reasons[0]))
     elif is_main:
-        write_finished(output_dir, folder, step, val_loss)
+        run_folder.write_finished(folder, step, val_loss)
     accelerator.wait_for_everyone()
     log.close()
     say(f"saved     {folder}")
@@ -502,7 +534,7 @@ def is_finite_loss(loss: float | None) -> bool:
     return loss is not None and math.isfinite(loss)
 
 
-def fail_as_diverged(output_dir: Path, checkpoint: Path, is_main: bool) -> int:
+def fail_as_diverged(run_folder: RunFolder, checkpoint: Path, is_main: bool) -> int:
     """Print and write down that the training diverged, and return the exit code."""
     if is_main:
         problem = (
@@ -511,7 +543,7 @@ def fail_as_diverged(output_dir: Path, checkpoint: Path, is_main: bool) -> int:
             "checkpoint (--resume)"
         )
         print_error(problem)
-        write_status(output_dir, "failed", error=problem)
+        run_folder.write_status("failed", error=problem)
     return 1
 
 
@@ -557,15 +589,15 @@ def main():
     Exit codes: 0, 75 (resume me), 2 for a mistake that was found before the run began, 1 for a run that failed.
     """
     try:
-        code = train(sys.argv[1:])
+        code = train(sys.argv[1:], started=STARTED)
+        ignore_signals()
         leave_process_group()
     except UserError as error:
         print_error(error)
-        code = 1 if fail() else USAGE_ERROR
+        code = error.exit_code
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        fail()
         print_error(f"no space left on the disk for {error.filename or 'what the run writes'}: make room there")
         code = 1
     except KeyboardInterrupt:

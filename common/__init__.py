@@ -5,5 +5,7 @@ The bottom layer: what every other folder may use. Imports nothing of this proje
     cli.py          what the commands share: argument parser, output streams, errors on one line, Ctrl-C
     terminal.py     Ctrl-C under `accelerate launch`
     weights.py      incomplete, missing or unsafe weights, found without loading them
-    files.py        atomic writes, JSON, flushing to the disk
+    files.py        atomic writes, JSON, flushing to the disk, permissions
+    locks.py        one process at a time, also on disks without locks
+    checkpoints.py  a run's checkpoints by name: `best`, and what a run's folder holds
 """

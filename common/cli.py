@@ -5,8 +5,11 @@ This module imports nothing heavy, so that a command can call `prepare_process` 
 """
 
 import argparse
+import contextlib
 import os
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -34,6 +37,7 @@ def prepare_process() -> None:
     sample has a character that the console does not have.
     """
     global _has_terminal
+    _use_utf8_for_paths()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
             stream.reconfigure(errors="backslashreplace")
@@ -48,6 +52,26 @@ def interrupt_exit_code() -> int:
     But 0 where accelerate's launcher waits for this process at a terminal: it prints a traceback for any other code.
     """
     return 0 if _has_terminal else 128 + signal.SIGINT
+
+
+def _use_utf8_for_paths() -> None:
+    """
+    Start this command again in Python's UTF-8 mode if the locale's encoding is another one (LC_ALL=C without Python's
+    own remedy, ISO-8859-1).
+
+    The tokenizers package and other libraries take paths as UTF-8 only. The streams keep their encoding.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1":
+        return
+    encoding = os.environ.get("PYTHONIOENCODING") or f"{getattr(sys.stdout, 'encoding', 'utf-8')}:backslashreplace"
+    environment = os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": encoding}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def encodable(text: str) -> str:
+    """Return the text as standard output can print it, with escapes for characters that it does not have."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _on_unhandled_exception(kind, error, traceback) -> None:
@@ -77,13 +101,19 @@ def run_command(
         return command(arguments) or 0
     except UserError as error:
         print_error(error)
-        return USAGE_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         print_interrupted(on_interrupt)
         return interrupt_exit_code()
     except BrokenPipeError:  # the reader of our output has closed it, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
+        with contextlib.suppress(OSError):  # where standard output is not a file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + 13  # SIGPIPE, which Windows does not name
+
+
+def shell_quote(argument: object) -> str:
+    """Quote an argument of a command that is printed for the user to copy, as the shell of this system wants it."""
+    return subprocess.list2cmdline([str(argument)]) if os.name == "nt" else shlex.quote(str(argument))
 
 
 def print_interrupted(text: str) -> None:

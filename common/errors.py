@@ -8,6 +8,9 @@ class UserError(ValueError):
     The message says what is wrong, the value, and what to do. Any other exception is a bug and keeps its traceback.
     """
 
+    exit_code = 2
+    """of a command that ends with this error: 2, as argparse has it; 1 for a run that had begun"""
+
 
 def one_line(error: BaseException, max_length: int = 300) -> str:
     """Return an exception's message on one line, or the name of its class where it has no message."""

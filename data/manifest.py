@@ -6,11 +6,13 @@ without shards. A folder without either holds somebody else's shards, and the na
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from common.cli import shell_quote
 from data import DataError
 from data.shards import REMEDY, open_shard, write_and_rename
 from data.tokenizer import tokenizer_sha256
@@ -145,10 +147,16 @@ def open_split(folder, split):
         DataError: no such folder, one that is not finished, no shards of that split, or one of them is not whole.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise DataError(
+            f"{folder} is a file, not a folder of shards. Make one of it with `python -m data.prepare files "
+            f"{shell_quote(folder)} --out {shell_quote(Path('shards') / folder.stem)}`"
+        )
     if not folder.is_dir():
         raise DataError(
-            f"no data in {folder}: there is no such folder. Make it with "
-            f"`python -m data.prepare files YOUR_TEXT --out {folder}` (or `sample`, for the offline sample)"
+            f"no data in {folder}: there is no such folder{_near(folder)} Make it with "
+            f"`python -m data.prepare files YOUR_TEXT --out {shell_quote(folder)}` (or `sample`, for the offline "
+            "sample)"
         )
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -166,6 +174,16 @@ def open_split(folder, split):
             f"`python -m data.prepare files YOUR_TEXT --out DIR`"
         )
     return shards
+
+
+def _near(folder: Path) -> str:
+    """Name the folders next to it that are called almost the same, for a message."""
+    try:
+        names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else "."
 
 
 def open_entry(folder, entry):

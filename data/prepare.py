@@ -29,15 +29,16 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command
+from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, shell_quote
 
 if __name__ == "__main__":
     prepare_process()
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from common.files import atomic_write
+from common.locks import Lock, Timeout
 from data import DataError
 from data.encode import SPLIT_RULE, Encoder
 from data.hub import HubRepository, HubSource, in_background
@@ -184,12 +185,14 @@ def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
 @contextlib.contextmanager
 def _locked(out):
     """Where only one process is at a time. The lock's file goes when the folder is not in preparation (any more)."""
-    with FileLock(out / _LOCK):
+    path = out / _LOCK
+    with Lock(path, warn=_warn):
         try:
             yield
         finally:
             if not (out / PREPARING).exists():
-                (out / _LOCK).unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # Windows does not remove open files; filelock does it there
+                    path.unlink(missing_ok=True)
 
 
 def _compare(plan, asked, what):
@@ -348,13 +351,21 @@ def make_part(manifest, source, part, out, *, num_proc):
 
 @contextlib.contextmanager
 def _part_lock(out, part):
+    lock = Lock(out / _PARTS / f"{part:05d}.lock", warn=_warn)
     try:
-        with FileLock(out / _PARTS / f"{part:05d}.lock", timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise DataError(
             f"another process is preparing part {part} of {out}; wait for it, or stop it and run this again"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 class _Work:
@@ -625,14 +636,13 @@ def merge(folders, out):
 def _copy_shard(folder, shard, out):
     if Path(shard["file"]).is_absolute():
         return
-    aside = out / f".{shard['file']}.partial"
-    try:
-        shutil.copyfile(folder / shard["file"], aside)
-    except FileNotFoundError as error:
-        raise DataError(f"{folder / shard['file']} is missing; copy it there, or prepare its part again") from error
-    if scan_shard(aside)["sha256"] != shard["sha256"]:
-        raise DataError(f"{folder / shard['file']} is damaged; copy it again, or prepare its part again")
-    aside.replace(out / shard["file"])
+    with atomic_write(out / shard["file"]) as tmp_path:
+        try:
+            shutil.copyfile(folder / shard["file"], tmp_path)
+        except FileNotFoundError as error:
+            raise DataError(f"{folder / shard['file']} is missing; copy it there, or prepare its part again") from error
+        if scan_shard(tmp_path)["sha256"] != shard["sha256"]:
+            raise DataError(f"{folder / shard['file']} is damaged; copy it again, or prepare its part again")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -813,7 +823,7 @@ def _main(argv):
         print(
             f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. The last of "
             "the machines that write there joins them all; what stands in several folders, this does:\n"
-            f"python -m data.prepare merge {args.out} ... --out DIR"
+            f"python -m data.prepare merge {shell_quote(args.out)} ... --out DIR"
         )
         return 0
     for split in SPLITS:

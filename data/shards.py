@@ -9,7 +9,6 @@ holds stands in its manifest (manifest.py), among it a CRC-32 of each block of B
 block the first time it is read from, so a token that is not the one that was written is an error and not training data.
 """
 
-import contextlib
 import hashlib
 import mmap
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.files import atomic_write, replace_file
 from data import DataError
 from data.tokenizer import EOT, VOCAB_SIZE
 
@@ -208,7 +208,7 @@ def _finish_shard(file, path, num_tokens, crc32):
     found = scan_shard(aside)
     if found.pop("crc32_of_all") != crc32 or found["tokens"] != num_tokens:
         raise DataError(f"{path}: the disk gave back other bytes than were written to it; check the disk")
-    aside.replace(path)
+    replace_file(aside, path)
     return {"file": path.name, **found}
 
 
@@ -242,19 +242,9 @@ def write_shard(path, tokens):
 
 def write_and_rename(path, *parts):
     """Bytes, or arrays as they lie in memory, to a file that is there whole or not at all."""
-    path = Path(path)
-    aside = _aside(path)
-    try:
-        with aside.open("wb") as file:
-            for part in parts:  # one after the other: joined, a shard of 200 MB would be in memory once more
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
+    with atomic_write(path) as tmp_path, tmp_path.open("wb") as file:
+        for part in parts:  # one after the other: joined, a shard of 200 MB would be in memory once more
+            file.write(part)
 
 
 def open_shard(path, crc32=None):

@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from common.files import replace_file
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, foreign_shards, read_manifest
 from data.prepare import make_part, source_of
@@ -144,7 +145,7 @@ def repair(folder, *, num_proc=1, say=print):
                         f"{folder / entry['file']} cannot be made again: the source gives other documents than it did "
                         "(its files, or the program that reads them, have changed); prepare the folder again"
                     )
-                (aside / entry["file"]).replace(folder / entry["file"])
+                replace_file(aside / entry["file"], folder / entry["file"])
                 say(f"repair    {entry['file']} is as it was")
     finally:
         shutil.rmtree(aside, ignore_errors=True)

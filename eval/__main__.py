@@ -29,8 +29,8 @@ from eval.command import (
     run_command,
     score_checkpoint,
     tasks_of,
-    write_aside,
     write_json,
+    write_output,
 )
 from eval.evaluator import load_tasks
 from eval.lm_eval_bridge import LmEvalTask
@@ -91,7 +91,7 @@ def _write_item_results(path: Path, item_results: dict[str, list[dict[str, Any]]
         for name, results in item_results.items()
         for index, result in enumerate(results)
     )
-    write_aside("--per_item", path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_output("--per_item", path, text)
 
 
 def _main(arguments: Sequence[str] | None) -> None:
@@ -101,7 +101,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         raise EvalError(f"--per_item {str(args.per_item)!r} must end in .jsonl, one JSON object per item")
     if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
         raise EvalError("--per_item: not available for lm-eval's tasks; score those without it")
-    check_name(args.model)
+    args.model = check_name(args.model)
     device, is_main_process = find_device(args.device)
     for name in ("output", "per_item"):
         if is_main_process and getattr(args, name) is not None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import resolve_checkpoint
 from common.errors import one_line
 from common.weights import weights_problem
 from eval import EvalError
@@ -16,10 +17,19 @@ class NeedsCodeError(EvalError):
 
 
 def check_name(model):
-    """Raises EvalError for what is neither a checkpoint's folder nor the id of a model on the Hub."""
+    """
+    Check that a name is a checkpoint's folder or the id of a model on the Hub.
+
+    Returns:
+        the name to open: the step folder where it is .../checkpoints/best, else the name itself.
+
+    Raises:
+        UserError: it is neither.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    model = resolve_checkpoint(model)
     folder = Path(model)
     try:
         is_folder = folder.is_dir()
@@ -41,6 +51,7 @@ def check_name(model):
             validate_repo_id(model)
         except HFValidationError as error:
             raise EvalError(f"checkpoint {model!r}: no such folder, nor a Hub id (owner/name)") from error
+    return model
 
 
 def load_tokenizer(name, *, trust_remote_code=False):

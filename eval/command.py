@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate import PartialState
 
 from common import cli
 from common.errors import one_line
+from common.files import atomic_write, finite
 from eval import EvalError
 from eval.checkpoint import load_model, revision, weights_sha256
 from eval.evaluator import score
@@ -191,30 +191,18 @@ def _published_results(result: dict[str, Any]) -> dict[str, dict[str, dict[str, 
     return {model.name: published} if published else {}
 
 
-def write_json(option, path, content):
-    """Without nan, which JSON does not have: null."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_aside(option, path, lambda aside: aside.write_text(text, encoding="utf-8"))
+def write_json(option: str, path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file, with null for numbers that are not finite; see `write_output`."""
+    write_output(option, path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_aside(option, path, write):
-    """Calls write(another path) and renames what it wrote, so that `path` is never half a file."""
-    target = path.resolve()  # where a link leads
-    aside = target.with_name(f".{target.name}.partial")
+def write_output(option: str, path: Path, content: str | bytes) -> None:
+    """Write a file atomically (text as UTF-8), and raise EvalError if that fails. A link is followed, not replaced."""
     try:
-        write(aside)
-        aside.replace(target)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
-        raise
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        with atomic_write(path.resolve()) as tmp_path:
+            tmp_path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:

@@ -9,6 +9,7 @@ GPT-3 where they can be compared.
 """
 
 import argparse
+import io
 import itertools
 import json
 import logging
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from common.checkpoints import resolve_checkpoints
 from eval import EvalError, command
 from eval.checkpoint import check_name, load_tokenizer
 from eval.evaluator import load_tasks
@@ -69,8 +71,9 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="before the options: a checkpoint folder or the id of a model on the Hub, to be scored; or a .json file "
-        "from `python -m eval --output`. If all are such files, all their tasks are shown, or only --tasks",
+        help="before the options: a checkpoint folder or the id of a model on the Hub, to be scored, or a quoted pattern "
+        "such as 'runs/*/checkpoints/best'; or a .json file from `python -m eval --output`. If all are such files, all "
+        "their tasks are shown, or only --tasks",
     )
     parser.add_argument(
         "--published", action="store_true", help="also show OpenAI's GPT-2 and GPT-3, where they can be compared"
@@ -124,7 +127,6 @@ def unique_labels(names: Sequence[str]) -> list[str]:
     Raises:
         EvalError: the same model occurs twice.
     """
-    # Not resolved: the link checkpoints/best may lead elsewhere now than when an older result was written.
     paths = [Path(name).absolute() if Path(name).is_dir() else Path(name) for name in names]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         labels = []
@@ -318,6 +320,7 @@ def _label_points(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> N
 
 def _main(arguments: Sequence[str] | None) -> None:
     args = _parse_arguments(arguments)
+    args.checkpoints = resolve_checkpoints(args.checkpoints)
     results = {n: read_result(n) for n in args.checkpoints if n.endswith(".json") and not Path(n).is_dir()}
     to_score = [name for name in args.checkpoints if name not in results]
     if to_score:
@@ -368,8 +371,10 @@ def _main(arguments: Sequence[str] | None) -> None:
         published, footnotes = published_rows(first_result)
         rows += published
     text, figure = table(rows, first_result, footnotes), draw(rows, first_result)
-    command.write_aside("--out", args.out / "miniseries.md", lambda aside: aside.write_text(text, encoding="utf-8"))
-    command.write_aside("--out", args.out / "miniseries.png", lambda aside: figure.savefig(aside, format="png"))
+    plot = io.BytesIO()
+    figure.savefig(plot, format="png")
+    command.write_output("--out", args.out / "miniseries.md", text)
+    command.write_output("--out", args.out / "miniseries.png", plot.getvalue())
     print(f"{text}\nwritten: {args.out / 'miniseries.md'}, {args.out / 'miniseries.png'}")
 
 

@@ -8,6 +8,7 @@ import argparse
 import logging
 import sys
 
+from common.checkpoints import resolve_checkpoint
 from common.cli import Parser, prepare_process, run_command
 
 if __name__ == "__main__":
@@ -51,6 +52,7 @@ def _push(args):
     from hub.push import Repository, check_repo_id, prepare_upload
 
     check_repo_id(args.repository)
+    args.checkpoint = resolve_checkpoint(args.checkpoint)
     upload = prepare_upload(args.checkpoint, args.repository, results=args.results)
     if args.dry_run:
         card = upload.files["README.md"]

@@ -36,17 +36,16 @@ def serve(checkpoints, *, port, device=None, trust_remote_code=False):
     Raises:
         HubError, EvalError: a checkpoint that cannot be opened, a port that is taken, no Gradio.
     """
+    if len(checkpoints) > 2:
+        raise HubError(f"{len(checkpoints)} checkpoints: the page has room for two")
+    if not 1 <= port <= 65535:
+        raise HubError(f"--port must be between 1 and 65535, got {port}")
+    checkpoints = [check_name(name) for name in checkpoints]
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing of this is anybody else's business
     try:
         import gradio  # noqa: F401
     except ImportError:
         raise HubError('the demo needs Gradio: pip install -e ".[demo]"') from None
-    if len(checkpoints) > 2:
-        raise HubError(f"{len(checkpoints)} checkpoints: the page has room for two")
-    if not 1 <= port <= 65535:
-        raise HubError(f"--port must be between 1 and 65535, got {port}")
-    for name in checkpoints:
-        check_name(name)
     device, _ = find_device(device)
     models = []
     for name in checkpoints:

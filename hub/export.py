@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
 
+from common.files import apply_umask
 from eval.checkpoint import NeedsCodeError, check_name, load_gpt2, load_tokenizer
 from hub import HubError
 from hub.card import Run
@@ -44,7 +45,7 @@ def export(checkpoint, *, to, out):
         raise HubError(f"--out {str(out)!r} cannot be written ({error.strerror}): name another folder") from error
     if is_taken:
         raise HubError(f"--out {str(out)!r} is there already: name another folder, or remove it")
-    check_name(checkpoint)
+    checkpoint = check_name(checkpoint)
     only = "only a GPT-2 (gpt2 or gpt2repro) can be exported"
     try:
         tokenizer, config = load_tokenizer(checkpoint)
@@ -65,6 +66,7 @@ def export(checkpoint, *, to, out):
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         _WRITERS[to](model, tokenizer, aside, name=_name_of(checkpoint), license_id=_license_of(checkpoint))
+        apply_umask(aside)
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -102,8 +104,9 @@ def save_tokenizer(tokenizer, folder):
     except Exception as error:  # what the tokenizers package raises when the disk is full
         raise OSError(str(error)) from error
     vocabulary, merges = bpe_of(tokenizer)
+    lines = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
+    (folder / "merges.txt").write_text(lines, encoding="utf-8", newline="\n")  # other engines split at \n alone
 
 
 def bpe_of(tokenizer):

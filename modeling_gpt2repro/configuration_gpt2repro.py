@@ -1,5 +1,7 @@
 """GPT2ReproConfig: the shape of a GPT-2, under GPT-2's own field names."""
 
+import sys
+
 from transformers import PreTrainedConfig
 
 # layers, heads, width of the four models (GPT-2 paper, table 2, by their true parameter counts: the paper's own
@@ -35,6 +37,8 @@ class GPT2ReproConfig(PreTrainedConfig):
         tie_word_embeddings: whether the head shares the token embedding's matrix, as GPT-2's does.
         is_causal: `False` lets every token attend to those after it too (text encoders made from a GPT-2);
             such a model has no cache and cannot generate.
+        logits_in_training: whether the language model also returns logits when it is trained with labels, as a loss of
+            your own needs. They are the largest tensor of a training step; without them `loss` is computed in chunks.
 
     Raises:
         ValueError: a field that cannot be; the message names the field, the value and what would do.
@@ -70,6 +74,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         pad_token_id=None,
         tie_word_embeddings=True,
         is_causal=True,
+        logits_in_training=False,
         **kwargs,
     ):
         # Fields come before super().__init__(), which validates the finished config.
@@ -87,6 +92,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.use_cache = use_cache
         self.is_causal = is_causal
+        self.logits_in_training = logits_in_training
         self._check_shape()
         # Passed on *and* set: which of the two transformers does with them changed between 5.0 and 5.23.
         self.bos_token_id = bos_token_id
@@ -118,6 +124,11 @@ class GPT2ReproConfig(PreTrainedConfig):
         n_layer, n_head, n_embd = SIZES[size]
         return cls(**{"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, **fields})
 
+    def to_dict(self):
+        """Return all fields. PEFT calls this right before it looks up its defaults, so they are added here."""
+        add_peft_defaults(self.model_type)
+        return super().to_dict()
+
     def _check_shape(self):
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
@@ -142,6 +153,13 @@ class GPT2ReproConfig(PreTrainedConfig):
             raise ValueError(
                 f"activation_function must be 'gelu_new' (GPT-2's tanh GELU), got {self.activation_function!r}"
             )
+
+
+def add_peft_defaults(model_type: str) -> None:
+    """If PEFT is imported, give `model_type` its defaults for GPT-2 (`target_modules`, ...): the names are the same."""
+    for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "gpt2" in table:
+            table.setdefault(model_type, table["gpt2"])
 
 
 GPT2ReproConfig.register_for_auto_class()

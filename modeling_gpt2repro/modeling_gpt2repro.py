@@ -21,11 +21,15 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_gpt2repro import GPT2ReproConfig
 from .loss import linear_cross_entropy
 from .mlp import mlp
+
+logger = logging.get_logger(__name__)
 
 # transformers 5.0 calls the argument `input_embeds` and wants `cache_position`; later 5.x do neither.
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
@@ -188,9 +192,47 @@ class LanguageModelHead(nn.Linear):
         return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets, num_items=num_items)
 
 
+class LogitsNotComputed:
+    """
+    The value of `outputs.logits` in training with labels: any use of it raises an error with the remedy.
+
+    Not None, so that the error is not "'NoneType' object is not subscriptable"; and without any attribute of a tensor,
+    so that accelerate, DDP and torch.compile pass it on unread.
+    """
+
+    MESSAGE = (
+        "logits are not computed in training with labels, where they would be the largest tensor of the step. To get "
+        "them: model.config.logits_in_training = True, or model(..., return_logits=True), or leave the labels out"
+    )
+
+    def __getattr__(self, name: str):
+        raise AttributeError(f"{self.MESSAGE} (outputs.logits.{name})")
+
+    def _refuse(self, *args, **kwargs):
+        raise TypeError(LogitsNotComputed.MESSAGE)
+
+    __torch_function__ = classmethod(_refuse)
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __array__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __pow__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+_LOGITS_NOT_COMPUTED = LogitsNotComputed()
+
+
 def is_sharded(module):
     """Whether FSDP2 holds the parameters: they are whole while the module is called, and it may be called as ever."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
+def hidden_state_indices(request: bool | int | list[int] | None, count: int) -> set[int]:
+    """Return which of `count` hidden states `output_hidden_states` asks for: True for all, or one or more indices."""
+    if not request:
+        return set()
+    if request is True:
+        return set(range(count))
+    indices = [request] if isinstance(request, int) else request
+    return {index % count for index in indices if -count <= index < count}
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -308,12 +350,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 f"{type(past_key_values).__name__}"
             )
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if output_attentions and config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions needs attn_implementation='eager', got {config._attn_implementation!r}: "
-                "fused attention kernels never form the weights"
-            )
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        kept_hidden_states = hidden_state_indices(output_hidden_states, config.n_layer + 1)
         is_causal = config.is_causal if is_causal is None else is_causal
         if use_cache is None:
             use_cache = config.use_cache and is_causal and not self.training
@@ -353,9 +392,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         all_hidden_states = () if output_hidden_states else None
         all_attentions = () if output_attentions else None
-        for block in self.h:
+        for index, block in enumerate(self.h):
             if output_hidden_states:
-                all_hidden_states += (hidden_states,)
+                all_hidden_states += (hidden_states if index in kept_hidden_states else None,)
             hidden_states, attention_weights = block(
                 hidden_states,
                 attention_mask=mask,
@@ -365,11 +404,16 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 cache_position=past_and_new,
                 **kwargs,
             )
-            if output_attentions:
+            if output_attentions and attention_weights is not None:
                 all_attentions += (attention_weights,)
         hidden_states = self.ln_f(hidden_states)
         if output_hidden_states:
-            all_hidden_states += (hidden_states,)
+            all_hidden_states += (hidden_states if config.n_layer in kept_hidden_states else None,)
+        if output_attentions and not all_attentions and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"output_attentions=True gives no attentions with attn_implementation={config._attn_implementation!r}, "
+                "whose kernel never forms the weights: load the model with attn_implementation='eager'"
+            )
 
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
@@ -484,22 +528,21 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             labels: [B, T] token ids, as a rule `input_ids` themselves: the shift by one position happens
                 here (transformers' convention). -100 is ignored.
             shift_labels (a keyword argument): [B, T], the token that follows each position, already shifted;
-                instead of `labels`.
+                used instead of `labels` if both are given (Trainer's context parallelism gives both).
             num_items_in_batch: what the summed loss is divided by; by default the labels that count.
             logits_to_keep: logits of the last so many positions only, or of the positions in an index
                 tensor; 0 keeps all. The loss is over all positions regardless.
-            return_logits: whether to compute logits. By default yes, but not when training on labels,
-                where they would be the largest tensor of the step and nothing reads them.
+            return_logits: whether to compute logits. By default yes, but when training on labels, where they
+                would be the largest tensor of the step, only if `config.logits_in_training` is set.
 
         Returns:
-            CausalLMOutputWithPast: loss (scalar float32) with labels; logits [B, T, V] or None; and
-            past_key_values, hidden_states, attentions as in `GPT2ReproModel.forward`.
+            CausalLMOutputWithPast: loss (scalar float32) with labels; logits [B, T, V], None with
+            return_logits=False, or by default in training with labels a `LogitsNotComputed`; and past_key_values,
+            hidden_states, attentions as in `GPT2ReproModel.forward`.
         """
         # Not in the signature: Trainer takes every argument there that is called a label for one that must be given.
         shift_labels = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
-        if labels is not None and shift_labels is not None:
-            raise ValueError("give labels or shift_labels, not both")
         if use_cache is None and has_labels:
             use_cache = False
         outputs = self.transformer(
@@ -537,7 +580,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
                 all_logits = self.lm_head(hidden_states).flatten(0, 1).float()
                 loss = nn.functional.cross_entropy(all_logits, shift_labels, reduction="sum") / num_items_in_batch
         logits = None
-        if return_logits or (return_logits is None and not (self.training and has_labels)):
+        if return_logits is None and self.training and has_labels and not self.config.logits_in_training:
+            # nn.DataParallel gathers the outputs of its replicas, which takes tensors or None.
+            logits = None if getattr(self, "_is_replica", False) else _LOGITS_NOT_COMPUTED
+        elif return_logits is None or return_logits:
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, positions])
 
@@ -572,20 +618,40 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         return to_gpt2(self)
 
 
-class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproPreTrainedModel):
+class GPT2ReproClassifier(GPT2ReproPreTrainedModel):
+    """Base of the classifiers, whose generic heads build their trunk with AutoModel.from_config."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config):
+        # With custom code from a folder, transformers imports the configuration file twice, and `config` may be of the
+        # class that this file did not import. AutoModel has to know that one, or it asks about custom code.
+        AutoModel.register(type(config), GPT2ReproModel, exist_ok=True)
+        super().__init__(config)
+
+
+class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproClassifier):
     """A score for the whole sequence from its last token that is not padding (transformers' generic head)."""
 
     base_model_prefix = "transformer"
 
 
-class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproPreTrainedModel):
+class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproClassifier):
     """A score for every token (transformers' generic head)."""
 
     base_model_prefix = "transformer"
 
 
-# The generic heads build their trunk with AutoModel.from_config.
 AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
+
+# Trainer (label smoothing shifts the labels), pipelines and model cards look up what a class does by its name.
+for names, model_class in (
+    (modeling_auto.MODEL_MAPPING_NAMES, GPT2ReproModel),
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPT2ReproForCausalLM),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GPT2ReproForSequenceClassification),
+    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPT2ReproForTokenClassification),
+):
+    names[GPT2ReproConfig.model_type] = model_class.__name__
 
 # save_pretrained then copies these files next to the weights.
 GPT2ReproModel.register_for_auto_class("AutoModel")

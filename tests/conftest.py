@@ -72,6 +72,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished_run(launch, tiny, tmp_path_factory):
     """(run folder, console output) of one undisturbed run of 20 steps."""
-    output = tmp_path_factory.mktemp("runs") / "tiny"
+    output = tmp_path_factory.mktemp("my runs") / "tiny"  # with a space: printed commands must be quoted
     done = launch("--config", tiny, "--output_dir", output, "--trackers", "[tensorboard]")
     return output, done.stdout

@@ -12,15 +12,15 @@ import pytest
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 ALLOWED = {
-    "common": {"common"},
+    "common": {"common", "filelock"},
     "modeling_gpt2repro": {"torch", "transformers"},
     "data": {
         *("data", "numpy", "torch", "tqdm", "tiktoken", "transformers", "gigatoken"),
-        *("filelock", "fsspec", "huggingface_hub", "pyarrow"),
+        *("fsspec", "huggingface_hub", "pyarrow"),
     },
     "training": {
-        *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "matplotlib"),
-        *("filelock", "psutil", "tqdm", "deepspeed"),
+        *("training", "torch", "accelerate", "numpy", "safetensors", "yaml", "matplotlib"),
+        *("psutil", "tqdm", "deepspeed"),
     },
     "eval": {
         *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),
@@ -122,7 +122,7 @@ def declared(*names):
 
 def imported(paths):
     """Return the distributions whose modules the files import, lazily or not, or ask for by `importorskip`."""
-    ours = {path.stem for path in ROOT.iterdir()} | {path.stem for path in (ROOT / "tests").glob("*.py")}
+    ours = {path.stem for path in ROOT.iterdir()} | {path.stem for path in (ROOT / "tests").rglob("*.py")}
     ours |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     modules = set()
     for path in paths:

@@ -21,10 +21,9 @@ ARGUMENTS = (
 SPLITS = {"1x8": ("8", "false"), "2x4": ("4", "false"), "4x2": ("2", "false"), "2x4 compiled": ("4", "true")}
 SEVERAL_RUNS = """
 import json, sys, train
-from training import run_folder
+
 for arguments in json.loads(sys.argv[1]):
     assert train.train(arguments) == 0
-    run_folder.release()
 """
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,15 +22,13 @@ from data.loader import Permutation
 from data.manifest import is_to_be_prepared, open_split, read_manifest
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training import run_folder
 from training.checkpoint import run_folder_of
 from training.provenance import write_provenance
 
 
 def test_a_run_leaves_what_it_promises(finished_run):
     output, console = finished_run
-    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020", "best"}
-    assert (output / "checkpoints" / "best" / "config.json").is_file()
+    assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
     for name in ("curves.png", "provenance.json", "metrics.jsonl", "tensorboard", "status.json"):
         assert (output / name).exists(), name
     assert not list(output.rglob(".*.partial"))
@@ -52,13 +51,15 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert "NOT HellaSwag" in console
     assert "tok/s" in console
     assert "left" in console
-    for line in (
-        "AutoModelForCausalLM.from_pretrained",
-        "python -m eval --model",
-        "python sample.py",
-        "python -m hub push",
+    assert "AutoModelForCausalLM.from_pretrained" in console
+    checkpoint = str(output / "checkpoints" / "step_000020")
+    for command in (
+        ["python", "sample.py", checkpoint],
+        ["python", "-m", "eval", "--model", checkpoint],
+        ["python", "-m", "hub", "push", checkpoint],
     ):
-        assert line in console
+        lines = [line for line in console.splitlines() if " ".join(command[:-1]) in line]
+        assert shlex.split(lines[0])[1 : 1 + len(command)] == command
 
 
 def test_provenance_says_what_made_the_run(finished_run):
@@ -180,8 +181,8 @@ import torch, torch.distributed, train
 
 close = train.RunLog.close
 
-def close_and_linger(log):
-    close(log)
+def close_and_linger(log, **more):
+    close(log, **more)
     late = torch.distributed.get_rank() == 1
     time.sleep(1 if late else 0)
     torch.distributed.all_gather([torch.zeros(1), torch.zeros(1)], torch.zeros(1), async_op=True)
@@ -374,7 +375,6 @@ def fails(tiny, tmp_path, monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             train.main()
-        run_folder.release()  # the end of a process does so by itself
         errors = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2, errors
         (message,) = [line for line in errors if line.startswith("error: ")]
@@ -418,7 +418,7 @@ def test_a_folder_that_cannot_be(fails, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in fails("--output_dir", tmp_path / "file" / "run")
     assert "is a file" in fails("--output_dir", tmp_path / "file")
-    assert "is no folder for a run" in fails("--output_dir", "/")
+    assert "must be a folder of the run's own" in fails("--output_dir", "/")
 
 
 def test_a_tracker_that_is_not_there(fails, monkeypatch):
@@ -428,10 +428,6 @@ def test_a_tracker_that_is_not_there(fails, monkeypatch):
 
 def test_a_batch_that_does_not_divide(fails):
     assert "micro_batch_size=3" in fails("--batch.micro_batch_size", "3")
-
-
-def test_an_unknown_key(fails):
-    assert "did you mean 'optim.weight_decay'" in fails("--optim.weight_decat", "0.1")
 
 
 def test_weights_that_cannot_be_begun_with(fails, tmp_path):
@@ -477,7 +473,6 @@ def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output)])
     with pytest.raises(SystemExit):
         train.main()
-    run_folder.release()
     assert "--resume auto" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
 
@@ -491,7 +486,7 @@ def test_resuming_another_run_is_refused(finished_run, fails):
     message = fails("--resume", checkpoint, "--data.order", "sequential")
     assert "data.order=shuffled, this run has sequential" in message
     assert f"--init_from {checkpoint}" in message
-    assert "no checkpoint" in fails("--resume", output)
+    assert "is a run's folder, not a checkpoint; give one of" in fails("--resume", output)
 
 
 def test_order_and_boundary(launch, tiny, finished_run, tmp_path):

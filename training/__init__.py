@@ -1,7 +1,8 @@
 """
 How the model is trained: everything that has a test of its own outside train.py.
 
-    config.py       a run's settings: dataclasses, recipe YAML, command line
+    config.py       a run's settings, as dataclasses
+    settings.py     reads them from recipes (YAML) and the command line; setting_names.py: other projects' names
     launch.py       this process and the others: found, acted as one with, left
     plan.py         what a run will take: memory, time, money
     hardware.py     what a device can do at best, and what it costs

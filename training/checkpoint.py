@@ -9,10 +9,9 @@ Checkpoints: `checkpoints/step_000100/`, a Hugging Face model folder plus `train
 
 A folder is written under another name, flushed to the disk, and renamed when it is whole. So whatever is killed when, a
 folder `step_...` is a whole one, unless the disk or somebody changed it since; that the manifest tells.
-`checkpoints/best` is a link to the one with the lowest validation loss.
+The checkpoint with the lowest validation loss has a name besides, `checkpoints/best`: see common/checkpoints.py.
 """
 
-import contextlib
 import hashlib
 import json
 import re
@@ -25,11 +24,11 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.files import flush_to_disk, write_json
+from common.checkpoints import BEST, best_of, list_checkpoints, resolve_checkpoint
+from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
 from training.state import blank_copy, fill, full_state, load_moments
 
-_STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _LEFT_OVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Files beside the tensors (tokenizer, configuration, code), and the disk's own rounding up.
 _SMALL_FILES_BYTES = 16 * 2**20
@@ -101,6 +100,7 @@ class CheckpointWriter:
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = None
+        self._has_warned_of_best = False
 
     def save(self, model, optimizer, state):
         """
@@ -156,6 +156,7 @@ class CheckpointWriter:
             save_file(moments, aside / "training_state" / "optimizer.safetensors")
             save_file(rng, aside / "training_state" / "rng.safetensors")
             write_json(aside / "training_state" / "state.json", state)
+            apply_umask(aside)
             files = sorted(path for path in aside.rglob("*") if path.is_file())
             for path in files:
                 flush_to_disk(path)
@@ -182,43 +183,46 @@ class CheckpointWriter:
         finally:
             self._blank.to("meta")  # gives the copy's memory back
         try:
-            self._link_best_and_remove_old(state["step"])
+            self._remove_old(state["step"])
         except OSError as error:
-            self._warn(
-                f"warning: {folder} is whole, but `best` or older checkpoints could not be put in order ({error})"
-            )
+            self._warn(f"warning: {folder} is whole, but older checkpoints could not be put in order ({error})")
         return folder
 
-    def _link_best_and_remove_old(self, step):
-        """Both follow from the folders that are there alone, so that a crash in between changes nothing."""
+    def close(self):
+        """Wait for what is being written, whose errors `finished` raises, and end the thread."""
+        self._thread.shutdown()
+
+    def _remove_old(self, step):
+        """Decide by the folders that are there alone, so that a crash in between changes nothing."""
+        self._remove_link()
         # A run that was resumed from an earlier step leaves the later ones alone until it comes there again.
-        folders = {s: folder for s, folder in _step_folders(self.output_dir).items() if s <= step}
-        losses = {}
-        for s, folder in folders.items():
-            with contextlib.suppress(OSError, ValueError):  # a damaged one is not the best
-                val_loss = json.loads((folder / "training_state" / "state.json").read_text())["val_loss"]
-                if val_loss is not None:
-                    losses[s] = val_loss
-        kept = set(folders)
+        checkpoints = [c for c in list_checkpoints(self.output_dir / "checkpoints") if c.step <= step]
+        kept = {c.step for c in checkpoints}
         if self.keep_last is not None:
-            kept = {s for s in folders if self.keep_every and s % self.keep_every == 0}
-            kept.update(sorted(folders)[-self.keep_last :])
-        best = min(losses if self.keep_best else losses.keys() & kept, key=losses.get, default=None)
-        kept.update([] if best is None else [best])
-        kept.update(s for s in folders if folders[s] in self._in_use)
-        link = self.output_dir / "checkpoints" / "best"
-        # A copy of the run may have a folder in the link's place, and not every disk has links.
-        if best is not None and not (link.is_dir() and not link.is_symlink()):
-            aside = link.with_name(".best.partial")
-            aside.unlink(missing_ok=True)
-            with contextlib.suppress(NotImplementedError, OSError):
-                aside.symlink_to(folders[best].name, target_is_directory=True)
-                aside.replace(link)
-        for s in folders.keys() - kept:
-            # Renamed first: a folder half removed must not look like a checkpoint.
-            removed = folders[s].with_name(f".{folders[s].name}.partial")
-            folders[s].rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)
+            kept = {s for s in kept if self.keep_every and s % self.keep_every == 0}
+            kept.update(c.step for c in checkpoints[-self.keep_last :])
+        best = best_of(checkpoints)
+        if self.keep_best and best is not None:
+            kept.add(best.step)
+        kept.update(c.step for c in checkpoints if c.folder in self._in_use)
+        for checkpoint in checkpoints:
+            if checkpoint.step not in kept:
+                # Renamed first: a folder half removed must not look like a checkpoint.
+                removed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.partial")
+                checkpoint.folder.rename(removed)
+                shutil.rmtree(removed, ignore_errors=True)
+
+    def _remove_link(self):
+        """Remove the link `best` of earlier versions; a copy of what it led to is left alone, and named once."""
+        path = self.output_dir / "checkpoints" / BEST
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir() and not self._has_warned_of_best:
+            self._has_warned_of_best = True
+            self._warn(
+                f"warning: the folder {path} is a copy from before and stays as it is; as a checkpoint's name, {path} "
+                "means the step folder with the lowest validation loss. Remove or rename the copy"
+            )
 
 
 def _described(path):
@@ -239,6 +243,44 @@ def clear_left_overs(output_dir):
             shutil.rmtree(path)
 
 
+def check_start(resume, output_dir, say):
+    """
+    Refuse a start that cannot succeed, as far as that shows without reading the checkpoints.
+
+    Args:
+        resume, output_dir, say: as for `find_checkpoint`.
+
+    Returns:
+        Path of the checkpoint that `resume` names; None for "auto" and for a fresh start.
+
+    Raises:
+        TrainingError: the path is not a checkpoint; a fresh start, or one from elsewhere or from an earlier step, where
+            the folder has a run already.
+        UserError: the path is a run's folder.
+    """
+    checkpoints = list_checkpoints(Path(output_dir) / "checkpoints")
+    if resume == "auto":
+        return None
+    newest = checkpoints[-1].folder if checkpoints else None
+    if resume is None:
+        if checkpoints:
+            raise TrainingError(
+                f"{output_dir} already holds a run with the checkpoint {newest.name}: go on from it "
+                "with --resume auto, choose another --output_dir, or remove the folder"
+            )
+        return None
+    folder = Path(resolve_checkpoint(resume, say))
+    if not (folder / "training_state" / "state.json").is_file():
+        raise TrainingError(f"--resume {resume}: no training_state/state.json there, so no checkpoint of train.py")
+    # What comes next would stand between another branch's checkpoints, and --resume auto would later mistake them.
+    if checkpoints and folder.resolve() != newest.resolve():
+        raise TrainingError(
+            f"--resume {resume}: {output_dir} also holds {newest.name}, from which --resume auto would "
+            "go on; give what begins here another --output_dir, or remove the checkpoints after it"
+        )
+    return folder
+
+
 def find_checkpoint(resume, output_dir, say):
     """
     Args:
@@ -253,45 +295,30 @@ def find_checkpoint(resume, output_dir, say):
         TrainingError: the path is no checkpoint, or a damaged one; a fresh start, or one from elsewhere or from an
             earlier step, where the folder has a run already; "auto", and every checkpoint is damaged.
     """
-    folders = _step_folders(output_dir)
-    if resume == "auto":
-        for step in sorted(folders, reverse=True):
-            damage = find_damage(folders[step])
-            if damage is None:
-                return folders[step]
-            say(f"resume    passing over {folders[step]}: {damage}")
-        if folders:
-            raise TrainingError(
-                f"every checkpoint in {output_dir} is damaged: choose another --output_dir for a fresh start, or "
-                "bring back a whole one"
-            )
-        return None
-    if resume is None:
-        if folders:
-            raise TrainingError(
-                f"{output_dir} already holds a run with the checkpoint {folders[max(folders)].name}: go on from it "
-                "with --resume auto, choose another --output_dir, or remove the folder"
-            )
-        return None
-    folder = Path(resume)
-    if not (folder / "training_state" / "state.json").is_file():
-        raise TrainingError(f"--resume {resume}: no training_state/state.json there, so no checkpoint of train.py")
-    if damage := find_damage(folder):
+    folder = check_start(resume, output_dir, say)
+    if folder is not None and (damage := find_damage(folder)):
         raise TrainingError(f"--resume {resume}: {damage}; resume from another checkpoint, or --resume auto")
-    # What comes next would stand between another branch's checkpoints, and --resume auto would later mistake them.
-    if folders and folder.resolve() != folders[max(folders)].resolve():
+    if resume != "auto":
+        return folder
+    checkpoints = list_checkpoints(Path(output_dir) / "checkpoints")
+    for checkpoint in reversed(checkpoints):
+        damage = find_damage(checkpoint.folder)
+        if damage is None:
+            return checkpoint.folder
+        say(f"resume    passing over {checkpoint.folder}: {damage}")
+    if checkpoints:
         raise TrainingError(
-            f"--resume {resume}: {output_dir} also holds {folders[max(folders)].name}, from which --resume auto would "
-            "go on; give what begins here another --output_dir, or remove the checkpoints after it"
+            f"every checkpoint in {output_dir} is damaged: choose another --output_dir for a fresh start, or "
+            "bring back a whole one"
         )
-    return folder
+    return None
 
 
 def find_damage(folder):
     """What is wrong with a checkpoint, in words, or None: every byte is compared with its manifest."""
     manifest = Path(folder) / "training_state" / "manifest.json"
     try:
-        files = json.loads(manifest.read_text())["files"]
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
         for name, expected in files.items():
             path = Path(folder) / name
             if not path.is_file():
@@ -307,12 +334,6 @@ def find_damage(folder):
     return None
 
 
-def _step_folders(output_dir):
-    """{step: folder}"""
-    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in (Path(output_dir) / "checkpoints").glob("step_*"))
-    return {int(match[1]): path for match, path in found if match and path.is_dir()}
-
-
 def load_state(folder, must_match):
     """
     The state.json of a checkpoint, refused where the run to go on would not be the run that was saved.
@@ -325,7 +346,7 @@ def load_state(folder, must_match):
     """
     path = Path(folder) / "training_state" / "state.json"
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrainingError(
             f"{path} cannot be read ({error}). With several machines, output_dir must be on a disk that all of them "
@@ -352,7 +373,10 @@ def load_optimizer(folder, model, optimizer, accelerator):
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     anew = f"or begin anew with its weights: --init_from {folder}"
     try:
-        load_moments(load_file(path), model, optimizer, accelerator)
+        tensors = load_file(path)
+        if accelerator.device.type == "cpu":  # else they stay mapped from the file, see copy_from_file
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        load_moments(tensors, model, optimizer, accelerator)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint, {anew}") from error
     except ValueError as error:

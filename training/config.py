@@ -7,36 +7,38 @@ takes `optim.betas` from the defaults, `max_steps` from the recipe and the two n
 line. The finished settings are written to the run's provenance.json before the first step.
 """
 
-import dataclasses
-import difflib
-import math
-import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Literal
-
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, set_parsing_settings
+from typing import Annotated, Literal
 
 from training import TrainingError
+from training.settings import build, help_text, read_recipe, settings_of, shown, split_command_line
 from training.trackers import check_trackers
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
+
+# A number's interval; ) and ( leave the end out. Whole numbers have an upper end that is out of every run's reach.
+Count = Annotated[int, "[1, 1e9]"]
+CountOrZero = Annotated[int, "[0, 1e9]"]
+Positive = Annotated[float, "(0, inf)"]
+PositiveOrZero = Annotated[float, "[0, inf)"]
+Probability = Annotated[float, "[0, 1)"]
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """The model's shape; the names are GPT-2's. The vocabulary is always GPT-2's 50,257."""
 
-    n_layer: int = 12
+    n_layer: Annotated[int, "[1, 1000]"] = 12
     """blocks"""
-    n_head: int = 12
+    n_head: Count = 12
     """attention heads a block"""
-    n_embd: int = 768
+    n_embd: Annotated[int, "[1, 1e6]"] = 768
     """width of the residual stream, a multiple of n_head"""
-    n_positions: int = 1024
+    n_positions: Count = 1024
     """longest sequence, in tokens"""
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     """one probability for GPT-2's three places: embeddings, attention weights, residual branches"""
 
 
@@ -58,11 +60,11 @@ class DataConfig:
 class BatchConfig:
     """One optimizer step: micro-batches are accumulated until tokens_per_step have been seen."""
 
-    tokens_per_step: int = 524288
+    tokens_per_step: Count = 524288
     """tokens in an optimizer step, over all processes"""
-    seq_len: int = 1024
+    seq_len: Count = 1024
     """tokens in a training sequence, at most n_positions"""
-    micro_batch_size: int | Literal["auto"] = 64
+    micro_batch_size: Count | Literal["auto"] = 64
     """sequences in one forward pass of one process, at most (a process with fewer takes them all at once); auto: the
     largest that fits into memory"""
 
@@ -71,27 +73,27 @@ class BatchConfig:
 class OptimConfig:
     """Optimizer and learning rate; the defaults are the GPT-3 paper's for 125M (table 2.1, appendix B)."""
 
-    lr: float = 6e-4
+    lr: Positive = 6e-4
     """peak learning rate"""
-    warmup_steps: int = 715
+    warmup_steps: CountOrZero = 715
     """steps of linear warm-up"""
-    final_lr_fraction: float = 0.1
+    final_lr_fraction: Annotated[float, "[0, 1]"] = 0.1
     """where it ends, as a fraction of the peak"""
-    cooldown_fraction: float | None = None
+    cooldown_fraction: Annotated[float, "(0, 1]"] | None = None
     """stay at the peak, and go down on a straight line over this last part of max_steps; null: a cosine all the way"""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
     """decay of AdamW's two moments"""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """AdamW's epsilon"""
-    weight_decay: float = 0.1
+    weight_decay: PositiveOrZero = 0.1
     """AdamW's, on matrices and embeddings; never on biases and LayerNorms"""
-    muon_lr: float | None = None
+    muon_lr: Positive | None = None
     """peak learning rate of Muon, which then trains the blocks' matrices (AdamW the rest); null: AdamW trains all"""
-    muon_weight_decay: float = 0.05
+    muon_weight_decay: PositiveOrZero = 0.05
     """Muon's"""
-    grad_clip: float = 1.0
+    grad_clip: Annotated[float, "(0, inf]"] = 1.0
     """largest norm of the whole gradient; .inf: any"""
-    max_skipped_steps: int = 10
+    max_skipped_steps: Count = 10
     """a step whose loss or gradient is not finite is skipped; after so many in a row the run stops"""
 
 
@@ -99,17 +101,17 @@ class OptimConfig:
 class EvalConfig:
     """What happens every `eval_every` steps, and before the first and after the last."""
 
-    val_tokens: int = 10_485_760
+    val_tokens: Annotated[int, "[1, 1e12]"] = 10_485_760
     """validation tokens scored, from the start of the validation split"""
     ngram_baselines: bool = False
     """count the corpus's own unigram and bigram loss, for comparison (small corpora only)"""
     hellaswag: str | None = "hub"
     """items: `hub` (Rowan/hellaswag), `sample` (40 items of this project's own), a .jsonl file; null: none"""
-    hellaswag_limit: int | None = None
-    """score only the first so many items"""
+    hellaswag_limit: Annotated[int, "[2, 1e9]"] | None = None
+    """score only the first so many items; one alone has no error bar"""
     prompts: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])
     """texts that the model continues, to be read by a person"""
-    sample_tokens: int = 32
+    sample_tokens: Count = 32
     """tokens in each continuation"""
 
 
@@ -129,22 +131,22 @@ class Config:
     """evaluation during training"""
     output_dir: str | None = None
     """the run's folder; by default runs/<name of the recipe>"""
-    max_steps: int = 19073
+    max_steps: Count = 19073
     """optimizer steps; the learning rate's schedule ends here"""
-    eval_every: int = 250
+    eval_every: Count = 250
     """steps between evaluations"""
-    save_every: int | None = None
+    save_every: Count | None = None
     """steps between checkpoints; null: only after the last step"""
-    keep_last: int | None = None
+    keep_last: Count | None = None
     """how many of the newest checkpoints stay on the disk; null: all"""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """with keep_last: checkpoints of steps that are multiples of it stay as well"""
     keep_best: bool = True
     """with keep_last: the checkpoint with the lowest validation loss stays as well (save_every should be a multiple of
     eval_every)"""
-    log_every: int = 10
+    log_every: Count = 10
     """steps between lines on the console (metrics.jsonl has every step)"""
-    seed: int = 1337
+    seed: Annotated[int, "[0, 4294967295]"] = 1337
     """seed of the initial weights, the order of the data, dropout and the text samples"""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """auto: what the launcher was told, else bf16 where the hardware has it"""
@@ -154,11 +156,11 @@ class Config:
     """start from these weights and their shape: a checkpoint, a folder or Hub id of a GPT-2 (openai-community/gpt2)"""
     resume: str | None = None
     """`auto`: go on from the newest whole checkpoint in output_dir, if there is one; or a checkpoint's path"""
-    max_hours: float | None = None
+    max_hours: Positive | None = None
     """save, stop and exit with code 75 ("resume me") so many hours after the start; null: no limit"""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """where accelerate logs the numbers to, beside metrics.jsonl"""
-    dollars_an_hour: float | None = None
+    dollars_an_hour: Positive | None = None
     """what one device costs, for the money on the console; null: training/hardware.py's price, where it has one"""
     push_to_hub: str | None = None
     """USER/NAME: share the last checkpoint there, with a model card; the token is HF_TOKEN's or `hf auth login`'s"""
@@ -170,92 +172,53 @@ class Config:
     """print the plan and stop"""
 
 
-def load_config(argv):
+def load_config(argv: Sequence[str]) -> Config:
     """
+    Read and check a run's settings, as far as they can be checked without knowing the hardware.
+
     Args:
         argv: the command line without the program's name.
 
-    Returns:
-        Config, checked as far as it can be without knowing the hardware.
-
     Raises:
-        TrainingError: an unknown key (with the nearest known one), a value of the wrong type, a missing or
-            broken recipe, values that cannot be together.
+        TrainingError: an unknown setting (with the one that was probably meant), a value of another kind, a recipe
+            that is missing or broken, values that cannot be together.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="train.py", exit_on_error=False, description="Train a GPT-2; see recipes/.")
-    parser.add_argument("--config", action=ActionConfigFile, help="recipe (default: recipes/sample.yaml)")
-    parser.add_class_arguments(Config)
-    argv = [_bare_flag_means_true(argument, following) for argument, following in pairwise([*argv, "--"])]
-    argv = [piece for pieces in argv for piece in pieces]
-    if not any(argument == "--config" or argument.startswith("--config=") for argument in argv):
-        argv = ["--config", str(DEFAULT_RECIPE), *argv]
-    try:
-        namespace = parser.parse_args(argv)
-    except ArgumentError as error:
-        raise TrainingError(_readable(error)) from None
-    recipe = Path(str(namespace.config[-1])).stem
-    config = parser.instantiate(namespace)
-    config = Config(**{f.name: config[f.name] for f in dataclasses.fields(Config)})
+    if {"--help", "-h"} & set(argv):
+        print(help_text(Config), end="")
+        raise SystemExit(0)
+    settings = settings_of(Config)
+    recipes, options = split_command_line(argv, settings)
+    recipes = recipes or [str(DEFAULT_RECIPE)]
+    values = {}
+    for layer in (*(read_recipe(recipe, settings) for recipe in recipes), options):
+        if layer.get("data.path", values.get("data.path")) != values.get("data.path"):
+            # The sample is made under the name that came with prepare_sample, and not under a mistyped one.
+            values.pop("data.prepare_sample", None)
+        values |= layer
+    config = build(Config, values)
     if config.output_dir is None:
-        config.output_dir = str(Path("runs") / recipe)
+        config.output_dir = str(Path("runs") / Path(recipes[-1]).stem)
+    for name in ("output_dir", "data.path", "init_from", "resume", "eval.hellaswag"):
+        part, last = getattr(config, name.rpartition(".")[0], config), name.rpartition(".")[2]
+        setattr(part, last, _path(name, getattr(part, last)))
     _check(config)
     return config
 
 
-def _bare_flag_means_true(argument, following):
-    """`--compile` alone is `--compile true`."""
-    names = {f"--{f.name}" for f in dataclasses.fields(Config) if f.type is bool}
-    return [argument, "true"] if argument in names and following.startswith("--") else [argument]
-
-
-def known_keys(config_class=Config, prefix=""):
-    """Every setting's dotted name: `max_steps`, `optim.lr`, ..."""
-    keys = []
-    for f in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(f.type):
-            keys += [f"{prefix}{f.name}", *known_keys(f.type, f"{prefix}{f.name}.")]
-        else:
-            keys.append(f"{prefix}{f.name}")
-    return keys
-
-
-def _readable(error):
-    """jsonargparse's message on one line, and for an unknown key the nearest known one."""
-    message = " ".join(str(error).split())
-    unknown = (
-        re.search(r"Group '(?P<group>\S+)' does not accept option '(?P<key>\S+)'", message)
-        or re.search(r"Option '(?P<key>\S+)' is not accepted", message)
-        or re.search(r"[Uu]nrecognized arguments: --(?P<key>[^\s=]+)", message)
-    )
-    if not unknown:
-        return message
-    key = ".".join(part for part in (unknown.groupdict().get("group"), unknown["key"]) if part)
-    near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "`python train.py --help` lists the known ones"
-    return f"unknown setting {key!r}; {hint}"
+def _path(name: str, text: str | None) -> str | None:
+    """Expand ~/x as the shell does (bash leaves it as it is in --output_dir=~/x), and check that it can be a path."""
+    if text is None:
+        return None
+    text = str(Path(text).expanduser()) if text.startswith("~/") else text
+    try:
+        Path(text).exists()
+    except OSError as error:
+        raise TrainingError(f"{name} cannot be used ({error.strerror or error}), got {shown(text)}") from None
+    return text
 
 
 def _check(config):
     """Values that cannot be, or cannot be together."""
-    positive = {
-        "max_steps": config.max_steps,
-        "eval_every": config.eval_every,
-        "log_every": config.log_every,
-        "batch.tokens_per_step": config.batch.tokens_per_step,
-        "batch.seq_len": config.batch.seq_len,
-        "optim.max_skipped_steps": config.optim.max_skipped_steps,
-        "optim.lr": config.optim.lr,
-        "optim.eps": config.optim.eps,
-        "optim.grad_clip": config.optim.grad_clip,
-        "eval.val_tokens": config.eval.val_tokens,
-        "eval.sample_tokens": config.eval.sample_tokens,
-    }
-    optional = {name: getattr(config, name) for name in ("save_every", "keep_last", "keep_every", "max_hours")}
-    optional["optim.muon_lr"] = config.optim.muon_lr
-    positive |= {name: value for name, value in optional.items() if value is not None}
-    if config.batch.micro_batch_size != "auto":
-        positive["batch.micro_batch_size"] = config.batch.micro_batch_size
     check_trackers(config.trackers)
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints stay")
@@ -263,27 +226,16 @@ def _check(config):
         raise TrainingError("push_every_save and push_public say how to push; push_to_hub=USER/NAME says where to")
     if config.push_every_save and config.save_every is None:
         raise TrainingError("push_every_save needs save_every: without it, only the last checkpoint is saved")
-    if config.eval.hellaswag_limit is not None and config.eval.hellaswag_limit < 2:
-        raise TrainingError(
-            f"eval.hellaswag_limit must be at least 2, got {config.eval.hellaswag_limit}: one item has no error bar"
-        )
-    for name, value in positive.items():
-        if not 0 < value < math.inf and (name, value) != ("optim.grad_clip", math.inf):  # which clips nothing
-            raise TrainingError(f"{name} must be above 0 and finite, got {value}")
-    for name, value, below in (
-        ("optim.warmup_steps", config.optim.warmup_steps, math.inf),
-        ("optim.weight_decay", config.optim.weight_decay, math.inf),
-        ("optim.muon_weight_decay", config.optim.muon_weight_decay, math.inf),
-        ("optim.betas[0]", config.optim.betas[0], 1),
-        ("optim.betas[1]", config.optim.betas[1], 1),
-        ("seed", config.seed, 2**32),
-    ):
-        if not 0 <= value < below:
-            raise TrainingError(f"{name} must be in [0, {below}), got {value}")
-    if not 0 <= config.optim.final_lr_fraction <= 1:
-        raise TrainingError(f"optim.final_lr_fraction must be in [0, 1], got {config.optim.final_lr_fraction}")
-    if config.optim.cooldown_fraction is not None and not 0 < config.optim.cooldown_fraction <= 1:
-        raise TrainingError(f"optim.cooldown_fraction must be in (0, 1], got {config.optim.cooldown_fraction}")
+    checkout = DEFAULT_RECIPE.parent.parent
+    if Path(config.output_dir).absolute() in (checkout, *checkout.parents):
+        raise TrainingError(f"output_dir must be a folder of the run's own, such as runs/x, got {config.output_dir}")
+    if config.init_from in ("scratch", "resume") and not Path(config.init_from).exists():  # nanoGPT's
+        remedy = "leave it out for random weights" if config.init_from == "scratch" else "write --resume auto"
+        raise TrainingError(f"init_from must be a checkpoint or a model, got {config.init_from}; {remedy}")
+    if config.resume in ("true", "last", "latest", "newest") and not Path(config.resume).exists():
+        raise TrainingError(f"resume must be auto or a checkpoint's path, got {config.resume}")
+    if config.push_to_hub in ("true", "false"):
+        raise TrainingError(f"push_to_hub must be USER/NAME, got {config.push_to_hub}")
     if config.init_from is None:  # whose shape counts then
         check_lengths(config)
     if config.eval.val_tokens < config.batch.seq_len:

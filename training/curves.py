@@ -1,6 +1,6 @@
 """What a run measured, for people: curves.png, with OpenAI's models as horizontal lines where they can be compared."""
 
-from pathlib import Path
+from common.files import atomic_write
 
 
 def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):
@@ -61,9 +61,8 @@ def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):
 
     for axis in axes:
         axis.grid(alpha=0.3)
-    aside = Path(path).with_name(f".{Path(path).name}.partial")
-    figure.savefig(aside, format="png", dpi=120)
-    aside.replace(path)
+    with atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format="png", dpi=120)
 
 
 def _horizontal_lines(axes, lines, number_format):

@@ -1,12 +1,14 @@
 """The processes of a run: how this one finds the others, acts as one with them, and leaves them."""
 
+import contextlib
 import gc
 import os
-import sys
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -17,6 +19,10 @@ from accelerate.utils import (
 from training import TrainingError
 from training.cpu import keep_freed_memory, use_all_cores
 from training.precision import resolve_mixed_precision
+
+
+class MainProcessFailed(SystemExit):
+    """Ends a process because the main process failed, which reports why."""
 
 
 def start_accelerator(mixed_precision, *, is_muon=False):
@@ -90,8 +96,29 @@ def on_main_process(accelerator, function):
     if error is not None:
         raise error
     if has_failed:
-        sys.exit(1)  # the main process says why
+        raise MainProcessFailed(1)
     return outcome
+
+
+@contextlib.contextmanager
+def own_accelerator_state() -> Iterator[None]:
+    """
+    Keep accelerate's global state of this run apart from that of Accelerators before and after it in this process.
+
+    Otherwise the next Accelerator keeps this one's mixed precision, or refuses to start with another.
+    """
+    states = [AcceleratorState._shared_state, GradientState._shared_state]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else the processes still have to part
+        states.append(PartialState._shared_state)
+    before = [dict(state) for state in states]
+    try:
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state.clear()
+            state.update(values)
 
 
 def leave_process_group():

@@ -1,10 +1,16 @@
 """How a step's batch is cut into micro-batches, the largest that fit where `micro_batch_size: auto` asks for it."""
 
+import math
+
+import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from training import TrainingError
 from training.config import nearest_multiples
 from training.hardware import free_memory
+from training.plan import Plan
 
 # What a run takes beside the trial: evaluation, fragmentation, the compiler's own plans.
 _SPARE_SHARE = 0.1
@@ -37,6 +43,55 @@ def cut_batch(plan, accelerator, model=None):
     )
     largest = int(accelerator.gather(torch.tensor([largest], device=accelerator.device)).min())
     return batch_arithmetic(plan.batch, plan.hardware.num_processes, largest)
+
+
+def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> list[str]:
+    """
+    Compare what the run needs with what the machine has, before anything is loaded.
+
+    Returns:
+        Lines of a warning, none where the estimate fits. None either where the parameters are sharded (FSDP, ZeRO),
+        for which nothing is estimated.
+
+    Raises:
+        TrainingError: parameters and optimizer alone are larger than all of the memory (not in a dry run, which may be
+            for another machine).
+    """
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return []
+    device, sharing = accelerator.device, plan.hardware.processes_here if accelerator.device.type == "cpu" else 1
+    sizes = micro_batch_sizes(plan.batch, plan.hardware.num_processes)
+    largest = sizes[0] if plan.batch.micro_batch_size == "auto" else min(plan.batch.micro_batch_size, sizes[-1])
+    needed, free = plan.memory(largest), free_memory(device) / sharing
+    state, total = needed.state, _total_memory(device) / sharing
+    if state > total and not is_dry_run:
+        raise TrainingError(
+            f"the parameters and the optimizer's moments take {_gigabytes(state)} a process, and the memory of "
+            f"{plan.hardware.name} is {_gigabytes(total)} for each: choose a smaller model (model.n_layer, "
+            "model.n_embd, model.n_positions)"
+        )
+    if needed.total <= free:
+        return []
+    fitting = [size for size in sizes if plan.memory(size).total <= free]
+    remedy = f"--batch.micro_batch_size {fitting[-1]} or auto" if fitting else "a smaller model or batch.seq_len"
+    sequences = f"{largest} sequence{'s' if largest > 1 else ''}"
+    return [
+        f"warning: with {sequences} at once, a process takes about {_gigabytes(needed.total)} (an estimate), and "
+        f"{_gigabytes(free)} are free: it may run out of memory. Remedy: {remedy}"
+    ]
+
+
+def _total_memory(device: torch.device) -> float:
+    """Return the bytes of the device, or on a CPU of the machine with its swap."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB"
 
 
 def largest_that_fits(sizes, *, needs, step_of, device, processes_here):
@@ -136,4 +191,5 @@ def micro_batch_sizes(batch, num_processes):
             f"{num_processes} processes cannot share evenly; nearest tokens_per_step: {nearest}"
         )
     per_process = sequences // num_processes
-    return [n for n in range(1, per_process + 1) if per_process % n == 0]
+    small = [n for n in range(1, math.isqrt(per_process) + 1) if per_process % n == 0]
+    return sorted({*small, *(per_process // n for n in small)})

@@ -13,6 +13,9 @@ _DROPOUT_BYTES = 22  # 12 and the heap's holes
 # Rows of logits that the loss head holds at a time (modeling_gpt2repro/loss.py).
 _HEAD_ROWS = {"cpu": 512, None: 8192}
 
+# Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": up to 4 epochs are nearly as good as new data.
+_EPOCHS_WORTH = 4
+
 
 class MemoryEstimate(NamedTuple):
     """Bytes a process needs at its peak, by what for."""
@@ -148,6 +151,17 @@ class Plan:
         ]
 
 
-def duration(seconds):
-    """3725 -> "1:02:05"; days as "2 days, 1:02:05"."""
-    return str(timedelta(seconds=round(seconds)))
+def duration(seconds: float) -> str:
+    """3725 -> "1:02:05"; days as "2 days, 1:02:05"; from a century on in years."""
+    years = seconds / (365.25 * 24 * 3600)
+    return f"{years:,.0f} years" if years >= 100 else str(timedelta(seconds=round(seconds)))
+
+
+def repetition_warning(epochs: float) -> list[str]:
+    """Return a warning's lines where the data is repeated more often than repetition teaches, else none."""
+    if round(epochs) <= _EPOCHS_WORTH:
+        return []
+    return [
+        f"warning: each training token is seen {epochs:,.1f} times; after about {_EPOCHS_WORTH}, repeating teaches "
+        "less and less (arXiv 2305.16264): prepare more text, lower max_steps, or raise model.dropout"
+    ]

@@ -7,6 +7,9 @@ from tqdm import tqdm
 
 from training.plan import duration
 
+# The time left is the lines', not tqdm's own estimate, which knows neither of evaluations nor of the first step.
+_BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
+
 
 class Progress:
     """Prints the records of metrics.jsonl, in short, and knows what is left of the plan."""
@@ -41,7 +44,7 @@ class Progress:
         self._bar = tqdm(
             total=max_steps,
             initial=step,
-            unit="step",
+            bar_format=_BAR,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
@@ -57,18 +60,21 @@ class Progress:
         self.training_seconds += seconds
         if steps_done == 1:
             self._seconds_of_first = seconds
-        self._bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tok/s", refresh=False)
+        seconds_left = self._seconds_left(step)
+        loss = math.nan if record["loss"] is None else record["loss"]
+        self._bar.set_description_str(f"loss {loss:.4f}, {duration(seconds_left)} left", refresh=False)
         self._bar.update()
         if step % self._log_every and steps_done > 1:
             return
         seconds_a_step = sum(self._seconds) / len(self._seconds)
         tokens_per_s = self._tokens_per_step / seconds_a_step
         self._seconds.clear()
+        money = f", ${seconds_left / 3600 * self._dollars_an_hour:,.2f}" if self._dollars_an_hour else ""
         self._say(
             f"step {step:>6,}/{self._max_steps:,} {step / self._max_steps:4.0%} | loss {record['loss']:.4f} | "
             f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {1000 * seconds_a_step:,.0f} ms | "
             f"{tokens_per_s:,.0f} tok/s | {tokens_per_s / self._peak_tokens_per_s:.1%} of peak | "
-            f"{self._left(step)} left"
+            f"{duration(seconds_left)}{money} left"
         )
 
     def evaluated(self, record):
@@ -88,8 +94,8 @@ class Progress:
     def close(self):
         self._bar.close()
 
-    def _left(self, step):
-        """Time, and money where its rate is known, for the steps and evaluations to come."""
+    def _seconds_left(self, step: int) -> float:
+        """Estimate the time of the steps and evaluations to come."""
         steps_left, steps_done = self._max_steps - step, step - self._first_step
         seconds_a_step = self.training_seconds / steps_done
         if steps_done > 1:  # the first one also compiles and warms up
@@ -98,5 +104,4 @@ class Progress:
         if self._evaluation_seconds:
             mean = sum(self._evaluation_seconds) / len(self._evaluation_seconds)
             seconds_left += mean * math.ceil(steps_left / self._eval_every)
-        money = f", ${seconds_left / 3600 * self._dollars_an_hour:,.2f}" if self._dollars_an_hour else ""
-        return f"{duration(seconds_left)}{money}"
+        return seconds_left

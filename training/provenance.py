@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from common.checkpoints import is_local
 from common.files import write_json
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
@@ -38,7 +39,7 @@ def provenance(*, config, data, plan, accelerator, step):
         "seed": config["seed"],
         "config": config,
         # A folder here, or a model on the Hub? The name alone does not tell.
-        "init_from_is_folder": config["init_from"] is not None and Path(config["init_from"]).is_dir(),
+        "init_from_is_folder": config["init_from"] is not None and is_local(config["init_from"]),
         "model": {"parameters": plan.num_parameters, "flops_per_token": plan.flops_per_token},
         "data": data,
         "code": _git_state(),

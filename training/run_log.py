@@ -3,15 +3,18 @@
 import dataclasses
 import math
 
+from common.checkpoints import best_of, list_checkpoints
+from common.cli import shell_quote
+from training import TrainingError
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
 from training.launch import on_main_process
-from training.metrics import MetricsLog, read_metrics, until
+from training.metrics import MetricsLog, read_metrics, recover_metrics, until
 from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
 from training.schedule import learning_rate
-from training.trackers import start_trackers
+from training.trackers import finish_tracker, start_trackers
 
 
 class RunLog:
@@ -54,12 +57,13 @@ class RunLog:
 
         def start():
             earlier, before = [], None
+            output_dir.mkdir(parents=True, exist_ok=True)
             if resume_from is not None:  # a branch in a folder of its own takes its past along
                 past = run_folder_of(resume_from, output_dir)
-                earlier = until(read_metrics(past / "metrics.jsonl"), step, is_evaluated=is_evaluated)
+                records = recover_metrics(past / "metrics.jsonl", keep_in=output_dir, warn=say)
+                earlier = until(records, step, is_evaluated=is_evaluated)
                 self._say_if_learning_rate_jumps(earlier, config)
                 before = past / "provenance.json"
-            output_dir.mkdir(parents=True, exist_ok=True)
             settings = dataclasses.asdict(config)
             resume_step = None if resume_from is None else step
             self._trackers = start_trackers(config.trackers, output_dir, settings, resume_step=resume_step)
@@ -140,7 +144,7 @@ class RunLog:
                 loss_lines=self._loss_lines,
                 hellaswag_lines=self._score_lines,
             )
-        except OSError as error:
+        except (OSError, TrainingError) as error:
             self._say(f"warning: curves.png could not be written ({error})")
 
     def _track(self, step, values):
@@ -154,13 +158,14 @@ class RunLog:
                 )
                 self._trackers.remove(tracker)
 
-    def close(self):
-        """Lets the trackers send what they have."""
-        if self._is_main:
-            self._progress.close()
-            self._metrics.close()
-            for tracker in self._trackers:
-                tracker.finish()
+    def close(self, *, has_failed: bool = False) -> None:
+        """Close the files and let the trackers send what they have; does nothing the second time."""
+        if not self._is_main:
+            return
+        self._progress.close()
+        self._metrics.close()
+        while self._trackers:
+            finish_tracker(self._trackers.pop(), has_failed=has_failed)
 
     def summary(self, *, val_loss, num_skipped, checkpoint):
         """What came of it, and what to do next."""
@@ -171,12 +176,17 @@ class RunLog:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
         self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
+        best = best_of(list_checkpoints(checkpoint.parent))
+        if best is not None and best.folder != checkpoint:
+            self._say(f"best      {best.describe()}")
         board = self._output_dir / "tensorboard"
+        show_board = f"    (tensorboard --logdir {shell_quote(board)})" if board.is_dir() else ""
         self._say(
             WHAT_NEXT.format(
-                folder=checkpoint,
+                folder=checkpoint.as_posix(),  # no backslashes inside Python's quotes
+                quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
-                metrics=f"{self.metrics_path}{f'    (tensorboard --logdir {board})' if board.is_dir() else ''}",
+                metrics=f"{self.metrics_path}{show_board}",
             )
         )
 
@@ -189,6 +199,6 @@ numbers     {metrics}
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
-sample  python sample.py {folder} "Hello, I'm"
-score   python -m eval --model {folder} --tasks hellaswag
-share   python -m hub push {folder} USER/NAME    (after: hf auth login)"""
+sample  python sample.py {quoted} "Hello, I'm"
+score   python -m eval --model {quoted} --tasks hellaswag
+share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""

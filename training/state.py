@@ -145,6 +145,18 @@ def load_moments(tensors, model, optimizer, accelerator):
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
+@torch.no_grad()
+def copy_from_file(model: torch.nn.Module) -> None:
+    """
+    Copy a model's parameters out of the file that from_pretrained maps them from on a CPU.
+
+    Windows neither renames nor removes a file that is mapped, and a run removes the checkpoint it was resumed from.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 def blank_copy(model):
     """A model of the same class and configuration without weights (on the meta device)."""
     with torch.device("meta"):

@@ -5,7 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
-from accelerate.tracking import TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from common.files import write_aside
 from training import TrainingError
@@ -64,6 +64,18 @@ def start_trackers(names, output_dir, config, *, resume_step):
             ) from error
         trackers.append(tracker)
     return trackers
+
+
+def finish_tracker(tracker: GeneralTracker, *, has_failed: bool) -> None:
+    """Let a tracker send what it has. If the run failed, W&B shows that, and the tracker's own errors do not count."""
+    try:
+        if has_failed and tracker.name == "wandb":
+            tracker.run.finish(exit_code=1)
+        else:
+            tracker.finish()
+    except Exception:
+        if not has_failed:
+            raise
 
 
 def _run_id(output_dir, is_fresh):

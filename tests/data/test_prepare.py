@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from filelock import FileLock
 from pyarrow import parquet
 
 from data import DataError, shards
@@ -280,7 +281,7 @@ def test_what_cannot_be_merged(run, small_parts, tmp_path):
 
 
 def test_one_part_is_not_prepared_twice_at_a_time(run, small_parts, tmp_path):
-    lock = prepare_module.FileLock(lock_of_part(tmp_path / "out", 0))
+    lock = FileLock(lock_of_part(tmp_path / "out", 0))
     with lock, pytest.raises(DataError, match="another process is preparing part 0"):
         run(files=3)
 

@@ -263,9 +263,7 @@ def test_model_must_be_a_folder_or_hub_id(fails, name):
 
 
 def test_run_folder_suggests_its_checkpoint(fails, own_checkpoint):
-    line = fails("--model", own_checkpoint.parents[1])
-    assert "has no config.json" in line
-    assert f"did you mean {str(own_checkpoint)!r}?" in line
+    assert f"give one of {own_checkpoint} " in fails("--model", own_checkpoint.parents[1])
     assert "is a file; give the folder" in fails("--model", own_checkpoint / "config.json")
 
 

@@ -12,7 +12,6 @@ from tiny_run import ROOT, clean_environment
 import train
 from hub import HubError
 from hub.push import BackgroundPusher
-from training import run_folder
 from training.config import TrainingError, load_config
 
 
@@ -45,7 +44,6 @@ def test_a_run_is_pushed(launch, tiny, server, environment, tmp_path, monkeypatc
     for faults, code in (([("preupload", 400)], 1), ([], 0)):
         server.faults = faults
         assert train.train([*map(str, (*options, "--push_to_hub", "me/tiny", "--resume", "auto"))]) == code
-        run_folder.release()
 
 
 def test_what_cannot_be_pushed_is_said_before_training(launch, tiny, server, environment, tmp_path):

@@ -18,16 +18,26 @@ def model(tiny_config):
     return GPT2ReproForCausalLM(tiny_config)
 
 
-@pytest.fixture
-def gpt2():
+def make_gpt2(**fields):
     """transformers' GPT-2, the reference, with weights far enough from 0 for every part to matter."""
     torch.manual_seed(0)
-    config = GPT2Config(**TINY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(**TINY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields)
     model = GPT2LMHeadModel(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return model
+
+
+@pytest.fixture
+def gpt2():
+    return make_gpt2()
+
+
+@pytest.fixture
+def small_gpt2():
+    """GPT-2 with 1,000 tokens, the last of which ends texts, for tests that the full vocabulary only makes slow."""
+    return make_gpt2(vocab_size=1000, bos_token_id=999, eos_token_id=999)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -123,3 +124,41 @@ def test_compiled_attention_has_no_mask(model, input_ids, monkeypatch, is_traini
     torch.compile(model.train(is_training), backend=backend)(input_ids, labels=input_ids)
     assert len(calls) == model.config.n_layer
     assert all(len(call.args) == 3 and call.kwargs["attn_mask"] is None and call.kwargs["is_causal"] for call in calls)
+
+
+def test_transformers_exporter_prefills_and_decodes_like_gpt2(gpt2, input_ids):
+    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")  # not in transformers 5.0
+    from transformers.exporters.configs import DynamoConfig
+
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
+    sample = {"input_ids": input_ids[:, :9], "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+    exported = exporters.DynamoExporter().export_for_generation(model, sample, DynamoConfig(dynamic=True))
+    cache = DynamicCache(config=model.config)
+    pieces = []
+    with torch.no_grad():
+        for name, start, end in (("prefill", 0, 12), ("decode", 12, 13), ("decode", 13, 14)):
+            positions = torch.arange(start, end).expand(3, -1)
+            outputs = exported.runners[name](
+                input_ids=input_ids[:, start:end], position_ids=positions, past_key_values=cache
+            )
+            cache = outputs["past_key_values"]
+            pieces.append(outputs["logits"])
+        expected = gpt2.eval()(input_ids[:, :14]).logits
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("logits_in_training", [False, True])
+def test_a_compiled_training_step_returns_logits_only_if_asked_for(model, input_ids, logits_in_training):
+    shapes = []
+
+    def backend(graph, _):
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        shapes.extend(value.shape for value in values if torch.is_tensor(value))
+        return graph
+
+    model.train().config.logits_in_training = logits_in_training
+    outputs = torch.compile(model, backend=backend, fullgraph=True)(input_ids, labels=input_ids)
+    assert ((3, 48, 50257) in shapes) is logits_in_training
+    if not logits_in_training:
+        with pytest.raises(TypeError, match="logits_in_training = True"):
+            outputs.logits[0]

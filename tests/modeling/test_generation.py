@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache, TextStreamer
+from torch.utils._pytree import tree_flatten
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    StaticCache,
+    TextStreamer,
+    WatermarkingConfig,
+)
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -21,28 +31,42 @@ WAYS = {
         "cache_implementation": "static",
         "disable_compile": True,
     },
+    "cutoffs": {"do_sample": True, "min_p": 0.01, "typical_p": 0.9, "epsilon_cutoff": 1e-5, "eta_cutoff": 1e-5},
+    "forbidden and forced": {
+        "do_sample": False,
+        "bad_words_ids": [[5], [7, 8]],
+        "suppress_tokens": [3, 4],
+        "sequence_bias": [[[5], 2.0]],
+        "min_new_tokens": 5,
+        "forced_eos_token_id": 11,
+    },
+    "a prefix's tokens only": {"do_sample": False, "prefix_allowed_tokens_fn": lambda *_: [*range(100)]},
+    "guidance": {"do_sample": False, "guidance_scale": 1.5},
+    "the prompt in chunks": {"do_sample": False, "prefill_chunk_size": 3},
+    "several of the beams": {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+    "watermark": {"do_sample": True, "watermarking_config": WatermarkingConfig(bias=2.5)},
 }
 
 
 @pytest.fixture
-def pair(gpt2):
-    return GPT2ReproForCausalLM.from_gpt2(gpt2).eval(), gpt2.eval()
+def pair(small_gpt2):
+    return GPT2ReproForCausalLM.from_gpt2(small_gpt2).eval(), small_gpt2.eval()
 
 
 @pytest.fixture
 def prompts(input_ids):
     """Three prompts of 4, 8 and 6 tokens, padded on the left."""
-    ids = input_ids[:, :8].clone()
+    ids = input_ids[:, :8] % 999
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     mask[2, :2] = 0
-    ids[mask == 0] = 50256
+    ids[mask == 0] = 999
     return {"input_ids": ids, "attention_mask": mask}
 
 
 def texts(model, inputs, **arguments):
     torch.manual_seed(5)
-    return model.generate(**inputs, max_new_tokens=16, pad_token_id=50256, **arguments)
+    return model.generate(**inputs, max_new_tokens=16, pad_token_id=999, **arguments)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -50,6 +74,57 @@ def test_every_way_of_decoding_gives_gpt2s_tokens(pair, prompts, way):
     ours, theirs = (texts(model, prompts, **WAYS[way]) for model in pair)
     assert ours.shape[1] == 24
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("kernel", "num_beams"), [("sdpa", 1), ("eager", 3)])
+def test_everything_else_that_generate_returns_is_gpt2s(pair, prompts, kernel, num_beams):
+    names = ("scores", "logits", "hidden_states", "attentions")
+    for model in pair:
+        model.set_attn_implementation(kernel)
+    ours, theirs = (
+        texts(
+            model,
+            prompts,
+            do_sample=False,
+            num_beams=num_beams,
+            return_dict_in_generate=True,
+            **{f"output_{name}": True for name in names},
+        )
+        for model in pair
+    )
+    assert ours.keys() == theirs.keys()
+    for name in names:
+        mine, reference = (tree_flatten(outputs[name])[0] for outputs in (ours, theirs))
+        assert len(mine) == len(reference) and (len(mine) >= 16) is (name != "attentions" or kernel == "eager")
+        for a, b in zip(mine, reference, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_continuing_from_a_cache_gives_gpt2s_tokens(pair, prompts):
+    one = {name: tensor[1:2] for name, tensor in prompts.items()}
+    continuations = []
+    for model in pair:
+        first = texts(model, one, do_sample=False, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, torch.tensor([[1, 2, 3]])], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        continuations += [texts(model, inputs, past_key_values=first.past_key_values, do_sample=False)]
+        continuations += [texts(model, inputs, do_sample=False)]
+    assert all(torch.equal(continuation, continuations[0]) for continuation in continuations[1:])
+
+
+@pytest.mark.slow  # 10 seconds for each of the models, which transformers' manager takes
+def test_continuous_batching_gives_gpt2s_tokens(pair, prompts):
+    """transformers' server: prompts of different lengths in one row, attention over a paged cache."""
+    if not hasattr(GPT2LMHeadModel, "generate_batch"):
+        pytest.skip("this transformers has no generate_batch")
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(*prompts.values(), strict=True)]
+    settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=999)
+    ours, theirs = (
+        [result.generated_tokens for result in model.generate_batch(inputs=rows, generation_config=settings).values()]
+        for model in pair
+    )
+    assert len(ours) == 3 and all(len(tokens) == 5 for tokens in ours)
+    assert ours == theirs
 
 
 def test_padding_does_not_change_a_greedy_text(pair, prompts):
@@ -75,7 +150,7 @@ def test_assisted_decoding_changes_nothing_but_speed(pair, prompts, assistant):
     one = {name: tensor[1:2] for name, tensor in prompts.items()}
     if assistant == "a smaller model":
         torch.manual_seed(1)
-        config = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64)
+        config = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=1000)
         helper = {"assistant_model": GPT2ReproForCausalLM.from_gpt2(GPT2LMHeadModel(config)).eval()}
     else:
         helper = {"prompt_lookup_num_tokens": 3}
@@ -85,6 +160,7 @@ def test_assisted_decoding_changes_nothing_but_speed(pair, prompts, assistant):
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 def test_prefill_and_decode_equal_one_forward(pair, input_ids, cache_class):
     model, _ = pair
+    input_ids = input_ids % 1000
     cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=60)
     with torch.no_grad():
         whole = model(input_ids).logits
@@ -128,4 +204,4 @@ def test_streaming_prints_what_is_returned(pair, prompts, capsys):
 def test_past_the_last_position_is_an_error_that_names_it(pair, prompts):
     model, _ = pair
     with pytest.raises(ValueError, match="n_positions=64"):
-        model.generate(**prompts, max_new_tokens=80, do_sample=False, pad_token_id=50256, eos_token_id=None)
+        model.generate(**prompts, max_new_tokens=80, do_sample=False, pad_token_id=999, eos_token_id=None)

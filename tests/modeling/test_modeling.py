@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -35,14 +36,14 @@ def test_gradients_equal_transformers_gpt2(gpt2, input_ids):
         torch.testing.assert_close(mine, reference, atol=1e-7, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_twenty_training_steps_follow_a_plain_gpt2(gpt2):
+def test_twenty_training_steps_follow_a_plain_gpt2(small_gpt2):
     """Same weights, same batches, same AdamW: transformers' GPT-2 with its own loss is the reference."""
-    model = GPT2ReproForCausalLM.from_gpt2(gpt2).train()
-    gpt2.train()
+    model = GPT2ReproForCausalLM.from_gpt2(small_gpt2).train()
+    small_gpt2.train()
     generator = torch.Generator().manual_seed(2)
-    batches = torch.randint(0, 500, (20, 4, 33), generator=generator)
+    batches = torch.randint(0, 50, (20, 4, 33), generator=generator)
     curves = []
-    for candidate in (model, gpt2):
+    for candidate in (model, small_gpt2):
         optimizer = torch.optim.AdamW(candidate.parameters(), lr=1e-3, betas=(0.9, 0.95))
         losses = []
         for batch in batches:
@@ -129,6 +130,37 @@ def test_sdpa_and_eager_agree(model, input_ids):
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 48))
 
 
+@pytest.mark.parametrize("request_", [True, [0], [1, -1], (3, 2), [-4, 7], 2, 0, [], False, None], ids=str)
+def test_hidden_states_are_those_that_gpt2_returns(gpt2, input_ids, request_):
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
+    with torch.no_grad():
+        theirs = gpt2.eval()(input_ids, output_hidden_states=request_).hidden_states
+        ours = model(input_ids, output_hidden_states=request_).hidden_states
+    assert (ours is None) == (theirs is None)
+    for mine, reference in zip(ours or (), theirs or (), strict=True):
+        assert (mine is None) == (reference is None)
+        if reference is not None:
+            torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+
+
+def test_attentions_under_sdpa_are_empty_and_warned_of_once(gpt2, input_ids, caplog):
+    model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
+    arguments = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 50256}
+    for candidate in (gpt2.eval(), model):
+        assert candidate(input_ids, output_attentions=True).attentions == ()
+        assert candidate(input_ids, output_attentions=True, return_dict=False)[2] == ()
+        generated = candidate.generate(
+            input_ids,
+            output_attentions=True,
+            return_dict_in_generate=True,
+            attention_mask=input_ids * 0 + 1,
+            **arguments,
+        )
+        assert generated.attentions == ((), ())
+    warnings = [record.getMessage() for record in caplog.records if "output_attentions" in record.getMessage()]
+    assert len(warnings) == 1 and "'sdpa'" in warnings[0] and "'eager'" in warnings[0]
+
+
 def test_the_future_is_not_seen(model, input_ids):
     model.eval()
     changed = input_ids.clone()
@@ -149,19 +181,51 @@ def test_labels_are_shifted_inside(model, input_ids):
         torch.testing.assert_close(shifted, expected)
         halved = model(input_ids, labels=input_ids, num_items_in_batch=2 * input_ids[:, 1:].numel()).loss
         torch.testing.assert_close(halved, expected / 2)
-    with pytest.raises(ValueError, match="not both"):
-        model(input_ids, labels=input_ids, shift_labels=input_ids)
+        other = input_ids.flip(1)
+        both = model(input_ids, labels=other, shift_labels=input_ids).loss  # as Trainer's context parallelism calls it
+        torch.testing.assert_close(both, model(input_ids, shift_labels=input_ids).loss, rtol=0, atol=0)
+        assert both != model(input_ids, labels=other).loss
 
 
-def test_training_returns_no_logits_unless_asked(model, input_ids):
+def test_using_logits_in_training_names_the_switch(model, input_ids):
+    uses = {
+        "slice": lambda logits: logits[..., :-1, :],
+        "method": lambda logits: logits.view(-1, 50257),
+        "function": lambda logits: torch.nn.functional.log_softmax(logits, dim=-1),
+        "operator": lambda logits: logits / 2,
+        "reflected operator": lambda logits: 2 * logits,
+        "negation": lambda logits: -logits,
+        "iteration": lambda logits: list(logits),
+        "shape": lambda logits: logits.shape,
+    }
+    outputs = model.train()(input_ids, labels=input_ids)
+    plain = model(input_ids, labels=input_ids, return_dict=False)
+    for logits in (outputs.logits, outputs["logits"], outputs[1], plain[1], copy.copy(outputs).logits):
+        for name, use in uses.items():
+            with pytest.raises((TypeError, AttributeError), match="logits_in_training = True"):
+                print(name, use(logits))
+    assert "LogitsNotComputed" in repr(outputs)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_logits_in_training_are_returned_if_asked_for(model, input_ids, return_dict):
+    with torch.no_grad():
+        expected = model.eval()(input_ids, labels=input_ids, return_dict=return_dict)[1]
     model.train()
-    outputs = model(input_ids, labels=input_ids)
-    assert outputs.logits is None
-    assert outputs.past_key_values is None
-    assert model(input_ids, labels=input_ids, return_logits=True).logits.shape == (3, 48, 50257)
-    assert model(input_ids).logits.shape == (3, 48, 50257)
+    assert model(input_ids, labels=input_ids).past_key_values is None
+
+    def logits(**arguments):
+        return model(input_ids, return_dict=return_dict, **arguments)[1 if "labels" in arguments else 0]
+
+    torch.testing.assert_close(logits(labels=input_ids, return_logits=True), expected)
+    torch.testing.assert_close(logits(), expected)
+    model.config.logits_in_training = True
+    outputs = model(input_ids, labels=input_ids, return_dict=return_dict)
+    torch.testing.assert_close(outputs[1], expected)
+    own_loss = torch.nn.functional.cross_entropy(outputs[1][:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
+    torch.testing.assert_close(outputs[0], own_loss)
+    assert model(input_ids, labels=input_ids, return_logits=False).logits is None
     model.eval()
-    assert model(input_ids, labels=input_ids).logits.shape == (3, 48, 50257)
     assert model(input_ids, labels=input_ids, return_logits=False).logits is None
 
 
@@ -215,8 +279,6 @@ def test_errors_name_what_was_asked(model, input_ids):
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"eager.*sdpa"):
-        model(input_ids, output_attentions=True)
     for name in ("token_type_ids", "encoder_hidden_states", "head_mask"):
         with pytest.raises(ValueError, match=name):
             model(input_ids, **{name: input_ids})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
+from common.checkpoints import resolve_checkpoint
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
@@ -61,6 +62,10 @@ def save(trained, tmp_path, monkeypatch):
         return writer.finished(wait=True)
 
     return save
+
+
+def best(folder):
+    return Path(resolve_checkpoint(folder / "checkpoints" / "best")).name
 
 
 def names(folder):
@@ -121,19 +126,19 @@ def test_which_ones_stay(writer, save, tmp_path):
     keeping = writer(keep_last=2, keep_every=3)
     for step, val_loss in losses.items():
         save(keeping, step, val_loss)
-    assert names(tmp_path) == ["best", "step_000002", "step_000003", "step_000005", "step_000006"]
-    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_000002"
+    assert names(tmp_path) == ["step_000002", "step_000003", "step_000005", "step_000006"]
+    assert best(tmp_path) == "step_000002"
     everything = writer()
     for step in (7, 8, 9):
         save(everything, step)
-    assert len(names(tmp_path)) == 8
+    assert len(names(tmp_path)) == 7
     save(writer(keep_last=1, keep_best=False), 10, 9.0)
-    assert names(tmp_path) == ["best", "step_000010"]
-    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_000010"  # of those that are left
+    assert names(tmp_path) == ["step_000010"]
+    assert best(tmp_path) == "step_000010"  # of those that are left
     # A run that has diverged is not the best, and what lies ahead of an earlier step is not touched.
     diverged = save(everything, 11, float("nan"))
     assert json.loads((diverged / "training_state" / "state.json").read_text())["val_loss"] is None
-    assert (tmp_path / "checkpoints" / "best").resolve().name != "step_000011"
+    assert best(tmp_path) != "step_000011"
     save(writer(keep_last=1), 4)
     assert {"step_000004", "step_000010"} <= set(names(tmp_path))
 
@@ -154,12 +159,20 @@ def test_written_in_the_background_while_training_goes_on(writer, trained, save,
         assert torch.equal(p, expected[name]), name
 
 
-def test_a_copied_run_has_a_folder_in_the_place_of_the_link(writer, save, tmp_path):
-    folder = save(writer(), 1, 5.0)
-    (tmp_path / "checkpoints" / "best").unlink()
-    shutil.copytree(folder, tmp_path / "checkpoints" / "best")
-    assert save(writer(keep_last=1), 2, 4.0).name == "step_000002"
-    assert names(tmp_path) == ["best", "step_000002"]
+def test_stale_best_link_is_removed_and_stale_copy_is_left_alone(writer, save, tmp_path):
+    """Both are left from an earlier version's run; neither decides which checkpoint is the best."""
+    older = save(writer(), 1, 5.0)
+    path, lines = tmp_path / "checkpoints" / "best", []
+    path.symlink_to("step_000001", target_is_directory=True)
+    save(writer(warn=lines.append), 2, 4.0)
+    assert not path.is_symlink() and lines == []
+    shutil.copytree(older, path)
+    assert best(tmp_path) == "step_000002"
+    copied = writer(warn=lines.append, keep_last=1)
+    for step in (3, 4):
+        save(copied, step)
+    assert len(lines) == 1 and str(path) in lines[0]
+    assert names(tmp_path) == ["best", "step_000002", "step_000004"]
 
 
 def test_a_checkpoint_that_is_whole_is_not_called_failed(writer, save, tmp_path, monkeypatch):
@@ -169,9 +182,9 @@ def test_a_checkpoint_that_is_whole_is_not_called_failed(writer, save, tmp_path,
         raise PermissionError("not yours")
 
     lines = []
-    monkeypatch.setattr(CheckpointWriter, "_link_best_and_remove_old", refuse)
+    monkeypatch.setattr(CheckpointWriter, "_remove_old", refuse)
     assert save(writer(warn=lines.append), 1).name == "step_000001"
-    assert "is whole, but `best` or older checkpoints could not be put in order (not yours)" in lines[0]
+    assert "is whole, but older checkpoints could not be put in order (not yours)" in lines[0]
 
 
 def test_a_full_disk_is_one_whatever_raises(writer, save, monkeypatch):

@@ -1,8 +1,14 @@
+import dataclasses
+
 import pytest
+import yaml
+from tiny_run import ROOT
 
 from training import TrainingError
-from training.config import DEFAULT_RECIPE, BatchConfig, known_keys, load_config
-from training.microbatch import batch_arithmetic
+from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config
+from training.microbatch import batch_arithmetic, micro_batch_sizes
+from training.setting_names import HINTS
+from training.settings import settings_of
 
 
 @pytest.fixture
@@ -29,13 +35,6 @@ def test_no_arguments_means_the_sample_recipe():
     assert load_config([]) == load_config(["--config", str(DEFAULT_RECIPE)])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"), [(["--compile"], True), (["--compile", "false"], False), ([], False)]
-)
-def test_flags_need_no_value(arguments, expected):
-    assert load_config([*arguments, "--seed", "1"]).compile is expected
-
-
 def test_the_lecture_recipe_is_the_lectures():
     config = load_config(["--config", "recipes/gpt2_124m.yaml"])
     assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (12, 12, 768)
@@ -45,46 +44,132 @@ def test_the_lecture_recipe_is_the_lectures():
     assert batch_arithmetic(config.batch, 8) == (64, 1)
 
 
+def value_of(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return list(config) if isinstance(config, tuple) else config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_gives_the_values_that_are_in_it_and_defaults_elsewhere(path):
+    content = yaml.safe_load(path.read_text())
+    given = {}
+    for name, value in content.items():
+        given |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    config, defaults = load_config(["--config", str(path)]), Config(output_dir=f"runs/{path.stem}")
+    for name in settings_of(Config):
+        value, expected = value_of(config, name), given.get(name, value_of(defaults, name))
+        assert value == expected and type(value) is type(expected), name
+
+
+def test_every_default_is_a_value_that_is_accepted(recipe):
+    defaults = dataclasses.replace(Config(), output_dir="runs/x")
+    settings = dataclasses.asdict(defaults)
+    settings["optim"]["betas"] = list(defaults.optim.betas)
+    assert load_config(["--config", recipe(yaml.safe_dump(settings))]) == defaults
+
+
 @pytest.mark.parametrize(
-    ("yaml", "words"),
+    ("arguments", "name", "expected"),
     [
-        ("max_stepz: 5\n", ["max_stepz", "max_steps"]),
-        ("optim:\n  learning_rat: 5\n", ["optim.learning_rat"]),
-        ("optim:\n  warmup_step: 5\n", ["optim.warmup_step", "optim.warmup_steps"]),
-        ("optim:\n  lr: fast\n", ["optim.lr", "fast"]),
-        ("optim: [1\n", ["config"]),
-        ("max_steps: 0\n", ["max_steps", "0"]),
-        ("optim:\n  betas: [0.9, 1.0]\n", ["optim.betas[1]", "1.0"]),
-        ("seed: -1\n", ["seed", "-1"]),
-        ("batch:\n  seq_len: 2048\nmodel:\n  n_positions: 1024\n", ["2048", "1024"]),
-        ("batch:\n  seq_len: 1000\n  tokens_per_step: 524288\n", ["524288", "1000", "524000 or 525000"]),
-        ("mixed_precision: fp16\n", ["mixed_precision", "fp16"]),
+        ("--max_steps 1e3", "max_steps", 1000),
+        ("--max_steps 1_000", "max_steps", 1000),
+        ("--max_steps 5.0", "max_steps", 5),
+        ("--max_steps=7", "max_steps", 7),
+        ("--max_steps 7 --max_steps 8", "max_steps", 8),
+        ("--optim.lr 1e-3", "optim.lr", 1e-3),
+        ("--optim.grad_clip .inf", "optim.grad_clip", float("inf")),
+        ("--optim.grad_clip inf", "optim.grad_clip", float("inf")),
+        ("--optim.betas 0.9 0.99", "optim.betas", [0.9, 0.99]),
+        ("--optim.betas 0.9,0.99", "optim.betas", [0.9, 0.99]),
+        ("--optim.betas (0.9, 0.99)", "optim.betas", [0.9, 0.99]),
+        ("--optim.betas [0.9, 0.99]", "optim.betas", [0.9, 0.99]),
+        ("--optim.betas=[0.9,0.99] --seed 1", "optim.betas", [0.9, 0.99]),
+        ("--trackers tensorboard", "trackers", ["tensorboard"]),
+        ("--trackers [tensorboard]", "trackers", ["tensorboard"]),
+        ("--trackers []", "trackers", []),
+        ("--trackers none", "trackers", []),
+        ("--eval.prompts Hello, world", "eval.prompts", ["Hello,", "world"]),
+        ("--eval.prompts ['Hello, world', b]", "eval.prompts", ["Hello, world", "b"]),
+        ("--eval.hellaswag none", "eval.hellaswag", None),
+        ("--eval.hellaswag null", "eval.hellaswag", None),
+        ("--eval.hellaswag 5.jsonl", "eval.hellaswag", "5.jsonl"),
+        ("--output_dir 2024", "output_dir", "2024"),
+        ("--mixed_precision no", "mixed_precision", "no"),
+        ("--batch.micro_batch_size auto", "batch.micro_batch_size", "auto"),
+        ("--batch.micro_batch_size 4", "batch.micro_batch_size", 4),
+        ("--compile", "compile", True),
+        ("--compile --seed 1", "compile", True),
+        ("--compile False", "compile", False),
+        ("--seed 1", "compile", False),
+        ("--data.path elsewhere --data.prepare_sample", "data.prepare_sample", True),
+        ("--data.prepare_sample --data.path elsewhere", "data.prepare_sample", True),
+        # The sample is made under the recipe's own name alone.
+        ("--data.path shards/sample", "data.prepare_sample", True),
+        ("--data.path shards/smaple", "data.prepare_sample", False),
+        (f"--config {DEFAULT_RECIPE} --config recipes/shakespeare.yaml", "data.prepare_sample", False),
     ],
 )
-def test_a_bad_recipe_is_one_line_that_names_it(recipe, yaml, words):
-    with pytest.raises(TrainingError) as error:
-        load_config(["--config", recipe(yaml)])
-    message = str(error.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message
+def test_forms_of_the_command_line(arguments, name, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    value = value_of(load_config(arguments.split(" ")), name)
+    assert value == expected and type(value) is type(expected)
 
 
-def test_bad_command_lines():
-    with pytest.raises(TrainingError, match="did you mean 'max_steps'"):
-        load_config(["--max_stepz", "3"])
-    with pytest.raises(TrainingError, match=r"did you mean 'optim\.lr'"):
-        load_config(["--optim.lrr=3"])
-    with pytest.raises(TrainingError, match=r"nowhere\.yaml"):
-        load_config(["--config", "nowhere.yaml"])
+def test_a_home_folder_is_expanded_where_the_shell_does_not(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert load_config(["--output_dir=~/runs/x"]).output_dir == "/home/me/runs/x"
+
+
+def test_the_command_line_counts_wherever_it_names_the_recipe(recipe):
+    path = recipe("max_steps: 50\n")
+    assert load_config(["--max_steps", "7", "--config", path]).max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "expected"),
+    [
+        ("mixed_precision: no\n", "mixed_precision", "no"),
+        ("compile: yes\n", "compile", True),
+        ("optim:\n  lr: 1e-3\n", "optim.lr", 1e-3),
+        ("optim.lr: 1e-3\n", "optim.lr", 1e-3),
+        ("max_steps: 1e3\n", "max_steps", 1000),
+        ("save_every:\noptim:\n", "save_every", None),
+        ("eval:\n  hellaswag: ~\n", "eval.hellaswag", None),
+        ("trackers: tensorboard\n", "trackers", ["tensorboard"]),
+        ("eval: {prompts: [null, 'a, b', 5]}\n", "eval.prompts", ["null", "a, b", "5"]),
+        ("eval: {prompts: '[a'}\n", "eval.prompts", ["[a"]),
+        ('{"max_steps": 5, "optim": {"betas": [0.8, 9e-1]}}', "optim.betas", [0.8, 0.9]),
+        ("\ufeffmax_steps: 5\r\n", "max_steps", 5),
+        ("output_dir: 2024-01-01\n", "output_dir", "2024-01-01"),
+    ],
+)
+def test_forms_of_a_recipe(recipe, text, name, expected):
+    value = value_of(load_config(["--config", recipe(text)]), name)
+    assert value == expected and type(value) is type(expected)
+
+
+def test_hints_name_settings_that_are_there():
+    settings = settings_of(Config)
+    last = {name.rpartition(".")[2] for name in settings}
+    assert not last & set(HINTS)  # these are found by themselves
+    words = {word.strip(",;`") for hint in HINTS.values() for word in hint.split()}
+    groups = {name.partition(".")[0] for name in settings if "." in name}
+    assert {word for word in words if word.partition(".")[0] in groups and "." in word} - {"data.prepare"} <= set(
+        settings
+    )
+    names = {hint.split(" ")[0].strip(",;") for hint in HINTS.values() if "_" in hint.split(" ")[0]}
+    assert {name for name in names if "/" not in name} - {"HF_TOKEN"} <= set(settings)
 
 
 def test_every_setting_has_a_description(capsys):
     with pytest.raises(SystemExit):
         load_config(["--help"])
     text = capsys.readouterr().out
-    for key in known_keys():
-        assert f"--{key}" in text
+    for name, setting in settings_of(Config).items():
+        assert f"--{name} " in text
+        assert setting.description
     assert "peak learning rate" in text
 
 
@@ -95,6 +180,8 @@ def test_batch_arithmetic_is_exact():
     for processes in (1, 3, 6, 8, 48):
         micro, accumulation = batch_arithmetic(batch, processes)
         assert micro * accumulation * processes == 48
+    assert micro_batch_sizes(batch, 2) == [1, 2, 3, 4, 6, 8, 12, 24]
+    assert micro_batch_sizes(BatchConfig(tokens_per_step=36, seq_len=1), 1) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     with pytest.raises(TrainingError, match=r"5 processes.*5760 or 6400"):
         batch_arithmetic(batch, 5)
     with pytest.raises(TrainingError, match=r"2 sequences.*4 processes.*nearest tokens_per_step: 512"):

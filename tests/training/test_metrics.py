@@ -4,7 +4,7 @@ import pytest
 
 from training import TrainingError
 from training.curves import plot_curves
-from training.metrics import MetricsLog, read_metrics, until
+from training.metrics import MetricsLog, read_metrics, recover_metrics, until
 
 RECORDS = [
     {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
@@ -43,8 +43,49 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_not(log):
     log.write_text(text[:-10])
     assert read_metrics(log) == RECORDS[:4]
     log.write_text(text.replace('"step": 1,', '"step":'))
-    with pytest.raises(TrainingError, match=r"metrics\.jsonl:2 is no record"):
+    with pytest.raises(TrainingError, match=r"metrics\.jsonl:2 is not the record"):
         read_metrics(log)
+
+
+@pytest.mark.parametrize(
+    ("garbage", "line"),
+    [
+        ("not JSON\n", 6),
+        ("not JSON", 6),
+        ("[1, 2]\n", 6),
+        ('{"loss": 1.0}\n', 6),
+        ('{"step": "3"}\n', 6),
+        ('{"step": 3,\n', 6),
+        ("\0\0\0\0", 6),
+        ("[" * 5000 + "\n", 6),
+        ("\n\n", 6),
+    ],
+)
+def test_damaged_lines_are_left_out_and_the_file_is_kept(log, tmp_path, garbage, line):
+    warnings = []
+    text = log.read_text() + garbage
+    log.write_text(text)
+    assert recover_metrics(log, tmp_path, warnings.append) == RECORDS
+    assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == text
+    log.write_bytes(b"\xff\xfe" + log.read_bytes())  # and once more: the first copy stays
+    assert recover_metrics(log, tmp_path, warnings.append) == RECORDS[1:]
+    assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == text
+    assert (tmp_path / "metrics.damaged-2.jsonl").is_file()
+    assert f"metrics.jsonl:{line} " in warnings[0] and "metrics.damaged-1.jsonl" in warnings[0]
+    assert "metrics.jsonl:1 " in warnings[1]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step"'])
+def test_a_file_cut_short_is_not_damaged(log, tmp_path, tail):
+    log.write_text(log.read_text() + tail)
+    assert recover_metrics(log, tmp_path, pytest.fail) == RECORDS
+    assert not list(tmp_path.glob("*damaged*"))
+
+
+def test_metrics_that_cannot_be_read(tmp_path):
+    assert recover_metrics(tmp_path / "nowhere.jsonl", tmp_path, pytest.fail) == []
+    with pytest.raises(TrainingError, match=str(tmp_path)):
+        read_metrics(tmp_path)
 
 
 def test_picture(log, tmp_path):

@@ -1,14 +1,17 @@
 """What is known before the first step: memory, time, money, peak, micro-batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from modeling_gpt2repro import GPT2ReproConfig
-from training import microbatch
+from training import TrainingError, microbatch
 from training.config import BatchConfig, Config, ModelConfig
 from training.hardware import DEVICES, FLOPS_PER_TOKEN_124M, Hardware, look_up, measured_matmul_flops, peak_flops
 from training.microbatch import largest_that_fits
-from training.plan import Plan, duration
+from training.plan import Plan, duration, repetition_warning
 
 # Peak resident memory, GB, of processes that ran two steps of train.py (benchmarks/memory.py; RECORDS.md).
 MEASURED = [
@@ -62,6 +65,51 @@ def test_flops_and_time():
     # llm.c: 94 minutes on eight A100.
     assert "1:34" in lines[0]
     assert duration(90061) == "1 day, 1:01:01"
+    assert duration(3.2e9) == "101 years"
+    assert duration(1e300).endswith(" years")  # more than timedelta takes
+
+
+def test_data_that_is_repeated_often_is_warned_of():
+    assert [bool(repetition_warning(epochs)) for epochs in (0.1, 4.4, 4.6, 100)] == [False, False, True, True]
+    assert "100.0 times" in repetition_warning(100)[0]
+
+
+GB = 1e9
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "micro_batch_size", "words"),
+    [
+        (64, 64, 4, []),
+        (4, 64, 4, ["4 sequences", "4.58 GB", "4.00 GB", "--batch.micro_batch_size 2 or auto"]),
+        (4, 64, 1000, ["8 sequences", "5.56 GB", "--batch.micro_batch_size 2 or auto"]),  # all that a step has
+        (1, 64, 4, ["1.00 GB", "smaller model"]),
+        (1, 64, "auto", ["1 sequence ", "smaller model"]),
+        (4, 64, "auto", []),
+    ],
+)
+def test_too_little_memory_is_a_warning_with_both_numbers(monkeypatch, free, total, micro_batch_size, words):
+    settings = plan(12, 768, 12, 1024, 4, 2, "bf16", 0.0, 124_439_808)
+    settings.batch.micro_batch_size = micro_batch_size
+    monkeypatch.setattr(microbatch, "free_memory", lambda device: free * GB)
+    monkeypatch.setattr(microbatch, "_total_memory", lambda device: total * GB)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    lines = microbatch.check_memory(settings, accelerator, is_dry_run=False)
+    assert len(lines) == bool(words)
+    assert all(word in lines[0] for word in words), lines
+    accelerator.distributed_type = DistributedType.FSDP  # not in the estimate
+    assert microbatch.check_memory(settings, accelerator, is_dry_run=False) == []
+
+
+def test_a_model_larger_than_the_machine_is_an_error_but_in_a_dry_run(monkeypatch):
+    settings = plan(12, 768, 12, 1024, 4, 2, "bf16", 0.0, 124_439_808)
+    monkeypatch.setattr(microbatch, "free_memory", lambda device: GB)
+    monkeypatch.setattr(microbatch, "_total_memory", lambda device: 2 * GB)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    assert microbatch.check_memory(settings, accelerator, is_dry_run=True)
+    monkeypatch.setattr(microbatch, "_total_memory", lambda device: 1.4 * GB)  # 12 bytes a parameter are 1.49 GB
+    with pytest.raises(TrainingError, match=r"1\.49 GB a process.*1\.40 GB"):
+        microbatch.check_memory(settings, accelerator, is_dry_run=False)
 
 
 def test_peak():

@@ -1,5 +1,11 @@
 """What a run prints about itself, against numbers worked out by hand."""
 
+import os
+import re
+import select
+import struct
+import sys
+
 import pytest
 
 from training.progress import Progress
@@ -72,3 +78,33 @@ def test_on_a_terminal_the_lines_come_with_a_bar(lines, monkeypatch, capsys):
     shown.close()
     assert len(lines) == 2
     assert "10/1000" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal is made with pty")
+@pytest.mark.parametrize("max_steps", [1000, 19073, 1_000_000])
+def test_the_bar_has_the_lines_estimate_and_fits_50_columns(lines, monkeypatch, max_steps):
+    import fcntl
+    import pty
+    import termios
+
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        shown = progress(lines, max_steps=max_steps, dollars_an_hour=None)
+        shown._bar.mininterval = 0  # every step
+        shown.evaluated({"step": 0, "val_loss": 10.8, "hellaswag": None, "seconds": 60.0})
+        for step in range(1, 21):
+            shown.stepped(record(step, 60_000 if step == 1 else 4000))
+        shown.close()
+        text = ""
+        while f"20/{max_steps} " not in text and select.select([ours], [], [], 5)[0]:  # it comes in pieces
+            text += os.read(ours, 1_000_000).decode()
+    os.close(ours)
+    bars = [bar.rstrip() for bar in re.split(r"[\r\n]", text) if "left" in bar]
+    assert len(bars) >= 20
+    assert all(len(bar) <= 50 and bar.endswith(" left") for bar in bars), bars
+    for line in lines[1:]:
+        step, left = re.search(r"step +(\d+)/.*\| (.*) left$", line).groups()
+        shown_too = [bar for bar in bars if bar.startswith(f"{step}/{max_steps} ") and bar.endswith(f", {left} left")]
+        assert shown_too, (line, bars)

@@ -1,0 +1,155 @@
+"""
+Checkpoints by name: which ones a run has, and what `best` and a run's folder mean where a checkpoint is wanted.
+
+`runs/x/checkpoints/best` is a name and not a folder: the checkpoint with the lowest validation loss, which each
+checkpoint has in its training_state/state.json. A link would get lost, or become a copy that grows stale, in archives,
+on cloud drives and on Windows.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from common.errors import UserError
+
+BEST = "best"
+_STEP_FOLDER = re.compile(r"step_(\d{6,})")
+_MOST_LISTED = 8
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint's folder, as a run wrote it."""
+
+    step: int
+    folder: Path
+    val_loss: float | None
+    """None if the checkpoint was not evaluated, the loss was not finite, or the file that has it is missing"""
+
+    def describe(self) -> str:
+        """Return "runs/x/checkpoints/step_000100 (validation loss 3.1234)"."""
+        loss = "no validation loss" if self.val_loss is None else f"validation loss {self.val_loss:.4f}"
+        return f"{self.folder} ({loss})"
+
+
+def list_checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
+    """Return the checkpoints in a run's `checkpoints` folder, in the order of their steps."""
+    found = []
+    for path in Path(folder).glob("step_*"):
+        match = _STEP_FOLDER.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append(Checkpoint(int(match[1]), path, _val_loss(path)))
+    return sorted(found)
+
+
+def _val_loss(folder: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
+        val_loss = json.loads((folder / "training_state" / "state.json").read_text(encoding="utf-8"))["val_loss"]
+        return val_loss if isinstance(val_loss, float) else None
+    return None
+
+
+def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
+    """Return the checkpoint with the lowest validation loss; None if no checkpoint was evaluated."""
+    evaluated = (checkpoint for checkpoint in checkpoints if checkpoint.val_loss is not None)
+    return min(evaluated, key=lambda checkpoint: checkpoint.val_loss, default=None)
+
+
+def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | None = None) -> str:
+    """
+    Return the folder that a checkpoint's name means.
+
+    Args:
+        name: a checkpoint's folder or a Hub id, which are returned as they are; or .../best next to step folders, which
+            is the step folder with the lowest validation loss. A folder called `best` without step folders next to it
+            is a checkpoint like any other.
+        say: called with a line that names the folder that `best` means; by default it is printed on stderr.
+
+    Raises:
+        UserError: `best` where no checkpoint was evaluated, or a run's folder instead of a checkpoint's. The message
+            lists the checkpoints.
+    """
+    path = Path(name)
+    try:
+        if path.name == BEST and path.parent.is_dir():
+            return _resolve_best(path, say or _print_on_stderr)
+        if path.is_dir() and not (path / "config.json").is_file():
+            _refuse_run_folder(path)
+    except OSError:  # a name that is too long, a folder without read permission: for the caller to report
+        pass
+    return os.fspath(name)
+
+
+def is_local(name: str | os.PathLike) -> bool:
+    """Return True for a folder, and for `best` of a run in this file system, rather than a Hub id."""
+    path = Path(name)
+    return path.is_dir() or (path.name == BEST and bool(list_checkpoints(path.parent)))
+
+
+def resolve_checkpoints(names: Iterable[str]) -> list[str]:
+    """
+    Resolve several names; a pattern such as "runs/*/checkpoints/best" means every checkpoint that it matches.
+
+    Raises:
+        UserError: as `resolve_checkpoint`; a pattern that matches nothing.
+    """
+    resolved = []
+    for name in names:
+        matches = [name]
+        path = Path(name)
+        if glob.has_magic(name) and not path.exists():
+            is_best = path.name == BEST  # a name, and not always a folder
+            start = Path(path.anchor or ".")
+            matches = sorted(start.glob(str((path.parent if is_best else path).relative_to(path.anchor))))
+            if is_best:
+                matches = [folder / BEST for folder in matches if list_checkpoints(folder)]
+            if not matches:
+                raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
+        resolved += map(resolve_checkpoint, matches)
+    return resolved
+
+
+def _resolve_best(path: Path, say: Callable[[str], object]) -> str:
+    checkpoints = list_checkpoints(path.parent)
+    if not checkpoints:
+        if not path.is_dir() and path.parent.name == "checkpoints":
+            raise UserError(f"{str(path)!r}: {path.parent} does not have a checkpoint yet")
+        return str(path)
+    best = best_of(checkpoints)
+    if best is None:
+        raise UserError(
+            f"{str(path)!r}: no checkpoint in {path.parent} was evaluated, so none is the best; give one of "
+            f"{_listed(checkpoints)}"
+        )
+    say(f"best      {best.describe()}")
+    return str(best.folder)
+
+
+def _refuse_run_folder(path: Path) -> None:
+    """Raise UserError for runs/x and runs/x/checkpoints."""
+    checkpoints = list_checkpoints(path) or list_checkpoints(path / "checkpoints")
+    if checkpoints:
+        raise UserError(f"{str(path)!r} is a run's folder, not a checkpoint; give one of {_listed(checkpoints)}")
+    if (path / "status.json").is_file() or (path / "metrics.jsonl").is_file():
+        raise UserError(f"{str(path)!r} is a run's folder and does not have a checkpoint yet")
+
+
+def _listed(checkpoints: list[Checkpoint]) -> str:
+    best = best_of(checkpoints)
+    shown = checkpoints[-_MOST_LISTED:]
+    if best is not None and best not in shown:
+        shown = [best, *shown[1:]]
+    listed = [f"{c.describe()[:-1]}, the best)" if c == best else c.describe() for c in shown]
+    if left_out := len(checkpoints) - len(shown):
+        listed.append(f"{left_out} more")
+    return ", ".join(listed)
+
+
+def _print_on_stderr(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)

@@ -1,0 +1,71 @@
+"""One process at a time: locks on files, and what happens on disks that have none."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+__all__ = ["Lock", "Timeout"]
+
+# What flock answers on NFS without its lock service, and on other network disks.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_disks_without_locks = set()  # those that this process has warned of
+
+
+class Lock:
+    """
+    An exclusive lock between processes, held until it is released or the process ends. A context manager.
+
+    On a disk without locks a warning is printed, once for each disk, and the lock counts as acquired.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, warn: Callable[[str], object]):
+        """
+        Args:
+            path: the lock's file; it is made if it does not exist.
+            warn: called with a line if the disk has no locks.
+        """
+        self._path, self._warn = Path(path), warn
+        try:
+            # A lock that is a mere file stays after a kill, and keeps every later run out.
+            self._lock = FileLock(path, fallback_to_soft=False)
+        except TypeError:  # a filelock without that option
+            self._lock = FileLock(path)
+
+    def acquire(self, timeout: float = -1) -> None:
+        """
+        Wait for the lock.
+
+        Args:
+            timeout: seconds; -1 waits without end.
+
+        Raises:
+            Timeout: another process holds it.
+            OSError: the file cannot be opened.
+        """
+        try:
+            self._lock.acquire(timeout=timeout)
+        except (OSError, NotImplementedError) as error:
+            if not isinstance(error, NotImplementedError) and error.errno not in _NO_LOCKS:
+                raise
+            folder = self._path.parent
+            disk = folder.stat().st_dev
+            if disk not in _disks_without_locks:
+                _disks_without_locks.add(disk)
+                self._warn(
+                    f"warning: the disk of {folder} has no locks ({error or 'not implemented'}): nothing keeps a "
+                    "second process out, so do not start one in the same folder"
+                )
+
+    def release(self) -> None:
+        """Let other processes in; does nothing if the lock is not held."""
+        self._lock.release()
+
+    def __enter__(self) -> "Lock":
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
