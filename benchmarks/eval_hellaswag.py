@@ -90,7 +90,7 @@ def compare(args, model, device, tokenizer, items, path):
 def score_ours(args, model, tokenizer, path, prompts):
     task = Task(data=str(path), prompts=prompts)
     [results] = evaluate(model, tokenizer, [task], tokens_per_batch=args.tokens_per_batch)["results"].values()
-    return {figure: results[figure] for figure in task.figures if figure in results}
+    return {figure: results[figure] for figure in task.metrics if figure in results}
 
 
 def score_as_lm_eval(model, tokenizer, items, batch_size):

@@ -71,8 +71,8 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="before the options: a checkpoint folder or the id of a model on the Hub, to be scored, or a quoted pattern "
-        "such as 'runs/*/checkpoints/best'; or a .json file from `python -m eval --output`. If all are such files, all "
+        help="before the options: a checkpoint folder, a quoted pattern such as 'runs/*/checkpoints/best' or the id of "
+        "a model on the Hub, to be scored; or a .json file from `python -m eval --output`. If all are such files, all "
         "their tasks are shown, or only --tasks",
     )
     parser.add_argument(
