@@ -57,12 +57,12 @@ from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
 from eval import EvalError
 from eval.checkpoint import check_name, load_gpt2
 from eval.checkpoint import load_config as load_model_config
+from eval.during_training import check_prompts, sample_texts, validation_loss
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
-from eval.samples import check_prompts, sample_texts
-from eval.task import answer_items, in_order, joint_results
-from eval.validation import validation_loss
+from eval.task import interleave_ranks as in_order
+from eval.task import score_items as answer_items
 from hub.push import BackgroundPusher, Repository
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
@@ -221,7 +221,8 @@ def _train(argv, held, started):
     items, item_source = [], None  # HellaSwag's
     if config.eval.hellaswag is not None:
         hellaswag = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
-        items, item_source = run_on_main(accelerator, hellaswag.load, tokenizer, model_config.n_positions)
+        loaded = run_on_main(accelerator, hellaswag.load, tokenizer, model_config.n_positions)
+        items, item_source = loaded.items, loaded.data
         say(f"hellaswag {item_source.description}")
     check_prompts(
         tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=model_config.n_positions
@@ -392,7 +393,7 @@ def _train(argv, held, started):
                     val_loss = sum(loss_sums) / sum(counts)
                     scores = None
                     if items and None not in answers:
-                        scores = joint_results(hellaswag, in_order(answers)) | {"is_sample": item_source.is_sample}
+                        scores = hellaswag.aggregate(in_order(answers)) | {"is_sample": item_source.is_sample}
                     log.evaluation(
                         {
                             "step": step,

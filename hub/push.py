@@ -277,14 +277,14 @@ def prepare_upload(checkpoint, repo_id, *, results=()):
     folder = Path(checkpoint)
     config_file = folder / "config.json"
     try:
+        if folder.is_dir() and (problem := weights_problem(folder)):
+            raise HubError(f"checkpoint {str(checkpoint)!r}: {problem}")
         if not config_file.is_file():
             raise FileNotFoundError("it has no config.json")
     except OSError as error:  # another: a name too long, a folder of somebody else's
         raise HubError(f"{str(checkpoint)!r} is no checkpoint ({error}); give a checkpoint's folder") from error
     if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
         raise HubError(f"checkpoint {str(checkpoint)!r} is damaged: {damage}; push another one")
-    if problem := weights_problem(folder):
-        raise HubError(f"checkpoint {str(checkpoint)!r}: {problem}")
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     files = {name: folder / name for name in names if not any(fnmatch.fnmatch(name, p) for p in _LEFT_OUT)}
     index = folder / "model.safetensors.index.json"

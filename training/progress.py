@@ -86,7 +86,7 @@ class Progress:
             line += (
                 f" | hellaswag acc_norm {scores['acc_norm']:.4f} ± {scores['acc_norm_stderr']:.4f}"
                 f" ({'SAMPLE items' if scores['is_sample'] else 'items'}, n={scores['n']}"
-                f"{', ' + str(scores['num_cut']) + ' cut' if scores['num_cut'] else ''}, "
+                f"{', ' + str(scores['num_truncated']) + ' cut' if scores['num_truncated'] else ''}, "
                 f"{record['hellaswag_seconds']:.1f} s)"
             )
         self._say(f"{line} | {record['seconds']:.1f} s")

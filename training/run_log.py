@@ -125,7 +125,7 @@ class RunLog:
         An evaluation.
 
         Args:
-            record: dict with step, tokens, val_loss, hellaswag (its figures, n, num_cut and is_sample; or None),
+            record: dict with step, tokens, val_loss, hellaswag (its figures, n, num_truncated and is_sample; or None),
                 hellaswag_seconds, seconds (of all of it).
         """
         if not self._is_main:
