@@ -66,6 +66,7 @@ from eval.task import score_items as answer_items
 from hub.push import BackgroundPusher, Repository
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
+from training.batch import check_memory, choose_micro_batch_size
 from training.checkpoint import (
     CheckpointWriter,
     SaveError,
@@ -79,10 +80,8 @@ from training.checkpoint import (
 )
 from training.config import check_lengths, load_config
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
-from training.hardware import describe_hardware
-from training.microbatch import check_memory, cut_batch
+from training.estimate import Plan, find_hardware, warn_of_repetition
 from training.optim import build_optimizer, learning_rate, step_if_finite, windows_with_nonfinite_loss
-from training.plan import Plan, repetition_warning
 from training.run_folder import RunFolder
 from training.run_log import RunLog
 from training.sharding import clip_gradients, compile_and_wrap, copy_from_file, meta_copy, unsharded_model
@@ -175,12 +174,19 @@ def _train(argv, held, started):
     with torch.device("meta"):  # shapes without numbers
         model = GPT2ReproForCausalLM(model_config)
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
-    plan = Plan(model_config, model.num_parameters(), config, describe_hardware(accelerator, config.dollars_an_hour))
-    for line in [*plan.lines(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
+    plan = Plan(
+        shape=model_config,
+        num_parameters=model.num_parameters(),
+        batch=batch,
+        max_steps=config.max_steps,
+        dropout=config.model.dropout,
+        hardware=find_hardware(accelerator, config.dollars_an_hour),
+    )
+    for line in [*plan.describe(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
         say(line)
     if config.dry_run:
-        micro_batch_size, accumulation = cut_batch(plan, accelerator)
-        for line in plan.batch_lines(micro_batch_size, accumulation) + plan.time_and_money():
+        micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator)
+        for line in plan.describe_batch(micro_batch_size, accumulation) + plan.describe_rental():
             say(line)
         is_there = Path(config.data.path).exists()
         tokens = f"{identity(config.data.path)['train_tokens']:,} training tokens" if is_there else "not there yet"
@@ -212,7 +218,7 @@ def _train(argv, held, started):
         f"data      {config.data.path}: {data['train_tokens']:,} training and {data['val_tokens']:,} validation "
         f"tokens; the run is {plan.total_tokens / loader.tokens_per_epoch:.2f} epochs"
     )
-    for line in repetition_warning(plan.total_tokens / loader.tokens_per_epoch):
+    for line in warn_of_repetition(plan.total_tokens / loader.tokens_per_epoch):
         say(line)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
     if baselines:
@@ -284,8 +290,8 @@ def _train(argv, held, started):
 
     # ------------------------------------------------------------------------------------------------------
     # The batch: micro x T x accumulation x processes = tokens an optimizer step.
-    micro_batch_size, accumulation = cut_batch(plan, accelerator, model)
-    for line in plan.batch_lines(micro_batch_size, accumulation):
+    micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model)
+    for line in plan.describe_batch(micro_batch_size, accumulation):
         say(line)
 
     # ------------------------------------------------------------------------------------------------------

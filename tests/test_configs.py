@@ -14,8 +14,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from killing import status
 from tiny_run import ROOT, clean_environment, losses
 
+from training.batch import batch_arithmetic
 from training.config import load_config
-from training.microbatch import batch_arithmetic
 
 HARDWARE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -109,7 +109,7 @@ def test_every_recipe_dry_runs(launch):
     plans = dict(zip([path.stem for path in RECIPES], done.stdout.split("model     ")[1:], strict=True))
     for name, (parameters, _, _) in PUBLISHED.items():
         assert f"{parameters:,} parameters" in plans[name]
-        for words in ("tokens a step", "GB a process", "A100", "H100", "H200", "estimated", "dry run"):
+        for words in ("tokens per step", "GB per process", "A100", "H100", "H200", "estimated", "dry run"):
             assert words in plans[name], (name, words)
 
 

@@ -45,7 +45,7 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert evaluations[-1]["hellaswag"]["n"] == 6
     assert evaluations[-1]["hellaswag"]["is_sample"] is True
 
-    assert "4 sequences x 32 tokens x 2 accumulated x 1 process(es) = 256 tokens a step" in console
+    assert "4 sequences x 32 tokens x 2 accumulated x 1 process(es) = 256 tokens per step" in console
     assert "bigram" in console
     assert "NOT HellaSwag" in console
     assert "tok/s" in console

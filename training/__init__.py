@@ -4,9 +4,8 @@ How the model is trained: everything that has a test of its own outside train.py
     config.py       a run's settings, as dataclasses
     settings.py     reads them from recipes (YAML) and the command line; setting_names.py: other projects' names
     distributed.py  the accelerator and its precision, threads and memory on a CPU, the main process
-    plan.py         what a run will take: memory, time, money
-    hardware.py     what a device can do at best, and what it costs
-    microbatch.py   how a step's batch is cut, the largest pieces that fit where asked
+    estimate.py     hardware, FLOPs, memory, time and cost, before the first step
+    batch.py        micro-batches, and the largest that fit
     optim.py        learning rate, AdamW, Muon, skipped steps
     sharding.py     wrapping for training; full tensors of FSDP2's shards
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out

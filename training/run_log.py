@@ -10,9 +10,9 @@ from common.metrics import read_metrics, recover_metrics
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
 from training.distributed import run_on_main
+from training.estimate import format_duration
 from training.metrics import MetricsLog, until
 from training.optim import learning_rate
-from training.plan import duration
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
 from training.trackers import finish_tracker, start_trackers
@@ -80,8 +80,8 @@ class RunLog:
                 tokens_per_step=config.batch.tokens_per_step,
                 flops_per_token=plan.flops_per_token,
                 peak_flops=plan.hardware.peak_flops * plan.hardware.num_processes,
-                dollars_an_hour=plan.hardware.dollars_an_hour
-                and plan.hardware.dollars_an_hour * plan.hardware.num_processes,
+                dollars_an_hour=plan.hardware.dollars_per_hour
+                and plan.hardware.dollars_per_hour * plan.hardware.num_processes,
             )
 
         run_on_main(accelerator, start)
@@ -172,7 +172,7 @@ class RunLog:
         """What came of it, and what to do next."""
         if not self._is_main:
             return
-        self._say(f"\ntrained for {duration(self._progress.training_seconds)}, evaluations and saving aside")
+        self._say(f"\ntrained for {format_duration(self._progress.training_seconds)}, evaluations and saving aside")
         if num_skipped:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
