@@ -72,11 +72,11 @@ from training.checkpoint import (
     SaveError,
     check_start,
     checkpoint_folder,
-    clear_left_overs,
     find_checkpoint,
     load_optimizer,
     load_rng,
     load_state,
+    remove_leftovers,
 )
 from training.config import check_lengths, load_config
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
@@ -139,7 +139,7 @@ def _train(argv, held, started):
 
     def open_run_folder():
         run_folder.lock(lambda: check_start(config.resume, output_dir, lambda line: None))
-        clear_left_overs(output_dir)
+        remove_leftovers(output_dir)
         return find_checkpoint(config.resume, output_dir, say)
 
     resume_from = None if config.dry_run else run_on_main(accelerator, open_run_folder)
@@ -258,7 +258,7 @@ def _train(argv, held, started):
     is_evaluated, val_loss = False, None  # of this step
     saved_at = None  # the step of this run's newest checkpoint, if nothing has come to it since
     if resume_from is not None:
-        saved = load_state(resume_from, must_match=resume_fingerprint)
+        saved = load_state(resume_from, resume_fingerprint)
         step, num_skipped = saved["step"], saved["num_skipped"]
         consecutive_skips = saved["skipped_in_a_row"]
         is_evaluated, val_loss = saved["evaluated"], saved["val_loss"]
@@ -315,7 +315,7 @@ def _train(argv, held, started):
     )
     torch.manual_seed(config.seed + rank)  # from here on, dropout: each process its own
     if resume_from is not None:
-        load_optimizer(resume_from, model, optimizer, accelerator)
+        load_optimizer(resume_from, model, optimizer, device)
         load_rng(resume_from, rank, device)
 
     # ------------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def _train(argv, held, started):
 
     def report_saved(wait=False):
         try:
-            folder = checkpoints.finished(wait)
+            folder = checkpoints.poll(wait)
         except SaveError as error:
             say(f"warning: {error}. Training goes on")
         else:
@@ -504,7 +504,7 @@ def _train(argv, held, started):
     # Summary. status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
     folder = checkpoint_folder(output_dir, step)
-    run_on_main(accelerator, checkpoints.finished, wait=True)
+    run_on_main(accelerator, checkpoints.poll, wait=True)
     if not stopping and not is_finite_loss(val_loss):
         log.close()
         return fail_as_diverged(run_folder, folder, is_main)

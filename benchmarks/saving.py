@@ -66,14 +66,14 @@ def main() -> None:
             )
 
             def save(number: int) -> None:
-                writer.finished(wait=True)
+                writer.poll(wait=True)
                 writer.save(model, optimizer, {"step": number, "val_loss": None})
 
             for number in range(args.steps):
                 if written != "never" and number % args.every == 0:
                     waits.append(timed(lambda number=number: save(number), device)[1])
                 steps.append(timed(step, device)[1])
-            writer.finished(wait=True)
+            writer.poll(wait=True)
         return 1000 * sum(steps) / len(steps), 1000 * sum(waits) / max(1, len(waits))
 
     for _ in range(3):

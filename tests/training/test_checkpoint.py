@@ -1,4 +1,4 @@
-"""Checkpoints in one process: killed at each of its steps, thinned out, damaged."""
+"""Checkpoints in one process: killed at each of its changes to the disk, thinned out, damaged."""
 
 import json
 import os
@@ -14,12 +14,7 @@ from common.checkpoints import find_damage, resolve_checkpoint
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
-from training.checkpoint import (
-    CheckpointWriter,
-    SaveError,
-    clear_left_overs,
-    find_checkpoint,
-)
+from training.checkpoint import CheckpointWriter, SaveError, find_checkpoint, load_state, remove_leftovers
 from training.config import OptimConfig
 from training.optim import build_optimizer
 
@@ -35,36 +30,33 @@ def trained():
     return model, optimizer
 
 
-@pytest.fixture
-def writer(trained, tmp_path):
-    def make(**options):
-        accelerator = SimpleNamespace(
-            is_main_process=True, device=torch.device("cpu"), distributed_type=DistributedType.NO
-        )
-        return CheckpointWriter(
-            tmp_path,
-            accelerator=accelerator,
-            model=trained[0],
-            tokenizer=load_hf_tokenizer(model_max_length=8),
-            **options,
-        )
-
-    return make
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_hf_tokenizer(model_max_length=8)
 
 
 @pytest.fixture
-def save(trained, tmp_path, monkeypatch):
+def make_writer(trained, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "gather_object", lambda of_this_process: of_this_process)
+    accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), distributed_type=DistributedType.NO)
 
+    def make_writer(**options):
+        return CheckpointWriter(tmp_path, accelerator=accelerator, model=trained[0], tokenizer=tokenizer, **options)
+
+    return make_writer
+
+
+@pytest.fixture
+def save(trained):
     def save(writer, step, val_loss=None):
         writer.save(*trained, {"step": step, "val_loss": val_loss})
-        return writer.finished(wait=True)
+        return writer.poll(wait=True)
 
     return save
 
 
 def best(folder):
-    return Path(resolve_checkpoint(folder / "checkpoints" / "best")).name
+    return Path(resolve_checkpoint(folder / "checkpoints" / "best", print)).name
 
 
 def names(folder):
@@ -72,28 +64,28 @@ def names(folder):
 
 
 class Killed(BaseException):
-    """Nothing tidies up after it."""
+    """Skips all clean-up."""
 
 
 class Disk:
-    """Dies before one of the changes made to it."""
+    """Fails before one of the changes made to it."""
 
     def __init__(self, dies_at):
-        self.dies_at, self.made = dies_at, 0
+        self.dies_at, self.num_changes = dies_at, 0
 
-    def counted(self, change):
-        def counted(*arguments, **more):
-            self.made += 1
-            if self.made == self.dies_at:
+    def count(self, change):
+        def counted(*args, **kwargs):
+            self.num_changes += 1
+            if self.num_changes == self.dies_at:
                 raise Killed
-            return change(*arguments, **more)
+            return change(*args, **kwargs)
 
         return counted
 
 
-def test_killed_between_any_two_changes_of_the_disk(writer, save, tmp_path, monkeypatch):
-    """Step 1 is saved, then step 1 again, then 2 with step 1 removed: whole checkpoints at every moment."""
-    save(writer(), 1)
+def test_kill_between_any_two_changes_of_the_disk_leaves_a_checkpoint(make_writer, save, tmp_path, monkeypatch):
+    """Step 1 is saved; then step 1 again, or step 2, which removes step 1."""
+    save(make_writer(), 1)
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "before", symlinks=True)
     changes = [(Path, "rename"), (Path, "replace"), (Path, "mkdir"), (Path, "symlink_to"), (shutil, "rmtree")]
     changes += [(checkpoint, "save_file"), (checkpoint, "flush_to_disk"), (os, "fsync")]
@@ -104,136 +96,131 @@ def test_killed_between_any_two_changes_of_the_disk(writer, save, tmp_path, monk
             disk = Disk(dies_at)
             with monkeypatch.context() as patch:
                 for owner, name in changes:
-                    patch.setattr(owner, name, disk.counted(getattr(owner, name)))
+                    patch.setattr(owner, name, disk.count(getattr(owner, name)))
                 try:
-                    save(writer(keep_last=1), step)
+                    save(make_writer(keep_last=1), step)
                     finished = True
                 except Killed:
                     finished = False
-            clear_left_overs(tmp_path)
+            remove_leftovers(tmp_path)
             assert not [name for name in names(tmp_path) if name.startswith(".step")]
             found = find_checkpoint("auto", tmp_path, pytest.fail)
             assert found is not None and found.name in ("step_000001", f"step_{step:06d}")
             if finished:
                 assert found.name == f"step_{step:06d}"
                 break
-        assert 15 < disk.made < 200  # each of them was tried
+        assert 15 < disk.num_changes < 200  # each of them was tried
 
 
-def test_which_ones_stay(writer, save, tmp_path):
+def test_kept_checkpoints(make_writer, save, tmp_path):
     losses = {1: 5.0, 2: 3.0, 3: None, 4: 4.0, 5: 4.5, 6: 4.2}
-    keeping = writer(keep_last=2, keep_every=3)
+    writer = make_writer(keep_last=2, keep_every=3)
     for step, val_loss in losses.items():
-        save(keeping, step, val_loss)
+        save(writer, step, val_loss)
     assert names(tmp_path) == ["step_000002", "step_000003", "step_000005", "step_000006"]
     assert best(tmp_path) == "step_000002"
-    everything = writer()
+    keep_all = make_writer()
     for step in (7, 8, 9):
-        save(everything, step)
+        save(keep_all, step)
     assert len(names(tmp_path)) == 7
-    save(writer(keep_last=1, keep_best=False), 10, 9.0)
+    save(make_writer(keep_last=1, keep_best=False), 10, 9.0)
     assert names(tmp_path) == ["step_000010"]
     assert best(tmp_path) == "step_000010"  # of those that are left
-    # A run that has diverged is not the best, and what lies ahead of an earlier step is not touched.
-    diverged = save(everything, 11, float("nan"))
+    # A diverged run is not the best, and steps after an earlier one are left alone.
+    diverged = save(keep_all, 11, float("nan"))
     assert json.loads((diverged / "training_state" / "state.json").read_text())["val_loss"] is None
     assert best(tmp_path) != "step_000011"
-    save(writer(keep_last=1), 4)
+    save(make_writer(keep_last=1), 4)
     assert {"step_000004", "step_000010"} <= set(names(tmp_path))
 
 
-def test_written_in_the_background_while_training_goes_on(writer, trained, save, tmp_path):
-    """What is saved is what was there when it was asked for."""
+def test_background_save_has_the_state_of_its_step(make_writer, trained, tmp_path):
     model, optimizer = trained
-    background = writer(in_background=True)
+    writer = make_writer(in_background=True)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    background.save(model, optimizer, {"step": 3, "val_loss": None})
+    writer.save(model, optimizer, {"step": 3, "val_loss": None})
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
-    folder = background.finished(wait=True)
-    assert background.finished() is None
+    folder = writer.poll(wait=True)
+    assert writer.poll() is None
     reloaded = GPT2ReproForCausalLM.from_pretrained(folder)
     for name, p in reloaded.named_parameters():
         assert torch.equal(p, expected[name]), name
 
 
-def test_stale_best_link_is_removed_and_stale_copy_is_left_alone(writer, save, tmp_path):
+def test_stale_best_link_is_removed_and_stale_copy_is_left_alone(make_writer, save, tmp_path):
     """Both are left from an earlier version's run; neither decides which checkpoint is the best."""
-    older = save(writer(), 1, 5.0)
+    older = save(make_writer(), 1, 5.0)
     path, lines = tmp_path / "checkpoints" / "best", []
     path.symlink_to("step_000001", target_is_directory=True)
-    save(writer(warn=lines.append), 2, 4.0)
+    save(make_writer(warn=lines.append), 2, 4.0)
     assert not path.is_symlink() and lines == []
     shutil.copytree(older, path)
     assert best(tmp_path) == "step_000002"
-    copied = writer(warn=lines.append, keep_last=1)
+    writer = make_writer(warn=lines.append, keep_last=1)
     for step in (3, 4):
-        save(copied, step)
+        save(writer, step)
     assert len(lines) == 1 and str(path) in lines[0]
     assert names(tmp_path) == ["best", "step_000002", "step_000004"]
 
 
-def test_a_checkpoint_that_is_whole_is_not_called_failed(writer, save, tmp_path, monkeypatch):
-    """Old ones that cannot be removed are another matter."""
-
+def test_failure_to_remove_old_checkpoints_is_a_warning(make_writer, save, monkeypatch):
     def refuse(self, step):
         raise PermissionError("not yours")
 
     lines = []
     monkeypatch.setattr(CheckpointWriter, "_remove_old", refuse)
-    assert save(writer(warn=lines.append), 1).name == "step_000001"
-    assert "is whole, but older checkpoints could not be put in order (not yours)" in lines[0]
+    assert save(make_writer(warn=lines.append), 1).name == "step_000001"
+    assert "step_000001 is complete" in lines[0] and "not yours" in lines[0]
 
 
-def test_a_full_disk_is_one_whatever_raises(writer, save, monkeypatch):
-    """The tokenizers package has no class for it."""
-    full = writer()
+def test_full_disk_leaves_earlier_checkpoints_complete(make_writer, save, tokenizer, tmp_path, monkeypatch):
+    """Found before writing, or by the tokenizers package, which has no class for it."""
+    save(make_writer(), 1)
+    with monkeypatch.context() as patch:
+        usage = shutil.disk_usage(tmp_path)
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        with pytest.raises(SaveError, match=r"the disk has 0\.00 GB left\. It needs 0\.02 GB: make room"):
+            save(make_writer(), 2)
 
     def save_pretrained(folder):
         raise Exception("No space left on device (os error 28)")
 
-    monkeypatch.setattr(full.tokenizer, "save_pretrained", save_pretrained)
+    monkeypatch.setattr(tokenizer, "save_pretrained", save_pretrained)
     with pytest.raises(SaveError, match="No space left"):
-        save(full, 1)
+        save(make_writer(), 2)
+    assert names(tmp_path) == ["step_000001"]
+    assert find_damage(tmp_path / "checkpoints" / "step_000001") is None
 
 
-def test_a_run_goes_on_from_its_newest_or_in_a_folder_of_its_own(writer, save, tmp_path):
+def test_resuming_in_the_runs_folder_is_from_its_newest_checkpoint(make_writer, save, tmp_path):
     """From an earlier one, --resume auto would later jump back to the branch that was left."""
-    older, newest = save(writer(), 1), save(writer(), 2)
+    writer = make_writer()
+    older, newest = save(writer, 1), save(writer, 2)
     assert find_checkpoint(str(newest), tmp_path, pytest.fail) == newest
     assert find_checkpoint(str(older), tmp_path / "branch", pytest.fail) == older
     with pytest.raises(TrainingError, match=r"also holds step_000002.* another --output_dir"):
         find_checkpoint(str(older), tmp_path, pytest.fail)
 
 
-def test_a_full_disk(writer, save, tmp_path, monkeypatch):
-    save(writer(), 1)
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(SaveError, match=r"the disk has 0\.00 GB left\. It needs 0\.02 GB: make room"):
-        save(writer(), 2)
-    assert names(tmp_path) == ["step_000001"]
-    assert find_damage(tmp_path / "checkpoints" / "step_000001") is None
-
-
-def test_every_file_is_looked_at(writer, save, tmp_path):
-    folder = save(writer(), 1)
+def test_damage_in_every_file_is_found(make_writer, save):
+    folder = save(make_writer(), 1)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        whole = path.read_bytes()
-        for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        content = path.read_bytes()
+        for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1]), b""):
             path.write_bytes(damaged)
-            if path.name != "manifest.json" or damaged != whole[:-1]:  # its last byte is a line break
+            if path.name != "manifest.json" or damaged != content[:-1]:  # its last byte is a line break
                 assert find_damage(folder) is not None, path
         path.unlink()
         assert find_damage(folder) is not None, path
-        path.write_bytes(whole)
+        path.write_bytes(content)
     assert find_damage(folder) is None
 
 
-def test_nothing_whole_is_left(writer, save, tmp_path):
+def test_damaged_checkpoints_are_skipped_or_refused(make_writer, save, tmp_path):
     lines = []
-    folder = save(writer(), 1)
+    folder = save(make_writer(), 1)
     (folder / "model.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged"):
         find_checkpoint("auto", tmp_path, lines.append)
@@ -241,4 +228,14 @@ def test_nothing_whole_is_left(writer, save, tmp_path):
     with pytest.raises(TrainingError, match=r"model\.safetensors is missing; resume from another"):
         find_checkpoint(str(folder), tmp_path, lines.append)
     assert find_checkpoint("auto", tmp_path / "nowhere", lines.append) is None
-    assert json.loads((folder / "training_state" / "state.json").read_text())["step"] == 1
+
+
+def test_state_of_an_earlier_version_is_read(make_writer, save):
+    """With the keys as they have always been written."""
+    folder = save(make_writer(), 1)
+    path = folder / "training_state" / "state.json"
+    state = {"step": 1, "tokens": 8, "val_loss": None, "evaluated": False, "num_skipped": 2, "skipped_in_a_row": 1}
+    path.write_text(json.dumps(state | {"seed": 3}))
+    assert load_state(folder, {"seed": 3}) == state | {"seed": 3}
+    with pytest.raises(TrainingError, match=r"seed=3.* 4"):
+        load_state(folder, {"seed": 4})
