@@ -82,10 +82,9 @@ from training.config import check_lengths, load_config
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, find_hardware, warn_of_repetition
 from training.optim import build_optimizer, learning_rate, step_if_finite, windows_with_nonfinite_loss
-from training.run_folder import RunFolder
+from training.run import RunFolder, StoppedInEvaluation, StopRequest, ignore_signals, stop_exit_code
 from training.run_log import RunLog
 from training.sharding import clip_gradients, compile_and_wrap, copy_from_file, meta_copy, unsharded_model
-from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping, ignore_signals
 
 gc.freeze()
 gc.enable()
@@ -270,7 +269,7 @@ def _train(argv, held, started):
                 return fail_as_diverged(run_folder, resume_from, is_main)
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
-                run_folder.write_finished(resume_from, step, saved["val_loss"])
+                run_folder.mark_finished(resume_from, step, saved["val_loss"])
             return 0 if pusher is None or pusher.finish(resume_from) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
@@ -335,7 +334,7 @@ def _train(argv, held, started):
         score_lines=published_scores,
     )
     held.push(lambda kind, error, traceback: log.close(has_failed=error is not None))
-    run_folder.begin(is_main)
+    run_folder.mark_running(is_main)
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
 
     def report_saved(wait=False):
@@ -509,15 +508,15 @@ def _train(argv, held, started):
         log.close()
         return fail_as_diverged(run_folder, folder, is_main)
     if is_main and stopping:
-        run_folder.write_status("resume me", step=step, exit_code=exit_code_of_stopping(reasons[0]))
+        run_folder.write_status("resume me", step=step, exit_code=stop_exit_code(reasons[0]))
     elif is_main:
-        run_folder.write_finished(folder, step, val_loss)
+        run_folder.mark_finished(folder, step, val_loss)
     accelerator.wait_for_everyone()
     log.close()
     say(f"saved     {folder}")
     if stopping:
         say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
-        return exit_code_of_stopping(reasons[0])
+        return stop_exit_code(reasons[0])
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
     return 0 if pusher is None or pusher.finish(folder, is_stopped=lambda: stop.is_requested) else 1
@@ -537,7 +536,7 @@ def fail_as_diverged(run_folder: RunFolder, checkpoint: Path, is_main: bool) -> 
             "checkpoint (--resume)"
         )
         print_error(problem)
-        run_folder.write_status("failed", error=problem)
+        run_folder.mark_failed(problem)
     return 1
 
 

@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor, Tensor | None]
 
 
 class StopRequest(Protocol):
-    """A request to stop the run, such as training.stopping.StopRequest."""
+    """A request to stop the run, such as training.run.StopRequest."""
 
     @property
     def is_requested(self) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from killing import assert_same_run, kill_at_random, start, status, wait_for, wait_for_step
 from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 
-from training.stopping import RESUME_ME
+from training.run import EXIT_RESUME
 
 LAUNCH = ("-m", "accelerate.commands.launch")
 
@@ -73,9 +73,9 @@ def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
     run = start(output, tmp_path, *arguments)
     wait_for_step(output, 17, run)
     run.send_signal(getattr(signal, name))
-    assert run.wait(timeout=60) == RESUME_ME
+    assert run.wait(timeout=60) == EXIT_RESUME
     says = status(output)
-    assert (says["status"], says["exit_code"]) == ("resume me", RESUME_ME)
+    assert (says["status"], says["exit_code"]) == ("resume me", EXIT_RESUME)
     log = output.with_suffix(".log").read_text()
     assert f"stopped at step {says['step']} ({name})" in log
     assert (output / "checkpoints" / f"step_{says['step']:06d}").is_dir()
@@ -165,7 +165,7 @@ def test_a_time_limit(finished_run, tiny, tmp_path):
     """It is over before the first evaluation is: nothing has been learnt, that is saved, and gone on from."""
     output = tmp_path / "run"
     run = start(output, tmp_path, "--config", tiny, "--max_hours", 1e-6)
-    assert run.wait(timeout=60) == RESUME_ME
+    assert run.wait(timeout=60) == EXIT_RESUME
     assert "max_hours=1e-06" in output.with_suffix(".log").read_text()
     assert status(output)["step"] == 0
     assert losses(output) == []
@@ -196,12 +196,12 @@ def test_a_damaged_checkpoint_is_passed_over(tiny, undisturbed, tmp_path):
     assert_same_run(output, undisturbed, STEPS)
 
 
-def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
+def test_two_runs_in_one_folder(tmp_path):
     """The second waits for the first to leave, and says so; here it does not leave."""
-    from training import TrainingError, run_folder
+    from training import TrainingError
+    from training.run import RunFolder
 
     lines = []
-    monkeypatch.setattr(run_folder, "_PATIENCE_S", 0.1)
     # The lock alone: importing training takes seconds.
     code = (
         "from common.locks import Lock\n"
@@ -211,7 +211,7 @@ def test_two_runs_in_one_folder(tiny, undisturbed, tmp_path, monkeypatch):
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "held\n"
-    folder = run_folder.RunFolder(tmp_path / "run", lines.append)
+    folder = RunFolder(tmp_path / "run", lines.append, patience_seconds=0.1)
     with pytest.raises(TrainingError, match="another process is training in"):
         folder.lock()
     assert "waiting for it to leave" in lines[0]
@@ -277,7 +277,7 @@ def test_stopped_in_the_last_evaluation(tiny, undisturbed, halfway, tmp_path):
     run = start(output, tmp_path, "--config", tiny, *OFTEN, through=("-c", SLOW_EVALUATION))
     wait_for_step(output, STEPS, run)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == RESUME_ME
+    assert run.wait(timeout=60) == EXIT_RESUME
     assert status(output)["step"] == STEPS
     run = start(output, tmp_path, "--config", tiny, *OFTEN)
     assert run.wait(timeout=60) == 0

@@ -9,8 +9,7 @@ How the model is trained: everything that has a test of its own outside train.py
     optim.py        learning rate, AdamW, Muon, skipped steps
     sharding.py     wrapping for training; full tensors of FSDP2's shards
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
-    stopping.py     signals and time limits: save, and ask to be resumed
-    run_folder.py   one run at a time; status.json
+    run.py          the run's folder (lock, status.json) and requests to stop (signals, time limit)
     run_log.py      all that a run tells, by these:
     progress.py     what someone who watches sees
     metrics.py      metrics.jsonl

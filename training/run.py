@@ -1,0 +1,255 @@
+"""A run's folder (lock, status.json) and requests to stop the run (signals, time limit, dead launcher)."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from common.cli import interrupt_exit_code
+from common.errors import UserError, one_line
+from common.files import write_json
+from common.locks import Lock, Timeout
+from training import TrainingError
+from training.distributed import MainProcessFailed
+
+# sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Here: resume the run.
+EXIT_RESUME = 75
+# SIGUSR1 is what SLURM and others send before a time limit, SIGBREAK is Windows' Ctrl-Break. No system has both.
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+
+
+class RunFolder:
+    """
+    A run's folder, from the lock to the last status.
+
+    A context manager in every process of the run: leaving it releases the lock, and if an exception ends the run,
+    status.json says "failed" and names the exception.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        say: Callable[[str], object],
+        *,
+        patience_seconds: float = 60,
+        poll_seconds: float = 1,
+    ):
+        """
+        Args:
+            path: the folder, which need not exist yet.
+            say: called with a line for the user.
+            patience_seconds: time that another run, which may be about to stop, has to leave the folder.
+            poll_seconds: time between looks at the lock.
+        """
+        self.path, self._say = Path(path), say
+        self._patience_seconds, self._poll_seconds = patience_seconds, poll_seconds
+        self._lock: Lock | None = None
+        self._is_running = False
+
+    def lock(self, check: Callable[[], object] = lambda: None) -> None:
+        """
+        Keep other runs out of the folder. Wait for another run that is about to stop.
+
+        Args:
+            check: called while another process has the folder; raises an error if waiting is useless.
+
+        Raises:
+            TrainingError: another process does not leave, or the folder cannot be created.
+        """
+        path = self.path.absolute()
+        if not path.name:
+            raise TrainingError(f"output_dir={str(path)!r} is not a folder for a run; name one below it")
+        # Next to the folder, which is created only after all checks.
+        lock = Lock(path.with_name(f".{path.name}.lock"), warn=self._say)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_dir():
+                raise NotADirectoryError(f"{path} is a file")
+            self._wait_for(lock, check)
+        except OSError as error:
+            raise TrainingError(f"output_dir={path} cannot be written to ({error}); choose another one") from None
+        self._lock = lock
+
+    def _wait_for(self, lock: Lock, check: Callable[[], object]) -> None:
+        deadline, timeout, is_waiting = time.monotonic() + self._patience_seconds, 0.0, False
+        while True:
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout)
+                return
+            try:
+                check()
+            except UserError as error:
+                raise TrainingError(
+                    f"another process is training in {self.path}: choose another --output_dir. After that process has "
+                    f"ended, this start would fail as well: {error}"
+                ) from None
+            if time.monotonic() >= deadline:
+                raise TrainingError(
+                    f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
+                )
+            if not is_waiting:
+                self._say(f"run       another process uses {self.path}; waiting for it to leave")
+            is_waiting, timeout = True, min(self._poll_seconds, self._patience_seconds)
+
+    def mark_running(self, is_main_process: bool) -> None:
+        """Mark the run as running, after all checks. Every process must call this; the main process writes."""
+        if is_main_process:
+            self.write_status("running")
+        self._is_running = True
+
+    def mark_finished(self, checkpoint: Path, step: int, val_loss: float | None) -> None:
+        """Write the status "finished", unless it is there already."""
+        if self._status() != "finished":
+            self.write_status("finished", step=step, val_loss=val_loss, checkpoint=str(checkpoint))
+
+    def mark_failed(self, error: str) -> None:
+        """Write the status "failed" with an error's line."""
+        self.write_status("failed", error=error)
+
+    def write_status(self, status: str, **fields: Any) -> None:
+        """
+        Write status.json, for scripts: launchers do not pass on the exit code of the program they launch.
+
+        Args:
+            status: "running" (or killed), "resume me", "failed" or "finished".
+        """
+        write_json(self.path / "status.json", {"status": status, "pid": os.getpid(), **fields})
+
+    def _status(self) -> str | None:
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))["status"]
+        return None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Any process may be the first to fail; the others fail because they lost it, and do not overwrite its error.
+        # "finished" and "resume me" are not overwritten either.
+        if isinstance(error, UserError) and self._is_running:
+            error.exit_code = 1
+        is_own = error is not None and not isinstance(error, MainProcessFailed)
+        if is_own and self._is_running and self._status() in ("running", None):
+            with contextlib.suppress(Exception):
+                self.mark_failed(_describe(error))
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def _describe(error: BaseException) -> str:
+    """Return an exception as one line: a user's error as its message, a bug with the name of its class."""
+    if isinstance(error, UserError):
+        return one_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted (Ctrl-C) before a checkpoint of the last steps was saved"
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+class StoppedInEvaluation(Exception):
+    """Raised by `StopRequest.check`, to abort an evaluation after a stop request."""
+
+
+class StopRequest:
+    """
+    A request to stop the run: SIGTERM, SIGUSR1, Ctrl-C, a time limit, or the launcher's death.
+
+    A context manager: leaving it restores the signal handlers.
+    """
+
+    def __init__(self, max_hours: float | None, started: float, say: Callable[[str], object] = print):
+        """
+        Args:
+            started: time.monotonic() when the program began.
+            say: called with a line if signals cannot be handled.
+        """
+        self.reason: str | None = None
+        """the signal's name or another reason; None if this process has no request"""
+        self._say = say
+        self._handlers_before: dict[int, Any] = {}
+        self._deadline = None if max_hours is None else started + 3600 * max_hours
+        self._max_hours = max_hours
+        self._interrupted_at: float | None = None
+        # A killed launcher leaves its processes running, where they are easily overlooked and block the folder.
+        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+        self._launcher = os.getppid() if is_launched else None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is not threading.main_thread():
+            self._say(
+                "warning: training in a thread, which gets no signals: Ctrl-C and SIGTERM do not save a checkpoint "
+                "(--max_hours does)"
+            )
+            return self
+        for name in _SIGNALS:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                self._handlers_before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers_before.items():
+            # None: not installed by Python, which cannot install it again
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._handlers_before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            # Launchers pass Ctrl-C on, so one press arrives twice.
+            if self._interrupted_at is not None and now - self._interrupted_at > 2:
+                raise KeyboardInterrupt
+            self._interrupted_at = self._interrupted_at or now
+        if self.reason is None:
+            self.reason = signal.Signals(number).name
+            # print() must not be called here: the signal may have interrupted another print().
+            line = (
+                f"\n{self.reason}: stopping after this step; then a checkpoint is saved (Ctrl-C again stops at once, "
+                "without one)\n"
+            )
+            os.write(2, line.encode())
+
+    @property
+    def is_requested(self) -> bool:
+        """True if this process has a request; other processes may not have one."""
+        if self.reason is None:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self.reason = f"max_hours={self._max_hours:g}"
+            elif self._launcher is not None and os.getppid() != self._launcher:
+                self.reason = "the launcher has gone"
+        return self.reason is not None
+
+    def check(self, *_: object) -> None:
+        """Raise StoppedInEvaluation if this process has a request."""
+        if self.is_requested:
+            raise StoppedInEvaluation
+
+
+def stop_exit_code(reason: str) -> int:
+    """
+    Return the exit code of a run that stops on request: EXIT_RESUME.
+
+    But 0 under a launcher that mistakes other codes for a crash: one that restarts the run (--max_restarts), or
+    accelerate's after Ctrl-C, which prints a traceback.
+
+    Args:
+        reason: `StopRequest.reason`.
+    """
+    if reason == "SIGINT" and interrupt_exit_code() == 0:
+        return 0
+    return EXIT_RESUME if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 else 0
+
+
+def ignore_signals() -> None:
+    """Ignore signals that request a stop: the run has ended, and a late signal must not change its exit code."""
+    for name in _SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
