@@ -61,7 +61,7 @@ from eval.published import published_lines
 from eval.samples import check_prompts, sample_texts
 from eval.task import answer_items, in_order, joint_results
 from eval.validation import validation_loss
-from hub.push import BackgroundPusher, Repository
+from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
 from training.checkpoint import (
@@ -127,11 +127,11 @@ def train(argv):
 
     # ------------------------------------------------------------------------------------------------------
     # The Hub, asked before anything is computed whether it will take what comes.
-    pusher = None  # the main process's, where something is to be pushed
+    repository = None  # the main process's, where something is to be pushed
 
     def open_repository():
-        nonlocal pusher
-        pusher = BackgroundPusher(Repository(config.push_to_hub, private=not config.push_public), say)
+        nonlocal repository
+        repository = Repository(config.push_to_hub, private=not config.push_public)
 
     if config.push_to_hub is not None and not config.dry_run:
         on_main_process(accelerator, open_repository)
@@ -239,7 +239,7 @@ def train(argv):
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
                 write_finished(output_dir, resume_from, step, saved["val_loss"])
-            return 0 if pusher is None or pusher.finish(resume_from) else 1
+            return 0 if repository is None or push_last_checkpoint(repository, resume_from, say) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
     # ------------------------------------------------------------------------------------------------------
@@ -273,7 +273,6 @@ def train(argv):
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         keep_best=config.keep_best,
-        in_use=() if pusher is None else pusher.reading,
         warn=say,
     )
     train_model, step_model, optimizer = prepare(
@@ -317,8 +316,6 @@ def train(argv):
         else:
             if folder is not None:
                 say(f"saved     {folder}")
-                if pusher is not None and config.push_every_save and step < config.max_steps:
-                    pusher.push(folder)
 
     def evaluate_share(scored_model):
         """This process's share: (sum of the loss, tokens, HellaSwag's answers or None, the seconds these took)."""
@@ -493,7 +490,9 @@ def train(argv):
         return exit_code_of_stopping(reasons[0])
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
-    return 0 if pusher is None or pusher.finish(folder, is_stopped=lambda: stop.is_requested) else 1
+    if repository is None:
+        return 0
+    return 0 if push_last_checkpoint(repository, folder, say, is_stopped=lambda: stop.is_requested) else 1
 
 
 def is_finite_loss(loss: float | None) -> bool:

@@ -162,8 +162,6 @@ class Config:
     """what one device costs, for the money on the console; null: training/hardware.py's price, where it has one"""
     push_to_hub: str | None = None
     """USER/NAME: share the last checkpoint there, with a model card; the token is HF_TOKEN's or `hf auth login`'s"""
-    push_every_save: bool = False
-    """push each checkpoint, in the background, and not only the last"""
     push_public: bool = False
     """for everybody to see; else for the token's owner alone"""
     dry_run: bool = False
@@ -231,6 +229,8 @@ def _readable(error):
     if not unknown:
         return message
     key = ".".join(part for part in (unknown.groupdict().get("group"), unknown["key"]) if part)
+    if key == "push_every_save":  # removed 2026-12
+        return "push_every_save was removed: --push_to_hub USER/NAME pushes the last checkpoint; remove the setting"
     near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "`python train.py --help` lists the known ones"
     return f"unknown setting {key!r}; {hint}"
@@ -259,10 +259,8 @@ def _check(config):
     check_trackers(config.trackers)
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints stay")
-    if config.push_to_hub is None and (config.push_every_save or config.push_public):
-        raise TrainingError("push_every_save and push_public say how to push; push_to_hub=USER/NAME says where to")
-    if config.push_every_save and config.save_every is None:
-        raise TrainingError("push_every_save needs save_every: without it, only the last checkpoint is saved")
+    if config.push_to_hub is None and config.push_public:
+        raise TrainingError("push_public needs push_to_hub=USER/NAME, the repository to push to")
     if config.eval.hellaswag_limit is not None and config.eval.hellaswag_limit < 2:
         raise TrainingError(
             f"eval.hellaswag_limit must be at least 2, got {config.eval.hellaswag_limit}: one item has no error bar"
