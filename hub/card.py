@@ -54,7 +54,7 @@ class TrainingData:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a training run recorded about one of its checkpoints."""
+    """A training run's own records about one of its checkpoints."""
 
     name: str
     """name of the run's folder"""

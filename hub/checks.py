@@ -1,4 +1,4 @@
-"""What the export formats share: the tokenizer's files, its vocabulary, and the comparison of logits."""
+"""Shared by the export formats: the tokenizer's files, its vocabulary, and the comparison of logits."""
 
 import contextlib
 import json

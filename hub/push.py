@@ -337,7 +337,7 @@ def _with_retries(
     """
     Return call(), and try again after errors that may pass.
 
-    huggingface_hub retries uploads of files by itself, but not commits, and not the requests before them.
+    huggingface_hub itself retries uploads of files, but neither the commit nor the requests before the uploads.
 
     Args:
         landed: called before another attempt. A result that is not None is returned instead.

@@ -13,7 +13,7 @@ from hub import HubError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How `generate` chooses tokens. Raises HubError for a value out of range."""
+    """Sampling settings of `generate`. Raises HubError for a value out of range."""
 
     temperature: float = 1.0
     """divides the logits; 0 always takes the most probable token"""

@@ -8,10 +8,8 @@ makes its first, empty keys and values.
 B batch   T new tokens   S past + new tokens   H heads   V vocabulary
 """
 
-import contextlib
-import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -89,7 +87,7 @@ def write_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
     def write(file: str, arguments: tuple, shapes: tuple, input_names: list[str], output_names: list[str]) -> Path:
         path = folder / "onnx" / file
-        with _quiet(), torch.no_grad():
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             program = torch.onnx.export(
                 _Graph(model).eval(),
                 arguments,
@@ -149,18 +147,3 @@ def _run(path: Path, ids: torch.Tensor, past: dict[str, torch.Tensor]) -> torch.
         past = dict(zip(past, present, strict=True))
         parts.append(torch.from_numpy(logits))
     return torch.cat(parts, dim=1)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what torch.onnx logs about missing packages and names of axes."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

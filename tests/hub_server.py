@@ -127,7 +127,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._reply(200)
         owner = self._owner()
         if owner is None or owner["role"] == "read":
-            return self._reply(401 if owner is None else 403, json.dumps({"error": "no token with write access"}).encode())
+            return self._reply(
+                401 if owner is None else 403, json.dumps({"error": "no token with write access"}).encode()
+            )
         if path == "api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if path == "api/repos/create":
@@ -197,7 +199,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 content = self.hub.lfs[value["oid"]]
-                assert hashlib.sha256(content).hexdigest() == value["oid"], "the content has another SHA-256 than announced"
+                assert hashlib.sha256(content).hexdigest() == value["oid"], (
+                    "the content has another SHA-256 than announced"
+                )
                 files[value["path"]] = content
             elif line["key"] == "deletedFile":
                 del files[value["path"]]

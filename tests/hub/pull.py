@@ -5,8 +5,8 @@ import sys
 for name in ("modeling_gpt2repro", "accelerate", "datasets", "tiktoken"):
     sys.modules[name] = None  # an import fails as if the package were not installed
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 prefix, *names = sys.argv[1:]
 for name in names:

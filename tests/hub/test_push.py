@@ -24,6 +24,7 @@ FILES = CODE | {
     *("LICENSE", "README.md", "curves.png"),
 }
 
+
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     """Retries of huggingface_hub without the pauses between them."""
@@ -227,14 +228,17 @@ def shard_weights(folder, index):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' cannot be read .*not a JSON object"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "config of a 'llama' model"),
         (lambda folder: change(folder / "config.json", n_head=5), "config.json' is not the config of a GPT-2 .*n_head"),
-        (lambda folder: shard_weights(folder, '{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which is"),
+        (
+            lambda folder: shard_weights(folder, '{"weight_map": {"a": "b.safetensors"}}'),
+            "names b.safetensors, which is",
+        ),
         (lambda folder: shard_weights(folder, '{"weight_map": ["a"]}'), "has no weight_map that names files"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "remove the stale one"),
         (
