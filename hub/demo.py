@@ -119,11 +119,11 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
                 for text_and_bars in _continue(writer, prompt, *values):
                     shown[2 * i : 2 * i + 2] = text_and_bars
                     if time.monotonic() - drawn > _REDRAW_SECONDS:
-                        yield shown
+                        yield [*shown]
                         drawn = time.monotonic()
-                yield shown
+                yield [*shown]
 
-        running = start.click(write, [prompt, *settings], outputs, show_progress="hidden")
+        running = start.click(write, [prompt, *settings], outputs, show_progress="hidden", concurrency_limit=1)
         stop.click(None, cancels=[running])
     return page
 

@@ -2,8 +2,8 @@
 Push a checkpoint to the Hub in one commit, so that a repository never shows part of a model.
 
 The commit is made by huggingface_hub's `create_commit`. Its `upload_folder` may split a push into several commits where
-hf_xet is installed (2.4.0: from 20 files, after failures). The token stays in huggingface_hub: no message and no
-exception of this module holds it.
+hf_xet is installed (2.4.0: more than 20 files, after refused commits). The token stays in huggingface_hub: it is in no
+message and no exception of this module.
 """
 
 import fnmatch
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from transformers import GPT2Config, PreTrainedConfig
 
@@ -25,6 +25,9 @@ from eval.checkpoint import weights_sha256
 from hub import HubError
 from hub.card import has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...
@@ -193,7 +196,7 @@ def check_repo_id(repo_id: str) -> None:
 class Repository:
     """A model repository on the Hub that this machine may write to."""
 
-    def __init__(self, repo_id: str, *, private: bool = True):
+    def __init__(self, repo_id: str, *, private: bool = True) -> None:
         """
         Check that we may push. This changes nothing on the Hub.
 
@@ -225,9 +228,8 @@ class Repository:
             raise HubError(f"{repo_id} exists and is public: give --public to push there, or choose another name")
         self.is_private = not is_public
 
-    def _info(self, **retries):
-        """Return huggingface_hub's ModelInfo."""
-        return _with_retries(lambda: self._api.repo_info(self.repo_id), self.repo_id, **retries)
+    def _info(self, raises: type[Exception] | tuple[()] = ()) -> "ModelInfo":
+        return _with_retries(lambda: self._api.model_info(self.repo_id), self.repo_id, raises=raises)
 
     def push(self, plan: CommitPlan) -> tuple[str, list[str]]:
         """

@@ -25,7 +25,7 @@ class SamplingParams:
     seed: int = 1337
     """the same seed, weights and settings give the same text"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, is_valid, valid_range in (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("top_k", self.top_k >= 0, "at least 0"),

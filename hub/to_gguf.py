@@ -17,7 +17,7 @@ from hub import HubError
 from hub.checks import byte_level_bpe
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, TokenType
+    from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
 
 def write_gguf(
@@ -44,7 +44,15 @@ def write_gguf(
         _check(path, model)
 
 
-def _write(path, model, tokenizer, name, license, file_type, kind) -> None:
+def _write(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    license: str | None,
+    file_type: "LlamaFileType",
+    kind: "GGMLQuantizationType",
+) -> None:
     import gguf
 
     config = model.config

@@ -24,7 +24,7 @@ _LARGE_BYTES = 1.9e9  # a graph's own file can hold 2 GB
 class _Graph(torch.nn.Module):
     """The model with only tensors as inputs and outputs."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 

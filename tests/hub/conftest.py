@@ -18,6 +18,15 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import _described
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """The models here are so small that more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def model():
     """A model with random weights, large enough to write texts that do not repeat one token."""

@@ -1,6 +1,8 @@
 """The demo's page, in a real browser."""
 
 import contextlib
+import html
+import re
 import shutil
 import socket
 import subprocess
@@ -50,7 +52,7 @@ def page(checkpoint, tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-m", "hub", "demo", checkpoint, checkpoint, "--port", str(port), "--device", "cpu"],
         cwd=ROOT,
-        env=clean_environment(tmp_path_factory.mktemp("home")),
+        env=clean_environment(tmp_path_factory.mktemp("home")) | {"OMP_NUM_THREADS": "1"},  # as in this process
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -111,6 +113,24 @@ def test_prompt_is_escaped_and_a_long_one_is_an_error(browser, page):
     box.send_keys("a b c d e f g h " * 20)
     browser.find_element(By.ID, "continue").click()
     until(lambda: "the model's context 128" in browser.find_element(By.ID, "text-1").text)
+
+
+def test_page_shows_text_and_candidates(model, tokenizer):
+    """The page's function, called as Gradio calls it: (text, candidates) of two checkpoints, one after the other."""
+    pytest.importorskip("gradio")
+    page = demo.build_page([("a", model, tokenizer), ("b", model, tokenizer)])
+    write = next(iter(page.fns.values())).fn
+    prompt, params = "I <b>", SamplingParams(seed=1, max_new_tokens=20)
+    values = (params.temperature, params.top_k, params.top_p, params.max_new_tokens, params.seed)
+    *_, shown = write(prompt, *values)
+    tokens = generate(model, tokenizer(prompt).input_ids, params)
+    expected = f'<span class="prompt">I &lt;b&gt;</span>{html.escape(tokenizer.decode(tokens))}</div>'
+    assert shown[0] == shown[2] and shown[0].endswith(expected)
+    assert shown[1] == shown[3] and shown[1].count('class="row chosen"') == 1
+    percentages = [float(number) for number in re.findall(r"<span>([\d.]+)%</span>", shown[1])]
+    assert 10 <= len(percentages) <= 11 and percentages[:10] == sorted(percentages[:10], reverse=True)
+    *_, shown = write(prompt, -1, *values[1:])
+    assert "failed" in shown[0] and "temperature must be at least 0, got -1" in shown[0]
 
 
 def test_demo_binds_localhost_only(page):

@@ -45,7 +45,7 @@ PROMPTS = [
 NEW_TOKENS = 64
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def greedy(model, tokenizer):
     """[(ids of a prompt, the model's own greedy continuation of 64 tokens)]"""
     texts = []

@@ -13,15 +13,6 @@ from hub.sampling import SamplingParams, encode_prompt, generate, stream_tokens
 PROMPT = "Hello, I'm a language model,"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The model is so small that more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def new_tokens(model, tokenizer, prompt=PROMPT, **settings):
     return generate(model, tokenizer(prompt).input_ids, SamplingParams(**settings))
 
