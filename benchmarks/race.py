@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 from benchmarks.harness import make_parser, table
 from common.errors import UserError
 from common.files import finite
+from common.metrics import read_metrics
 from training.config import Config, load_config
-from training.metrics import read_metrics
 
 
 class Point(NamedTuple):

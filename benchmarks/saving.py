@@ -16,7 +16,7 @@ from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import CheckpointWriter
 from training.config import OptimConfig
-from training.cpu import keep_freed_memory
+from training.distributed import keep_freed_memory
 from training.optim import build_optimizer
 
 SEQ_LEN = 512

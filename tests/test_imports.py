@@ -20,7 +20,7 @@ ALLOWED = {
     },
     "training": {
         *("training", "torch", "accelerate", "numpy", "safetensors", "yaml", "matplotlib"),
-        *("psutil", "tqdm", "deepspeed"),
+        *("psutil", "tqdm"),
     },
     "eval": {
         *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),
@@ -134,7 +134,7 @@ def imported(paths):
 
 PRODUCT = [*FILES, ROOT / "train.py", ROOT / "sample.py"]
 OTHER_FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo", "deepspeed")
+PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo")
 
 
 def test_imports_are_declared():

@@ -25,7 +25,7 @@ from data import prepare, verify
 from data.tokenizer import load_hf_tokenizer
 from eval import miniseries
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training import hardware
+from training import estimate
 
 COMMANDS = {
     "train": lambda argv: run_command(train.train, argv),
@@ -324,7 +324,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("command", "words"), [pytest.param(row[1], row[2:], id=row[0]) for row in MISTAKES])
 def test_a_mistake_ends_with_one_line_and_exit_code_2(command, words, folder, tiny, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", clean_environment(folder))
-    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *_: 1e12)  # takes 0.3 s
+    monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e12)  # takes 0.3 s
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had other settings

@@ -11,11 +11,11 @@ import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 
+from common.checkpoints import describe_file
 from data.tokenizer import load_hf_tokenizer
 from eval import EvalError
 from hub import push
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.checkpoint import _described
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -48,7 +48,7 @@ def write_manifest():
         manifest = checkpoint / "training_state" / "manifest.json"
         manifest.unlink(missing_ok=True)
         paths = [path for path in checkpoint.rglob("*") if path.is_file()]
-        files = {path.relative_to(checkpoint).as_posix(): _described(path) for path in paths}
+        files = {path.relative_to(checkpoint).as_posix(): describe_file(path) for path in paths}
         manifest.write_text(json.dumps({"files": files}))
 
     return write
