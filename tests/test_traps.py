@@ -53,7 +53,7 @@ TRAPS = {
     ),
     # accelerate
     "processes started on a CPU do not find each other": (
-        "test_train.py::test_processes_that_do_not_see_each_other_stop"
+        "training/test_distributed.py::test_processes_that_do_not_see_each_other_are_refused"
     ),
     "an FSDP configuration on a CPU silently becomes DDP": (
         "training/test_distributed.py::test_fsdp_on_a_cpu_is_refused"
