@@ -63,7 +63,7 @@ from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
 from eval.task import interleave_ranks as in_order
 from eval.task import score_items as answer_items
-from hub.push import BackgroundPusher, Repository
+from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
 from training.batch import check_memory, choose_micro_batch_size
@@ -145,11 +145,11 @@ def _train(argv, held, started):
 
     # ------------------------------------------------------------------------------------------------------
     # The Hub, asked before anything is computed whether it will take what comes.
-    pusher = None  # the main process's, where something is to be pushed
+    repository = None  # the main process's, where something is to be pushed
 
     def open_repository():
-        nonlocal pusher
-        pusher = BackgroundPusher(Repository(config.push_to_hub, private=not config.push_public), say)
+        nonlocal repository
+        repository = Repository(config.push_to_hub, private=not config.push_public)
 
     if config.push_to_hub is not None and not config.dry_run:
         run_on_main(accelerator, open_repository)
@@ -270,7 +270,7 @@ def _train(argv, held, started):
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
                 run_folder.mark_finished(resume_from, step, saved["val_loss"])
-            return 0 if pusher is None or pusher.finish(resume_from) else 1
+            return 0 if repository is None or push_last_checkpoint(repository, resume_from, say) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
     # ------------------------------------------------------------------------------------------------------
@@ -305,7 +305,6 @@ def _train(argv, held, started):
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         keep_best=config.keep_best,
-        in_use=() if pusher is None else pusher.reading,
         warn=say,
     )
     held.callback(checkpoints.close)
@@ -345,8 +344,6 @@ def _train(argv, held, started):
         else:
             if folder is not None:
                 say(f"saved     {folder}")
-                if pusher is not None and config.push_every_save and step < config.max_steps:
-                    pusher.push(folder)
 
     def evaluate_share(scored_model):
         """This process's share: (sum of the loss, tokens, HellaSwag's answers or None, the seconds these took)."""
@@ -519,7 +516,9 @@ def _train(argv, held, started):
         return stop_exit_code(reasons[0])
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
-    return 0 if pusher is None or pusher.finish(folder, is_stopped=lambda: stop.is_requested) else 1
+    if repository is None:
+        return 0
+    return 0 if push_last_checkpoint(repository, folder, say, is_stopped=lambda: stop.is_requested) else 1
 
 
 def is_finite_loss(loss: float | None) -> bool:

@@ -17,7 +17,7 @@ from test_imports import extras
 from tiny_run import ROOT
 
 from data.tokenizer import load_hf_tokenizer
-from hub.card import Run, model_card
+from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.config import Config, load_config
 from training.run_log import WHAT_NEXT
@@ -59,8 +59,7 @@ def test_python_blocks_run_and_ask_nothing(path, checkout, fresh):
 
 
 def test_model_card_opens_the_checkpoint(checkout, fresh):
-    run = Run(checkout / "me/model")
-    card = model_card("me/model", config=GPT2ReproConfig(**SETTINGS), parameters=1, run=run, results=[])
+    card = model_card("me/model", config=GPT2ReproConfig(**SETTINGS), num_parameters=1)
     runs(fresh.run(python_program(checkout / "card", card), cwd=checkout))
     assert (checkout / "plain-gpt2" / "tokenizer.json").is_file()  # the last line of the card
 

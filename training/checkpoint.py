@@ -15,7 +15,7 @@ checkpoint with the lowest validation loss: see common/checkpoints.py.
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,6 @@ class CheckpointWriter:
         keep_every: int | None = None,
         keep_best: bool = True,
         in_background: bool | None = None,
-        in_use: Collection[Path] = (),
         warn: Callable[[str], object] = print,
     ):
         """
@@ -95,11 +94,10 @@ class CheckpointWriter:
             keep_every: also keep checkpoints of steps that are multiples of it.
             keep_best: also keep the checkpoint with the lowest validation loss.
             in_background: write in a thread; None: unless on a CPU.
-            in_use: folders that are being read and must stay; looked at whenever old checkpoints are removed.
             warn: called with a line if a checkpoint is complete but old ones could not be removed.
         """
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
-        self._warn, self._in_use = warn, in_use
+        self._warn = warn
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
         self._meta_model = meta_copy(model)  # saved by the thread, instead of the model that is being trained
         # On a CPU, the thread would compete with training, and the copies would take memory for nothing.
@@ -216,7 +214,6 @@ class CheckpointWriter:
         best = best_of(checkpoints)
         if self.keep_best and best is not None:
             kept.add(best.step)
-        kept.update(c.step for c in checkpoints if c.folder in self._in_use)
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
                 # Renamed first: a partly removed folder must not look like a checkpoint.
