@@ -77,13 +77,15 @@ from training.checkpoint import (
     load_rng,
     load_state,
     remove_leftovers,
+    run_folder_of,
 )
 from training.config import check_lengths, load_config
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, find_hardware, warn_of_repetition
+from training.logging import RunLog
 from training.optim import build_optimizer, learning_rate, step_if_finite, windows_with_nonfinite_loss
+from training.provenance import write_provenance
 from training.run import RunFolder, StoppedInEvaluation, StopRequest, ignore_signals, stop_exit_code
-from training.run_log import RunLog
 from training.sharding import clip_gradients, compile_and_wrap, copy_from_file, meta_copy, unsharded_model
 
 gc.freeze()
@@ -322,17 +324,38 @@ def _train(argv, held, started):
     log = RunLog(
         output_dir,
         say=say,
-        accelerator=accelerator,
-        config=config,
+        is_main_process=is_main,
         plan=plan,
-        data=data,
-        resume_from=resume_from,
         step=step,
-        is_evaluated=is_evaluated,
+        log_every=config.log_every,
+        eval_every=config.eval_every,
         loss_lines=baselines | published_losses,
         score_lines=published_scores,
     )
     held.push(lambda kind, error, traceback: log.close(has_failed=error is not None))
+    previous_folder = None if resume_from is None else run_folder_of(resume_from, output_dir)
+    settings = dataclasses.asdict(config)
+    run_on_main(
+        accelerator,
+        log.open,
+        config.trackers,
+        settings,
+        step=step,
+        previous_folder=previous_folder,
+        is_evaluated=is_evaluated,
+        last_lr=learning_rate(step - 1, optim, config.max_steps) if step > 0 else None,
+    )
+    run_on_main(
+        accelerator,
+        write_provenance,
+        output_dir / "provenance.json",
+        settings=settings,
+        data=data,
+        plan=plan,
+        distributed_type=accelerator.distributed_type.value,
+        step=step,
+        previous_path=previous_folder and previous_folder / "provenance.json",
+    )
     run_folder.mark_running(is_main)
     say(f"training  from step {step:,} to {config.max_steps:,}, into {output_dir}")
 
@@ -396,7 +419,7 @@ def _train(argv, held, started):
                     scores = None
                     if items and None not in answers:
                         scores = hellaswag.aggregate(in_order(answers)) | {"is_sample": item_source.is_sample}
-                    log.evaluation(
+                    log.log_evaluation(
                         {
                             "step": step,
                             "tokens": step * batch.tokens_per_step,
@@ -488,7 +511,7 @@ def _train(argv, held, started):
                 "in_a_row": consecutive_skips,
                 "windows": windows_with_nonfinite_loss(losses, loader.places(step - 1)),
             }
-        log.step(record)
+        log.log_step(record)
         if consecutive_skips >= optim.max_skipped_steps:
             raise TrainingError(
                 f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {consecutive_skips} steps were "
@@ -514,7 +537,7 @@ def _train(argv, held, started):
     if stopping:
         say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
         return stop_exit_code(reasons[0])
-    log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
+    log.print_summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
     if repository is None:
         return 0

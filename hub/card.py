@@ -16,14 +16,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import GPT2Config, PreTrainedConfig
 
+from common.metrics import read_metrics
 from hub import HubError
-from training import TrainingError
-from training.metrics import read_metrics
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 # Raised by reading a file that is missing or does not have the expected form.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, TrainingError)
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 # Public data sets whose scores are comparable between models: Hub id, split, display name.
 _PUBLIC_DATASETS = {

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from transformers import GPT2Config, PreTrainedConfig
 
-from common.checkpoints import resolve_checkpoint
+from common.checkpoints import find_damage, resolve_checkpoint
 from common.errors import one_line
 from common.weights import weights_problem
 from eval.checkpoint import weights_sha256
@@ -109,8 +109,6 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
 
 
 def _check_checkpoint(folder: Path) -> None:
-    from training.checkpoint import find_damage
-
     try:
         if folder.is_dir() and (problem := weights_problem(folder)):
             raise HubError(f"checkpoint {str(folder)!r}: {problem}")

@@ -20,7 +20,7 @@ from data.tokenizer import load_hf_tokenizer
 from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.config import Config, load_config
-from training.run_log import WHAT_NEXT
+from training.logging import NEXT_STEPS
 from training.settings import settings_of
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -175,7 +175,7 @@ def texts():
         comments = re.findall(r"^# {3,}(\S.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         lines = "\n".join(comments).replace("\\\n", " ").splitlines()
         yield path.name, "".join(f"    {line}\n" for line in lines if re.match("accelerate|python", line))
-    lines = WHAT_NEXT.format(folder="runs/x", quoted="runs/x", curves="", metrics="").splitlines()
+    lines = NEXT_STEPS.format(folder="runs/x", quoted="runs/x", curves="", metrics="").splitlines()
     yield "a run's last lines", "".join(f"    {line[8:].partition('   ')[0]}\n" for line in lines if "python" in line)
 
 

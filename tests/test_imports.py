@@ -27,7 +27,7 @@ ALLOWED = {
         *("lm_eval", "matplotlib", "pyarrow"),
     },
     "hub": {
-        *("hub", "modeling_gpt2repro", "eval", "training", "torch", "numpy", "transformers", "huggingface_hub"),
+        *("hub", "modeling_gpt2repro", "eval", "torch", "numpy", "transformers", "huggingface_hub"),
         *("safetensors", "yaml", "onnx_ir", "onnxruntime", "gguf", "gradio"),
     },
 }

@@ -38,8 +38,8 @@ from hub import __main__ as hub
 from training import TrainingError, estimate
 from training.checkpoint import check_start
 from training.distributed import MainProcessFailed
+from training.logging import RunLog
 from training.run import RunFolder, StopRequest
-from training.run_log import RunLog
 
 SHORT = (
     *("--max_steps", 4, "--eval_every", 4, "--save_every", 2, "--keep_last", 1, "--eval.hellaswag_limit", 2),
@@ -356,19 +356,16 @@ def train_main(arguments):
 def test_the_last_lines_name_the_best_checkpoint_and_paths_that_python_reads(best, runs):
     """A backslash in the line to paste would begin an escape."""
     lines = []
-    log = SimpleNamespace(
-        _is_main=True,
-        _say=lines.append,
-        _output_dir=runs,
-        _progress=SimpleNamespace(training_seconds=1.0),
-        _loss_lines={},
-        metrics_path=runs / "metrics.jsonl",
-    )
+    hardware = SimpleNamespace(peak_flops=1, num_processes=1, dollars_per_hour=None)
+    batch = SimpleNamespace(tokens_per_step=1)
+    plan = SimpleNamespace(num_parameters=1, max_steps=1, flops_per_token=1, batch=batch, hardware=hardware)
+    options = {"step": 0, "log_every": 1, "eval_every": 1, "loss_lines": {}, "score_lines": {}}
+    log = RunLog(runs, say=lines.append, is_main_process=True, plan=plan, **options)
     folder = runs / "a" / "checkpoints" / ("step_000020" if best is None else "step_000030")
-    RunLog.summary(log, val_loss=4.0, num_skipped=0, checkpoint=folder)
+    log.print_summary(val_loss=4.0, num_skipped=0, checkpoint=folder)
     named = [line for line in lines if line.startswith("best ")]
     assert named == ([] if best is None else [f"best      {folder.with_name('step_000020')} (validation loss 3.2500)"])
-    RunLog.summary(log, val_loss=4.0, num_skipped=0, checkpoint=PureWindowsPath(r"runs\x\checkpoints\step_000100"))
+    log.print_summary(val_loss=4.0, num_skipped=0, checkpoint=PureWindowsPath(r"runs\x\checkpoints\step_000100"))
     assert 'from_pretrained("runs/x/checkpoints/step_000100", ' in lines[-1]
 
 

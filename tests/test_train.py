@@ -22,7 +22,7 @@ from data.manifest import is_to_be_prepared, open_split, read_manifest
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import run_folder_of
-from training.provenance import write_provenance
+from training.provenance import earlier_launches
 
 
 def test_a_run_leaves_what_it_promises(finished_run):
@@ -160,9 +160,9 @@ def test_what_a_run_takes_along_of_the_one_before(tmp_path):
     before = tmp_path / "before.json"
     before.write_text(json.dumps({"from_step": 10, "earlier_launches": [{"from_step": 0}, {"from_step": 4}]}))
     for step, launches in ((10, [0, 4, 10]), (9, [0, 4]), (0, [0])):  # not what came after the step it branches off
-        write_provenance(tmp_path / "provenance.json", {"from_step": step}, before=before)
-        record = json.loads((tmp_path / "provenance.json").read_text())
-        assert [launch["from_step"] for launch in record["earlier_launches"]] == launches
+        assert [launch["from_step"] for launch in earlier_launches(before, step)] == launches
+    before.write_text("{damaged")
+    assert earlier_launches(before, 10) == earlier_launches(tmp_path / "nowhere.json", 10) == []
     # A run's checkpoints may lie on another disk.
     (tmp_path / "disk" / "step_000001").mkdir(parents=True)
     (tmp_path / "run").mkdir()

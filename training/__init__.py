@@ -10,12 +10,9 @@ How the model is trained: everything that has a test of its own outside train.py
     sharding.py     wrapping for training; full tensors of FSDP2's shards
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
     run.py          the run's folder (lock, status.json) and requests to stop (signals, time limit)
-    run_log.py      all that a run tells, by these:
-    progress.py     what someone who watches sees
-    metrics.py      metrics.jsonl
+    logging.py      metrics.jsonl, the console, trackers
     curves.py       curves.png
-    trackers.py     TensorBoard, W&B, Trackio
-    provenance.py   provenance.json: what made this run
+    provenance.py   provenance.json: settings, code, versions, hardware, data
 
 Knows nothing of the model's class, the data's format or the evaluation: train.py puts the rooms together.
 """

@@ -1,18 +1,33 @@
-"""What a run measured, for people: curves.png, with OpenAI's models as horizontal lines where they can be compared."""
+"""Draw curves.png: losses and HellaSwag accuracy over training tokens."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from common.files import atomic_write
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):
+
+def plot_curves(
+    records: Sequence[dict[str, Any]],
+    path: Path,
+    title: str,
+    *,
+    loss_lines: Mapping[str, float],
+    hellaswag_lines: Mapping[str, float],
+) -> None:
     """
-    Draws training and validation loss, and HellaSwag accuracy where it was scored, over tokens.
+    Draw training and validation loss, and HellaSwag accuracy if it was scored, over training tokens.
 
     Args:
-        records: what `training.metrics.read_metrics` gives.
-        path: the picture, PNG; replaced as a whole.
-        loss_lines, hellaswag_lines: {name: value}, drawn as horizontal lines.
+        records: of metrics.jsonl.
+        path: the PNG file to write.
+        loss_lines: {name: value} of horizontal lines, such as OpenAI's models on the same data.
+        hellaswag_lines: the same for HellaSwag.
     """
-    # Imported here: half a second that training should not wait for.
+    # Imported here: it takes half a second, which the first step should not wait for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,7 +53,7 @@ def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):
         label = f"skipped steps ({len(skipped)})" if number == 0 else None
         axes[0].axvline(record["tokens"], color="tab:purple", lw=1, alpha=0.5, label=label)
     _horizontal_lines(axes[0], loss_lines, "{:.3f}")
-    axes[0].set(xlabel="training tokens", ylabel="loss, nats a token")
+    axes[0].set(xlabel="training tokens", ylabel="loss, nats per token")
     axes[0].legend()
 
     if scored:
@@ -65,6 +80,6 @@ def plot_curves(records, path, title, *, loss_lines, hellaswag_lines):
         figure.savefig(tmp_path, format="png", dpi=120)
 
 
-def _horizontal_lines(axes, lines, number_format):
+def _horizontal_lines(axes: "Axes", lines: Mapping[str, float], number_format: str) -> None:
     for color, (name, value) in zip(("gray", "tab:red", "tab:green", "tab:brown"), lines.items(), strict=False):
         axes.axhline(value, color=color, ls="--", lw=1, label=f"{name} ({number_format.format(value)})")

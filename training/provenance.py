@@ -1,4 +1,4 @@
-"""provenance.json: what made this run, so that someone else can make it again."""
+"""Write provenance.json: the settings, code, versions, hardware and data that made a run."""
 
 import contextlib
 import importlib.metadata
@@ -10,51 +10,70 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from common.checkpoints import is_local
 from common.files import write_json
+from training.estimate import Plan
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
-_MOST_DIFF_CHARACTERS = 1_000_000
+_MAX_DIFF_CHARACTERS = 1_000_000
 
 
-def provenance(*, config, data, plan, accelerator, step):
+def write_provenance(
+    path: Path,
+    *,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    plan: Plan,
+    distributed_type: str,
+    step: int,
+    previous_path: Path | None,
+) -> None:
     """
+    Write provenance.json: this launch, and under "earlier_launches" the launches before it.
+
     Args:
-        config: dict, the resolved settings.
-        data: dict that identifies the training data, the hash of its manifest among others.
-        plan: training.estimate.Plan.
-        step: the step this launch goes on from; 0 for a fresh run.
-
-    Returns:
-        JSON-able dict: command, settings, seed, code with its uncommitted changes, versions, hardware, data, start time
-        (UTC).
+        settings: all resolved settings.
+        data: fingerprint of the training data.
+        distributed_type: accelerate's.
+        step: the step that this launch resumes from; 0 for a fresh run.
+        previous_path: provenance.json of the run that this launch resumes, possibly in another folder; None for a fresh
+            run.
     """
+    record = describe_launch(settings=settings, data=data, plan=plan, distributed_type=distributed_type, step=step)
+    write_json(path, {**record, "earlier_launches": earlier_launches(previous_path, step)})
+
+
+def describe_launch(
+    *, settings: dict[str, Any], data: dict[str, Any], plan: Plan, distributed_type: str, step: int
+) -> dict[str, Any]:
+    """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": step,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "seed": config["seed"],
-        "config": config,
-        # A folder here, or a model on the Hub? The name alone does not tell.
-        "init_from_is_folder": config["init_from"] is not None and is_local(config["init_from"]),
+        "seed": settings["seed"],
+        "config": settings,
+        # The name alone does not tell a local folder from a model on the Hub.
+        "init_from_is_folder": settings["init_from"] is not None and is_local(settings["init_from"]),
         "model": {"parameters": plan.num_parameters, "flops_per_token": plan.flops_per_token},
         "data": data,
         "code": _git_state(),
         "versions": {
             "python": platform.python_version(),
-            "torch": torch.__version__,  # with its build (+cu130), which PyPI's package version leaves out
+            "torch": torch.__version__,  # with its build (+cu130), which the package's version leaves out
             **{name: _version(name) for name in _PACKAGES},
         },
         "hardware": {
             "platform": platform.platform(),
             "device": plan.hardware.name,
-            "processes": accelerator.num_processes,
+            "processes": plan.hardware.num_processes,
             "dollars_an_hour": plan.hardware.dollars_per_hour,  # of one device
-            "distributed": accelerator.distributed_type.value,
-            "mixed_precision": accelerator.mixed_precision,
+            "distributed": distributed_type,
+            "mixed_precision": plan.hardware.mixed_precision,
             "cpu_threads": torch.get_num_threads(),
             "cpu_count": os.cpu_count(),
             "cuda": torch.version.cuda,
@@ -62,48 +81,43 @@ def provenance(*, config, data, plan, accelerator, step):
     }
 
 
-def write_provenance(path, record, *, before):
+def earlier_launches(path: Path | None, step: int) -> list[dict[str, Any]]:
     """
-    Writes provenance.json: the record of this launch, and under "earlier_launches" those of the launches before it.
+    Return the launches in a provenance.json up to a step, oldest first.
 
     Args:
-        before: the provenance.json of the run that this one goes on from, which may be another's; None for a fresh run.
+        path: None, a missing file and a damaged file give an empty list.
+        step: the step that a branch resumes from; launches from later steps are not part of its past.
     """
-    earlier = []
-    if before is not None and before.is_file():
-        with contextlib.suppress(ValueError):  # somebody has damaged it; the run goes on
-            last = json.loads(before.read_text(encoding="utf-8"))
-            earlier = [*last.pop("earlier_launches", []), last]
-            # Not of what came after the step that a branch goes on from.
-            earlier = [launch for launch in earlier if launch.get("from_step", 0) <= record["from_step"]]
-    write_json(path, {**record, "earlier_launches": earlier})
+    launches = []
+    if path is not None and path.is_file():
+        with contextlib.suppress(ValueError):
+            last = json.loads(path.read_text(encoding="utf-8"))
+            launches = [*last.pop("earlier_launches", []), last]
+    return [launch for launch in launches if launch.get("from_step", 0) <= step]
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _git_state():
-    """The commit, and what the code has beyond it; null outside a git checkout."""
+def _git_state() -> dict[str, Any] | None:
+    """Return the commit and the uncommitted changes; None outside a git checkout."""
     root = Path(__file__).parent.parent
 
-    def git(*arguments):
-        return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", check=True
-        ).stdout
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
 
     try:
         status, diff = git("status", "--porcelain"), git("diff", "HEAD")
-        return {
-            "commit": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(status),
-            "untracked": [line[3:] for line in status.splitlines() if line.startswith("??")],
-            "diff": diff
-            if len(diff) <= _MOST_DIFF_CHARACTERS
-            else f"{diff[:_MOST_DIFF_CHARACTERS]}\n... cut: {len(diff):,} characters",
-        }
+        commit = git("rev-parse", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+    if len(diff) > _MAX_DIFF_CHARACTERS:
+        diff = f"{diff[:_MAX_DIFF_CHARACTERS]}\n... cut: {len(diff):,} characters"
+    untracked = [line[3:] for line in status.splitlines() if line.startswith("??")]
+    return {"commit": commit, "dirty": bool(status), "untracked": untracked, "diff": diff}

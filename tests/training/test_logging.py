@@ -1,0 +1,218 @@
+"""The files and lines of a run's log, against numbers worked out by hand."""
+
+import json
+import os
+import re
+import select
+import struct
+import sys
+
+import pytest
+from plans import make_plan
+
+from common.errors import UserError
+from common.metrics import read_metrics, recover_metrics
+from training.curves import plot_curves
+from training.logging import ConsoleLog, MetricsWriter, RunLog, records_up_to
+
+RECORDS = [
+    {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
+    {"step": 1, "tokens": 8, "loss": 10.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0},
+    {"step": 2, "tokens": 16, "loss": 9.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0},
+    {"step": 2, "tokens": 16, "val_loss": 9.5, "hellaswag": None},
+    {"step": 3, "tokens": 24, "loss": 8.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 5.0},
+]
+
+
+@pytest.fixture
+def lines():
+    return []
+
+
+def console(lines, **changes):
+    settings = {
+        "step": 0,
+        "max_steps": 1000,
+        "log_every": 10,
+        "eval_every": 100,
+        "tokens_per_step": 5000,
+        "flops_per_token": 1e9,
+        "peak_flops": 1e13,
+        "dollars_per_hour": 18.0,
+    }
+    return ConsoleLog(lines.append, **settings | changes)
+
+
+def record(step, ms):
+    return {"step": step, "loss": 3.21, "lr": 6e-4, "grad_norm": 0.5, "ms": ms, "tokens_per_s": 5000 / ms * 1000}
+
+
+def test_metrics_have_one_object_per_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path, history=RECORDS[:2])
+    for record in RECORDS[2:]:
+        writer.write(record)
+    writer.write({"step": 4, "loss": float("nan")})
+    writer.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [*RECORDS, {"step": 4, "loss": None}]
+
+
+def test_records_after_the_checkpoint_are_dropped():
+    """So is an evaluation that was aborted or not saved with the checkpoint."""
+    assert records_up_to(RECORDS, 2, is_evaluated=True) == RECORDS[:4]
+    assert records_up_to(RECORDS, 2, is_evaluated=False) == RECORDS[:3]
+    assert records_up_to(RECORDS, 0, is_evaluated=False) == []
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def test_reader_ignores_a_line_cut_short_at_the_end_and_refuses_other_damage(metrics):
+    assert read_metrics(metrics) == RECORDS
+    text = metrics.read_text()
+    metrics.write_text(text[:-10])
+    assert read_metrics(metrics) == RECORDS[:4]
+    metrics.write_text(text.replace('"step": 1,', '"step":'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 "):
+        read_metrics(metrics)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        *("not JSON\n", "not JSON", "[1, 2]\n", '{"loss": 1.0}\n', '{"step": "3"}\n', '{"step": 3,\n'),
+        *("\0\0\0\0", "[" * 5000 + "\n", "\n\n"),
+    ],
+)
+def test_recovery_leaves_out_damaged_lines_and_keeps_a_copy(metrics, tmp_path, garbage):
+    warnings = []
+    text = metrics.read_text() + garbage
+    metrics.write_text(text)
+    assert recover_metrics(metrics, tmp_path, warnings.append) == RECORDS
+    assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == text
+    metrics.write_bytes(b"\xff\xfe" + metrics.read_bytes())  # again: the first copy stays
+    assert recover_metrics(metrics, tmp_path, warnings.append) == RECORDS[1:]
+    assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == text
+    assert (tmp_path / "metrics.damaged-2.jsonl").is_file()
+    assert "metrics.jsonl:6 " in warnings[0] and "metrics.damaged-1.jsonl" in warnings[0]
+    assert "metrics.jsonl:1 " in warnings[1]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step"'])
+def test_recovery_does_not_count_a_line_cut_short_as_damage(metrics, tmp_path, tail):
+    metrics.write_text(metrics.read_text() + tail)
+    assert recover_metrics(metrics, tmp_path, pytest.fail) == RECORDS
+    assert not list(tmp_path.glob("*damaged*"))
+
+
+def test_reader_of_a_missing_file_and_of_a_folder(tmp_path):
+    assert recover_metrics(tmp_path / "nowhere.jsonl", tmp_path, pytest.fail) == []
+    with pytest.raises(UserError, match=str(tmp_path)):
+        read_metrics(tmp_path)
+
+
+def test_curves_have_a_second_panel_for_hellaswag(tmp_path):
+    score = {"acc": 0.3, "acc_stderr": 0.05, "acc_norm": 0.25, "acc_norm_stderr": 0.05, "n": 40, "is_sample": True}
+    scored = [r | {"hellaswag": score} if "val_loss" in r else r for r in RECORDS]
+    for number, records in enumerate((RECORDS, scored)):
+        path = tmp_path / f"{number}.png"
+        plot_curves(records, path, title="t", loss_lines={"unigram": 7.0}, hellaswag_lines={"GPT-3": 0.3})
+        assert path.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "1.png").stat().st_size > (tmp_path / "0.png").stat().st_size
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(("last_lr", "is_announced"), [(0.1, False), (0.1 + 1e-9, False), (0.2, True)])
+def test_resumed_log_continues_the_history_and_announces_another_learning_rate(
+    lines, metrics, tmp_path, last_lr, is_announced
+):
+    output_dir = tmp_path / "branch"
+    plan = make_plan(1, 8, 1, 8, 1, 1, "no", 0.0, 1000)
+    options = {"log_every": 1, "eval_every": 1, "loss_lines": {}, "score_lines": {}}
+    log = RunLog(output_dir, say=lines.append, is_main_process=True, plan=plan, step=2, **options)
+    log.open([], {}, step=2, previous_folder=metrics.parent, is_evaluated=True, last_lr=last_lr)
+    log.log_step(RECORDS[4] | {"loss": 7.0, "ms": 10.0})
+    log.close()
+    assert read_metrics(output_dir / "metrics.jsonl") == [*RECORDS[:4], RECORDS[4] | {"loss": 7.0, "ms": 10.0}]
+    assert (len(lines) == 2) == is_announced, lines
+    assert not is_announced or ("0.1" in lines[0] and "0.2" in lines[0])
+
+
+def test_console_has_a_line_for_the_first_step_and_one_per_log_interval(lines):
+    shown = console(lines)
+    for step in range(1, 21):
+        shown.log_step(record(step, 20_000 if step == 1 else 1000))
+    assert len(lines) == 3  # steps 1, 10 and 20
+    # 5000 tokens/s of the 10,000 at the peak. 980 s are left at the pace of the steps after the first one, which also
+    # compiles: $4.90 at $18 per hour.
+    assert lines[2] == (
+        "step     20/1,000   2% | loss 3.2100 | lr 6.00e-04 | norm 0.50 | 1,000 ms | 5,000 tok/s | 50.0% of peak | "
+        "0:16:20, $4.90 left"
+    )
+    assert shown.training_seconds == 39
+
+
+def test_console_has_the_mean_of_the_interval_and_the_time_of_coming_evaluations(lines):
+    shown = console(lines, step=980, log_every=5, eval_every=10, dollars_per_hour=None)
+    shown.log_evaluation({"step": 980, "val_loss": 3.5, "hellaswag": None, "seconds": 40.0})
+    shown.log_evaluation({"step": 980, "val_loss": 3.5, "hellaswag": None, "seconds": 60.0})
+    for step in range(981, 986):
+        shown.log_step(record(step, 1000 * (step - 980)))
+    # Steps 982 to 985, those since the last line, took 2 to 5 s. Two more evaluations, and 15 steps of 3.5 s.
+    assert lines[-1].endswith("| 3,500 ms | 1,429 tok/s | 14.3% of peak | 0:02:32 left")
+
+
+def test_console_marks_sample_items_and_truncated_ones(lines):
+    scores = {"acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "is_sample": False, "n": 10042, "num_truncated": 0}
+    shown = console(lines)
+    record = {"step": 250, "val_loss": 3.29243, "hellaswag": scores, "hellaswag_seconds": 8.06, "seconds": 12.34}
+    shown.log_evaluation(record)
+    shown.log_evaluation(record | {"hellaswag": scores | {"is_sample": True, "num_truncated": 7}})
+    assert lines == [
+        f"step    250 | val loss 3.2924 | hellaswag acc_norm 0.2955 ± 0.0046 ({what}) | 12.3 s"
+        for what in ("items, n=10042, 8.1 s", "SAMPLE items, n=10042, 7 truncated, 8.1 s")
+    ]
+
+
+def test_console_shows_a_bar_on_a_terminal(lines, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    shown = console(lines)
+    for step in range(1, 11):
+        shown.log_step(record(step, 1000))
+    shown.close()
+    assert len(lines) == 2
+    assert "10/1000" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal is made with pty")
+@pytest.mark.parametrize("max_steps", [1000, 19073, 1_000_000])
+def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(lines, monkeypatch, max_steps):
+    import fcntl
+    import pty
+    import termios
+
+    ours, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        shown = console(lines, max_steps=max_steps, dollars_per_hour=None)
+        shown._bar.mininterval = 0  # every step
+        shown.log_evaluation({"step": 0, "val_loss": 10.8, "hellaswag": None, "seconds": 60.0})
+        for step in range(1, 21):
+            shown.log_step(record(step, 60_000 if step == 1 else 4000))
+        shown.close()
+        text = ""
+        while f"20/{max_steps} " not in text and select.select([ours], [], [], 5)[0]:  # it comes in pieces
+            text += os.read(ours, 1_000_000).decode()
+    os.close(ours)
+    bars = [bar.rstrip() for bar in re.split(r"[\r\n]", text) if "left" in bar]
+    assert len(bars) >= 20
+    assert all(len(bar) <= 50 and bar.endswith(" left") for bar in bars), bars
+    for line in lines[1:]:
+        step, left = re.search(r"step +(\d+)/.*\| (.*) left$", line).groups()
+        shown_too = [bar for bar in bars if bar.startswith(f"{step}/{max_steps} ") and bar.endswith(f", {left} left")]
+        assert shown_too, (line, bars)
