@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from training import TrainingError
-from training.settings import build, help_text, read_recipe, settings_of, shown, split_command_line
+from training.settings import Given, SettingsParser, read_recipe, shown, split_command_line
 from training.trackers import check_trackers
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
@@ -183,19 +183,20 @@ def load_config(argv: Sequence[str]) -> Config:
         TrainingError: an unknown setting (with the one that was probably meant), a value of another kind, a recipe
             that is missing or broken, values that cannot be together.
     """
+    parser = SettingsParser(Config)
     if {"--help", "-h"} & set(argv):
-        print(help_text(Config), end="")
+        print(parser.format_help(), end="")
         raise SystemExit(0)
-    settings = settings_of(Config)
+    settings = parser.settings
     recipes, options = split_command_line(argv, settings)
     recipes = recipes or [str(DEFAULT_RECIPE)]
     values = {}
     for layer in (*(read_recipe(recipe, settings) for recipe in recipes), options):
-        if layer.get("data.path", values.get("data.path")) != values.get("data.path"):
+        if "data.path" in layer and layer["data.path"].value != values.get("data.path", Given("")).value:
             # The sample is made under the name that came with prepare_sample, and not under a mistyped one.
             values.pop("data.prepare_sample", None)
         values |= layer
-    config = build(Config, values)
+    config = parser.build(values)
     if config.output_dir is None:
         config.output_dir = str(Path("runs") / Path(recipes[-1]).stem)
     for name in ("output_dir", "data.path", "init_from", "resume", "eval.hellaswag"):

@@ -1,103 +1,195 @@
 """
-Read a run's settings: defaults of a dataclass < recipe (YAML) < command line.
+Read a run's settings with jsonargparse: defaults of a dataclass < recipe (YAML) < command line.
 
+jsonargparse has the types, the checks, the descriptions and the dataclasses; it takes the values as this file finds them.
 A recipe's scalars are text until the setting's type is known, as on the command line. So 1e-3 is a number, and
 `mixed_precision: no` is "no" (YAML itself would say text, and false).
 """
 
-import ast
+import argparse
 import dataclasses
 import difflib
-import functools
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
-from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
 
-from common.cli import Parser
 from training import TrainingError
 from training.setting_names import HINTS
 
 HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # more is not a recipe; weights, perhaps
-_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _NULLS = ("null", "none", "~")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}
+
+
+class Given(NamedTuple):
+    """A value as the user wrote it."""
+
+    value: str | list | dict
+    place: str = ""
+    """FILE:LINE of a recipe"""
 
 
 class Setting(NamedTuple):
     """A field that is not itself a group of settings."""
 
-    kind: object
-    """its type: int, float, bool, str, None, Literal, list, tuple, a union; Annotated with an interval"""
-    default: object
+    kind: Any
+    """type for jsonargparse"""
     description: str
 
 
-def settings_of(config_class: type, prefix: str = "") -> dict[str, Setting]:
-    """Return the settings of a dataclass by dotted name: `max_steps`, `optim.lr`, ..."""
-    settings, descriptions = {}, _field_docstrings(config_class)
-    for f in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(f.type):
-            settings |= settings_of(f.type, f"{prefix}{f.name}.")
-        else:
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            settings[f"{prefix}{f.name}"] = Setting(f.type, default, descriptions[f.name])
-    return settings
+class SettingsParser(ArgumentParser):
+    """A parser for the fields of a dataclass and of the dataclasses in it."""
+
+    def __init__(self, config_class: type) -> None:
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        super().__init__(
+            prog="train.py",
+            usage="train.py [--config RECIPE] [--SETTING VALUE ...]",
+            description="Train a GPT-2. The command line overrides the recipe, and the recipe the defaults.",
+            formatter_class=argparse.HelpFormatter,
+            add_help=False,
+            exit_on_error=False,
+            parser_mode="json",  # a value is not YAML: "# c" is text and not null
+        )
+        self.add_argument("--config", metavar="RECIPE", help="a file of settings (default: recipes/sample.yaml)")
+        self.add_class_arguments(config_class)
+        self.config_class = config_class
+        self.settings = {}
+        for action in self._actions:
+            if hasattr(action, "_typehint"):
+                action._typehint = _constrained(action._typehint)
+                self.settings[action.dest] = Setting(action._typehint, action.help)
+                about = f"{action.help} [{describe(action._typehint)}; default: {shown(action.default)}]"
+                action.option_strings, action.metavar, action.help = [f"--{action.dest}"], "", about.replace("%", "%%")
+            elif action.dest != "config":  # --optim and the other groups
+                action.help = argparse.SUPPRESS
+
+    def build(self, given: dict[str, Given]) -> object:
+        """
+        Make the dataclass.
+
+        Raises:
+            TrainingError: a value is not of its setting's type.
+        """
+        values = {}
+        try:
+            for name, item in given.items():
+                values[name] = _prepare(item.value, self.settings[name].kind)
+            config = self.instantiate(self.parse_object(values))
+            return self.config_class(**{f.name: config[f.name] for f in dataclasses.fields(self.config_class)})
+        except ArgumentError as error:
+            name = re.search(r'Parser key "([^"]+)"', str(error))[1]
+        except (ValueError, RecursionError):
+            pass
+        at = given[name].place and f"{given[name].place}: "
+        raise TrainingError(f"{at}{name} must be {describe(self.settings[name].kind)}, got {shown(given[name].value)}")
 
 
-def build(config_class: type, values: dict[str, object], prefix: str = "") -> object:
-    """Make a dataclass from values by dotted name; defaults for the others."""
-    arguments = {}
-    for f in dataclasses.fields(config_class):
-        name = f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(f.type):
-            arguments[f.name] = build(f.type, values, f"{name}.")
-        elif name in values:
-            arguments[f.name] = values[name]
-    return config_class(**arguments)
+# ---------------------------------------------------------------------------------------------------------------
+# Types and values.
 
 
-def help_text(config_class: type) -> str:
-    """Describe every setting, by group."""
-    parser = Parser(
-        prog="train.py",
-        usage="train.py [--config RECIPE] [--SETTING VALUE ...]",
-        description="Train a GPT-2. The command line overrides the recipe, and the recipe the defaults.",
-        add_help=False,
-    )
-    parser.add_argument("--config", metavar="RECIPE", help="a file of settings (default: recipes/sample.yaml)")
-    groups = [f for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(f.type)]
-    sections = {f.name: parser.add_argument_group(f.name, inspect.getdoc(f.type)) for f in groups}
-    for name, setting in settings_of(config_class).items():
-        text = f"{setting.description} [{describe(setting.kind)}; default: {shown(setting.default)}]"
-        section = sections.get(name.rpartition(".")[0], parser)
-        section.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
-    return parser.format_help()
+def _constrained(kind: Any) -> Any:
+    """Make Annotated[int, "[1, 10]"] a type of jsonargparse."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_constrained, options))]
+    if origin is tuple:
+        return tuple[tuple(map(_constrained, options))]
+    if origin is not Annotated:
+        return kind
+    base, interval = options
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def convert(given: object) -> int | float:
+        value = _integer(given) if base is int else float(given.lower().replace(".inf", "inf"))  # YAML has a dot there
+        if not low <= value <= high or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
+            raise ValueError
+        return value
+
+    constrained = type(f"{_WORDS[base]} in {interval}", (base,), {})
+    register_type(constrained, base, convert, type_check=lambda value, _: type(value) is base)
+    return constrained
 
 
-@functools.cache  # reading the source takes longer than all the rest
-def _field_docstrings(config_class: type) -> dict[str, str]:
-    """Return the strings below the fields, on one line each."""
-    body = ast.parse(inspect.getsource(config_class)).body[0].body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+def _integer(text: str) -> int:
+    """Also of 1e3, 1_000 and 5.0, which are exact."""
+    try:
+        number = Decimal(text)
+        if number.is_finite() and number.adjusted() < 30 and number == number.to_integral_value():
+            return int(number)
+    except InvalidOperation:
+        pass
+    raise ValueError
+
+
+def _prepare(given: str | list | dict, kind: Any) -> object:
+    """Return a value in the form that jsonargparse takes, or raise ValueError."""
+    is_list = get_origin(kind) in (list, tuple)
+    if isinstance(given, str) and given.lower() in _NULLS and (is_list or NoneType in get_args(kind)):
+        return [] if is_list else None
+    if is_list:
+        return _split(given, is_text=get_args(kind)[0] is str)
+    if kind is bool and given in ("0", "1"):
+        return given == "1"
+    if isinstance(given, str) and (not given.strip() or "\0" in given):
+        raise ValueError
+    return given
+
+
+def _split(given: str | list, is_text: bool) -> list:
+    """Return the items of a list, which may also be one item, or `a,b`, `a b` and `[a, b]` on the command line."""
+    if isinstance(given, str):
+        if is_text and given.startswith("[") and given.endswith("]"):
+            try:
+                return yaml.load(given, Loader=yaml.BaseLoader)
+            except yaml.YAMLError:
+                raise ValueError from None
+        given = [given]
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        raise ValueError
+    if not is_text:
+        return [item for text in given for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
+    "".join(given).encode()  # an argument whose bytes are not UTF-8 raises
+    return given
+
+
+def describe(kind: Any) -> str:
+    """Say in words which values a setting takes."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(describe(option) for option in options)
+    if origin is Literal:
+        return ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
+    if origin is tuple:
+        return f"{len(options)} values such as 0.9 0.95, each {describe(options[0])}"
+    if origin is list:
+        return f"a list, of {describe(options[0])}"
+    return _WORDS.get(kind) or kind.__name__
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: short, and in quotes where it would be mistaken for something else."""
+    if value is None:
+        return "null"
+    text = value if isinstance(value, str) and re.fullmatch(r"[\w.,+/-]+", value) else repr(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The command line.
 
 
-def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], dict[str, object]]:
+def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], dict[str, Given]]:
     """
     Return the recipes that --config names, and the values of the settings by name; the last one of a setting counts.
 
@@ -127,7 +219,7 @@ def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tup
             recipes += texts
             continue
         is_cut = texts[0].startswith("[") and texts[-1].endswith("]")  # [a, b] without quotes
-        values[name] = convert(name, " ".join(texts) if is_cut or len(texts) == 1 else texts, kind)
+        values[name] = Given(" ".join(texts) if is_cut or len(texts) == 1 else texts)
     return recipes, values
 
 
@@ -161,7 +253,7 @@ def _unexpected(argument: str, settings: dict[str, Setting], after: tuple[str, l
 # Recipes.
 
 
-def read_recipe(path: str, settings: dict[str, Setting]) -> dict[str, object]:
+def read_recipe(path: str, settings: dict[str, Setting]) -> dict[str, Given]:
     """
     Return the values of a YAML file (JSON is YAML too) by dotted name.
 
@@ -180,7 +272,7 @@ def read_recipe(path: str, settings: dict[str, Setting]) -> dict[str, object]:
         for name, node, where in _leaves(root, settings, path):
             if name in values:
                 raise TrainingError(f"{where}: {name} is there twice")
-            values[name] = convert(name, _plain(node), settings[name].kind, where)
+            values[name] = Given(_plain(node), where)
     except FileNotFoundError:
         raise TrainingError(f"--config {shown(path)}: there is no such file; {_recipes_near(path)}") from None
     except OSError as error:
@@ -234,129 +326,6 @@ def _recipes_near(path: str) -> str:
     near = difflib.get_close_matches(Path(path).stem, [recipe.stem for recipe in recipes], n=3, cutoff=0.6)
     names = [f"recipes/{recipe.name}" for recipe in recipes if not near or recipe.stem in near]
     return f"{'did you mean' if near else 'there are'} {', '.join(names)}{'?' if near else ''}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Values.
-
-
-def convert(name: str, given: str | list, kind: object, where: str = "") -> object:
-    """
-    Return a setting's value.
-
-    Args:
-        given: text, or a list of texts.
-        where: for the message, where it was given.
-
-    Raises:
-        TrainingError: it is not of that kind.
-    """
-    try:
-        value = _value(given, kind)
-        if isinstance(value, str) and (not value.strip() or "\0" in value):
-            raise ValueError
-    except (ValueError, RecursionError):
-        at = f"{where}: " if where else ""
-        raise TrainingError(f"{at}{name} must be {describe(kind)}, got {shown(given)}") from None
-    return value
-
-
-def _value(given: str | list, kind: object) -> object:
-    """Return the value, or raise ValueError."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        value = _value(given, options[0])
-        if not _is_in(value, options[1]):
-            raise ValueError
-        return value
-    if origin in (Union, UnionType):
-        for option in sorted(options, key=lambda option: option is not NoneType):
-            try:
-                return _value(given, option)
-            except ValueError:
-                continue
-        raise ValueError
-    if origin in (list, tuple):
-        texts = _split(given, is_text=options[0] is str)
-        kinds = options if origin is tuple else options * len(texts)
-        return origin(_value(text, kind) for text, kind in zip(texts, kinds, strict=True))
-    if not isinstance(given, str):
-        raise ValueError
-    if origin is Literal and given in options:
-        return given
-    if kind is NoneType and given.lower() in _NULLS:
-        return None
-    if kind is bool and given.lower() in _BOOLEANS:
-        return _BOOLEANS[given.lower()]
-    if kind is int:
-        return _integer(given)
-    if kind is float:
-        return float(given.lower().replace(".inf", "inf"))  # YAML has a dot there
-    if kind is str:
-        return given
-    raise ValueError
-
-
-def _integer(text: str) -> int:
-    """Also of 1e3, 1_000 and 5.0, which are exact."""
-    try:
-        number = Decimal(text)
-        if number.is_finite() and number.adjusted() < 30 and number == number.to_integral_value():
-            return int(number)
-    except InvalidOperation:
-        pass
-    raise ValueError
-
-
-def _is_in(value: float, interval: str) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (low < value or (low == value and interval[0] == "[")) and (
-        value < high or (value == high and interval[-1] == "]")
-    )
-
-
-def _split(given: str | list, is_text: bool) -> list:
-    """Return the items of a list, which may also be one item, or `a,b`, `a b` and `[a, b]` on the command line."""
-    if isinstance(given, str):
-        if given.lower() in _NULLS:
-            return []
-        if is_text and given.startswith("[") and given.endswith("]"):
-            try:
-                return yaml.load(given, Loader=yaml.BaseLoader)
-            except yaml.YAMLError:
-                raise ValueError from None
-        given = [given]
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
-        raise ValueError
-    if not is_text:
-        return [item for text in given for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
-    "".join(given).encode()  # an argument whose bytes are not UTF-8 raises
-    return given
-
-
-def describe(kind: object) -> str:
-    """Say in words which values a setting takes."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return f"{describe(options[0])} in {options[1]}"
-    if origin in (Union, UnionType):
-        return " or ".join(describe(option) for option in options)
-    if origin is Literal:
-        return ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
-    if origin is tuple:
-        return f"{len(options)} values such as 0.9 0.95, each {describe(options[0])}"
-    if origin is list:
-        return f"a list, of {describe(options[0])}"
-    return _WORDS[kind]
-
-
-def shown(value: object) -> str:
-    """Return a value as a message shows it: short, and in quotes where it would be mistaken for something else."""
-    if value is None:
-        return "null"
-    text = value if isinstance(value, str) and re.fullmatch(r"[\w.,+/-]+", value) else repr(value)
-    text = text.lower() if isinstance(value, bool) else text
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from training import TrainingError
 from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config
 from training.microbatch import batch_arithmetic, micro_batch_sizes
 from training.setting_names import HINTS
-from training.settings import settings_of
+from training.settings import SettingsParser
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_a_recipe_gives_the_values_that_are_in_it_and_defaults_elsewhere(path):
     for name, value in content.items():
         given |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     config, defaults = load_config(["--config", str(path)]), Config(output_dir=f"runs/{path.stem}")
-    for name in settings_of(Config):
+    for name in SettingsParser(Config).settings:
         value, expected = value_of(config, name), given.get(name, value_of(defaults, name))
         assert value == expected and type(value) is type(expected), name
 
@@ -151,7 +151,7 @@ def test_forms_of_a_recipe(recipe, text, name, expected):
 
 
 def test_hints_name_settings_that_are_there():
-    settings = settings_of(Config)
+    settings = SettingsParser(Config).settings
     last = {name.rpartition(".")[2] for name in settings}
     assert not last & set(HINTS)  # these are found by themselves
     words = {word.strip(",;`") for hint in HINTS.values() for word in hint.split()}
@@ -167,7 +167,7 @@ def test_every_setting_has_a_description(capsys):
     with pytest.raises(SystemExit):
         load_config(["--help"])
     text = capsys.readouterr().out
-    for name, setting in settings_of(Config).items():
+    for name, setting in SettingsParser(Config).settings.items():
         assert f"--{name} " in text
         assert setting.description
     assert "peak learning rate" in text
