@@ -57,15 +57,16 @@ from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
 from eval import EvalError
 from eval.checkpoint import check_name, load_gpt2
 from eval.checkpoint import load_config as load_model_config
+from eval.during_training import check_prompts, sample_texts, validation_loss
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
-from eval.samples import check_prompts, sample_texts
-from eval.task import answer_items, in_order, joint_results
-from eval.validation import validation_loss
-from hub.push import BackgroundPusher, Repository
+from eval.task import interleave_ranks as in_order
+from eval.task import score_items as answer_items
+from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
+from training.batch import check_memory, choose_micro_batch_size
 from training.checkpoint import (
     CheckpointWriter,
     SaveError,
@@ -78,17 +79,12 @@ from training.checkpoint import (
     load_state,
 )
 from training.config import check_lengths, load_config
-from training.hardware import describe_hardware
-from training.launch import leave_process_group, on_main_process, own_accelerator_state, start_accelerator
-from training.microbatch import check_memory, cut_batch
-from training.optim import build_optimizer
-from training.plan import Plan, repetition_warning
+from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
+from training.estimate import Plan, find_hardware, warn_of_repetition
+from training.optim import build_optimizer, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.run_folder import RunFolder
 from training.run_log import RunLog
-from training.schedule import learning_rate
-from training.skipping import step_where_finite, suspect_windows
-from training.state import blank_copy, clip_gradients, copy_from_file, prepare, whole_model
-from training.step_numbers import StepNumbers
+from training.sharding import clip_gradients, compile_and_wrap, copy_from_file, meta_copy, unsharded_model
 from training.stopping import StoppedInEvaluation, StopRequest, exit_code_of_stopping, ignore_signals
 
 gc.freeze()
@@ -111,7 +107,7 @@ def train(argv, *, started=None):
         UserError: an error that the user can fix.
     """
     # Leaving this gives everything back, whatever happens: the folder's lock, the signal handlers, threads, open files.
-    with own_accelerator_state(), contextlib.ExitStack() as held:
+    with isolated_accelerator_state(), contextlib.ExitStack() as held:
         return _train(argv, held, time.monotonic() if started is None else started)
 
 
@@ -124,7 +120,7 @@ def _train(argv, held, started):
 
     # ------------------------------------------------------------------------------------------------------
     # Hardware: this process, and the others that train with it.
-    accelerator = start_accelerator(config.mixed_precision, is_muon=optim.muon_lr is not None)
+    accelerator = start_accelerator(config.mixed_precision)
     device, is_main = accelerator.device, accelerator.is_main_process
     rank, world_size = accelerator.process_index, accelerator.num_processes
     transformers.utils.logging.disable_progress_bar()
@@ -146,27 +142,27 @@ def _train(argv, held, started):
         clear_left_overs(output_dir)
         return find_checkpoint(config.resume, output_dir, say)
 
-    resume_from = None if config.dry_run else on_main_process(accelerator, open_run_folder)
+    resume_from = None if config.dry_run else run_on_main(accelerator, open_run_folder)
 
     # ------------------------------------------------------------------------------------------------------
     # The Hub, asked before anything is computed whether it will take what comes.
-    pusher = None  # the main process's, where something is to be pushed
+    repository = None  # the main process's, where something is to be pushed
 
     def open_repository():
-        nonlocal pusher
-        pusher = BackgroundPusher(Repository(config.push_to_hub, private=not config.push_public), say)
+        nonlocal repository
+        repository = Repository(config.push_to_hub, private=not config.push_public)
 
     if config.push_to_hub is not None and not config.dry_run:
-        on_main_process(accelerator, open_repository)
+        run_on_main(accelerator, open_repository)
 
     # ------------------------------------------------------------------------------------------------------
     # The plan: the model's shape, and what it takes to train it.
     init_from = config.init_from  # as it was given, also on resuming
     if init_from is not None:
         if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
-            config.init_from = on_main_process(accelerator, lambda: resolve_checkpoint(config.init_from, say))
+            config.init_from = run_on_main(accelerator, resolve_checkpoint, config.init_from, say)
         # Once a run has begun, its own checkpoints have the shape.
-        its_shape = on_main_process(accelerator, lambda: shape_of(str(resume_from or config.init_from)))
+        its_shape = run_on_main(accelerator, shape_of, str(resume_from or config.init_from))
         config.model = dataclasses.replace(config.model, **its_shape)
     check_lengths(config)
     shape = {name: getattr(config.model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
@@ -178,12 +174,19 @@ def _train(argv, held, started):
     with torch.device("meta"):  # shapes without numbers
         model = GPT2ReproForCausalLM(model_config)
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
-    plan = Plan(model_config, model.num_parameters(), config, describe_hardware(accelerator, config.dollars_an_hour))
-    for line in [*plan.lines(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
+    plan = Plan(
+        shape=model_config,
+        num_parameters=model.num_parameters(),
+        batch=batch,
+        max_steps=config.max_steps,
+        dropout=config.model.dropout,
+        hardware=find_hardware(accelerator, config.dollars_an_hour),
+    )
+    for line in [*plan.describe(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
         say(line)
     if config.dry_run:
-        micro_batch_size, accumulation = cut_batch(plan, accelerator)
-        for line in plan.batch_lines(micro_batch_size, accumulation) + plan.time_and_money():
+        micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator)
+        for line in plan.describe_batch(micro_batch_size, accumulation) + plan.describe_rental():
             say(line)
         is_there = Path(config.data.path).exists()
         tokens = f"{identity(config.data.path)['train_tokens']:,} training tokens" if is_there else "not there yet"
@@ -199,7 +202,7 @@ def _train(argv, held, started):
             prepare_sample(config.data.path)
         return identity(config.data.path)
 
-    data = on_main_process(accelerator, prepare_data)
+    data = run_on_main(accelerator, prepare_data)
     train_shards, val_shards = (open_split(config.data.path, split) for split in ("train", "val"))
     loader = WindowLoader(
         train_shards,
@@ -215,7 +218,7 @@ def _train(argv, held, started):
         f"data      {config.data.path}: {data['train_tokens']:,} training and {data['val_tokens']:,} validation "
         f"tokens; the run is {plan.total_tokens / loader.tokens_per_epoch:.2f} epochs"
     )
-    for line in repetition_warning(plan.total_tokens / loader.tokens_per_epoch):
+    for line in warn_of_repetition(plan.total_tokens / loader.tokens_per_epoch):
         say(line)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
     if baselines:
@@ -224,7 +227,8 @@ def _train(argv, held, started):
     items, item_source = [], None  # HellaSwag's
     if config.eval.hellaswag is not None:
         hellaswag = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
-        items, item_source = on_main_process(accelerator, lambda: hellaswag.load(tokenizer, model_config.n_positions))
+        loaded = run_on_main(accelerator, hellaswag.load, tokenizer, model_config.n_positions)
+        items, item_source = loaded.items, loaded.data
         say(f"hellaswag {item_source.description}")
     check_prompts(
         tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=model_config.n_positions
@@ -232,7 +236,7 @@ def _train(argv, held, started):
 
     # ------------------------------------------------------------------------------------------------------
     # Where the loop stands. What a step number means must be the same as when the checkpoint was saved.
-    run_identity = {
+    resume_fingerprint = {
         "seed": config.seed,
         "tokens_per_step": batch.tokens_per_step,
         "seq_len": batch.seq_len,
@@ -250,13 +254,13 @@ def _train(argv, held, started):
     def is_save_due(step):
         return step >= config.max_steps or (step > 0 and step % (config.save_every or config.max_steps) == 0)
 
-    step, num_skipped, skipped_in_a_row = 0, 0, 0
+    step, num_skipped, consecutive_skips = 0, 0, 0
     is_evaluated, val_loss = False, None  # of this step
     saved_at = None  # the step of this run's newest checkpoint, if nothing has come to it since
     if resume_from is not None:
-        saved = load_state(resume_from, must_match=run_identity)
+        saved = load_state(resume_from, must_match=resume_fingerprint)
         step, num_skipped = saved["step"], saved["num_skipped"]
-        skipped_in_a_row = saved["skipped_in_a_row"]
+        consecutive_skips = saved["skipped_in_a_row"]
         is_evaluated, val_loss = saved["evaluated"], saved["val_loss"]
         is_own = resume_from.resolve() == checkpoint_folder(output_dir, step).resolve()
         if is_own and (is_evaluated or not is_evaluation_due(step)):
@@ -267,7 +271,7 @@ def _train(argv, held, started):
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             if is_main:
                 run_folder.write_finished(resume_from, step, saved["val_loss"])
-            return 0 if pusher is None or pusher.finish(resume_from) else 1
+            return 0 if repository is None or push_last_checkpoint(repository, resume_from, say) else 1
         say(f"resume    from {resume_from}, step {step:,}")
 
     # ------------------------------------------------------------------------------------------------------
@@ -282,12 +286,12 @@ def _train(argv, held, started):
         model = GPT2ReproForCausalLM(model_config)
     model.to(device).train()
     copy_from_file(model)
-    blank = blank_copy(model)  # without numbers: where the weights are shared out, a whole copy to evaluate
+    meta_model = meta_copy(model)  # filled with gathered weights to evaluate a sharded model
 
     # ------------------------------------------------------------------------------------------------------
     # The batch: micro x T x accumulation x processes = tokens an optimizer step.
-    micro_batch_size, accumulation = cut_batch(plan, accelerator, model)
-    for line in plan.batch_lines(micro_batch_size, accumulation):
+    micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model)
+    for line in plan.describe_batch(micro_batch_size, accumulation):
         say(line)
 
     # ------------------------------------------------------------------------------------------------------
@@ -302,18 +306,11 @@ def _train(argv, held, started):
         keep_last=config.keep_last,
         keep_every=config.keep_every,
         keep_best=config.keep_best,
-        in_use=() if pusher is None else pusher.reading,
         warn=say,
     )
     held.callback(checkpoints.close)
-    train_model, step_model, optimizer = prepare(
-        accelerator,
-        model,
-        optimizer,
-        compiled=config.compile,
-        micro_batch_size=micro_batch_size,
-        accumulation=accumulation,
-        grad_clip=optim.grad_clip,
+    train_model, step_model, optimizer = compile_and_wrap(
+        accelerator, model, optimizer, use_compile=config.compile, accumulation=accumulation
     )
     torch.manual_seed(config.seed + rank)  # from here on, dropout: each process its own
     if resume_from is not None:
@@ -348,8 +345,6 @@ def _train(argv, held, started):
         else:
             if folder is not None:
                 say(f"saved     {folder}")
-                if pusher is not None and config.push_every_save and step < config.max_steps:
-                    pusher.push(folder)
 
     def evaluate_share(scored_model):
         """This process's share: (sum of the loss, tokens, HellaSwag's answers or None, the seconds these took)."""
@@ -384,10 +379,6 @@ def _train(argv, held, started):
     held.callback(batches.close)
     stop = held.enter_context(StopRequest(config.max_hours, started, say))
     stopping = False  # agreed on by all processes
-    numbers = StepNumbers(device, plan.flops_per_token * batch.tokens_per_step / world_size)
-
-    def is_pause_next():
-        return stopping or is_evaluation_due(step) or is_save_due(step)
 
     while True:
         is_last = step >= config.max_steps
@@ -395,7 +386,7 @@ def _train(argv, held, started):
         # (a) Evaluate every eval_every steps and at both ends; save every save_every steps and at the end.
         if is_evaluation_due(step) and not is_evaluated and not stopping:
             started = time.perf_counter()
-            with whole_model(model, blank) as scored_model:
+            with unsharded_model(model, meta_model) as scored_model:
                 share = evaluate_share(scored_model)
                 shares = gather_object([(*share, stop.is_requested)])
                 loss_sums, counts, answers, seconds, requests = zip(*shares, strict=True)
@@ -405,7 +396,7 @@ def _train(argv, held, started):
                     val_loss = sum(loss_sums) / sum(counts)
                     scores = None
                     if items and None not in answers:
-                        scores = joint_results(hellaswag, in_order(answers)) | {"is_sample": item_source.is_sample}
+                        scores = hellaswag.aggregate(in_order(answers)) | {"is_sample": item_source.is_sample}
                     log.evaluation(
                         {
                             "step": step,
@@ -434,8 +425,8 @@ def _train(argv, held, started):
                 "val_loss": val_loss if is_evaluated else None,
                 "evaluated": is_evaluated,
                 "num_skipped": num_skipped,
-                "skipped_in_a_row": skipped_in_a_row,
-                **run_identity,
+                "skipped_in_a_row": consecutive_skips,
+                **resume_fingerprint,
             }
             checkpoints.save(model, optimizer, state)
             saved_at = step
@@ -444,8 +435,8 @@ def _train(argv, held, started):
         report_saved()
         is_evaluated = False
 
-        # (b) One optimizer step over all micro-batches of the global batch. The host does not wait for the device here.
-        numbers.start_step()
+        # (b) One optimizer step over all micro-batches of the global batch. Until its end, the host does not wait.
+        started = time.perf_counter()
         lr = learning_rate(step, optim, config.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -466,50 +457,51 @@ def _train(argv, held, started):
             losses.append(loss.detach())
         grad_norm = clip_gradients(accelerator, model, optim.grad_clip)
         # One exchange for both: the loss over all processes, and whether any of them was asked to stop.
-        is_requested = torch.full((), float(stop.is_requested), device=device)
-        sums = accelerator.reduce(torch.stack([sum(losses), is_requested]), "sum")
-        step_where_finite(optimizer, sums[0].isfinite() & grad_norm.isfinite())
+        stop_vote = torch.full((), float(stop.is_requested), device=device)
+        sums = accelerator.reduce(torch.stack([sum(losses), stop_vote]), "sum")
+        step_if_finite(optimizer, sums[0].isfinite() & grad_norm.isfinite())
         optimizer.zero_grad()
         step += 1
-        numbers.put(torch.cat([sums, grad_norm.view(1)]), (step, lr, losses))
+        # Read the step's numbers with one copy from the device, the only one of a step.
+        train_loss, stop_votes, grad_norm = torch.cat([sums, grad_norm.view(1)]).tolist()
+        seconds = time.perf_counter() - started
+        # A single process also stops for a request that came after its vote.
+        stopping = stop_votes > 0 or (world_size == 1 and stop.is_requested)
 
-        # (c) Log the steps whose numbers are there; all steps, where something else than a step comes next.
-        for (train_loss, num_requests, grad_norm), (of_step, lr, losses), seconds in numbers.read(is_pause_next):
-            # Alone, a process need not wait until its own request comes back from the device.
-            stopping = stopping or num_requests > 0 or (world_size == 1 and stop.is_requested)
-            record = {
-                "step": of_step,
-                "tokens": of_step * batch.tokens_per_step,
-                "loss": train_loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "ms": round(1000 * seconds, 2),
-                "tokens_per_s": round(batch.tokens_per_step / seconds, 1),
+        # (c) Log.
+        record = {
+            "step": step,
+            "tokens": step * batch.tokens_per_step,
+            "loss": train_loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "ms": round(1000 * seconds, 2),
+            "tokens_per_s": round(batch.tokens_per_step / seconds, 1),
+        }
+        is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
+        consecutive_skips = 0 if is_finite else consecutive_skips + 1
+        if not is_finite:  # the update was skipped; log which windows caused it
+            num_skipped += 1
+            record["skipped"] = {
+                "loss": str(train_loss),
+                "grad_norm": str(grad_norm),
+                "so_far": num_skipped,
+                "in_a_row": consecutive_skips,
+                "windows": windows_with_nonfinite_loss(losses, loader.places(step - 1)),
             }
-            is_finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
-            skipped_in_a_row = 0 if is_finite else skipped_in_a_row + 1
-            if not is_finite:  # the parameters are as they were, and what they were to learn from is written down
-                num_skipped += 1
-                record["skipped"] = {
-                    "loss": str(train_loss),
-                    "grad_norm": str(grad_norm),
-                    "so_far": num_skipped,
-                    "in_a_row": skipped_in_a_row,
-                    "windows": suspect_windows(losses, loader.places(of_step - 1)),
-                }
-            log.step(record)
-            if skipped_in_a_row >= optim.max_skipped_steps:
-                raise TrainingError(
-                    f"step {of_step}: loss {train_loss}, gradient norm {grad_norm}; the last {skipped_in_a_row} steps "
-                    "were not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr "
-                    "or raise optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
-                )
+        log.step(record)
+        if consecutive_skips >= optim.max_skipped_steps:
+            raise TrainingError(
+                f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {consecutive_skips} steps were "
+                "not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
+                "optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
+            )
 
     # ------------------------------------------------------------------------------------------------------
     # Summary. status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.
     reasons = [reason for reason in gather_object([stop.reason]) if reason]
     folder = checkpoint_folder(output_dir, step)
-    on_main_process(accelerator, lambda: checkpoints.finished(wait=True))
+    run_on_main(accelerator, checkpoints.finished, wait=True)
     if not stopping and not is_finite_loss(val_loss):
         log.close()
         return fail_as_diverged(run_folder, folder, is_main)
@@ -525,7 +517,9 @@ def _train(argv, held, started):
         return exit_code_of_stopping(reasons[0])
     log.summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
-    return 0 if pusher is None or pusher.finish(folder, is_stopped=lambda: stop.is_requested) else 1
+    if repository is None:
+        return 0
+    return 0 if push_last_checkpoint(repository, folder, say, is_stopped=lambda: stop.is_requested) else 1
 
 
 def is_finite_loss(loss: float | None) -> bool:

@@ -1,16 +1,16 @@
 """
-Times HellaSwag: ours beside lm-evaluation-harness's own backend and beside the lecture's loop, on the same model.
+Time HellaSwag on one model: our evaluation, lm-evaluation-harness's own backend, and the lecture's loop.
 
-    python benchmarks/eval_hellaswag.py --data hellaswag_val.jsonl.xz          # 124M, float32, 60 items
-    python benchmarks/eval_hellaswag.py --data ... --lecture build-nanogpt/hellaswag.py            # and the lecture
-    python benchmarks/eval_hellaswag.py --data ... --dtype bf16 --items 10042
+    python -m benchmarks.eval_hellaswag --data hellaswag_val.jsonl.xz          # 124M, float32, 60 items
+    python -m benchmarks.eval_hellaswag --data ... --lecture build-nanogpt/hellaswag.py            # and the lecture
+    python -m benchmarks.eval_hellaswag --data ... --dtype bf16 --items 10042
 
-All score the same random weights in one process and take turns, `--rounds` times. Each is timed from texts to figures,
-tokenising included, loading not. "ours, one prompt" does what its neighbour does: lm-eval's prompt, or the lecture's;
-"ours, both" gives all figures of `python -m eval`. The figures must be equal, or the program says which are not; in
-bf16 some may differ by rounding.
+All candidates score the same random weights in one process and take turns. Each is timed from texts to metrics,
+including tokenization and excluding loading. "ours, lm-eval's prompt" and "ours, the lecture's prompt" compute what the
+candidate that they are compared with computes; "ours, both" computes every metric of `python -m eval`. Metrics that
+differ are listed below the table. In float32 all must be equal; in bf16 rounding can change some.
 
-The lecture's script is read, not run: its functions are taken, with a tokenizer and items that need no network.
+The lecture's script is not run: its functions are taken, with a tokenizer and items that need no network.
 """
 
 import argparse
@@ -18,83 +18,75 @@ import contextlib
 import dataclasses
 import io
 import json
-import platform
 import random
 import re
 import statistics
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from train_step import cpu_name, definitions_of, synchronize
+from transformers import PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `data` and `eval` are not installed
-
+from benchmarks import harness
 from data.tokenizer import load_hf_tokenizer, load_tiktoken
 from eval import evaluate
-from eval.hellaswag.items import load_items
+from eval.hellaswag.items import HellaSwagItem, load_items
 from eval.hellaswag.task import LECTURE, LM_EVAL, Task
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
+THE_LECTURE = "the lecture's loop"
+COLUMNS = ("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "figures")
+METRICS = ("acc", "acc_norm", "lm_eval_acc", "lm_eval_acc_norm")
+Metrics = dict[str, float]
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+def main() -> None:
+    """Parse the arguments, measure and print the table."""
+    parser = harness.make_parser(__doc__, rounds=3)
     parser.add_argument("--data", required=True, help="HellaSwag's items, a .jsonl (.gz, .xz) file")
-    parser.add_argument("--items", type=int, default=60, help="how many of them, drawn at random")
+    parser.add_argument("--items", type=int, default=60, help="number of items, drawn at random")
     parser.add_argument("--size", choices=SIZES, default="124M")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
-    parser.add_argument("--lecture", help="build-nanogpt's hellaswag.py")
-    parser.add_argument("--lm_eval_batch_size", type=int, nargs="*", default=[1, 16], help="each is a candidate")
-    parser.add_argument("--tokens_per_batch", type=int, help="ours; by default what the evaluation takes")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights")
+    parser.add_argument("--lecture", help="path of build-nanogpt's hellaswag.py")
+    parser.add_argument("--lm_eval_batch_size", type=int, nargs="*", default=[1, 16], help="one candidate for each")
+    parser.add_argument("--tokens_per_batch", type=int, help="for our evaluation; default: the evaluation's own choice")
     args = parser.parse_args()
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = harness.pick_device()
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(GPT2ReproConfig.from_size(args.size))
     model.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
     tokenizer = load_hf_tokenizer()
-    every, _ = load_items(args.data)
-    items = random.Random(0).sample(every, min(args.items, len(every)))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "items.jsonl"  # ours reads them from a file, in its own time
-        path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
-        compare(args, model, device, tokenizer, items, path)
+    all_items, _ = load_items(args.data)
+    items = random.Random(0).sample(all_items, min(args.items, len(all_items)))
 
+    def score_with_ours(*prompts: str) -> Metrics:
+        task = Task(data=str(path), prompts=prompts)
+        [results] = evaluate(model, tokenizer, [task], tokens_per_batch=args.tokens_per_batch)["results"].values()
+        return {name: results[name] for name in METRICS if name in results}
 
-def compare(args, model, device, tokenizer, items, path):
-    candidates = {}
+    candidates: dict[str, Callable[[], Metrics]] = {}
     if args.lecture:
-        candidates["the lecture's loop"] = lambda: score_as_the_lecture(args.lecture, model, device, items)
-        candidates["ours, the lecture's prompt"] = lambda: score_ours(args, model, tokenizer, path, (LECTURE,))
+        candidates[THE_LECTURE] = lambda: score_with_lecture(args.lecture, model, items)
+        candidates["ours, the lecture's prompt"] = lambda: score_with_ours(LECTURE)
     for size in args.lm_eval_batch_size:
-        candidates[f"lm-eval, batches of {size}"] = lambda size=size: score_as_lm_eval(model, tokenizer, items, size)
-    candidates["ours, lm-eval's prompt"] = lambda: score_ours(args, model, tokenizer, path, (LM_EVAL,))
-    candidates["ours, both"] = lambda: score_ours(args, model, tokenizer, path, (LECTURE, LM_EVAL))
-
-    seconds, figures = {name: [] for name in candidates}, {}
-    for number in range(args.rounds):
-        for name, run in candidates.items():
-            synchronize(device)
-            start = time.perf_counter()
-            figures[name] = run()
-            synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-            print(f"round {number + 1}  {name:28} {len(items) / seconds[name][-1]:8.2f} items/s", flush=True)
-    print(report(args, device, len(items), seconds, figures))
+        candidates[f"lm-eval, batches of {size}"] = lambda size=size: score_with_lm_eval(model, tokenizer, items, size)
+    candidates["ours, lm-eval's prompt"] = lambda: score_with_ours(LM_EVAL)
+    candidates["ours, both"] = lambda: score_with_ours(LECTURE, LM_EVAL)
+    timers = {name: lambda score=score: harness.timed(score, device) for name, score in candidates.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "items.jsonl"  # read by our evaluation within its timed part
+        path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
+        results = harness.take_turns(timers, args.rounds, lambda result: f"{len(items) / result[1]:8.2f} items/s")
+    print_table(args, len(items), results)
 
 
-def score_ours(args, model, tokenizer, path, prompts):
-    task = Task(data=str(path), prompts=prompts)
-    [results] = evaluate(model, tokenizer, [task], tokens_per_batch=args.tokens_per_batch)["results"].values()
-    return {figure: results[figure] for figure in task.figures if figure in results}
-
-
-def score_as_lm_eval(model, tokenizer, items, batch_size):
-    """What lm-eval does with the requests of its task hellaswag, and its task's arithmetic."""
+def score_with_lm_eval(
+    model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, items: list[HellaSwagItem], batch_size: int
+) -> Metrics:
+    """Score with lm-eval's backend and the arithmetic of its task hellaswag."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -104,60 +96,55 @@ def score_as_lm_eval(model, tokenizer, items, batch_size):
         for item in items
         for ending in item.lm_eval_endings
     ]
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+    with contextlib.redirect_stderr(io.StringIO()):  # hide the progress bar
         sums = [value for value, _ in backend.loglikelihood(requests)]
-    right = {"lm_eval_acc": 0, "lm_eval_acc_norm": 0}
+    num_correct = {"lm_eval_acc": 0, "lm_eval_acc_norm": 0}
     for number, item in enumerate(items):
-        of_item = sums[4 * number : 4 * number + 4]
-        norms = [value / len(ending) for value, ending in zip(of_item, item.lm_eval_endings, strict=True)]
-        right["lm_eval_acc"] += of_item.index(max(of_item)) == item.label
-        right["lm_eval_acc_norm"] += norms.index(max(norms)) == item.label
-    return {figure: count / len(items) for figure, count in right.items()}
+        item_sums = sums[4 * number : 4 * number + 4]
+        norms = [value / len(ending) for value, ending in zip(item_sums, item.lm_eval_endings, strict=True)]
+        num_correct["lm_eval_acc"] += item_sums.index(max(item_sums)) == item.label
+        num_correct["lm_eval_acc_norm"] += norms.index(max(norms)) == item.label
+    return {name: count / len(items) for name, count in num_correct.items()}
 
 
-def score_as_the_lecture(path, model, device, items):
-    """The script's own `evaluate`, on our model and items."""
-    names = definitions_of(path)
+def score_with_lecture(path: str, model: GPT2ReproForCausalLM, items: list[HellaSwagItem]) -> Metrics:
+    """Call the script's own `evaluate` with our model and items."""
+    names = harness.load_definitions(path)
     names["enc"] = load_tiktoken()
     names["GPT2LMHeadModel"] = type("Loaded", (), {"from_pretrained": staticmethod(lambda _: model)})
     names["iterate_examples"] = lambda _: iter(
         [{"ctx": item.ctx, "endings": item.endings, "label": item.label} for item in items]
     )
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        names["evaluate"]("gpt2", device)
-    [*_, right] = re.findall(r"acc_norm: (\d+)/", output.getvalue())
-    return {"acc_norm": int(right) / len(items)}
+        names["evaluate"]("gpt2", model.device)
+    [*_, num_correct] = re.findall(r"acc_norm: (\d+)/", output.getvalue())
+    return {"acc_norm": int(num_correct) / len(items)}
 
 
-def report(args, device, num_items, seconds, figures):
-    """A Markdown table: medians over the rounds, ratios within a round."""
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
-    lm_eval = [name for name in seconds if name.startswith("lm-eval")]
-    best = min(lm_eval, key=lambda name: statistics.median(seconds[name]), default=None)
-    lines = [
-        "",
-        f"{args.size}, {args.dtype}, {num_items} items; {hardware}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; median of {args.rounds} rounds (lowest to highest)",
-        "",
-        "| candidate | items/s | over lm-eval's best | over the lecture's loop | figures |",
-        "|---|---|---|---|---|",
+def print_table(args: argparse.Namespace, num_items: int, results: dict[str, list[tuple[Metrics, float]]]) -> None:
+    """Print the table, and the metrics that are not equal."""
+    rates = {name: [num_items / seconds for _, seconds in rounds] for name, rounds in results.items()}
+    metrics = {name: rounds[-1][0] for name, rounds in results.items()}
+    lm_eval = [name for name in rates if name.startswith("lm-eval")]
+    best = max(lm_eval, key=lambda name: statistics.median(rates[name]), default=None)
+    rows = [
+        [
+            name,
+            harness.with_range(values, ".2f"),
+            *(harness.median_ratio(values, rates.get(reference)) for reference in (best, THE_LECTURE)),
+            ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items()),
+        ]
+        for name, values in rates.items()
     ]
-    for name, turns in seconds.items():
-        rates = [num_items / turn for turn in turns]
-        row = [name, f"{statistics.median(rates):.2f} ({min(rates):.2f} to {max(rates):.2f})"]
-        for other in (best, "the lecture's loop"):
-            ratios = [theirs / ours for theirs, ours in zip(seconds.get(other, []), turns, strict=False)]
-            row.append(f"{statistics.median(ratios):.2f}" if ratios else "-")
-        row.append(", ".join(f"{figure} {value:.4f}" for figure, value in figures[name].items()))
-        lines.append("| " + " | ".join(row) + " |")
-    ours = figures["ours, both"]
+    print(harness.report(f"{args.size}, {args.dtype}, {num_items} items", args.rounds, COLUMNS, rows))
+    ours = metrics["ours, both"]
     different = [
-        f"{name}: {figure} {value:.4f}, ours {ours[figure]:.4f}"
-        for name, of_name in figures.items()
-        for figure, value in of_name.items()
-        if value != ours[figure]
+        f"{name}: {metric} {value:.4f}, ours {ours[metric]:.4f}"
+        for name, of_name in metrics.items()
+        for metric, value in of_name.items()
+        if value != ours[metric]
     ]
-    return "\n".join([*lines, "", *(different or ["All figures are equal."])])
+    print("", *(different or ["All figures are equal."]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
 Run transformers' own tests of a model on ours and on transformers' GPT-2, and print where they differ.
 
-    python benchmarks/hf_suite.py                      # all tests, some minutes on a CPU
-    python benchmarks/hf_suite.py -k "resize or save"  # pytest's -k
+    python -m benchmarks.hf_suite                      # all tests, some minutes on a CPU
+    python -m benchmarks.hf_suite -k "resize or save"  # pytest's -k
 
 The tests are the mixins of the source distribution of the installed transformers version (ModelTesterMixin,
 TrainingTesterMixin, FSDPTesterMixin, TensorParallelTesterMixin and ConfigTester). They are downloaded into a temporary
@@ -13,7 +13,6 @@ own of generation and export against transformers' GPT-2.
 Prints a table of the tests with different outcomes and the counts. Exit code 1 if ours fails a test that stock passes.
 """
 
-import argparse
 import collections
 import importlib.metadata
 import os
@@ -23,6 +22,8 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
+
+from benchmarks.harness import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,6 +50,7 @@ import transformers
 
 import modeling_gpt2repro
 from modeling_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproBlock
 
 from .generation.test_utils import GenerationTesterMixin
 from .test_configuration_common import ConfigTester
@@ -59,7 +61,7 @@ from .test_training_mixin import TrainingTesterMixin
 
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None  # the list of models that the mixin is restricted to
 # Ours selects hidden states without transformers' hooks; the test of it asks for their table.
-modeling_gpt2repro.GPT2ReproPreTrainedModel._can_record_outputs = {"hidden_states": None}
+modeling_gpt2repro.GPT2ReproPreTrainedModel._can_record_outputs = {"hidden_states": GPT2ReproBlock}
 
 
 class Tester:
@@ -145,8 +147,9 @@ def outcomes(report: Path) -> dict[str, dict[str, tuple[str, str]]]:
     return read
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Run the tests and print the table."""
+    parser = make_parser(__doc__)
     parser.add_argument("-k", default="", help="run the tests that this pytest expression selects")
     args = parser.parse_args()
     version = importlib.metadata.version("transformers")

@@ -1,16 +1,14 @@
 """
-What the loader delivers, from one process, at T = 1,024 and 512 windows a step (a step of the lecture's):
+Time the data loader in one process, at T = 1,024 and 512 windows per step (as in the lecture).
 
-    python benchmarks/loader.py shards/mine                 # warm and cold, plain and with documents kept apart
-    python benchmarks/loader.py shards/mine --seconds 60    # a longer run, for the memory it takes
-    python benchmarks/loader.py --ten_billion               # the first batch of 10B tokens, in a sparse set made for it
+    python -m benchmarks.loader shards/mine                 # warm and cold, with boundary "ignore" and "document"
+    python -m benchmarks.loader shards/mine --seconds 60    # longer, to see whether memory grows
+    python -m benchmarks.loader --ten_billion               # time to the first batch of 10B tokens, in sparse files
 
-Cold: the kernel is told to forget the files' pages before each round, and a fresh loader checks each block again.
-Memory is RssAnon: what the process holds itself, not the mapped pages of files, which the kernel takes back when it
-likes.
+Cold: before each turn the files' pages are dropped from the page cache, and a new loader checks each block again.
+Memory is RssAnon, the process's own memory: mapped pages of files, which the kernel can reclaim, are not included.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -22,23 +20,84 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # `data` is not installed
-
-from data.loader import WindowLoader  # noqa: E402
-from data.manifest import Manifest, open_split  # noqa: E402
-from data.shards import BLOCK_TOKENS, HEADER_BYTES, MAGIC, VERSION  # noqa: E402
+from benchmarks.harness import make_parser, report, table, take_turns, with_range
+from data.loader import WindowLoader
+from data.manifest import Manifest, open_split
+from data.shards import BLOCK_TOKENS, HEADER_BYTES, MAGIC, VERSION
 
 SEQ_LEN, WINDOWS = 1024, 512
+# In a fresh process: seconds for the imports, to open the shards, and to the first batch.
+FIRST_BATCH = f"""
+import json, sys, time
+times = [time.perf_counter()]
+from data.loader import WindowLoader
+from data.manifest import open_split
+times.append(time.perf_counter())
+shards = open_split(sys.argv[1], "train")
+times.append(time.perf_counter())
+loader = WindowLoader(shards, seq_len={SEQ_LEN}, batch_size={WINDOWS}, seed=1)
+next(loader.batches(int(sys.argv[2]), 10**9))
+times.append(time.perf_counter())
+print(json.dumps([after - before for before, after in zip(times, times[1:])]))
+"""
 
 
-def held_megabytes():
+def main() -> None:
+    """Parse the arguments, measure and print the tables."""
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("folder", nargs="?", type=Path, help="folder of shards")
+    parser.add_argument("--seconds", type=float, default=5, help="length of each turn")
+    parser.add_argument("--ten_billion", action="store_true", help="measure the first batch of 10B tokens")
+    args = parser.parse_args()
+    if args.ten_billion:
+        with tempfile.TemporaryDirectory() as folder:
+            write_sparse_shards(Path(folder))
+            # A new run, one resumed at its end, and one after 50 epochs.
+            rows = [first_batch(folder, step) for step in (0, 19_000, 1_000_000)]
+        print(
+            table(("first step", "imports, s", "open 100 shards, s", "first batch, s", "open and first batch, s"), rows)
+        )
+    if args.folder:
+        kinds = [(boundary, cache) for boundary in ("ignore", "document") for cache in ("warm", "cold")]
+        candidates = {
+            " ".join(kind): lambda kind=kind: deliver(args.folder, args.seconds, kind[0], kind[1] == "cold")
+            for kind in kinds
+        }
+        results = take_turns(candidates, args.rounds, lambda result: f"{result[0] / 1e6:.1f}M tokens/s")
+        rows = []
+        for kind, turns in zip(kinds, results.values(), strict=True):
+            rates, megabytes = zip(*turns, strict=True)
+            rows.append([*kind, with_range([rate / 1e6 for rate in rates], ".1f"), with_range(megabytes, ".1f")])
+        columns = ("boundary", "page cache", "M tokens/s", "MB more at the end")
+        print(report(f"T = {SEQ_LEN:,}, {WINDOWS} windows per step", args.rounds, columns, rows))
+
+
+def deliver(folder: Path, seconds: float, boundary: str, is_cold: bool) -> tuple[float, float]:
+    """Read batches, at most one epoch if `is_cold`. Return (tokens/s, MB that memory grew after the first steps)."""
+    if is_cold:
+        drop_from_page_cache(folder)
+    loader = WindowLoader(
+        open_split(folder, "train"), seq_len=SEQ_LEN, batch_size=WINDOWS, seed=int(time.time()), boundary=boundary
+    )
+    start, steps, before = time.perf_counter(), 0, None
+    for _ in loader.batches(0, 10**9):
+        steps += 1
+        if steps == 10:
+            before = own_megabytes()
+        if time.perf_counter() - start > seconds or (is_cold and steps * WINDOWS > loader.num_windows):
+            break
+    rate = steps * WINDOWS * SEQ_LEN / (time.perf_counter() - start)
+    return rate, own_megabytes() - (before or own_megabytes())
+
+
+def own_megabytes() -> float:
+    """Return this process's RssAnon in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
     return int(line.split()[1]) / 1024
 
 
-def forget(folder):
-    """Puts the files out of the page cache."""
+def drop_from_page_cache(folder: Path) -> None:
+    """Remove the shards' pages from the kernel's page cache."""
     for path in folder.glob("*.bin"):
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -46,27 +105,8 @@ def forget(folder):
         os.close(descriptor)
 
 
-def deliver(folder, seconds, boundary, is_cold):
-    """(tokens/s, MB held at the end over MB held after the first steps)"""
-    if is_cold:
-        forget(folder)
-    loader = WindowLoader(
-        open_split(folder, "train"), seq_len=SEQ_LEN, batch_size=WINDOWS, seed=int(time.time()), boundary=boundary
-    )
-    started, steps, before = time.perf_counter(), 0, None
-    for _ in loader.batches(0, 10**9):
-        steps += 1
-        if steps == 10:
-            before = held_megabytes()
-        if time.perf_counter() - started > seconds or (is_cold and steps * WINDOWS > loader.num_windows):
-            break
-    seconds = time.perf_counter() - started
-    return steps * WINDOWS * SEQ_LEN / seconds, held_megabytes() - (before or held_megabytes())
-
-
-def ten_billion(folder):
-    """A set of 10B tokens that takes no room: holes in files, which read as token 0."""
-    folder.mkdir(exist_ok=True)
+def write_sparse_shards(folder: Path) -> None:
+    """Write 10B tokens that take no disk space: holes in files, which read as token 0."""
     entries = []
     for number, split in enumerate(["val", *["train"] * 100]):
         tokens = 100_000_000
@@ -76,52 +116,19 @@ def ten_billion(folder):
         with (folder / name).open("wb") as file:
             file.write(header.tobytes())
             file.truncate(HEADER_BYTES + 2 * tokens)
-        whole, rest = divmod(tokens, BLOCK_TOKENS)
-        crc32 = f"{zlib.crc32(bytes(2 * BLOCK_TOKENS)):08x}" * whole + f"{zlib.crc32(bytes(2 * rest)):08x}"
+        num_blocks, rest = divmod(tokens, BLOCK_TOKENS)
+        crc32 = f"{zlib.crc32(bytes(2 * BLOCK_TOKENS)):08x}" * num_blocks + f"{zlib.crc32(bytes(2 * rest)):08x}"
         entry = {"file": name, "split": split, "part": number, "tokens": tokens, "documents": 0, "sha256": "unknown"}
         entries.append({**entry, "crc32": crc32})
     Manifest(name="sparse", source={"kind": "test"}, split_rule="none", shards=entries).write(folder / "manifest.json")
 
 
-def first_batch(folder):
-    """In a process of its own: seconds for imports, to open the set, and to the first batch."""
-    program = (
-        "import json, sys, time; t = [time.perf_counter()]; from data.loader import WindowLoader; "
-        "from data.manifest import open_split; t.append(time.perf_counter()); "
-        "shards = open_split(sys.argv[1], 'train'); t.append(time.perf_counter()); "
-        f"loader = WindowLoader(shards, seq_len={SEQ_LEN}, batch_size={WINDOWS}, seed=1); "
-        "next(loader.batches(int(sys.argv[2]), 10**9)); t.append(time.perf_counter()); "
-        "print(json.dumps([b - a for a, b in zip(t, t[1:])]))"
-    )
-    for step in (0, 19_000, 1_000_000):  # a fresh run, one resumed at its end, one after 50 epochs
-        command = [sys.executable, "-c", program, str(folder), str(step)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
-        imports, opening, batch = json.loads(done.stdout)
-        print(f"| {step:,} | {imports:.2f} | {opening:.2f} | {batch:.2f} | {opening + batch:.2f} |", flush=True)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="of shards")
-    parser.add_argument("--seconds", type=float, default=5, help="of each measurement")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ten_billion", action="store_true")
-    args = parser.parse_args()
-    if args.ten_billion:
-        with tempfile.TemporaryDirectory() as folder:
-            ten_billion(Path(folder))
-            print("| first step | imports, s | open 100 shards, s | first batch, s | open and first batch, s |")
-            print("|---|---|---|---|---|")
-            first_batch(Path(folder))
-    if args.folder:
-        print("| boundary | page cache | M tokens/s | MB more at the end |\n|---|---|---|---|")
-        for _ in range(args.rounds):
-            for boundary in ("ignore", "document"):
-                for is_cold in (False, True):
-                    rate, more = deliver(args.folder, args.seconds, boundary, is_cold)
-                    print(
-                        f"| {boundary} | {'cold' if is_cold else 'warm'} | {rate / 1e6:.1f} | {more:.1f} |", flush=True
-                    )
+def first_batch(folder: str, step: int) -> list[str]:
+    """Measure FIRST_BATCH. Return a row of the table."""
+    command = [sys.executable, "-c", FIRST_BATCH, folder, str(step)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    imports, opening, batch = json.loads(done.stdout)
+    return [f"{step:,}", *(f"{seconds:.2f}" for seconds in (imports, opening, batch, opening + batch))]
 
 
 if __name__ == "__main__":

@@ -1,73 +1,81 @@
 """
-What train.py spends in a step outside of forward, backward, clipping and optimizer: waiting for data, logging, itself.
+Time what train.py does in a step besides forward, backward, clipping and optimizer: data, logging, the loop itself.
 
-    python benchmarks/loop_overhead.py --max_steps 200                  # the sample recipe; any setting of train.py
-    python benchmarks/loop_overhead.py --config recipes/gpt2_124m.yaml --max_steps 5 --compile false ...
+    python -m benchmarks.loop_overhead --max_steps 200          # the sample recipe; takes every setting of train.py
+    python -m benchmarks.loop_overhead --config recipes/gpt2_124m.yaml --max_steps 5 --compile false ...
 
-On a CPU, where a call returns when its work is done. (A GPU works on behind the host's back; there it is the device
-that must not be kept waiting: tests/test_waiting.py.) Writes a run like any other, prints a table of
-milliseconds a step: the median over all steps but the first ten.
+For a CPU, where a call returns when its work is done. (On a GPU the host runs ahead of the device.) Writes a run like
+any other and prints the milliseconds of each part: medians over all steps but the first ten.
 """
 
-import argparse
+import json
 import statistics
-import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # train.py is not installed
+from benchmarks.harness import make_parser
+from modeling_gpt2repro import GPT2ReproForCausalLM
+
+PARTS = {
+    "forward": (GPT2ReproForCausalLM, "forward"),
+    "backward": (torch.Tensor, "backward"),
+    "clipping": (Accelerator, "clip_grad_norm_"),
+    "optimizer": (AcceleratedOptimizer, "step"),  # the last of a step
+}
+WARM_UP_STEPS = 10
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    _, settings = parser.parse_known_args()
+def main() -> None:
+    """Run train.py with timers around the parts of a step, and print the medians."""
+    _, settings = make_parser(__doc__).parse_known_args()
     import train
+    from training.config import load_config
 
-    steps, spent = [], Counter()
+    steps = time_parts()
+    if code := train.train(settings):
+        raise SystemExit(code)
+    lines = (Path(load_config(settings).output_dir) / "metrics.jsonl").read_text().splitlines()
+    totals = [record["ms"] for record in map(json.loads, lines) if "ms" in record][-len(steps) :]
+    for step, total in zip(steps, totals, strict=True):
+        step |= {"rest": total - sum(step.values()), "step": total}
+    steps = steps[WARM_UP_STEPS:] or steps
+    for part in ("step", *PARTS):
+        print(f"{part:<10} {statistics.median(step[part] for step in steps):9.2f} ms")
+    rest = statistics.median(step["rest"] for step in steps)
+    share = statistics.median(100 * step["rest"] / step["step"] for step in steps)
+    print(f"{'the rest':<10} {rest:9.2f} ms, {share:.2f}% of a step (medians of {len(steps)})")
 
-    def clocked(owner, name, part):
+
+def time_parts() -> list[dict[str, float]]:
+    """Patch the functions in PARTS. Return a list that gets each training step's milliseconds by part."""
+    steps: list[dict[str, float]] = []
+    milliseconds: Counter[str] = Counter()
+
+    def add_timer(owner: type, name: str, part: str) -> None:
         function = getattr(owner, name)
 
-        def timed(*arguments, **more):
-            started = time.perf_counter()
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
             try:
-                return function(*arguments, **more)
+                return function(*args, **kwargs)
             finally:
-                spent[part] += 1000 * (time.perf_counter() - started)
+                if part != "forward" or torch.is_grad_enabled():  # not the forward passes of an evaluation
+                    milliseconds[part] += 1000 * (time.perf_counter() - start)
+                if part == "optimizer":
+                    steps.append({name: milliseconds[name] for name in PARTS})
+                    milliseconds.clear()
 
         setattr(owner, name, timed)
 
-    clocked(train.GPT2ReproForCausalLM, "forward", "forward")
-    clocked(torch.Tensor, "backward", "backward")
-    clocked(train, "clip_gradients", "clipping")
-    clocked(train, "step_where_finite", "optimizer")
-    start_step, log_step = train.StepNumbers.start_step, train.RunLog.step
-
-    def start(self):
-        spent.clear()
-        start_step(self)
-
-    def log(self, record):
-        steps.append({"step": record["ms"], **spent})
-        log_step(self, record)
-
-    train.StepNumbers.start_step, train.RunLog.step = start, log
-    code = train.train(settings)
-    if code:
-        raise SystemExit(code)
-    measured = steps[10:] or steps
-    rest = [step["step"] - sum(value for part, value in step.items() if part != "step") for step in measured]
-    for part in ("step", "forward", "backward", "clipping", "optimizer"):
-        print(f"{part:<10} {statistics.median(step[part] for step in measured):9.2f} ms")
-    shares = [100 * ours / step["step"] for ours, step in zip(rest, measured, strict=True)]
-    share = statistics.median(shares)
-    print(f"{'the rest':<10} {statistics.median(rest):9.2f} ms, {share:.2f}% of a step (medians of {len(measured)})")
+    for part, (owner, name) in PARTS.items():
+        add_timer(owner, name, part)
+    return steps
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
 """
-The plan's memory estimate against the peak resident memory of real runs on a CPU: two steps of train.py in a process of
-its own, for shapes that differ in what takes the memory.
+Compare the plan's memory estimate with the peak resident memory of real runs on a CPU.
 
-    python benchmarks/memory.py [--only WORDS]
+    python -m benchmarks.memory [--only TEXT]
 
-Prints a line a shape: GB estimated, GB at the peak, their ratio.
+Each run is two steps of train.py in a fresh process; the shapes differ in what takes most of the memory. Prints a table
+of GB estimated, GB at the peak, and their ratio.
 """
 
-import argparse
 import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-# layers, width, heads, T, sequences, accumulation, precision, dropout
+from benchmarks.harness import make_parser, table
+
+# layers, width, heads, T, micro-batch size, accumulation, precision, dropout
 SHAPES = [
     (12, 768, 12, 1024, 4, 2, "bf16", 0.0),
     (12, 768, 12, 1024, 4, 1, "bf16", 0.0),
@@ -28,6 +27,12 @@ SHAPES = [
     (6, 384, 6, 256, 2, 2, "bf16", 0.0),
     (6, 384, 6, 256, 96, 2, "bf16", 0.0),
 ]
+SETTINGS = """
+--model.n_layer {0} --model.n_embd {1} --model.n_head {2} --model.n_positions {3} --model.dropout {7}
+--batch.seq_len {3} --batch.micro_batch_size {4} --batch.tokens_per_step {tokens} --mixed_precision {6}
+--max_steps 2 --eval_every 100 --save_every null --eval.val_tokens 1024 --eval.hellaswag null --eval.prompts []
+--eval.ngram_baselines false --trackers [] --data.path {folder}/sample --output_dir {folder}/run{number}
+"""
 PROGRAM = """
 import resource, sys, train
 train.train(sys.argv[1:])
@@ -35,45 +40,29 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="shapes whose line contains this")
+def main() -> None:
+    """Parse the arguments, run the shapes and print the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--only", default="", help="only shapes whose line contains this text")
     only = parser.parse_args().only
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (layers, width, heads, seq_len, rows, accumulation, precision, dropout) in enumerate(SHAPES):
+        for number, shape in enumerate(SHAPES):
+            layers, width, _, seq_len, size, accumulation, precision, dropout = shape
             name = (
-                f"{layers} x {width}, {rows} x {seq_len} x {accumulation} accumulated, {precision}, dropout {dropout}"
+                f"{layers} x {width}, {size} x {seq_len} x {accumulation} accumulated, {precision}, dropout {dropout}"
             )
             if only not in name:
                 continue
-            settings = {
-                "model.n_layer": layers,
-                "model.n_embd": width,
-                "model.n_head": heads,
-                "model.n_positions": seq_len,
-                "model.dropout": dropout,
-                "batch.seq_len": seq_len,
-                "batch.micro_batch_size": rows,
-                "batch.tokens_per_step": rows * seq_len * accumulation,
-                "mixed_precision": precision,
-                "max_steps": 2,
-                "eval_every": 100,
-                "save_every": "null",
-                "eval.val_tokens": 1024,
-                "eval.hellaswag": "null",
-                "eval.prompts": "[]",
-                "eval.ngram_baselines": "false",
-                "trackers": "[]",
-                "data.path": Path(folder) / "sample",
-                "output_dir": Path(folder) / f"run{number}",
-            }
-            arguments = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-            done = subprocess.run(
-                [sys.executable, "-c", PROGRAM, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-            )
+            tokens = size * seq_len * accumulation
+            settings = SETTINGS.format(*shape, tokens=tokens, folder=folder, number=number).split()
+            command = [sys.executable, "-c", PROGRAM, *settings]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
             estimate = float(re.search(r"memory +about ([\d.]+) GB", done.stdout)[1])
             peak = int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1e9
-            print(f"| {name} | {estimate:.2f} | {peak:.2f} | {estimate / peak:.2f} |", flush=True)
+            rows.append([name, f"{estimate:.2f}", f"{peak:.2f}", f"{estimate / peak:.2f}"])
+            print(*rows[-1], flush=True)
+    print(f"\n{table(('shape', 'estimate', 'real', 'ratio'), rows)}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""
-Trains the same model by several recipes, several seeds each, and says how many tokens and seconds each needs for the
-validation loss that the first one ends with.
+r"""
+Train the same model by several recipes, and compare the tokens and seconds each needs to reach a validation loss.
 
-    python benchmarks/race.py adamw=recipes/gpt2_124m.yaml fast=recipes/gpt2_124m_fast.yaml --out runs/race
-    python benchmarks/race.py adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \\
+    python -m benchmarks.race adamw=recipes/gpt2_124m.yaml fast=recipes/gpt2_124m_fast.yaml --out runs/race
+    python -m benchmarks.race adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \
         wd0=benchmarks/race_small_fast.yaml,optim.muon_weight_decay=0 --seeds 1 2 3 --out runs/race_small
 
-NAME=RECIPE[,SETTING=VALUE...] is a runner; with the same seed all see the same batches, where these are of one size.
-Each run is `accelerate launch train.py`, one after the other: a seed's runners in turn, so that a slow hour of the
-machine falls on all of them. What is finished or has diverged is not run again, what was interrupted goes on; a folder
-with a run of other settings is an error. A run that diverges has not reached anything; one that stops for another
-reason stops the race.
+NAME=RECIPE[,SETTING=VALUE...] is a runner. The last validation loss of the first one, the reference, is the goal. With
+the same seed all runners see the same batches if their batches have the same size. Each run is `accelerate launch
+train.py`. The runners take turns for each seed, so that a slow hour of the machine affects all of them. Started again,
+the race resumes an interrupted run and keeps those that finished or diverged. A run that diverges has not reached the
+goal; a run that fails for another reason ends the race.
 
-Writes into --out: a folder a run (NAME/SEED), race.json, race.png (loss over tokens and over seconds of training), and
-prints a Markdown table: mean and standard deviation over the seeds; ratios are of the same seed's runs, read off on
-straight lines between evaluations: no better than these are close. Seconds are those of the steps, the first one's
-compiling among them, without evaluations and saving.
+Writes one folder per run (NAME/SEED), race.json and race.png (loss over tokens and over seconds). Prints a Markdown
+table: mean and standard deviation over the seeds. Ratios compare runs of the same seed and are read off straight lines
+between evaluations, so they are only as precise as the evaluations are frequent. Seconds are those of the steps,
+including the first step's compilation and excluding evaluations and saving.
 """
 
 import argparse
@@ -23,246 +22,254 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # `training` is not installed
-
-from common.files import finite  # noqa: E402
-from training import TrainingError  # noqa: E402
-from training.config import load_config  # noqa: E402
-from training.metrics import read_metrics  # noqa: E402
+from benchmarks.harness import make_parser, table
+from common.errors import UserError
+from common.files import finite
+from common.metrics import read_metrics
+from training.config import Config, load_config
 
 
-def main():
+class Point(NamedTuple):
+    """One evaluation of a run; `loss` is infinite if it was not finite."""
+
+    tokens: float
+    seconds: float
+    loss: float
+
+
+Curve = list[Point]  # a run's evaluations, in order
+Curves = dict[str, dict[int, Curve]]  # by runner and seed, the reference first
+
+
+def main() -> None:
+    """Parse the arguments, train and compare."""
     args = parse_args()
-    folder_of = {(name, seed): Path(args.out) / name / str(seed) for seed in args.seeds for name in args.runners}
-    configs = {folder: check(folder, args.runners[name], seed) for (name, seed), folder in folder_of.items()}
-    check_comparable(configs.values())  # all of them, before hours go into the first
-    curves = {name: {} for name in args.runners}
-    for (name, seed), folder in folder_of.items():
-        is_finished = train(folder, args.runners[name], seed, args.launch, configs[folder].optim.max_skipped_steps)
-        curves[name][seed] = curve = validation_curve(read_metrics(folder / "metrics.jsonl"), is_finished)
+    folders = {(name, seed): args.out / name / str(seed) for seed in args.seeds for name in args.runners}
+    configs = {key: check(folder, args.runners[key[0]], key[1]) for key, folder in folders.items()}
+    check_comparable(configs.values())  # before hours of training
+    reference = next(iter(args.runners))
+    curves: Curves = {name: {} for name in args.runners}
+    for (name, seed), folder in folders.items():
+        has_finished = train(folder, args.runners[name], args.launch, configs[name, seed])
+        curve = validation_curve(read_metrics(folder / "metrics.jsonl"), has_finished)
+        curves[name][seed] = curve
         tokens, seconds, loss = curve[-1]
         print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
-        if curves[name] is next(iter(curves.values())) and not math.isfinite(loss):
-            raise SystemExit(f"{folder}: the reference has no last loss to race for; see its console.log")
-    made_by = {origin(folder) for folder in folder_of.values()}
-    if len(made_by) > 1:
-        print("\nwarning: these runs are not of one machine and one code:", *sorted(made_by), sep="\n    ")
+        if name == reference and not math.isfinite(loss):
+            raise SystemExit(f"error: {folder}: the reference run diverged; see console.log there")
+    origins = {origin(folder) for folder in folders.values()}
+    if len(origins) > 1:
+        print("\nwarning: the runs differ in machine or code:", *sorted(origins), sep="\n    ")
     rows = compare(curves)
-    (Path(args.out) / "race.json").write_text(json.dumps(finite({"curves": curves, "rows": rows}), indent=1) + "\n")
-    draw(curves, Path(args.out) / "race.png")
-    print(table(rows))
+    (args.out / "race.json").write_text(json.dumps(finite({"curves": curves, "rows": rows}), indent=1) + "\n")
+    plot(curves, args.out / "race.png")
+    print(f"\n{format_rows(rows)}")
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> argparse.Namespace:
+    """Return the arguments; `runners` is {name: options of train.py}."""
+    parser = make_parser(__doc__)
     parser.add_argument(
         "runners", nargs="+", metavar="NAME=RECIPE[,SETTING=VALUE...]", help="the first is the reference"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338, 1339])
-    parser.add_argument("--out", required=True, help="folder for the runs and what comes of them")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, race.json and race.png")
     parser.add_argument("--launch", default="", help="options of `accelerate launch`, in one argument")
     args = parser.parse_args()
     runners = {}
     for runner in args.runners:
         name, _, rest = runner.partition("=")
-        recipe, *settings = re.split(r",(?![^\[{]*[\]}])", rest)  # not at the commas of a list
+        recipe, *settings = re.split(r",(?![^\[{]*[\]}])", rest)  # not at commas within [] or {}
         if not Path(recipe).is_file():
-            parser.error(f"{runner}: there is no recipe {recipe!r}")
+            parser.error(f"{runner}: recipe {recipe!r} not found")
         if name in runners:
-            parser.error(f"two runners are named {name!r}")
+            parser.error(f"two runners are named {name!r}: give each its own name")
         pairs = (setting.partition("=") for setting in settings)
-        settings = [part for key, _, value in pairs for part in (f"--{key}", value)]
-        runners[name] = ["--config", str(Path(recipe).resolve()), *settings]
+        runners[name] = ["--config", recipe, *(part for key, _, value in pairs for part in (f"--{key}", value))]
     args.runners = runners
     return args
 
 
-def check(folder, settings, seed):
-    """The Config; ends with an error where it cannot be, or is not that of the run that the folder has."""
+def check(folder: Path, settings: list[str], seed: int) -> Config:
+    """Return the run's config; exit if it is invalid, or not the config of the run that is in the folder."""
     try:
         config = load_config([*settings, "--seed", str(seed)])
-    except TrainingError as error:
+    except UserError as error:
         raise SystemExit(f"error: {folder}: {error}") from None
     path = folder / "provenance.json"
-    if not path.is_file():
-        return config
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
-    found = json.loads(path.read_text())["config"]
-    not_compared = {"output_dir", "resume"} | ({"model"} if config.init_from else set())  # the shape is then another's
-    changed = sorted(key for key in wanted.keys() - not_compared if wanted[key] != found.get(key))
-    if changed:
-        raise SystemExit(
-            f"error: {folder} has a run with other settings ({', '.join(changed)}): remove it, or take another --out"
-        )
+    if path.is_file():
+        config_there = json.loads(path.read_text())["config"]
+        ours = json.loads(json.dumps(dataclasses.asdict(config)))
+        ignored = {"output_dir", "resume"} | ({"model"} if config.init_from else set())  # init_from sets the shape
+        changed = sorted(key for key in ours.keys() - ignored if ours[key] != config_there.get(key))
+        if changed:
+            raise SystemExit(
+                f"error: {folder} has a run with other settings ({', '.join(changed)}): remove the folder or use "
+                "another --out"
+            )
     return config
 
 
-def check_comparable(configs):
-    """Ends with an error where losses of two runs would not be losses of the same thing."""
-    for name, value_of in {
+def check_comparable(configs: Iterable[Config]) -> None:
+    """Exit if the configs' validation losses do not measure the same thing."""
+    values_to_match: dict[str, Callable[[Config], Any]] = {
         "model": lambda config: dataclasses.replace(config.model, dropout=0.0),
         "data.path": lambda config: config.data.path,
         "data.boundary": lambda config: config.data.boundary,
         "batch.seq_len": lambda config: config.batch.seq_len,
         "eval.val_tokens": lambda config: config.eval.val_tokens,
         "init_from": lambda config: config.init_from,
-    }.items():
-        values = {str(value_of(config)) for config in configs}
+    }
+    for name, value_of in values_to_match.items():
+        values = sorted({str(value_of(config)) for config in configs})
         if len(values) > 1:
-            raise SystemExit(f"error: the runners differ in {name}: {', '.join(sorted(values))}")
+            raise SystemExit(f"error: the runners differ in {name} ({', '.join(values)}): use one value for all")
 
 
-def origin(folder):
-    """What a run was made by, on one line."""
-    made = json.loads((folder / "provenance.json").read_text())
-    hardware, code = made["hardware"], made["code"] or {}
-    machine = f"{hardware['processes']} x {hardware['device']}, {hardware['cpu_count']} cores"
-    commit = f"commit {code.get('commit')}{', changed' if code.get('dirty') else ''}"
-    return f"{machine}, {hardware['mixed_precision']}, torch {made['versions']['torch']}, {commit}"
-
-
-def train(folder, settings, seed, launch, max_skipped_steps):
-    """Whether the run came to its end; if not, it has diverged."""
-    path = folder / "status.json"
-
-    def outcome():
-        status = json.loads(path.read_text())["status"] if path.is_file() else None
-        last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
-        gave_up = last.get("skipped", {}).get("in_a_row", 0) >= max_skipped_steps
-        return "diverged" if status == "failed" and gave_up else status
-
-    if outcome() not in ("finished", "diverged"):
+def train(folder: Path, settings: list[str], launch: str, config: Config) -> bool:
+    """Train, unless the run has ended already. Return True if it has all its steps, False if it diverged."""
+    if outcome(folder, config) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)  # what it says is of an earlier attempt
+        (folder / "status.json").unlink(missing_ok=True)  # of an earlier attempt
         command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py", *settings]
-        command += ["--seed", str(seed), "--output_dir", str(folder.resolve()), "--resume", "auto"]
+        command += ["--seed", str(config.seed), "--output_dir", str(folder), "--resume", "auto"]
         with (folder / "console.log").open("a") as log:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if outcome() not in ("finished", "diverged"):
-        raise SystemExit(f"{folder} did not come to its end: see console.log there, and run this again")
-    return outcome() == "finished"
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    has_finished = outcome(folder, config)
+    if has_finished is None:
+        raise SystemExit(f"error: {folder}: the run did not finish; see console.log there, then start the race again")
+    return has_finished
 
 
-def validation_curve(records, is_finished):
+def outcome(folder: Path, config: Config) -> bool | None:
+    """Return True if the run has finished, False if it diverged, otherwise None."""
+    path = folder / "status.json"
+    status = json.loads(path.read_text())["status"] if path.is_file() else None
+    if status == "finished":
+        return True
+    last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
+    gave_up = last.get("skipped", {}).get("in_a_row", 0) >= config.optim.max_skipped_steps
+    ended_without_loss = last.get("step") == config.max_steps and last.get("val_loss", 0.0) is None
+    return False if status == "failed" and (gave_up or ended_without_loss) else None
+
+
+def validation_curve(records: Iterable[dict[str, Any]], has_finished: bool) -> Curve:
     """
-    [[tokens, seconds of training, validation loss]] of a run's evaluations, which take no time here. A loss that was
-    not finite, and what a run that diverged would have come to, is infinite.
+    Return a run's evaluations.
+
+    Args:
+        records: the lines of metrics.jsonl.
+        has_finished: False if the run diverged; the curve then ends with an infinite loss.
     """
-    curve, seconds = [], 0.0
+    curve, tokens, seconds = [], 0, 0.0
     for record in records:
+        tokens = record["tokens"]
         seconds += record.get("ms", 0.0) / 1000
         if "val_loss" in record:
             loss = record["val_loss"]
-            curve.append([record["tokens"], seconds, math.inf if loss is None else loss])
-    if not is_finished:
-        curve.append([records[-1]["tokens"] if records else 0, seconds, math.inf])
-    return curve
+            curve.append(Point(tokens, seconds, math.inf if loss is None else loss))
+    return curve if has_finished else [*curve, Point(tokens, seconds, math.inf)]
 
 
-def needed(curve, loss):
+def reach(curve: Curve, loss: float) -> Point | None:
     """
-    (tokens, seconds) when a curve comes down to a loss, on straight lines between evaluations; None where it does not,
-    or ends above it.
-    """
-    if curve[-1][2] > loss:
-        return None
-    if curve[0][2] <= loss:
-        return tuple(curve[0][:2])
-    (tokens, seconds, higher), (later_tokens, later_seconds, lower) = next(
-        (before, after) for before, after in itertools.pairwise(curve) if after[2] <= loss
-    )
-    share = (higher - loss) / (higher - lower) if math.isfinite(higher) else 1.0
-    return tokens + share * (later_tokens - tokens), seconds + share * (later_seconds - seconds)
-
-
-def compare(curves):
-    """
-    Args:
-        curves: {name: {seed: validation_curve}}, the reference first.
+    Return the first point with at most this loss, on straight lines between evaluations.
 
     Returns:
-        list of {"name", "loss", "difference", "tokens", "token_ratio", "time_ratio"}, each a list over the seeds; the
-        loss is the last one, infinite where the run diverged; the difference is what it has above the reference's of
-        the same seed; the ratios are to the reference's whole run, None where its last loss was not reached for good.
+        None if the curve does not reach the loss or ends above it.
+    """
+    if curve[-1].loss > loss:
+        return None
+    if curve[0].loss <= loss:
+        return curve[0]
+    before, after = next(pair for pair in itertools.pairwise(curve) if pair[1].loss <= loss)
+    share = (before.loss - loss) / (before.loss - after.loss) if math.isfinite(before.loss) else 1.0
+    return Point(*(start + share * (end - start) for start, end in zip(before[:2], after[:2], strict=True)), loss)
+
+
+def compare(curves: Curves) -> list[dict[str, Any]]:
+    """
+    Compare each runner with the reference.
+
+    Returns:
+        One dict per runner: "name", and lists over the seeds. "loss": last one, infinite if the run diverged;
+        "difference": loss minus the reference's; "tokens": of the run; "token_ratio" and "time_ratio": what reaching
+        the reference's last loss took, divided by the reference's tokens and seconds, None if it was not reached.
     """
     reference = next(iter(curves.values()))
     rows = []
     for name, by_seed in curves.items():
-        ratios = []
+        lists = ("loss", "difference", "tokens", "token_ratio", "time_ratio")
+        row: dict[str, Any] = {"name": name, **{key: [] for key in lists}}
         for seed, curve in by_seed.items():
-            tokens, seconds, loss = reference[seed][-1]
-            reached = (tokens, seconds) if by_seed is reference else needed(curve, loss)
-            ratios.append((None, None) if reached is None else (reached[0] / tokens, reached[1] / seconds))
-        rows.append(
-            {
-                "name": name,
-                "loss": [curve[-1][2] for curve in by_seed.values()],
-                "difference": [curve[-1][2] - reference[seed][-1][2] for seed, curve in by_seed.items()],
-                "tokens": [curve[-1][0] for curve in by_seed.values()],
-                "token_ratio": [of_tokens for of_tokens, _ in ratios],
-                "time_ratio": [of_time for _, of_time in ratios],
-            }
-        )
+            end, goal = curve[-1], reference[seed][-1]
+            reached = goal if by_seed is reference else reach(curve, goal.loss)
+            row["loss"].append(end.loss)
+            row["difference"].append(end.loss - goal.loss)
+            row["tokens"].append(end.tokens)
+            row["token_ratio"].append(reached and reached.tokens / goal.tokens)
+            row["time_ratio"].append(reached and reached.seconds / goal.seconds)
+        rows.append(row)
     return rows
 
 
-def table(rows):
-    reference = rows[0]["name"]
-    lines = [
-        "",
-        f"| runner | n | tokens | last validation loss | above {reference}'s | tokens to it | seconds to it |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [row["name"], len(row["loss"]), f"{max(row['tokens']):,}"]
-        cells += [shown(row[key], "{:.4f}") for key in ("loss", "difference")]
-        cells += [shown(row[key], "{:.2f}") for key in ("token_ratio", "time_ratio")]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+def origin(folder: Path) -> str:
+    """Return a run's machine, versions and commit on one line."""
+    provenance = json.loads((folder / "provenance.json").read_text())
+    hardware, code = provenance["hardware"], provenance["code"] or {}
+    machine = f"{hardware['processes']} x {hardware['device']}, {hardware['cpu_count']} cores"
+    commit = f"commit {code.get('commit')}{', changed' if code.get('dirty') else ''}"
+    return f"{machine}, {hardware['mixed_precision']}, torch {provenance['versions']['torch']}, {commit}"
 
 
-def shown(values, number_format):
-    """Mean ± standard deviation; how many did not get there, if any."""
-    there = [value for value in values if value is not None and math.isfinite(value)]
-    if len(there) < len(values):
-        return f"not reached by {len(values) - len(there)} of {len(values)}"
-    mean = number_format.format(statistics.fmean(there))
-    return mean if len(there) == 1 else f"{mean} ± {number_format.format(statistics.stdev(there))}"
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Return the Markdown table."""
+    above = f"above {rows[0]['name']}'s"
+    columns = ("runner", "n", "tokens", "last validation loss", above, "tokens to it", "seconds to it")
+    formats = {"loss": ".4f", "difference": ".4f", "token_ratio": ".2f", "time_ratio": ".2f"}
+    cells = [[mean(row[key], number_format) for key, number_format in formats.items()] for row in rows]
+    heads = [[row["name"], len(row["loss"]), f"{max(row['tokens']):,}"] for row in rows]
+    return table(columns, map(operator.add, heads, cells))
 
 
-def draw(curves, path):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def mean(values: Sequence[float | None], number_format: str) -> str:
+    """Return "mean ± standard deviation", or how many are missing or infinite."""
+    numbers = [value for value in values if value is not None and math.isfinite(value)]
+    if len(numbers) < len(values):
+        return f"not reached by {len(values) - len(numbers)} of {len(values)}"
+    text = f"{statistics.fmean(numbers):{number_format}}"
+    return text if len(numbers) == 1 else f"{text} ± {statistics.stdev(numbers):{number_format}}"
+
+
+def plot(curves: Curves, path: Path) -> None:
+    """Plot the losses over tokens and over seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    goal = statistics.fmean(curve[-1][2] for curve in next(iter(curves.values())).values())
-    lowest = min(point[2] for by_seed in curves.values() for curve in by_seed.values() for point in curve)
-    for column, (axis, label) in enumerate(zip(axes, ("training tokens", "seconds of training"), strict=True)):
+    goal = statistics.fmean(curve[-1].loss for curve in next(iter(curves.values())).values())
+    lowest = min(point.loss for by_seed in curves.values() for curve in by_seed.values() for point in curve)
+    for axis, column, label in zip(
+        axes, ("tokens", "seconds"), ("training tokens", "seconds of training"), strict=True
+    ):
         for number, (name, by_seed) in enumerate(curves.items()):
             for seed, curve in by_seed.items():
-                axis.plot(
-                    [point[column] for point in curve],
-                    [point[2] for point in curve],
-                    "o-",
-                    ms=3,
-                    lw=1,
-                    alpha=0.7,
-                    color=f"C{number % 10}",
-                    label=name if seed == next(iter(by_seed)) else None,
-                )
+                x, y = [getattr(point, column) for point in curve], [point.loss for point in curve]
+                label_once = name if seed == next(iter(by_seed)) else None
+                axis.plot(x, y, "o-", ms=3, lw=1, alpha=0.7, color=f"C{number % 10}", label=label_once)
         axis.axhline(goal, color="gray", ls="--", lw=1, label=f"the first one's last ({goal:.3f})")
         axis.set(xlabel=label, ylim=(lowest - 0.1, goal + 1.5 * math.log(4)))
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="validation loss, nats a token")
+    axes[0].set(ylabel="validation loss, nats per token")
     axes[0].legend()
     figure.savefig(path, dpi=120)
 

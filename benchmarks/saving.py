@@ -1,42 +1,36 @@
 """
-What a checkpoint costs training: steps of a model with a checkpoint every few of them, written in the foreground, in
-the background, and not at all, in turns.
+Time what a checkpoint costs training: written in the foreground, in the background, and never.
 
-    python benchmarks/saving.py [--layers 12 --width 768] [--steps 12 --every 4] [--rounds 3]
+    python -m benchmarks.saving [--layers 12 --width 768] [--steps 12 --every 4] [--rounds 3]
 
-Prints milliseconds: of a step without saving, of the wait for a save, and what the steps during a write took longer.
+Prints a table of the milliseconds per step and the milliseconds that training waits for a save.
 """
 
-import argparse
-import shutil
-import statistics
-import sys
 import tempfile
-import time
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # `data` and `training` are not installed
+from benchmarks.harness import make_parser, report, take_turns, timed, with_range
+from data.tokenizer import load_hf_tokenizer
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from training.checkpoint import CheckpointWriter
+from training.config import OptimConfig
+from training.distributed import keep_freed_memory
+from training.optim import build_optimizer
 
-from data.tokenizer import load_hf_tokenizer  # noqa: E402
-from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM  # noqa: E402
-from training.checkpoint import CheckpointWriter  # noqa: E402
-from training.config import OptimConfig  # noqa: E402
-from training.cpu import keep_freed_memory  # noqa: E402
-from training.optim import build_optimizer  # noqa: E402
+SEQ_LEN = 512
+COLUMNS = ("written", "ms per step", "ms training waits for a save")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Parse the arguments, measure and print the table."""
+    parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--rows", type=int, default=1, help="sequences of 512 a step")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--every", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=1, help=f"sequences of {SEQ_LEN} tokens per step")
+    parser.add_argument("--steps", type=int, default=12, help="training steps per turn")
+    parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     args = parser.parse_args()
 
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16")
@@ -47,51 +41,48 @@ def main():
     model = GPT2ReproForCausalLM(config).to(device).train()
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4), device.type)
     model, optimizer = accelerator.prepare(model, optimizer)
-    tokens = torch.randint(0, 50257, (args.rows, 513), device=device)
+    tokenizer = load_hf_tokenizer(model_max_length=1024)
+    tokens = torch.randint(0, 50257, (args.rows, SEQ_LEN + 1), device=device)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
-    def step():
-        started = time.perf_counter()
+    def step() -> None:
         with accelerator.autocast():
-            model(
-                input_ids=tokens[:, :-1], shift_labels=tokens[:, 1:].contiguous(), return_logits=False
-            ).loss.backward()
+            loss = model(input_ids=inputs, shift_labels=targets, return_logits=False).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
-        return time.perf_counter() - started
+
+    def train(written: str) -> tuple[float, float]:
+        """Train for a turn. Return the mean milliseconds of a step and of a wait."""
+        steps, waits = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            writer = CheckpointWriter(
+                folder,
+                accelerator=accelerator,
+                model=model,
+                tokenizer=tokenizer,
+                keep_last=1,
+                in_background=written == "background",
+            )
+
+            def save(number: int) -> None:
+                writer.finished(wait=True)
+                writer.save(model, optimizer, {"step": number, "val_loss": None})
+
+            for number in range(args.steps):
+                if written != "never" and number % args.every == 0:
+                    waits.append(timed(lambda number=number: save(number), device)[1])
+                steps.append(timed(step, device)[1])
+            writer.finished(wait=True)
+        return 1000 * sum(steps) / len(steps), 1000 * sum(waits) / max(1, len(waits))
 
     for _ in range(3):
         step()
-    numbers = {"never": [], "foreground": [], "background": []}
-    for _ in range(args.rounds):
-        for kind in numbers:
-            with tempfile.TemporaryDirectory() as folder:
-                writer = CheckpointWriter(
-                    folder,
-                    accelerator=accelerator,
-                    model=model,
-                    tokenizer=load_hf_tokenizer(model_max_length=1024),
-                    keep_last=1,
-                    in_background=kind == "background",
-                )
-                steps, waits = [], []
-                for number in range(args.steps):
-                    if kind != "never" and number % args.every == 0:
-                        started = time.perf_counter()
-                        writer.finished(wait=True)
-                        writer.save(model, optimizer, {"step": number, "val_loss": None})
-                        waits.append(time.perf_counter() - started)
-                    steps.append(step())
-                writer.finished(wait=True)
-                numbers[kind].append((sum(steps) / len(steps), sum(waits) / max(1, len(waits))))
-                shutil.rmtree(Path(folder) / "checkpoints", ignore_errors=True)
-    for kind, rounds in numbers.items():
-        steps, waits = zip(*rounds, strict=True)
-        print(
-            f"| {kind} | {1000 * statistics.median(steps):.0f} ({1000 * min(steps):.0f} to {1000 * max(steps):.0f}) | "
-            f"{1000 * statistics.median(waits):.0f} |"
-        )
+    candidates = {written: lambda written=written: train(written) for written in ("never", "foreground", "background")}
+    results = take_turns(candidates, args.rounds, lambda ms: f"{ms[0]:,.0f} ms per step, {ms[1]:,.0f} ms per save")
+    rows = [[name, *(with_range(ms, ",.0f") for ms in zip(*turns, strict=True))] for name, turns in results.items()]
+    title = f"{args.layers} layers, width {args.width}, {args.rows * SEQ_LEN} tokens per step"
+    print(report(title, args.rounds, COLUMNS, rows))
 
 
 if __name__ == "__main__":

@@ -1,162 +1,130 @@
 """
-Times one optimizer step (forward, backward, AdamW) of GPT-2: ours beside transformers' and any lecture-like script.
+Time one optimizer step (forward, backward, AdamW) of GPT-2: this model, transformers', and any lecture-like script.
 
-    python benchmarks/train_step.py                                  # 124M, 4 x 1024 tokens, bf16, eager and compiled
-    python benchmarks/train_step.py --script build-nanogpt/train_gpt2.py --no-compiled
-    python benchmarks/train_step.py --candidates ours ours-50304     # what a 50,257-row vocabulary costs
-    python benchmarks/train_step.py --candidates ours --profile      # where one step's time goes
+    python -m benchmarks.train_step                                  # 124M, 4 x 1024 tokens, bf16, eager and compiled
+    python -m benchmarks.train_step --script build-nanogpt/train_gpt2.py --no-compiled
+    python -m benchmarks.train_step --candidates ours ours-50304     # what a 50,257-row vocabulary costs
+    python -m benchmarks.train_step --candidates ours --profile      # where one step's time goes
 
-Every turn is a fresh process (so that peak memory is its own), and the candidates take turns, `--rounds` times,
-so that a slow minute of the machine falls on all of them. Each turn also measures the machine's ceiling: the best
-of a few matmuls of the model's own and of square shapes, in the same dtype. Results go to standard output as a table
-and, with --json, to a file.
+Every turn is a fresh process, so that peak memory is its own. Each turn also measures the machine's ceiling: the best
+of a few matmuls of the model's shapes and of square shapes, in the same dtype. Prints a Markdown table.
 
-A script is read, not run: its imports, classes and functions are taken, and `GPT(GPTConfig(...))` is built from them
-with the lecture's 50,304-row vocabulary; its forward takes (tokens, targets) and returns (logits, loss).
+A script is not run: its imports, classes and functions are taken, and `GPT(GPTConfig(...))` is built from them with
+the lecture's 50,304-row vocabulary. Its forward takes (tokens, targets) and returns (logits, loss).
 """
 
 import argparse
-import ast
-import contextlib
 import json
-import platform
 import statistics
 import subprocess
 import sys
-import time
-import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-# Layers, heads, width; not imported from the model's package, whose imports would count as a script's memory.
-SHAPES = {
-    "tiny": (2, 2, 128),  # for trying this program
-    "124M": (12, 12, 768),
-    "350M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1558M": (48, 25, 1600),
-}
-WARM_UP_STEPS = 3  # the first two allocate, and make the optimizer's state
+from benchmarks import harness
+
+WARM_UP_STEPS = 3  # the first two allocate memory and create the optimizer's state
+COLUMNS = (
+    *("candidate", "mode", "tokens/s", "share of ceiling", "peak GB"),
+    *("tokens/s over transformers'", "peak over transformers' eager"),
+)
+LossFunction = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def main():
-    args = parse_args()
-    if args.turn:
-        print(json.dumps(measure_turn(args.turn, args)))
+def main() -> None:
+    """Parse the arguments, measure and print the table; with --turn, measure one turn."""
+    if sys.argv[1:2] == ["--turn"]:
+        print(json.dumps(measure_turn(argparse.Namespace(**json.loads(sys.argv[2])))))
         return
-    candidates = args.candidates or ["ours", "transformers", *(f"script:{path}" for path in args.script)]
+    args = parse_args()
+    names = args.candidates or ["ours", "transformers", *(f"script:{path}" for path in args.script)]
     modes = (["eager"] if args.eager else []) + (["compiled"] if args.compiled else [])
-    results = {}
-    for number in range(args.rounds):
-        for mode in modes:
-            for candidate in candidates:
-                turn = run_turn(candidate, mode)
-                results.setdefault((candidate, mode), []).append(turn)
-                print(
-                    f"round {number + 1}  {candidate:<14} {mode:<9} {turn['tokens_per_second']:>9,.0f} tok/s  "
-                    f"{turn['peak_gb']:5.2f} GB  ceiling {turn['ceiling_tflops']:.2f} TFLOP/s",
-                    flush=True,
-                )
-                if turn["profile"]:
-                    print(turn["profile"])
-    print(report(results, args))
-    if args.json:
-        rows = [{"candidate": c, "mode": m, "turns": turns} for (c, m), turns in results.items()]
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "results": rows}, indent=2) + "\n")
+    turns = {f"{name} {mode}": vars(args) | {"candidate": name, "mode": mode} for mode in modes for name in names}
+    candidates = {key: lambda turn=turn: run_turn(turn) for key, turn in turns.items()}
+    results = harness.take_turns(candidates, args.rounds, progress_line)
+
+    def values(key: str, name: str) -> list[float] | None:
+        return [result[name] for result in results[key]] if key in results else None
+
+    rows = []
+    for key, turn in turns.items():
+        speeds, shares, peaks = (values(key, name) for name in ("tokens_per_second", "share_of_ceiling", "peak_gb"))
+        rows.append(
+            [
+                turn["candidate"],
+                turn["mode"],
+                harness.with_range(speeds, ",.0f"),
+                f"{statistics.median(shares):.2f}",
+                f"{statistics.median(peaks):.2f}",
+                harness.median_ratio(speeds, values(f"transformers {turn['mode']}", "tokens_per_second")),
+                harness.median_ratio(peaks, values("transformers eager", "peak_gb")),
+            ]
+        )
+    title = f"{args.size}, {args.batch} x {args.seq_len} tokens, {args.dtype}, AdamW"
+    print(harness.report(title, args.rounds, COLUMNS, rows))
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SHAPES, default="124M")
-    parser.add_argument("--batch", type=int, default=4, help="sequences a step")
-    parser.add_argument("--seq_len", type=int, default=1024, help="tokens a sequence")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the matmuls (autocast)")
+def parse_args() -> argparse.Namespace:
+    """Return the arguments, and the model's shape as `layers`, `heads` and `width`."""
+    # Imported here: a turn's peak memory must not include transformers if its candidate does not use it.
+    from modeling_gpt2repro.configuration_gpt2repro import SIZES
+
+    sizes = {"tiny": (2, 2, 128), **SIZES}  # "tiny" is for trying this program
+    parser = harness.make_parser(__doc__, rounds=3)
+    parser.add_argument("--size", choices=sizes, default="124M")
+    parser.add_argument("--batch", type=int, default=4, help="sequences per step")
+    parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the matmuls (autocast)")
     parser.add_argument("--candidates", nargs="+", help="ours, ours-50304, transformers, script:PATH")
     parser.add_argument("--script", nargs="+", default=[], help="files that define GPT and GPTConfig")
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps a turn; the median counts")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each candidate")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per turn; the median is reported")
     parser.add_argument("--profile", action="store_true", help="also print the profile of one step")
-    parser.add_argument("--json", help="write all turns to this file")
-    parser.add_argument("--turn", help=argparse.SUPPRESS)  # CANDIDATE@MODE: what the fresh process measures
     args = parser.parse_args()
     for script in args.script:
         if not Path(script).is_file():
-            parser.error(f"--script {script}: no such file")
+            parser.error(f"--script {script}: file not found")
+    args.layers, args.heads, args.width = sizes[args.size]
     return args
 
 
-def run_turn(candidate, mode):
-    command = [sys.executable, __file__, *sys.argv[1:], "--turn", f"{candidate}@{mode}"]
+def run_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """Measure a turn in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--turn", json.dumps(turn)]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
-        raise SystemExit(f"{candidate} {mode} failed:\n{process.stderr[-3000:]}")
+        raise SystemExit(f"error: {turn['candidate']} {turn['mode']} failed:\n{process.stderr[-3000:]}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def report(results, args):
-    """A Markdown table: medians over the rounds, and ratios within a round."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    lines = [
-        "",
-        f"{args.size}, {args.batch} x {args.seq_len} tokens, {args.dtype}, AdamW; {device}, "
-        f"torch {torch.__version__}, Python {platform.python_version()}; "
-        f"median of {args.rounds} rounds (lowest to highest)",
-        "",
-        "| candidate | mode | tokens/s | share of ceiling | peak GB | tokens/s over transformers' | "
-        "peak over transformers' eager |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (candidate, mode), turns in results.items():
-        speeds = [turn["tokens_per_second"] for turn in turns]
-        row = [
-            candidate,
-            mode,
-            f"{statistics.median(speeds):,.0f} ({min(speeds):,.0f} to {max(speeds):,.0f})",
-            f"{statistics.median(turn['share_of_ceiling'] for turn in turns):.2f}",
-            f"{statistics.median(turn['peak_gb'] for turn in turns):.2f}",
-        ]
-        for reference, key in (
-            (results.get(("transformers", mode)), "tokens_per_second"),
-            (results.get(("transformers", "eager")), "peak_gb"),
-        ):
-            if reference is None:
-                row.append("-")
-            else:
-                ratios = [turn[key] / other[key] for turn, other in zip(turns, reference, strict=True)]
-                row.append(f"{statistics.median(ratios):.2f}")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
-
-
-def cpu_name():
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{torch.get_num_threads()} cores of {name}"
+def progress_line(result: dict[str, Any]) -> str:
+    """Return a turn's results as text, followed by its profile if there is one."""
+    line = f"{result['tokens_per_second']:>9,.0f} tokens/s  {result['peak_gb']:5.2f} GB  "
+    line += f"ceiling {result['ceiling_tflops']:.2f} TFLOP/s"
+    return "\n".join(filter(None, (line, result["profile"])))
 
 
 # ----------------------------------------------------------------------------------------------------------
 # One turn, in a process of its own.
 
 
-def measure_turn(turn, args):
-    candidate, mode = turn.rsplit("@", 1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def measure_turn(turn: argparse.Namespace) -> dict[str, Any]:
+    """Train for a few steps. Return speed, peak memory and the machine's ceiling."""
+    device = harness.pick_device()
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
-    model, loss_of = build(candidate, args)
+    model, compute_loss = build(turn)
     model.to(device).train()
-    num_parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens = torch.randint(0, 50257, (args.batch, args.seq_len + 1), device=device)
-    forward = torch.compile(loss_of) if mode == "compiled" else loss_of
+    tokens = torch.randint(0, 50257, (turn.batch, turn.seq_len + 1), device=device)
+    forward = torch.compile(compute_loss) if turn.mode == "compiled" else compute_loss
 
-    def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=turn.dtype == "bf16"):
             loss = forward(model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         loss.backward()
         optimizer.step()
@@ -164,89 +132,55 @@ def measure_turn(turn, args):
 
     for _ in range(WARM_UP_STEPS):
         step()
-    # Memory before the ceiling is measured: its matrices are not the model's. Compiling is done by then, but its
-    # memory counts, as it does for the user.
-    seconds = sorted(timed(step, device) for _ in range(args.steps))[args.steps // 2]
+    seconds = sorted(harness.timed(step, device)[1] for _ in range(turn.steps))[turn.steps // 2]
+    # Read before the ceiling is measured, whose matrices are not the model's. The compiler's memory is included, as it
+    # is for a user.
     peak_gb = peak_memory_gb(device)
-    profile = profile_of(step, device) if args.profile else None
-    ceiling = matmul_ceiling(args, device)
-    layers, _, width = SHAPES[args.size]
-    num_tokens = args.batch * args.seq_len
-    # 6 FLOPs a parameter and token, without the position embedding (looked up) and counting 50,257 rows of the token
-    # embedding for everybody; attention's two T x T matmuls, not halved for causality (PaLM paper, appendix B).
-    matmul_parameters = 12 * layers * width**2 + 50257 * width
-    flops = num_tokens * (6 * matmul_parameters + 12 * layers * width * args.seq_len)
+    profile = profile_of(step, device) if turn.profile else None
+    ceiling = matmul_ceiling(turn, device)
+    num_tokens = turn.batch * turn.seq_len
+    # 6 FLOPs per parameter and token, without the position embedding (looked up) and with 50,257 rows of the token
+    # embedding for every candidate; attention's two T x T matmuls, not halved for causality (PaLM paper, appendix B).
+    matmul_parameters = 12 * turn.layers * turn.width**2 + 50257 * turn.width
+    flops = num_tokens * (6 * matmul_parameters + 12 * turn.layers * turn.width * turn.seq_len)
     return {
         "tokens_per_second": num_tokens / seconds,
-        "seconds_per_step": seconds,
         "share_of_ceiling": flops / seconds / ceiling,
         "ceiling_tflops": ceiling / 1e12,
         "peak_gb": peak_gb,
-        "num_parameters": num_parameters,
         "profile": profile,
     }
 
 
-def build(candidate, args):
-    """The model, and a function (model, tokens, targets) -> loss, each [B, T]."""
-    layers, heads, width = SHAPES[args.size]
-    shape = {"n_layer": layers, "n_head": heads, "n_embd": width}
-    positions = max(1024, args.seq_len)
-    if candidate.startswith("ours"):
+def build(turn: argparse.Namespace) -> tuple[torch.nn.Module, LossFunction]:
+    """Return the model, and a function (model, tokens [B, T], targets [B, T]) -> loss."""
+    shape = {"n_layer": turn.layers, "n_head": turn.heads, "n_embd": turn.width}
+    n_positions = max(1024, turn.seq_len)
+    if turn.candidate.startswith("ours"):
         from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
-        vocab_size = int(candidate.partition("-")[2] or 50257)
-        model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, n_positions=positions, vocab_size=vocab_size))
+        vocab_size = int(turn.candidate.partition("-")[2] or 50257)
+        model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, n_positions=n_positions, vocab_size=vocab_size))
         return model, lambda model, tokens, targets: model(tokens, shift_labels=targets).loss
-    if candidate == "transformers":
+    if turn.candidate == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(**shape, n_positions=positions, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        config = GPT2Config(**shape, n_positions=n_positions, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
-        # Its loss shifts labels itself; all but the last target are at hand.
+        # This loss shifts the labels itself, so it has one target less per sequence.
         return model, lambda model, tokens, targets: model(tokens, labels=tokens, use_cache=False).loss
-    if candidate.startswith("script:"):
-        path = candidate.partition(":")[2]
-        names = definitions_of(path)
+    if turn.candidate.startswith("script:"):
+        path = turn.candidate.partition(":")[2]
+        names = harness.load_definitions(path)
         if not {"GPT", "GPTConfig"} <= names.keys():
             raise SystemExit(f"{path} does not define GPT and GPTConfig")
-        model = names["GPT"](names["GPTConfig"](**shape, block_size=positions, vocab_size=50304))
+        model = names["GPT"](names["GPTConfig"](**shape, block_size=n_positions, vocab_size=50304))
         return model, lambda model, tokens, targets: model(tokens, targets)[1]
-    raise SystemExit(f"no candidate {candidate!r}: ours, ours-50304, transformers or script:PATH")
+    raise SystemExit(f"unknown candidate {turn.candidate!r}: use ours, ours-50304, transformers or script:PATH")
 
 
-def definitions_of(path):
-    """A script's imports, classes and functions, without running the rest of it."""
-    tree = ast.parse(Path(path).read_text(), filename=str(path))
-    module = types.ModuleType("lecture_script")
-    sys.modules["lecture_script"] = module  # dataclasses and the compiler look it up
-    names = vars(module)
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            # A tokenizer or a neighbouring script that the model itself does not use may be absent.
-            with contextlib.suppress(ImportError):
-                exec(compile(ast.Module([node], []), str(path), "exec"), names)
-        elif isinstance(node, ast.ClassDef | ast.FunctionDef):
-            exec(compile(ast.Module([node], []), str(path), "exec"), names)
-    return names
-
-
-def timed(function, device):
-    synchronize(device)
-    start = time.perf_counter()
-    function()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def peak_memory_gb(device):
-    """On a GPU what torch allocated; on a CPU the process's largest resident size."""
+def peak_memory_gb(device: torch.device) -> float:
+    """Return the GB that torch allocated on a GPU; on a CPU, the largest resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
@@ -255,28 +189,29 @@ def peak_memory_gb(device):
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
 
 
-def matmul_ceiling(args, device):
-    """FLOP/s of the fastest of a few matmuls: the model's own shapes, and squares."""
-    width, rows = SHAPES[args.size][2], args.batch * args.seq_len
+def matmul_ceiling(turn: argparse.Namespace, device: torch.device) -> float:
+    """Return the FLOP/s of the fastest of a few matmuls: the model's shapes, and squares."""
+    width, rows = turn.width, turn.batch * turn.seq_len
     square = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = torch.bfloat16 if turn.dtype == "bf16" else torch.float32
     best = 0.0
     for m, k, n in ((rows, width, 3 * width), (rows, width, 4 * width), (rows, 4 * width, width), (square,) * 3):
         a = torch.randn(m, k, device=device).to(dtype)
         b = torch.randn(n, k, device=device).to(dtype)
         out = torch.empty(m, n, device=device, dtype=dtype)
-        seconds = min(timed(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), device) for _ in range(10))
+        seconds = min(harness.timed(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), device)[1] for _ in range(10))
         best = max(best, 2 * m * k * n / seconds)
     return best
 
 
-def profile_of(step, device):
+def profile_of(step: Callable[[], None], device: torch.device) -> str:
+    """Return the profiler's table of one step, sorted by the device's time."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
         step()
-        synchronize(device)
+        harness.synchronize(device)
     return profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
 
 

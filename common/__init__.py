@@ -7,5 +7,6 @@ The bottom layer: what every other folder may use. Imports nothing of this proje
     weights.py      incomplete, missing or unsafe weights, found without loading them
     files.py        atomic writes, JSON, flushing to the disk, permissions
     locks.py        one process at a time, also on disks without locks
-    checkpoints.py  a run's checkpoints by name: `best`, and what a run's folder holds
+    checkpoints.py  a run's checkpoints by name: `best`, and what a run's folder holds; damage in them
+    metrics.py      a run's metrics.jsonl
 """

@@ -1,5 +1,6 @@
 """
-Checkpoints by name: which ones a run has, and what `best` and a run's folder mean where a checkpoint is wanted.
+Checkpoints by name: which ones a run has, and what `best` and a run's folder mean where a checkpoint is wanted; and
+damage in them.
 
 `runs/x/checkpoints/best` is a name and not a folder: the checkpoint with the lowest validation loss, which each
 checkpoint has in its training_state/state.json. A link would get lost, or become a copy that grows stale, in archives,
@@ -8,6 +9,7 @@ on cloud drives and on Windows.
 
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import re
@@ -112,6 +114,32 @@ def resolve_checkpoints(names: Iterable[str]) -> list[str]:
                 raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
         resolved += map(resolve_checkpoint, matches)
     return resolved
+
+
+def find_damage(folder: str | os.PathLike) -> str | None:
+    """Return what is wrong with a checkpoint of train.py, or None. Every byte is compared with its manifest."""
+    folder = Path(folder)
+    try:
+        files = json.loads((folder / "training_state" / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes and not {expected['bytes']:,}"
+            if describe_file(path) != expected:
+                return f"{name} is not what was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return "training_state/manifest.json is missing, so the checkpoint is incomplete"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"the checkpoint cannot be read ({error})"
+    return None
+
+
+def describe_file(path: Path) -> dict[str, int | str]:
+    """Return a file's entry in a checkpoint's manifest: {"bytes", "sha256"}."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _resolve_best(path: Path, say: Callable[[str], object]) -> str:

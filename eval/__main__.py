@@ -1,15 +1,19 @@
-"""
+"""Score a language model.
+
 python -m eval --model CHECKPOINT --tasks hellaswag lambada bits_per_byte lm-eval:NAME [--data TASK=PATH ...] ...
 
-CHECKPOINT is a folder as train.py writes it (checkpoints/step_...), any other that `from_pretrained` opens,
-or the id of a model on the Hub. Prints a table; --output also writes it as JSON, with what is needed to get
-the same again. Several GPUs share the items: accelerate launch -m eval --model CHECKPOINT ...
+CHECKPOINT is a folder written by train.py (checkpoints/step_...), any other folder that `from_pretrained` opens, or
+the id of a model on the Hub. Prints a table; --output also writes it as JSON, with everything needed to reproduce it.
+Several GPUs share the items: accelerate launch -m eval --model CHECKPOINT ...
 """
 
+import argparse
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser, prepare_process
 
@@ -25,17 +29,18 @@ from eval.command import (
     run_command,
     score_checkpoint,
     tasks_of,
-    write_aside,
     write_json,
+    write_output,
 )
-from eval.evaluator import prepare
+from eval.evaluator import load_tasks
 from eval.lm_eval_bridge import LmEvalTask
+from eval.task import LoadedTask
 
 
-def _parse_arguments(arguments):
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m eval",
-        description="Scores a language model. Several GPUs share the items: accelerate launch -m eval --model ...",
+        description="Score a language model. Several GPUs share the items: accelerate launch -m eval --model ...",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -48,93 +53,81 @@ def _parse_arguments(arguments):
     add_task_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE, as JSON")
     parser.add_argument(
-        "--per_item", type=Path, metavar="FILE", help="write each item's log-likelihoods to FILE, .jsonl or .parquet"
+        "--per_item", type=Path, metavar="FILE", help="write each item's log-likelihoods to FILE, a .jsonl file"
     )
     return parser.parse_args(arguments)
 
 
-def _table(args, device, result):
-    [(name, published)] = result["published"].items() or [(None, {})]
-    rows = [("task", "figure", "value", *([name] if published else []), "")]
-    for task, figures in result["results"].items():
-        about = result["tasks"][task]
-        for figure, what in about["figures"].items():
-            value = figures[figure]
+def _format_table(args: argparse.Namespace, device: str, result: dict[str, Any]) -> str:
+    [(published_name, published)] = result["published"].items() or [("", {})]
+    rows = [("task", "metric", "value", published_name, "")]
+    notes = ["", f"model  {args.model} ({args.dtype}, {device}, {result['model']['parameters']:,} parameters)"]
+    for name, task in result["tasks"].items():
+        metrics, seconds = result["results"][name], task["seconds"]
+        for metric, description in task["figures"].items():
+            value, error = metrics[metric], metrics.get(f"{metric}_stderr")
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            if isinstance(error := figures.get(f"{figure}_stderr"), float):
+            if isinstance(error, float):
                 text += f" ± {error:.4f}"
-            beside = published.get(task, {}).get(figure)
-            cells = [f"{beside:.4f}" if beside is not None else ""] if published else []
-            rows.append((task, figure, text, *cells, what))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += ["", f"model  {args.model} ({args.dtype}, {device}, {result['model']['parameters']:,} parameters)"]
-    for task, about in result["tasks"].items():
-        figures, seconds = result["results"][task], about["seconds"]
-        n = figures.get("n")
-        rate = f", {n:,} items, {n / max(seconds, 1e-3):.1f} a second" if n else ""
-        lines += [f"items  {task}: {about['data']['source']}", f"time   {task}: {seconds:.1f} seconds{rate}"]
-        if figures.get("num_cut"):
-            lines.append(
-                f"note   {task}: {figures['num_cut']} of {n} items were longer than the model's context and lost "
-                "their beginning"
+            published_value = published.get(name, {}).get(metric)
+            rows.append((name, metric, text, f"{published_value:.4f}" if published_value else "", description))
+        n = metrics.get("n")
+        rate = f", {n:,} items, {n / max(seconds, 1e-3):.1f} per second" if n else ""
+        notes += [f"items  {name}: {task['data']['source']}", f"time   {name}: {seconds:.1f} seconds{rate}"]
+        if truncated := metrics.get("num_truncated"):
+            notes.append(
+                f"note   {name}: {truncated} of {n} items did not fit the model's context and lost their beginning"
             )
-    return "\n".join(lines)
+    columns = [column for column in zip(*rows, strict=True) if any(column)]
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in zip(*columns, strict=True)]
+    return "\n".join(lines + notes)
 
 
-def _write_answers(path, answers):
-    """A row an item; a column that a task does not have is null in its rows."""
-    rows = [
-        {"task": task, "item": i, **answer} for task, of_task in answers.items() for i, answer in enumerate(of_task)
-    ]
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_aside("--per_item", path, lambda aside: aside.write_text(text, encoding="utf-8", newline="\n"))
-        return
-    import pyarrow
-    import pyarrow.parquet
-
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pyarrow.table({name: [row.get(name) for row in rows] for name in names})
-    write_aside("--per_item", path, lambda aside: pyarrow.parquet.write_table(table, aside))
+def _write_item_results(path: Path, item_results: dict[str, list[dict[str, Any]]]) -> None:
+    """Write one JSON object per item and line."""
+    text = "".join(
+        json.dumps({"task": name, "item": index, **result}, ensure_ascii=False) + "\n"
+        for name, results in item_results.items()
+        for index, result in enumerate(results)
+    )
+    write_output("--per_item", path, text)
 
 
-def _main(arguments):
+def _main(arguments: Sequence[str] | None) -> None:
     args = _parse_arguments(arguments)
     tasks = tasks_of(args)
-    if args.per_item is not None and args.per_item.suffix not in (".jsonl", ".parquet"):
-        raise EvalError(f"--per_item {str(args.per_item)!r} must end in .jsonl or .parquet")
+    if args.per_item is not None and args.per_item.suffix != ".jsonl":
+        raise EvalError(f"--per_item {str(args.per_item)!r} must end in .jsonl, one JSON object per item")
     if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
-        raise EvalError("--per_item: lm-eval keeps the items of its tasks to itself; score those without it")
+        raise EvalError("--per_item: not available for lm-eval's tasks; score those without it")
     args.model = check_name(args.model)
-    device, speaks = find_device(args.device)
+    device, is_main_process = find_device(args.device)
     for name in ("output", "per_item"):
-        if speaks and getattr(args, name) is not None:
+        if is_main_process and getattr(args, name) is not None:
             check_output(f"--{name}", getattr(args, name))
 
     tokenizer, config = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
-    prepared = prepare(tasks, tokenizer, config)
-    for task in prepared:
-        if speaks and task.source is not None and task.source.is_sample:
-            print(f"warning: {task.source.description}", file=sys.stderr)
-    result = score_checkpoint(args, args.model, tokenizer, prepared, device, keep_answers=args.per_item is not None)
-    if not speaks:
+    loaded = load_tasks(tasks, tokenizer, config)
+    for task in loaded:
+        if is_main_process and isinstance(task, LoadedTask) and task.data.is_sample:
+            print(f"warning: {task.data.description}", file=sys.stderr)
+    keep_item_results = args.per_item is not None
+    result = score_checkpoint(args, args.model, tokenizer, loaded, device, keep_item_results=keep_item_results)
+    if not is_main_process:
         return
-    print(_table(args, device, result))
+    print(_format_table(args, device, result))
     if args.per_item is not None:
-        _write_answers(args.per_item, result.pop("answers"))
+        _write_item_results(args.per_item, result.pop("item_results"))
     if args.output is not None:
         write_json("--output", args.output, result)
 
 
-def main(arguments=None):
-    """
-    Returns:
-        exit code: 0, or 2 for what the user can mend, said on one line of stderr.
-    """
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, or 2 for an error that the user can fix, on one line of stderr."""
     return run_command(_main, arguments)
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # the libraries' chatter; what matters of it is checked and said here
+    logging.disable(logging.WARNING)  # of the libraries; what matters is checked and reported here
     sys.exit(main())

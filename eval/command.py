@@ -1,10 +1,15 @@
-"""What the commands of this room share: arguments, the device and the other processes, results, errors on one line."""
+"""Shared by `python -m eval` and `python -m eval.miniseries`: arguments, device and processes, result files."""
 
+import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from common import cli
 from common.errors import one_line
@@ -13,26 +18,28 @@ from eval import EvalError
 from eval.checkpoint import load_model, revision, weights_sha256
 from eval.evaluator import score
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
-from eval.published import GPT2, why_not_comparable
-from eval.task import task_class, task_names
+from eval.published import GPT2, not_comparable_reason
+from eval.scoring import Tokenizer
+from eval.task import BaseTask, LoadedTask, task_class, task_names
 
 
-def add_task_arguments(parser):
-    """What to score, and how: the same for every command that scores."""
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that select and configure tasks."""
     parser.add_argument(
         "--tasks",
         nargs="+",
         default=["hellaswag"],
         metavar="TASK",
-        help=f"of: {', '.join(task_names())}; or lm-eval:NAME, any task of the package lm-eval (default: hellaswag)",
+        help=f"one or more of {', '.join(task_names())}; or lm-eval:NAME for any task of the package lm-eval "
+        "(default: hellaswag)",
     )
     parser.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="TASK=PATH",
-        help="where a task's items are; PATH alone if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the "
-        "default), 'sample' (40 items of this project's own, for trying things out), or a .jsonl (.gz, .xz) file; "
+        help="where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the "
+        "default), 'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz) file; "
         "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of "
         "shards, or text as `python -m data.prepare files` reads it",
     )
@@ -41,50 +48,50 @@ def add_task_arguments(parser):
         "--stride",
         type=int,
         metavar="N",
-        help="bits_per_byte: tokens from window to window (default: half the context)",
+        help="bits_per_byte: tokens per window after the first (default: half the context)",
     )
     parser.add_argument(
         "--tokens_per_batch",
         type=int,
         metavar="N",
-        help="in a forward pass; fewer take less memory (default: by device)",
+        help="tokens per forward pass; fewer need less memory (default: depends on the device)",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    parser.add_argument("--device", help="cuda, mps or cpu; by default the first of them that is there")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the weights (default: float32)"
+    )
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first one available)")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
     )
 
 
-def tasks_of(args):
-    """
-    Returns:
-        list of the tasks that the arguments ask for, with their settings.
+def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
+    """Return the tasks that the arguments select, with their settings.
 
     Raises:
-        EvalError: a task that does not exist or is named twice, data or a setting for one that is not asked for.
+        EvalError: an unknown or repeated task, data or a setting for a task that is not selected.
     """
     for name in ("limit", "stride", "tokens_per_batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise EvalError(f"--{name} must be at least 1, got {value}")
-    paths = {}
-    for given in args.data:
-        task, sign, path = given.partition("=")
+    paths: dict[str, str] = {}
+    for value in args.data:
+        name, sign, path = value.partition("=")
         if not sign and len(args.tasks) == 1:
-            task, path = args.tasks[0], given
-        if task not in args.tasks:
-            raise EvalError(f"--data {given!r}: say whose it is, TASK=PATH with one of {', '.join(args.tasks)}")
-        if task in paths:
-            raise EvalError(f"--data {task}={path}: {task} has {paths[task]!r} already; give one path")
-        paths[task] = path
-    tasks = []
+            name, path = args.tasks[0], value
+        if name not in args.tasks:
+            raise EvalError(f"--data {value!r} must be TASK=PATH, with TASK one of {', '.join(args.tasks)}")
+        if name in paths:
+            raise EvalError(f"--data {name}={path}: {name} already has {paths[name]!r}; give one path")
+        paths[name] = path
+    tasks: list[BaseTask | LmEvalTask] = []
     for name in args.tasks:
         if args.tasks.count(name) > 1:
-            raise EvalError(f"--tasks {name!r} is named twice; once is enough")
+            raise EvalError(f"--tasks {name!r} is listed twice; list it once")
         if name.startswith(PREFIX):
             if name in paths:
-                raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its data itself")
+                raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its own data; leave it out")
             tasks.append(LmEvalTask(name.removeprefix(PREFIX), args.limit))
             continue
         kind = task_class(name)
@@ -95,30 +102,24 @@ def tasks_of(args):
             settings["stride"] = args.stride
         tasks.append(kind(**settings))
     if args.stride is not None and not any(hasattr(task, "stride") for task in tasks):
-        raise EvalError(f"--stride {args.stride}: is for bits_per_byte, which is not among --tasks")
+        raise EvalError(f"--stride {args.stride}: it is for bits_per_byte, which is not among --tasks")
     return tasks
 
 
-def find_device(name):
-    """
-    The device to run on, once the other processes are found.
+def find_device(name: str | None) -> tuple[str, bool]:
+    """Return (the device to run on, whether this is the main process), after connecting to the other processes.
 
     Args:
-        name: "cuda", "mps", "cpu", ...; None for the first that is there.
-
-    Returns:
-        (device as a str, whether this is the process that speaks)
+        name: "cuda", "mps", "cpu", ...; None for the first one available.
 
     Raises:
-        EvalError: there is no such device, or the launcher's processes do not see each other.
+        EvalError: the device is not available, or the launcher's processes are not connected.
     """
     if name is None:
         has_mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1:
-        from accelerate import PartialState
-
         state = PartialState(cpu=name == "cpu")
         if state.num_processes != launched:
             raise EvalError(
@@ -129,89 +130,88 @@ def find_device(name):
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
-        raise EvalError(f"--device {name!r} is not to be had ({one_line(error)}); try cpu") from error
+        raise EvalError(f"device {name!r} is not available ({one_line(error)}); try --device cpu") from error
     return name, True
 
 
-def check_output(option, path):
-    """Raises EvalError for a file that could not be written later."""
+def check_output(option: str, path: Path) -> None:
+    """Raise EvalError if the file could not be written later."""
     if path.is_dir():
         raise EvalError(f"{option} {str(path)!r} is a folder; name a file in it")
-    if path.exists() and not path.is_file():  # a device, a pipe: renaming would put a file in its place
-        raise EvalError(f"{option} {str(path)!r} is no regular file; name one, or a new one")
+    if path.exists() and not path.is_file():  # a device or a pipe, which renaming would replace by a file
+        raise EvalError(f"{option} {str(path)!r} is not a regular file; name one, or a new one")
     if not os.access(path.parent, os.W_OK):
-        raise EvalError(
-            f"{option} {str(path)!r}: there is no folder {str(path.parent)!r} that can be written to; make it first"
-        )
+        raise EvalError(f"{option} {str(path)!r}: the folder {str(path.parent)!r} is not writable; create it first")
 
 
-def score_checkpoint(args, name, tokenizer, prepared, device, *, keep_answers=False):
-    """
-    Loads a model and scores it.
+def score_checkpoint(
+    args: argparse.Namespace,
+    name: str,
+    tokenizer: Tokenizer,
+    tasks: Sequence[LoadedTask | LmEvalTask],
+    device: str,
+    *,
+    keep_item_results: bool = False,
+) -> dict[str, Any]:
+    """Load a model and score it.
 
     Args:
-        args: with dtype, tokens_per_batch and trust_remote_code, as `add_task_arguments` makes them.
+        args: has dtype, tokens_per_batch and trust_remote_code, see `add_task_arguments`.
         name: the checkpoint's folder, or its id on the Hub.
-        tokenizer, prepared, keep_answers: as for `eval.evaluator.score`.
-        device: as `find_device` gives it.
+        tokenizer, tasks, keep_item_results: see `eval.evaluator.score`.
+        device: see `find_device`.
 
     Returns:
-        dict: what `eval.evaluate` does, in "model" also its name, its revision and its weights' hash, and "published".
+        the result of `eval.evaluate`, with the model's name, revision and weights hash in "model", and "published".
     """
-    weights = weights_sha256(name)  # now: a folder may be written anew while it is scored
+    weights = weights_sha256(name)  # before scoring: the folder may be overwritten meanwhile
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
     result = score(
         model,
         tokenizer,
-        prepared,
+        tasks,
         tokens_per_batch=args.tokens_per_batch,
         progress=True,
-        keep_answers=keep_answers,
+        keep_item_results=keep_item_results,
     )
     result["model"] = {"name": name, "revision": revision(name), "weights_sha256": weights} | result["model"]
-    beside, published = _published_beside(result)
-    return result | {"published": {beside: published} if published else {}}
+    return result | {"published": _published_results(result)}
 
 
-def _published_beside(result):
-    """
-    OpenAI's figures for what was scored in full: of the GPT-2 of the model's size, or of the smallest.
-
-    Returns:
-        (the model's name, {task: {figure: value}}), of which the dict may be empty.
-    """
+def _published_results(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return {model: {task: {metric: value}}} of OpenAI's GPT-2 of this size (or the smallest), for full tasks only."""
     size = (result["model"]["n_layer"], result["model"]["n_embd"])
     model = next((model for model in GPT2 if model.size == size), GPT2[0])
-    return model.name, {
-        task: model.results[task]
-        for task, about in result["tasks"].items()
-        if task in model.results
-        and why_not_comparable(about["data"], result["results"][task]["n"], about["full_size"]) is None
+    published = {
+        name: model.results[name]
+        for name, task in result["tasks"].items()
+        if name in model.results
+        and not_comparable_reason(task["data"], result["results"][name]["n"], task["full_size"]) is None
     }
+    return {model.name: published} if published else {}
 
 
-def write_json(option, path, content):
-    """Without nan, which JSON does not have: null."""
-    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_aside(option, path, lambda tmp_path: tmp_path.write_text(text, encoding="utf-8", newline="\n"))
+def write_json(option: str, path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file, with null for numbers that are not finite; see `write_output`."""
+    write_output(option, path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_aside(option, path, write):
-    """Calls write(another path) and renames what it wrote, so that `path` is never half a file."""
+def write_output(option: str, path: Path, content: str | bytes) -> None:
+    """Write a file atomically (text as UTF-8), and raise EvalError if that fails. A link is followed, not replaced."""
     try:
-        with atomic_write(path.resolve()) as tmp_path:  # where a link leads
-            write(tmp_path)
+        with atomic_write(path.resolve()) as tmp_path:
+            tmp_path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
 
 
-def run_command(command, arguments):
-    """Run a command that scores; see `common.cli.run_command`. Too little memory is the user's to fix, too."""
+def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
+    """Run a command, with an out-of-memory error as a one-line error; see `common.cli.run_command`."""
 
-    def run(arguments):
+    def run(arguments: Sequence[str] | None) -> None:
         try:
             command(arguments)
         except torch.OutOfMemoryError as error:
-            raise EvalError(f"out of memory, use a smaller --tokens_per_batch ({one_line(error)})") from error
+            raise EvalError(f"out of memory; use a smaller --tokens_per_batch ({one_line(error)})") from error
 
     return cli.run_command(run, arguments)

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face Hub can be reached."""
+"""Check whether the Hugging Face Hub can be reached."""
 
 import functools
 import threading
@@ -7,33 +7,33 @@ PROBE_SECONDS = 10
 
 
 @functools.cache
-def why_unreachable():
-    """
-    Asks the configured endpoint, once a process. The Hub's own clients retry each file for 20 seconds and more before
-    they turn to their cache; who asks here first can send them there at once.
+def hub_error() -> str | None:
+    """Return why the Hub cannot be reached, or None if it answers within PROBE_SECONDS; cached.
 
-    HF_ENDPOINT, HF_HUB_OFFLINE and the proxy settings hold, since it is the Hub's own client that asks.
-
-    Returns:
-        None if something answers, else the reason as a phrase; after PROBE_SECONDS at the latest.
+    The Hub's own clients retry each file for over 20 seconds before they use their cache. If this function returns a
+    reason, pass local_files_only (or set HF_HUB_OFFLINE) to read the cache at once. The probe uses the Hub's client,
+    so that HF_ENDPOINT, HF_HUB_OFFLINE and proxy settings apply.
     """
     from huggingface_hub import constants, get_session
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    why = f"{constants.ENDPOINT} did not answer in {PROBE_SECONDS} seconds"
+    reason: str | None = f"{constants.ENDPOINT} did not answer in {PROBE_SECONDS} seconds"
 
-    def ask():
-        nonlocal why
+    def probe() -> None:
+        nonlocal reason
         try:
             get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-            why = None
+            reason = None
         except OfflineModeIsEnabled:
-            why = "HF_HUB_OFFLINE is set"
-        except Exception as error:  # which one depends on the HTTP library of this version of the client
-            why = f"{constants.ENDPOINT} cannot be reached: {error}"
+            reason = "HF_HUB_OFFLINE is set"
+        except Exception as error:  # its class depends on the client's HTTP library
+            reason = f"{constants.ENDPOINT} cannot be reached: {error}"
 
-    # The client's timeout is for each address of the host, and does not hold while its name is looked up.
-    thread = threading.Thread(target=ask, daemon=True)
+    # The client's timeout counts per address of the host and does not cover the DNS lookup.
+    thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    return why
+    return reason
+
+
+why_unreachable = hub_error  # the old name, for eval/checkpoint.py

@@ -1,160 +1,126 @@
-"""Where a task's items come from: the Hub, or a file of JSON lines."""
+"""Read a task's items from the Hub or from a file of JSON lines."""
 
 import gzip
 import hashlib
 import json
 import lzma
 import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from eval import EvalError
-from eval.hub import why_unreachable
+from eval.hub import hub_error
 
-_OPENERS = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
+T = TypeVar("T")
+_OPENERS: dict[str, Callable] = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """What was loaded, to be shown beside every number that comes of it."""
+class DataInfo:
+    """A description of the loaded items, to be shown next to every number computed from them."""
 
     description: str
     sha256: str
     """of the items themselves, wherever they came from"""
     is_sample: bool = False
-    """the items are this project's own, not the task's"""
+    """True if the items are this project's own sample, not the task's"""
 
 
 class HubUnavailableError(Exception):
-    """The message is the reason."""
+    """A dataset is neither on a Hub that can be reached nor in the local cache. The message is the reason."""
 
 
-def hub_records(dataset, split, name=None):
-    """
-    A split of a data set on the Hub, from the network or the local cache.
-
-    Returns:
-        list of (dict, where it stands)
+def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[tuple[dict[str, Any], str]]:
+    """Return a split of a dataset on the Hub, from the network or the local cache: pairs of a record and its location.
 
     Raises:
         HubUnavailableError: neither has it.
     """
-    why = why_unreachable()
+    unreachable = hub_error()
 
     import datasets
     from datasets.exceptions import DatasetsError
 
     was_offline = datasets.config.HF_HUB_OFFLINE
-    if why is not None:
-        datasets.config.HF_HUB_OFFLINE = True  # straight to the cache, see why_unreachable
+    if unreachable is not None:
+        datasets.config.HF_HUB_OFFLINE = True  # read the cache at once, see hub_error
     try:
         records = datasets.load_dataset(dataset, name, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise HubUnavailableError(why or " ".join(str(error).split())) from error
+        raise HubUnavailableError(unreachable or " ".join(str(error).split())) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-    return [(record, f"{dataset}, item {index}") for index, record in enumerate(records)]
+    return ((record, f"{dataset}, item {index}") for index, record in enumerate(records))
 
 
-def file_records(path, *, fields, or_field=None, others=""):
-    """
-    The objects of a .jsonl, .jsonl.gz or .jsonl.xz file.
+def file_records(path: str | Path, *, alternatives: str = "") -> list[tuple[Any, str]]:
+    """Read a .jsonl, .jsonl.gz or .jsonl.xz file.
 
     Args:
-        fields: names that each object must have.
-        or_field: one that will do in their place.
-        others: what else may be given in a file's place, for the error message.
+        path: the file; blank lines are skipped.
+        alternatives: what the user may give instead of a file, for the error message.
 
     Returns:
-        list of (dict, where it stands), one or more.
+        pairs of a line's JSON value and its location ("PATH:LINE"), at least one.
 
     Raises:
-        EvalError: the file is missing, unreadable or empty, or one of its lines is no such object.
+        EvalError: the file is missing, unreadable or empty, or a line is not JSON.
     """
     path = Path(path)
-    opener = _OPENERS.get(path.suffix)
-    if opener is None or not path.is_file():
-        problem = "no such file" if not path.is_file() else f"files ending in {path.suffix!r} are not read"
-        raise EvalError(f"items {str(path)!r}: {problem}; give {others}a .jsonl, .jsonl.gz or .jsonl.xz file")
-    records = []
-    number = 0
+    if not path.is_file() or path.suffix not in _OPENERS:
+        problem = f"cannot read files ending in {path.suffix!r}" if path.is_file() else "no such file"
+        raise EvalError(f"items {str(path)!r}: {problem}; give {alternatives}a .jsonl, .jsonl.gz or .jsonl.xz file")
+    records, number = [], 0
     try:
-        with opener(path, "rb") as lines:
+        with _OPENERS[path.suffix](path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    records.append((_parsed(line, f"{path}:{number}"), f"{path}:{number}"))
+                    records.append((json.loads(line.decode("utf-8-sig")), f"{path}:{number}"))
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise EvalError(
-            f"{path}: cannot be read past line {number} ({error}); the file is damaged or not yours to read"
+            f"{path}: cannot be read past line {number} ({error}); check that the file is complete and readable"
         ) from error
+    except UnicodeDecodeError as error:
+        raise EvalError(f"{path}:{number}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise EvalError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from error
     if not records:
-        raise EvalError(f"{path}: no items in it; each line is one, with the fields {_listed(fields)}")
-    for record, where in records:
-        if not (isinstance(record, dict) and or_field in record):
-            check_fields(record, fields, where)
+        raise EvalError(f"{path}: the file has no items; write one JSON object per line")
     return records
 
 
-def _parsed(line, where):
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise EvalError(f"{where}: not JSON ({error}); each line must be one JSON object") from error
-
-
-def check_fields(record, fields, where):
-    """Raises EvalError for what is no object with these fields."""
+def check_fields(record: Any, fields: Sequence[str], where: str) -> None:
+    """Raise EvalError if `record` is not a dict with these fields."""
     if not isinstance(record, dict):
-        raise EvalError(f"{where}: {short(record)} is no JSON object with the fields {_listed(fields)}")
+        raise EvalError(f"{where}: {record!r:.60} is not a JSON object with the fields {', '.join(fields)}")
     for name in fields:
         if name not in record:
-            raise EvalError(f"{where}: the field {name!r} is missing; an item has {_listed(fields)}")
+            raise EvalError(f"{where}: the field {name!r} is missing; an item has the fields {', '.join(fields)}")
 
 
-def check_text(text, what, *, may_be_empty=False):
-    """Raises EvalError for what is no text, or none that can be encoded."""
+def check_text(text: Any, what: str, *, may_be_empty: bool = False) -> None:
+    """Raise EvalError if `text` is not a string, is blank, or cannot be encoded as UTF-8."""
     if not isinstance(text, str):
-        raise EvalError(f"{what} must be text, got {short(text)}")
+        raise EvalError(f"{what} must be text, got {text!r:.60}")
     if not text.strip() and not may_be_empty:
         raise EvalError(f"{what} is empty; write the text or remove the item")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise EvalError(f"{what} is no valid Unicode (half of a surrogate pair at {error.start})") from error
+        raise EvalError(
+            f"{what} is not valid Unicode (half of a surrogate pair at {error.start}); remove that character"
+        ) from error
 
 
-def check_limit(limit):
-    """Raises EvalError for one below 1."""
-    if limit is not None and limit < 1:
-        raise EvalError(f"the limit on items must be at least 1, got {limit}")
-
-
-def first_items(items, limit):
-    """
-    Returns:
-        (the first so many items, all if limit is None; "all 40 items" or "the first 5 of 40 items")
-
-    Raises:
-        EvalError: limit below 1.
-    """
-    check_limit(limit)
+def first_items(items: Sequence[T], limit: int | None) -> tuple[Sequence[T], str]:
+    """Return the first `limit` items (all if None) and a description like "the first 5 of 40 items"."""
     kept = items[:limit]
     count = f"all {len(items):,}" if len(kept) == len(items) else f"the first {len(kept):,} of {len(items):,}"
     return kept, f"{count} items"
 
 
-def sha256_of(content):
-    """Of anything JSON-able."""
+def sha256_of(content: Any) -> str:
+    """Return the SHA-256 of a JSON-serializable value."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def short(value):
-    """A value as an error message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _listed(fields):
-    return f"{', '.join(fields[:-1])} and {fields[-1]}" if len(fields) > 1 else fields[0]

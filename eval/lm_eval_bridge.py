@@ -5,10 +5,15 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
 
 from eval import EvalError
-from eval.processes import rank_and_number
-from eval.scoring import in_eval_mode
+from eval.scoring import Model, Tokenizer, in_eval_mode
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 PREFIX = "lm-eval:"
 BATCH_SIZE = 16
@@ -19,98 +24,95 @@ class LmEvalTask:
     """A task or group of lm-eval."""
 
     task: str
-    """its name there; FOLDER/NAME for one of your own, whose .yaml is in that folder"""
+    """its name in lm-eval; FOLDER/NAME for a .yaml file of your own in that folder"""
     limit: int | None = None
-    """the first so many items of each task"""
+    """score only the first `limit` items of each task"""
 
     @property
-    def name(self):
-        """What it is called here."""
+    def name(self) -> str:
+        """The name in `--tasks` and in results."""
         return PREFIX + self.task
 
 
-def check_lm_eval(wanted):
-    """
-    Returns:
-        (lm_eval's TaskManager, the task's name)
+def check_lm_eval(task: LmEvalTask) -> tuple["TaskManager", str]:
+    """Return lm-eval's TaskManager and the task's name in it.
 
     Raises:
-        EvalError: lm-eval is not installed or does not know the task; more than one process.
+        EvalError: lm-eval is not installed or does not know the task, or there are several processes.
     """
-    if rank_and_number()[1] > 1:
-        raise EvalError(f"{wanted.name}: tasks of lm-eval are scored by one process here; start one")
+    if PartialState().num_processes > 1:
+        raise EvalError(f"{task.name}: tasks of lm-eval are scored by one process; start only one")
     try:
         import lm_eval.tasks
     except ImportError as error:
         raise EvalError(
-            f"{wanted.name}: the package lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
+            f"{task.name}: the package lm-eval cannot be imported ({error}); pip install 'lm-eval[hf]>=0.4.13'"
         ) from error
-    folder, _, name = wanted.task.rpartition("/")
+    folder, _, name = task.task.rpartition("/")
     if folder and not Path(folder).is_dir():
-        raise EvalError(f"{wanted.name}: there is no folder {folder!r}")
+        raise EvalError(f"{task.name}: the folder {folder!r} does not exist; give FOLDER/NAME of a task's .yaml file")
     manager = _task_manager(folder)
     if not manager.match_tasks([name]):
         raise EvalError(
-            f"{wanted.name}: lm-eval {lm_eval.__version__} has no task {name!r}; `lm-eval ls tasks` lists them"
+            f"{task.name}: lm-eval {lm_eval.__version__} has no task {name!r}; `lm-eval ls tasks` lists them"
         )
     return manager, name
 
 
 @functools.cache
-def _task_manager(folder):
-    """lm-eval's, which takes seconds to read all its tasks; and those in a folder of one's own, "" for none."""
+def _task_manager(folder: str) -> "TaskManager":
+    """Return a TaskManager, which reads all of lm-eval's tasks (seconds), and those in `folder` unless it is ""."""
     import lm_eval.tasks
 
     return lm_eval.tasks.TaskManager(include_path=folder or None)
 
 
-def score_with_lm_eval(wanted, model, tokenizer):
-    """
-    Args:
-        wanted: LmEvalTask.
+def score_with_lm_eval(task: LmEvalTask, model: Model, tokenizer: Tokenizer) -> tuple[dict[str, float], dict[str, Any]]:
+    """Score a model with lm-eval.
 
     Returns:
-        (figures, about): {figure: value, figure_stderr: value, "n": items}, those of a group's tasks as "TASK/figure";
-        and {"version", "data", "figures", "full_size"} as of our own tasks, from what lm-eval says.
+        the task's values of "results" and of "tasks" in what `eval.evaluate` returns. Metrics of a group's tasks are
+        named "TASK/metric".
 
     Raises:
-        EvalError: as `check_lm_eval`, and where lm-eval fails, without the task's data for instance.
+        EvalError: see `check_lm_eval`; or lm-eval fails, for instance without the task's data.
     """
-    manager, name = check_lm_eval(wanted)
+    manager, name = check_lm_eval(task)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))  # the caller's states stay
+    # None: leave the caller's random states alone
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
     try:
-        with in_eval_mode(model), contextlib.redirect_stdout(sys.stderr):  # where its progress goes
-            found = lm_eval.simple_evaluate(
+        with in_eval_mode(model), contextlib.redirect_stdout(sys.stderr):  # its progress goes to stderr
+            output = lm_eval.simple_evaluate(
                 model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE),
                 tasks=[name],
-                limit=wanted.limit,
+                limit=task.limit,
                 task_manager=manager,
                 bootstrap_iters=1000,
                 **seeds,
             )
-    except Exception as error:  # a data set that is not to be had raises whatever its library does
-        raise EvalError(f"{wanted.name}: lm-eval could not score it ({type(error).__name__}: {error})") from error
-    figures = {}
-    for task, values in found["results"].items():
-        before = "" if task == name else f"{task}/"
+    except Exception as error:  # a dataset that is not available raises any class of exception
+        raise EvalError(f"{task.name}: lm-eval could not score it ({type(error).__name__}: {error})") from error
+    metrics: dict[str, float] = {}
+    for subtask, values in output["results"].items():
+        prefix = "" if subtask == name else f"{subtask}/"
         for key, value in values.items():
-            figure, _, kind = key.partition(",")  # "acc,none", "acc_stderr,none": the filter's name at the end
-            if kind and isinstance(value, int | float):
-                figures[before + figure + ("" if kind == "none" else f" ({kind})")] = value
-        if task in found["n-samples"]:
-            figures[f"{before}n"] = found["n-samples"][task]["effective"]
-    version = ", ".join(f"{task} {number}" for task, number in found["versions"].items())
-    limit = f", the first {wanted.limit} items" if wanted.limit else ""
-    return figures, {
+            metric, _, filter_name = key.partition(",")  # keys are "acc,none", "acc_stderr,none", ...
+            if filter_name and isinstance(value, int | float):
+                metrics[prefix + metric + ("" if filter_name == "none" else f" ({filter_name})")] = value
+        if subtask in output["n-samples"]:
+            metrics[f"{prefix}n"] = output["n-samples"][subtask]["effective"]
+    version = ", ".join(f"{subtask} {number}" for subtask, number in output["versions"].items())
+    limit = f", the first {task.limit} items" if task.limit else ""
+    return metrics, {
         "version": version,
         "data": {"source": f"lm-eval {lm_eval.__version__}, {name}{limit}", "sha256": None, "is_sample": False},
         "figures": {
-            figure: f"lm-eval {lm_eval.__version__}"
-            for figure in figures
-            if not figure.endswith(("_stderr", "/n")) and figure != "n"
+            metric: f"lm-eval {lm_eval.__version__}"
+            for metric in metrics
+            if not metric.endswith(("_stderr", "/n")) and metric != "n"
         },
         "full_size": None,
     }

@@ -1,130 +1,114 @@
-"""What OpenAI's GPT-2 and GPT-3 score, where it was published under a protocol that is scored here too."""
+"""Published results of OpenAI's GPT-2 and GPT-3, under protocols that are scored here too."""
 
 import json
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from eval.items import DataInfo
+    from modeling_gpt2repro import GPT2ReproConfig
 
 
 class PublishedModel(NamedTuple):
-    """A model that others scored."""
+    """A model with published results."""
 
     name: str
-    family: str
     size: tuple[int, int]
-    """layers, width: of the GPT-2 that it is compared with"""
+    """(n_layer, n_embd) of the GPT-2 that it is compared with"""
     parameters: int
-    results: dict
-    """{task: {figure: value}}"""
-    losses: dict
-    """validation loss, nats a token, by the text that it was measured on"""
+    results: dict[str, dict[str, float]]
+    """{task: {metric: value}}"""
+    losses: dict[str, float]
+    """validation loss in nats per token, by corpus"""
+
+    @property
+    def family(self) -> str:
+        """The name without the size."""
+        return self.name.rpartition(" ")[0]
 
 
-# HellaSwag, lecture's and lm-eval's: build-nanogpt hellaswag.py and play.ipynb, llm.c dev/vislog.ipynb. LAMBADA:
-# lm-eval, lambada_openai. Losses: FineWeb-Edu as build-nanogpt splits it (its train_gpt2.py's log), FineWeb as llm.c
-# does (its discussion 481), OpenWebText (nanoGPT's README). Parameters are counted from the shapes.
+# HellaSwag, the lecture's and lm-eval's: build-nanogpt hellaswag.py and play.ipynb, llm.c dev/vislog.ipynb. LAMBADA:
+# lm-eval, lambada_openai. Losses: FineWeb-Edu in build-nanogpt's split (its train_gpt2.py's log), FineWeb in llm.c's
+# (its discussion 481), OpenWebText (nanoGPT's README). Parameters are counted from the shapes.
+_GPT2_124M = {
+    "hellaswag": {"acc": 0.2859, "acc_norm": 0.2955, "lm_eval_acc": 0.2892, "lm_eval_acc_norm": 0.3114},
+    "lambada": {"acc": 0.3256, "perplexity": 40.06},
+}
+_GPT2_1558M = {"hellaswag": {"acc": 0.3842, "acc_norm": 0.4893, "lm_eval_acc": 0.4004, "lm_eval_acc_norm": 0.5089}}
+# fmt: off
 GPT2 = [
-    PublishedModel(
-        "OpenAI GPT-2 124M",
-        "OpenAI GPT-2",
-        (12, 768),
-        124_439_808,
-        {
-            "hellaswag": {"acc": 0.2859, "acc_norm": 0.2955, "lm_eval_acc": 0.2892, "lm_eval_acc_norm": 0.3114},
-            "lambada": {"acc": 0.3256, "perplexity": 40.06},
-        },
-        {"fineweb-edu": 3.2924, "fineweb": 3.425, "openwebtext": 3.12},
-    ),
-    PublishedModel(
-        "OpenAI GPT-2 350M",
-        "OpenAI GPT-2",
-        (24, 1024),
-        354_823_168,
-        {"hellaswag": {"acc_norm": 0.3752}},
-        {"fineweb": 3.083, "openwebtext": 2.84},
-    ),
-    PublishedModel(
-        "OpenAI GPT-2 774M",
-        "OpenAI GPT-2",
-        (36, 1280),
-        774_030_080,
-        {"hellaswag": {"acc_norm": 0.4320}},
-        {"fineweb": 3.001, "openwebtext": 2.67},
-    ),
-    PublishedModel(
-        "OpenAI GPT-2 1558M",
-        "OpenAI GPT-2",
-        (48, 1600),
-        1_557_611_200,
-        {"hellaswag": {"acc": 0.3842, "acc_norm": 0.4893, "lm_eval_acc": 0.4004, "lm_eval_acc_norm": 0.5089}},
-        {"fineweb": 2.831, "openwebtext": 2.54},
-    ),
+    PublishedModel("OpenAI GPT-2 124M", (12, 768), 124_439_808, _GPT2_124M,
+                   {"fineweb-edu": 3.2924, "fineweb": 3.425, "openwebtext": 3.12}),
+    PublishedModel("OpenAI GPT-2 350M", (24, 1024), 354_823_168, {"hellaswag": {"acc_norm": 0.3752}},
+                   {"fineweb": 3.083, "openwebtext": 2.84}),
+    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080, {"hellaswag": {"acc_norm": 0.4320}},
+                   {"fineweb": 3.001, "openwebtext": 2.67}),
+    PublishedModel("OpenAI GPT-2 1558M", (48, 1600), 1_557_611_200, _GPT2_1558M,
+                   {"fineweb": 2.831, "openwebtext": 2.54}),
 ]
+# fmt: on
 # The GPT-3 paper (https://arxiv.org/abs/2005.14165), table 2.1 for the sizes and H.1 for HellaSwag, zero-shot: the
-# ending is chosen by the log-likelihood a token (section 2.4).
+# ending is chosen by the log-likelihood per token (section 2.4).
 GPT3 = [
-    PublishedModel("GPT-3 125M", "GPT-3", (12, 768), 125_000_000, {"hellaswag": {"acc_norm": 0.337}}, {}),
-    PublishedModel("GPT-3 350M", "GPT-3", (24, 1024), 350_000_000, {"hellaswag": {"acc_norm": 0.436}}, {}),
-    PublishedModel("GPT-3 760M", "GPT-3", (36, 1280), 760_000_000, {"hellaswag": {"acc_norm": 0.510}}, {}),
-    PublishedModel("GPT-3 1.3B", "GPT-3", (48, 1600), 1_300_000_000, {"hellaswag": {"acc_norm": 0.547}}, {}),
+    PublishedModel("GPT-3 125M", (12, 768), 125_000_000, {"hellaswag": {"acc_norm": 0.337}}, {}),
+    PublishedModel("GPT-3 350M", (24, 1024), 350_000_000, {"hellaswag": {"acc_norm": 0.436}}, {}),
+    PublishedModel("GPT-3 760M", (36, 1280), 760_000_000, {"hellaswag": {"acc_norm": 0.510}}, {}),
+    PublishedModel("GPT-3 1.3B", (48, 1600), 1_300_000_000, {"hellaswag": {"acc_norm": 0.547}}, {}),
 ]
 
 
-def why_not_comparable(data, n, full_size):
-    """
-    Args:
-        data: {"is_sample", ...}, as `eval.evaluate` says it.
-        n, full_size: items that were scored, and of the set that published figures are of, None for no such set.
+def not_comparable_reason(data: dict[str, Any], n: int | None, full_size: int | None) -> str | None:
+    """Return why published results cannot be compared with a score, or None if they can.
 
-    Returns:
-        None, or why published figures cannot stand beside the score.
+    Args:
+        data: the task's "data" from `eval.evaluate`.
+        n: number of items that were scored.
+        full_size: number of items that published results are computed over; None if that is not known.
     """
     if data["is_sample"]:
-        return "published figures are of others' items; these are this project's own sample"
+        return "published results are for the task's own items, and these are this project's sample"
     if full_size is not None and n != full_size:
-        return f"published figures are of all {full_size:,} items; these are of {n:,}"
+        return f"published results are for all {full_size:,} items, and these are for {n:,}"
     return None
 
 
-def of_size(size):
-    """Those of the GPT-2 of (n_layer, n_embd), none for another shape."""
+def models_of_size(size: Sequence[int]) -> list[PublishedModel]:
+    """Return the models that are compared with the GPT-2 of (n_layer, n_embd); none for other shapes."""
     return [model for model in GPT2 + GPT3 if model.size == tuple(size)]
 
 
-def text_of(source):
-    """
-    Which of the texts that losses were published for this is, as far as its name says.
+def find_corpus(source: Any) -> str | None:
+    """Return the corpus that a data source names: "fineweb-edu", "fineweb", "openwebtext" or None.
 
     Args:
-        source: JSON-able, where the data came from; None if not known.
-
-    Returns:
-        "fineweb-edu", "fineweb", "openwebtext" or None.
+        source: a JSON-serializable description of where the data came from; None if that is not known.
     """
     name = re.sub("[-_]", "", json.dumps(source).lower())
-    texts = {
+    patterns = {
         "fineweb-edu": "finewebedu|edufineweb",
         "fineweb": "(?<!edu)fineweb(?!edu|2)",
         "openwebtext": "openwebtext(?!2)",
     }
-    found = [text for text, pattern in texts.items() if re.search(pattern, name)]
-    return found[0] if len(found) == 1 else None  # of two, nobody can tell
+    matches = [corpus for corpus, pattern in patterns.items() if re.search(pattern, name)]
+    return matches[0] if len(matches) == 1 else None  # two matches are ambiguous
 
 
-def published_lines(shape, data_source, item_source):
-    """
-    What models of this size have, as far as it can be compared with a training run's.
+def published_lines(
+    shape: "GPT2ReproConfig", data_source: Any, hellaswag_data: "DataInfo | None"
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the losses and HellaSwag scores of models of this size that can be compared with a training run's.
 
     Args:
-        shape: has n_layer and n_embd; a GPT2ReproConfig.
-        data_source: JSON-able, where the training data came from; None if not known.
-        item_source: where HellaSwag's items came from, an eval.items.Source; None if nothing is scored.
+        shape: has n_layer and n_embd.
+        data_source: where the training data came from, see `find_corpus`.
+        hellaswag_data: a description of HellaSwag's items; None if it is not scored.
 
     Returns:
-        ({name: loss}, {name: HellaSwag's acc_norm}), both possibly empty.
+        ({name: loss}, {name: acc_norm}), both possibly empty.
     """
-    text, size = text_of(data_source), (shape.n_layer, shape.n_embd)
-    losses = {model.name: model.losses[text] for model in of_size(size) if text in model.losses}
-    # This project's own items nobody else was scored on.
-    is_comparable = item_source is not None and not item_source.is_sample
-    scores = {model.name: model.results["hellaswag"]["acc_norm"] for model in of_size(size)} if is_comparable else {}
+    corpus, models = find_corpus(data_source), models_of_size((shape.n_layer, shape.n_embd))
+    losses = {model.name: model.losses[corpus] for model in models if corpus in model.losses}
+    is_comparable = hellaswag_data is not None and not hellaswag_data.is_sample
+    scores = {model.name: model.results["hellaswag"]["acc_norm"] for model in models} if is_comparable else {}
     return losses, scores

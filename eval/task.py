@@ -1,16 +1,25 @@
-"""
-What a task is. Each has a folder and in it `task.py` with a class `Task` that derives from the one here; being there is
-all it takes for `python -m eval --tasks NAME` and `eval.evaluate` to know it. CONTRIBUTING.md has an example.
+"""The base class of tasks, and scoring a task's items.
+
+Each task is a folder of eval/ with a `task.py` in it, whose class `Task` derives from `BaseTask`.
+`python -m eval --tasks NAME` and `eval.evaluate` find it there. CONTRIBUTING.md has an example.
 """
 
 import difflib
 import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 from eval import EvalError
-from eval.scoring import Request, loglikelihoods
+from eval.items import DataInfo
+from eval.scoring import ContinuationScore, Model, Request, Tokenizer, loglikelihoods
+
+ItemScores: TypeAlias = list[list[ContinuationScore]]
+"""for each request of an item, the score of each continuation"""
+ItemResult: TypeAlias = dict[str, Any]
+"""JSON-serializable: what the metrics are computed from, and what `--per_item` writes"""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,161 +27,155 @@ class Item:
     """One question."""
 
     requests: list[Request]
-    """what the model is to score"""
-    reference: dict
-    """what the answer is made from beside the scores: the right choice, lengths, ..."""
+    """what the model scores"""
+    reference: dict[str, Any]
+    """what the metrics need besides the scores: the correct choice, lengths, ..."""
+
+
+class LoadedTask(NamedTuple):
+    """A task with its items."""
+
+    task: "BaseTask"
+    items: list[Item]
+    data: DataInfo
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTask:
-    """Questions, and what counts of the answers. A task's settings are its fields."""
+    """An evaluation task. Its dataclass fields are its settings."""
 
     data: str = "hub"
     """where the items come from: "hub", or a file or folder that the task can read"""
     limit: int | None = None
-    """score only the first so many items"""
+    """score only the first `limit` items"""
 
     version: ClassVar[int]
-    """counted up when a change moves the numbers"""
-    figures: ClassVar[dict[str, str]]
-    """name of each number that `results` gives: what it is, and whose convention"""
+    """increased by every change that changes the metrics"""
+    metrics: ClassVar[dict[str, str]]
+    """a description of each metric: what it is, and whose convention"""
     full_size: ClassVar[int | None] = None
-    """items of the set that published numbers are of, if there is one"""
+    """number of items that published results are computed over"""
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.limit is not None and self.limit < 1:
+            raise EvalError(f"{self.name}: limit must be at least 1, got {self.limit}")
 
     @property
-    def name(self):
-        """Its folder's."""
+    def name(self) -> str:
+        """The name of the task's folder."""
         return type(self).__module__.split(".")[-2]
 
-    def load(self, tokenizer, max_inputs=None):
-        """
-        Args:
-            tokenizer: a Hugging Face tokenizer, the model's.
-            max_inputs: tokens that fit the model's context; None for no limit.
+    def load(self, tokenizer: Tokenizer, max_length: int | None = None) -> LoadedTask:
+        """Load the items, and check that they fit the model.
 
-        Returns:
-            (list of Item, eval.items.Source)
+        Args:
+            tokenizer: the model's tokenizer.
+            max_length: the model's context in tokens; None for no limit.
 
         Raises:
-            EvalError: the items are not there, one is not what it should be, or does not fit (the message names it).
+            EvalError: the items are missing, or the item that the message names is malformed or does not fit.
         """
-        items, source = self.read(tokenizer, max_inputs)
-        for number, item in enumerate(items):
+        items, data = self.read(tokenizer, max_length)
+        for index, item in enumerate(items):
             longest = max(len(tokens) for request in item.requests for tokens in request.continuations)
-            if max_inputs is not None and longest > max_inputs:
+            if max_length is not None and longest > max_length:
                 raise EvalError(
-                    f"item {number} (counted from 0) has {longest} tokens to score, and the model's context holds "
-                    f"{max_inputs}: score it on other items, or a model with a longer context"
+                    f"item {index} (counted from 0) has {longest} tokens to score, and the model's context is "
+                    f"{max_length}: use other items, or a model with a longer context"
                 )
-        return items, source
+        return LoadedTask(self, items, data)
 
-    def read(self, tokenizer, max_inputs):
-        """What `load` gives, before it has looked whether all fits."""
+    def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
+        """Read the items; `load` then checks that they fit the context. Each task implements this."""
         raise NotImplementedError
 
-    def answer(self, item, scores):
-        """
-        Args:
-            scores: for each of the item's requests, a list of a ContinuationScore a continuation.
-
-        Returns:
-            dict, JSON-able: what `results` counts, and what `--per_item` writes.
-        """
+    def process_item(self, item: Item, scores: ItemScores) -> ItemResult:
+        """Return an item's result."""
         raise NotImplementedError
 
-    def results(self, answers):
-        """
-        Args:
-            answers: list of what `answer` gave, one or more, in the order of the items.
-
-        Returns:
-            dict: the figures, NAME_stderr for those that have a standard error, and n.
-        """
+    def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
+        """Return the metrics over one or more item results, their standard errors as NAME_stderr, and n."""
         raise NotImplementedError
 
+    def aggregate(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
+        """Return the task's metrics, and as "num_truncated" the number of items longer than the model's context."""
+        num_truncated = sum(result["tokens_truncated"] > 0 for result in item_results)
+        return self.compute_metrics(item_results) | {"num_truncated": num_truncated}
 
-def answer_items(task, model, items, *, tokens_per_batch=None, on_batch=None):
-    """
+
+def score_items(
+    task: BaseTask,
+    model: Model,
+    items: Sequence[Item],
+    *,
+    tokens_per_batch: int | None = None,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[ItemResult]:
+    """Return each item's result, with "tokens_truncated" added: the number of tokens that did not fit the context.
+
     Args:
-        task: a BaseTask.
-        items: list of its Items, for instance a process's share `items[rank::world_size]`; may be empty.
-        model, tokens_per_batch, on_batch: as for `loglikelihoods`.
-
-    Returns:
-        list of dict: the task's answers in order, each with "tokens_cut", those lost to the model's context.
-
-    Raises:
-        EvalError: as `loglikelihoods`.
+        items: any of the task's items, for instance the share of one process, `items[rank::world_size]`; may be empty.
+        task, model, tokens_per_batch, on_batch: see `loglikelihoods`, which also lists the errors.
     """
     requests = [request for item in items for request in item.requests]
-    scores = loglikelihoods(model, requests, tokens_per_batch=tokens_per_batch, on_batch=on_batch)
-    remaining = iter(scores)
-    answers = []
+    scores = iter(loglikelihoods(model, requests, tokens_per_batch=tokens_per_batch, on_batch=on_batch))
+    results = []
     for item in items:
-        of_item = [next(remaining) for _ in item.requests]
-        tokens_cut = max(score.num_cut for of_request in of_item for score in of_request)
-        answers.append(task.answer(item, of_item) | {"tokens_cut": tokens_cut})
-    return answers
+        item_scores = [next(scores) for _ in item.requests]
+        tokens_truncated = max(score.num_truncated for request_scores in item_scores for score in request_scores)
+        results.append(task.process_item(item, item_scores) | {"tokens_truncated": tokens_truncated})
+    return results
 
 
-def in_order(shares):
-    """The answers of all items, from those that process r of W gave for items[r::W], by r."""
+def interleave_ranks(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Return the results of all items in order, where `shares[rank]` has those of `items[rank::world_size]`."""
     return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 
 
-def joint_results(task, answers):
-    """The task's results, and "num_cut": how many items lost their beginning to the model's context."""
-    return task.results(answers) | {"num_cut": sum(answer["tokens_cut"] > 0 for answer in answers)}
-
-
-def encode(tokenizer, texts, *, add_special_tokens=False):
-    """Token ids of each text. Nothing in it is taken for a special token, and none is added unless asked for."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+    """Return each text's token ids. Special tokens that occur in a text are encoded as ordinary text."""
     if not texts:
         return []
-    # verbose=False: a text may be longer than the model's context, which is cut later.
+    # verbose=False: do not warn about texts longer than the model's context, which are truncated later.
     options = {"add_special_tokens": add_special_tokens, "split_special_tokens": True, "verbose": False}
-    return tokenizer(texts, **options)["input_ids"]
+    return tokenizer(list(texts), **options)["input_ids"]
 
 
-def encode_together(tokenizer, pairs):
+def encode_together(tokenizer: Tokenizer, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[Request]:
+    """Make requests from (context, continuations) texts as lm-evaluation-harness does (TemplateLM._encode_pair).
+
+    Context and continuation are encoded as one text, with a beginning-of-text token if the tokenizer adds one (GPT-2's
+    does not). The continuation is what follows the context's own tokens. White space at the end of a context is moved
+    to the continuation.
     """
-    Requests from texts as lm-evaluation-harness makes them (TemplateLM._encode_pair): context and continuation are
-    encoded as one text, with a beginning-of-text token if the tokenizer puts one there by itself (GPT-2's does not);
-    what comes after the context's own tokens is the continuation. White space at a context's end goes to it too.
-
-    Args:
-        pairs: list of (context, [continuations]), texts.
-
-    Returns:
-        list of Request.
-    """
-    pairs = [
-        (context.rstrip(), [context[len(context.rstrip()) :] + text for text in texts]) for context, texts in pairs
+    stripped = [
+        (text.rstrip(), [text[len(text.rstrip()) :] + c for c in continuations]) for text, continuations in pairs
     ]
-    contexts = encode(tokenizer, [context for context, _ in pairs], add_special_tokens=True)
-    wholes = [context + text for context, texts in pairs for text in texts]
-    wholes = iter(encode(tokenizer, wholes, add_special_tokens=True))
+    contexts = encode(tokenizer, [context for context, _ in stripped], add_special_tokens=True)
+    full_texts = [context + text for context, texts in stripped for text in texts]
+    full_ids = iter(encode(tokenizer, full_texts, add_special_tokens=True))
     return [
-        Request(tokens, [next(wholes)[len(tokens) :] for _ in texts])
-        for tokens, (_, texts) in zip(contexts, pairs, strict=True)
+        Request(tokens, [next(full_ids)[len(tokens) :] for _ in texts])
+        for tokens, (_, texts) in zip(contexts, stripped, strict=True)
     ]
 
 
-def task_names():
-    """All there are."""
+def task_names() -> list[str]:
+    """Return the names of all tasks."""
     return sorted(path.parent.name for path in Path(__file__).parent.glob("*/task.py"))
 
 
-def task_class(name):
-    """
-    The class of a task.
-
-    Raises:
-        EvalError: no such task.
-    """
+def task_class(name: str) -> type[BaseTask]:
+    """Return the class of a task. Raises EvalError if it does not exist."""
     names = task_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}, and lm-eval:NAME"
-        raise EvalError(f"no task {name!r}; {hint}")
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(names)}, lm-eval:NAME"
+        raise EvalError(f"unknown task {name!r}; {hint}")
     return importlib.import_module(f"eval.{name}.task").Task

@@ -1,16 +1,25 @@
-"""A page on this machine to try a checkpoint, or two side by side, made with Gradio."""
+"""A Gradio page on this machine to try a checkpoint, or to compare two side by side."""
 
 import html
 import os
 import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import modeling_gpt2repro  # noqa: F401 (the Auto classes know it then)
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
 from eval.checkpoint import check_name, load_model, load_tokenizer
 from eval.command import find_device
 from hub import HubError
-from hub.continuation import Settings, continuation, encode_prompt, text_pieces, top_tokens
+from hub.sampling import SamplingParams, encode_prompt, stream_tokens
 
-_REDRAW_SECONDS = 0.05  # a page that is drawn anew for every token is what takes the time
+if TYPE_CHECKING:
+    import gradio
+
+_REDRAW_SECONDS = 0.05  # most of the time would go into drawing if every token did
+_CANDIDATES = 10
 _CSS = """
 .token-bars {font-family: monospace; font-size: 0.9em}
 .token-bars .row {display: flex; align-items: center; gap: 0.6em; margin: 2px 0}
@@ -23,39 +32,43 @@ _CSS = """
 """
 
 
-def serve(checkpoints, *, port, device=None, trust_remote_code=False):
+Writer = tuple[str, PreTrainedModel, PreTrainedTokenizerBase]  # name, model, tokenizer of one checkpoint
+
+
+def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, trust_remote_code: bool = False) -> None:
     """
-    Shows the page until Ctrl-C.
+    Serve the page at http://127.0.0.1:PORT until Ctrl-C.
 
     Args:
-        checkpoints: one or two: folders, or ids on the Hub.
-        port: on this machine alone.
-        device: as for `eval.command.find_device`.
+        checkpoints: one or two folders, or ids on the Hub.
+        device: "cuda", "mps" or "cpu"; None for the first that is available.
         trust_remote_code: run the modeling code of a model from the Hub.
 
     Raises:
-        HubError, EvalError: a checkpoint that cannot be opened, a port that is taken, no Gradio.
+        HubError, EvalError: a checkpoint cannot be opened, the port is not free, or Gradio is not installed.
     """
     if len(checkpoints) > 2:
         raise HubError(f"{len(checkpoints)} checkpoints: the page has room for two")
     if not 1 <= port <= 65535:
         raise HubError(f"--port must be between 1 and 65535, got {port}")
     checkpoints = [check_name(name) for name in checkpoints]
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing of this is anybody else's business
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
-        import gradio  # noqa: F401
+        import gradio as gr
     except ImportError:
         raise HubError('the demo needs Gradio: pip install -e ".[demo]"') from None
     device, _ = find_device(device)
-    models = []
+    writers = []
     for name in checkpoints:
         tokenizer, _ = load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = load_model(name, dtype="float32", device=device, trust_remote_code=trust_remote_code)
-        models.append((name, model.eval(), tokenizer))
-    page = build_page(models)
+        writers.append((name, model.eval(), tokenizer))
+    page = build_page(writers)
+    # Gradio's default fonts would be loaded from the network.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         page.launch(
-            server_name="127.0.0.1", server_port=port, css=_CSS, theme=_theme(), quiet=True, prevent_thread_lock=True
+            server_name="127.0.0.1", server_port=port, css=_CSS, theme=theme, quiet=True, prevent_thread_lock=True
         )
     except OSError as error:
         raise HubError(f"--port {port}: {error}; give another one") from None
@@ -67,119 +80,92 @@ def serve(checkpoints, *, port, device=None, trust_remote_code=False):
         page.close(verbose=False)
 
 
-def _theme():
+def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
+    """Lay out the page: prompt, settings, and for each checkpoint its text and the candidates for the last token."""
     import gradio as gr
 
-    # The default's fonts would be asked for on the network.
-    return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-
-def build_page(models):
-    """
-    Args:
-        models: list of (name, model, tokenizer).
-
-    Returns:
-        gradio.Blocks
-    """
-    import gradio as gr
-
-    defaults = Settings()
+    defaults = SamplingParams()
     with gr.Blocks(title="gpt2-repro", analytics_enabled=False) as page:
         gr.Markdown("## What would it write?")
         prompt = gr.Textbox("Hello, I'm a language model,", label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
-            go = gr.Button("Continue", variant="primary", elem_id="continue")
+            start = gr.Button("Continue", variant="primary", elem_id="continue")
             stop = gr.Button("Stop", elem_id="stop")
         with gr.Accordion("Settings", open=False), gr.Row():
-            temperature = gr.Slider(0, 2, defaults.temperature, step=0.05, label="temperature (0: greedy)")
-            top_k = gr.Slider(0, 200, defaults.top_k, step=1, label="top_k (0: all)")
-            top_p = gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="top_p")
-            max_new_tokens = gr.Slider(1, 500, defaults.max_new_tokens, step=1, label="new tokens")
-            seed = gr.Number(defaults.seed, precision=0, minimum=0, label="seed")
-        texts, bars = [], []
+            settings = [
+                gr.Slider(0, 2, defaults.temperature, step=0.05, label="temperature (0: greedy)"),
+                gr.Slider(0, 200, defaults.top_k, step=1, label="top_k (0: all)"),
+                gr.Slider(0.05, 1, defaults.top_p, step=0.05, label="top_p"),
+                gr.Slider(1, 500, defaults.max_new_tokens, step=1, label="new tokens"),
+                gr.Number(defaults.seed, precision=0, minimum=0, label="seed"),
+            ]
+        outputs = []
         with gr.Row():
-            for i, (name, *_) in enumerate(models):
+            for i, (name, *_) in enumerate(writers):
                 with gr.Column():
                     gr.Markdown(f"**{name}**")
                     with gr.Row():
                         with gr.Column(scale=3, min_width=200):
-                            texts.append(gr.HTML(elem_id=f"text-{i}"))
+                            outputs.append(gr.HTML(elem_id=f"text-{i}"))
                         with gr.Column(scale=2, min_width=200):
-                            bars.append(gr.HTML(elem_id=f"next-{i}"))
+                            outputs.append(gr.HTML(elem_id=f"next-{i}"))
 
-        def write(prompt, *values):
-            temperature, top_k, top_p, max_new_tokens, seed = values
-            settings = Settings(temperature, int(top_k), top_p, int(max_new_tokens), int(seed))
-            yield from _side_by_side(models, prompt, settings)
+        def write(prompt: str, *values: float) -> Iterator[list[str]]:
+            """Yield the HTML of all outputs. One checkpoint writes after the other: they share a random state."""
+            shown = [""] * len(outputs)
+            for i, writer in enumerate(writers):
+                drawn = 0.0
+                for text_and_bars in _continue(writer, prompt, *values):
+                    shown[2 * i : 2 * i + 2] = text_and_bars
+                    if time.monotonic() - drawn > _REDRAW_SECONDS:
+                        yield [*shown]
+                        drawn = time.monotonic()
+                yield [*shown]
 
-        running = go.click(
-            write,
-            [prompt, temperature, top_k, top_p, max_new_tokens, seed],
-            [*texts, *bars],
-            show_progress="hidden",
-        )
+        running = start.click(write, [prompt, *settings], outputs, show_progress="hidden", concurrency_limit=1)
         stop.click(None, cancels=[running])
     return page
 
 
-def _side_by_side(models, prompt, settings):
-    """[texts, then bars] to draw: the models write in turns, a token each, until all have ended."""
-    texts, bars = [""] * len(models), [""] * len(models)
-    writing = {i: _drawings(*model, prompt, settings) for i, model in enumerate(models)}
-    drawn = time.monotonic()
-    while writing:
-        for i, drawings in list(writing.items()):
-            drawing = next(drawings, None)
-            if drawing is None:
-                del writing[i]
-            else:
-                texts[i], bars[i] = drawing
-        if time.monotonic() - drawn > _REDRAW_SECONDS:
-            yield [*texts, *bars]
-            drawn = time.monotonic()
-    yield [*texts, *bars]
+def _continue(
+    writer: Writer, prompt: str, temperature: float, top_k: float, top_p: float, max_new_tokens: float, seed: float
+) -> Iterator[tuple[str, str]]:
+    """Yield (text so far, candidates for its last token) as HTML, after each token and at the end."""
+    _, model, tokenizer = writer
+    tokens, bars = [], ""
 
+    def draw(text: str) -> tuple[str, str]:
+        return (
+            f'<div class="continued"><span class="prompt">{html.escape(prompt)}</span>{html.escape(text)}</div>',
+            bars,
+        )
 
-def _drawings(name, model, tokenizer, prompt, settings):
-    """(text so far, the last token's rivals) as HTML, after each token."""
-    head = f'<span class="prompt">{html.escape(prompt)}</span>'
     try:
-        settings.check()
-        prompt_ids = encode_prompt(tokenizer, prompt, model.config)
+        params = SamplingParams(
+            temperature=temperature, top_k=int(top_k), top_p=top_p, max_new_tokens=int(max_new_tokens), seed=int(seed)
+        )
+        for token, probabilities in stream_tokens(model, encode_prompt(tokenizer, prompt, model.config), params):
+            tokens.append(token)
+            bars = _bars(tokenizer, probabilities, token)
+            # A character whose bytes are spread over several tokens is shown once it is complete.
+            yield draw(tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
+        yield draw(tokenizer.decode(tokens) if tokens else " (ends here)")
     except HubError as error:
         yield f'<div class="continued failed">{html.escape(str(error))}</div>', ""
-        return
-    steps = []
-
-    def tokens():
-        for step in continuation(model, prompt_ids, settings):
-            steps.append(step)
-            yield step.token
-
-    text = ""
-    try:
-        for piece in text_pieces(tokenizer, tokens()):
-            text += piece
-            yield f'<div class="continued">{head}{html.escape(text)}</div>', _bars(tokenizer, steps[-1])
-    except HubError as error:
-        yield f'<div class="continued failed">{html.escape(str(error))}</div>', ""
-        return
-    if not steps:
-        yield f'<div class="continued">{head} (ends here)</div>', ""
 
 
-def _bars(tokenizer, step):
-    """The most probable tokens at the place of the last one, which is marked."""
-    rows = ["<div>the last token, and its rivals</div>"]
-    rivals = top_tokens(tokenizer, step.probabilities)
-    if step.token not in {token for _, token, _ in rivals}:
-        rivals.append((tokenizer.decode([step.token]), step.token, step.probabilities[step.token].item()))
-    for text, token, p in rivals:
-        shown = html.escape(text.replace("\n", "\u21b5").replace(" ", "\u00b7"))
-        kind = "row chosen" if token == step.token else "row"
+def _bars(tokenizer: PreTrainedTokenizerBase, probabilities: torch.Tensor, chosen: int) -> str:
+    """Return a bar chart of the most probable tokens and the chosen one as HTML. probabilities: [V]."""
+    rows = ["<div>the last token, and its alternatives</div>"]
+    candidates = probabilities.topk(min(_CANDIDATES, len(probabilities))).indices.tolist()
+    for token in candidates if chosen in candidates else [*candidates, chosen]:
+        text = tokenizer.decode([token])
+        if "\N{REPLACEMENT CHARACTER}" in text:  # part of a character: show the token's name in the vocabulary
+            text = tokenizer.convert_ids_to_tokens(token)
+        text = html.escape(text.replace("\n", "\u21b5").replace(" ", "\u00b7"))
+        percent = 100 * probabilities[token].item()
         rows.append(
-            f'<div class="{kind}"><span class="text">{shown}</span>'
-            f'<span class="bar" style="width: {100 * p:.1f}px"></span><span>{100 * p:.1f}%</span></div>'
+            f'<div class="{"row chosen" if token == chosen else "row"}"><span class="text">{text}</span>'
+            f'<span class="bar" style="width: {percent:.1f}px"></span><span>{percent:.1f}%</span></div>'
         )
     return f'<div class="token-bars">{"".join(rows)}</div>'

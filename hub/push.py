@@ -1,374 +1,168 @@
 """
-A checkpoint to the Hub: one commit with everything in it, so that a repository never shows half a model.
+Push a checkpoint to the Hub in one commit, so that a repository never shows part of a model.
 
-The Hub's own client uploads (HF_TOKEN or `hf auth login`, HF_ENDPOINT, HF_HUB_OFFLINE and the proxy settings hold).
-The token stays in it, and out of what is raised here.
+The commit is made by huggingface_hub's `create_commit`. Its `upload_folder` may split a push into several commits where
+hf_xet is installed (2.4.0: more than 20 files, after refused commits). The token stays in huggingface_hub: it is in no
+message and no exception of this module.
 """
 
-import atexit
-import contextlib
 import fnmatch
-import hashlib
 import json
 import random
 import re
 import threading
 import time
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from transformers import GPT2Config
+from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import resolve_checkpoint
+from common.errors import one_line
 from common.weights import weights_problem
 from eval.checkpoint import weights_sha256
 from hub import HubError
-from hub.card import UNREADABLE, Run, model_card, read_results
+from hub.card import has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
 _ATTEMPTS = 5
-_OFFLINE = "HF_HUB_OFFLINE is set: unset it to push"
 _FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
 _CONFIGS = {"gpt2repro": GPT2ReproConfig, "gpt2": GPT2Config}
-# What only resuming reads (trainer_state.json is the Trainer's, and names folders of this machine), what is hidden,
-# and pickles, which run code when they are opened.
-_LEFT_OUT = (
-    "training_state/*",
-    "trainer_state.json",
-    ".*",
-    "*/.*",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.pkl",
-    "*.pickle",
-    "*.ckpt",
+# Not pushed: what only resuming reads (the Trainer's state also names local folders), hidden files, and pickles, which
+# can run code when they are opened.
+_IGNORED = (
+    *("training_state/*", "trainer_state.json", ".*", "*/.*"),
+    *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"),
 )
-# What an earlier push may have left at the root: from_pretrained would open it in the place of what is there now.
+# Weights that an earlier push may have left at the root, where from_pretrained would prefer them to the new ones.
 _WEIGHTS = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|pytorch_model(-\d+-of-\d+)?\.bin|(model\.safetensors|pytorch_model\.bin)\.index\.json"
 )
 
-
-def check_repo_id(name: str) -> None:
-    """Raise HubError for what is not the id of a repository, USER/NAME."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise HubError(f"{name!r} is not the name of a repository, USER/NAME ({error})") from None
-    if "/" not in name:
-        raise HubError(f"{name!r} does not say whose repository it is: give USER/{name}, with your name on the Hub")
+Result = TypeVar("Result")
 
 
-class Upload(NamedTuple):
-    """What a commit brings."""
+class CommitPlan(NamedTuple):
+    """Content of a commit."""
 
-    files: dict
-    """{path in the repository: Path or bytes}"""
+    files: dict[str, Path | bytes]
+    """{path in the repository: file or content}"""
     message: str
 
 
-class Repository:
-    """A model's repository on the Hub that this machine may write to."""
-
-    def __init__(self, name, *, private=True):
-        """
-        Asks whether it could be pushed to; nothing changes there.
-
-        Args:
-            name: "owner/name".
-            private: whether only its owner sees it. That of a repository that exists stays as it is, and must not be
-                more open than asked for.
-
-        Raises:
-            HubError: no token, or one that may not write; no such owner; a public repository though private was asked
-                for; no network.
-        """
-        from huggingface_hub import HfApi, constants, get_token
-
-        check_repo_id(name)
-        if constants.HF_HUB_OFFLINE:
-            raise HubError(_OFFLINE)
-        token = get_token()
-        if token is None:
-            raise HubError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN (a token with write access)")
-        if not (token.isascii() and token.isprintable()):
-            raise HubError(
-                "the token (of HF_TOKEN, or of `hf auth login`) has characters that no token has: give it anew"
-            )
-        self.name, self._private, self._api = name, private, HfApi()
-        _asked(self._check_token, name)
-        info = self._find()
-        if private and info is not None and info.private is False:
-            raise HubError(
-                f"{self.name} exists and everybody can see it: say --public to push there all the same, or choose "
-                "another name"
-            )
-        self.is_private = private if info is None else info.private is not False
-
-    def _find(self):
-        """What the Hub says of the repository; None if there is none."""
-        from huggingface_hub.errors import RepositoryNotFoundError
-
-        with contextlib.suppress(RepositoryNotFoundError):
-            return _asked(lambda: self._api.repo_info(self.name), self.name, of_interest=[RepositoryNotFoundError])
-        return None
-
-    def _check_token(self):
-        who = self._api.whoami()
-        token = who.get("auth", {}).get("accessToken", {})
-        if token.get("role") == "read":
-            raise HubError(
-                f"the token {token.get('displayName', '')!r} of {who['name']} may only read: make another with "
-                "the permission to write, and give it to `hf auth login` or HF_TOKEN"
-            )
-        owner = self.name.partition("/")[0]
-        if owner.lower() not in {name.lower() for name in (who["name"], *(org["name"] for org in who.get("orgs", [])))}:
-            raise HubError(f"the token is {who['name']}'s, who may not write to {owner}'s {self.name}: check the name")
-
-    def push(self, upload):
-        """
-        Args:
-            upload: Upload.
-
-        Returns:
-            (the commit's address, weights of an earlier push that it removed)
-
-        Raises:
-            HubError: nothing of it is on the Hub, and why.
-        """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-        from huggingface_hub.hf_api import RepoFile
-
-        files = upload.files
-        if (info := self._find()) is None:
-            _asked(lambda: self._api.create_repo(self.name, private=self._private, exist_ok=True), self.name)
-            info = _asked(lambda: self._api.repo_info(self.name), self.name)
-        head = info.sha
-        there = _asked(lambda: list(self._api.list_repo_tree(self.name, revision=head, recursive=True)), self.name)
-        remote = {entry.path: entry for entry in there if isinstance(entry, RepoFile)}
-        stale = [path for path in remote if path not in files and _WEIGHTS.fullmatch(path)]
-
-        def commit():
-            # New ones each time: the client keeps notes in them of what it has done.
-            operations = [CommitOperationAdd(path, source) for path, source in files.items()]
-            operations += [CommitOperationDelete(path) for path in stale]
-            return self._api.create_commit(
-                self.name, operations, commit_message=upload.message, parent_commit=head
-            ).commit_url
-
-        def has_arrived():
-            """Whether a commit whose answer was lost is there."""
-            info = self._api.repo_info(self.name)
-            if info.sha == head:
-                return None
-            tree = self._api.list_repo_tree(self.name, recursive=True)
-            now = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-            if all(path in now and _is_same(now[path], source) for path, source in files.items()):
-                return f"{self._api.endpoint}/{self.name}/commit/{info.sha}"
-            return None
-
-        return _asked(commit, self.name, has_arrived=has_arrived), stale
-
-
-class BackgroundPusher:
-    """Pushes checkpoints while training goes on, one at a time."""
-
-    def __init__(self, repository, say):
-        """
-        Args:
-            repository: Repository.
-            say: called with a line when a push has ended.
-        """
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()  # training has its own
-        self._repository, self._say = repository, say
-        self._ended = None  # an Event: is set when the last one that was started is over
-        self._folder, self._is_pushed = None, False  # the last one that was tried
-        self.reading = set()
-        """folders that must stay for now"""
-        atexit.register(self._say_what_is_dropped)
-
-    def push(self, folder):
-        """Starts to, unless one is under way: then this one is left out, since there will be others."""
-        if self._is_under_way():
-            self._say(f"not pushed {folder}: the push before it is still under way")
-            return
-        self.reading.add(folder)
-        self._start(folder)
-
-    def finish(self, folder, *, is_stopped=lambda: False):
-        """
-        Waits for what is under way and pushes the last checkpoint.
-
-        Args:
-            is_stopped: asked a few times a second; what is still to do is dropped when it says yes.
-
-        Returns:
-            whether it is on the Hub.
-        """
-        self._start(folder, after=self._ended)
-        while self._is_under_way() and not is_stopped():
-            self._ended.wait(0.2)  # not the thread's join(), which Ctrl-C makes believe that the thread is over
-        return self._is_pushed and not self._is_under_way()
-
-    def _is_under_way(self):
-        return self._ended is not None and not self._ended.is_set()
-
-    def _start(self, folder, after=None):
-        ended = threading.Event()
-
-        def push():
-            try:
-                if after is not None:
-                    after.wait()
-                self._push(folder)
-            finally:
-                ended.set()
-
-        self._folder, self._ended = folder, ended
-        # Not an executor's, which would keep a program that was asked to stop from ending.
-        threading.Thread(target=push, daemon=True).start()
-
-    def _say_what_is_dropped(self):
-        """At the program's end, which is the thread's too."""
-        if self._is_under_way():
-            self._say_by_hand(self._folder, "the program ended before")
-
-    def _say_by_hand(self, folder, why):
-        self._say(
-            f"warning: {folder} is not on the Hub: {why}. To push it by hand: python -m hub push {folder} "
-            f"{self._repository.name}"
-        )
-
-    def _push(self, folder):
-        try:
-            address, _ = self._repository.push(prepare_upload(folder, self._repository.name))
-            self._say(f"pushed    {folder} to {address}")
-            self._is_pushed = True
-        except Exception as error:  # whatever it is, training is not to end for it
-            self._say_by_hand(folder, error if isinstance(error, HubError) else type(error).__name__)
-            self._is_pushed = False
-        finally:
-            self.reading.discard(folder)
-
-
-def prepare_upload(checkpoint, repo_id, *, results=()):
+def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str | Path] = ()) -> CommitPlan:
     """
+    Check a checkpoint and collect the files to push, model card included. Nothing is sent.
+
     Args:
-        checkpoint: folder of a model. A README.md in it is taken as it is, else a model card is written.
+        checkpoint: folder of a model. A README.md in it is pushed unchanged; otherwise a model card is written.
         repo_id: "owner/name", for the card.
         results: files of `python -m eval --output`, for the card.
 
-    Returns:
-        Upload
-
     Raises:
-        HubError: the folder is no checkpoint, or a damaged one; results of something else.
+        HubError: the folder is not a complete checkpoint, or the results are not about its weights.
     """
-    from training.checkpoint import find_damage
-
-    checkpoint = resolve_checkpoint(checkpoint)
-    folder = Path(checkpoint)
-    config_file = folder / "config.json"
-    try:
-        if not config_file.is_file():
-            raise FileNotFoundError("it has no config.json")
-    except OSError as error:  # another: a name too long, a folder of somebody else's
-        raise HubError(f"{str(checkpoint)!r} is no checkpoint ({error}); give a checkpoint's folder") from error
-    if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
-        raise HubError(f"checkpoint {str(checkpoint)!r} is damaged: {damage}; push another one")
-    if problem := weights_problem(folder):
-        raise HubError(f"checkpoint {str(checkpoint)!r}: {problem}")
+    folder = Path(resolve_checkpoint(checkpoint))
+    _check_checkpoint(folder)
     names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    files = {name: folder / name for name in names if not any(fnmatch.fnmatch(name, p) for p in _LEFT_OUT)}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        if "model.safetensors" in files:
-            raise HubError(
-                f"checkpoint {str(checkpoint)!r} has model.safetensors and {index.name}: remove the stale one"
-            )
-        try:
-            shards = set(_read_json(index)["weight_map"].values())
-        except (KeyError, AttributeError, TypeError):
-            raise HubError(f"{str(index)!r} has no weight_map that names files") from None
-        if missing := sorted(shards - files.keys()):
-            raise HubError(
-                f"checkpoint {str(checkpoint)!r} is not whole: {index.name} names {missing[0]}, which is missing"
-            )
+    files = {name: folder / name for name in names if not any(fnmatch.fnmatch(name, p) for p in _IGNORED)}
+    _check_shards(folder, files)
     if "tokenizer_config.json" not in files:
-        raise HubError(f"checkpoint {str(checkpoint)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
-    run, config = Run(folder), _read_json(config_file)
-    if run.evaluation is not None and run.evaluation["val_loss"] is None:
+        raise HubError(f"checkpoint {str(folder)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
+    run, config = read_run(folder), _read_json(folder / "config.json")
+    if run is not None and run.is_evaluated and run.val_loss is None:
         raise HubError(
-            f"checkpoint {str(checkpoint)!r}: its validation loss is not finite, the training diverged: "
-            "push an earlier one"
+            f"checkpoint {str(folder)!r}: its validation loss is not finite, the training diverged: push an earlier "
+            "checkpoint"
         )
     num_parameters = _count_parameters(folder)
-    if config.get("model_type") == "gpt2repro" and not run.has_own_license:
-        files["LICENSE"] = _LICENSE  # of the modeling files, which travel along
-    if "README.md" in files:
+    if config.get("model_type") == "gpt2repro" and not has_license_file(folder):
+        files["LICENSE"] = _LICENSE  # of the modeling files
+    if (readme := folder / "README.md").is_file():
         try:
-            files["README.md"].read_text(encoding="utf-8")
+            readme.read_text(encoding="utf-8")
         except ValueError:
-            raise HubError(f"{str(folder / 'README.md')!r} is not UTF-8 text: convert it first") from None
+            raise HubError(f"{str(readme)!r} is not UTF-8 text: convert it first") from None
         if results:
-            raise HubError(
-                f"--results: {str(folder / 'README.md')!r} is the card already; remove it to have one written"
-            )
+            raise HubError(f"--results: {str(readme)!r} is the card already; remove it to have one written")
     else:
         weights = weights_sha256(folder) if results else None
-        known = {
-            "config": _shape(config_file, config),
-            "parameters": num_parameters,
-            "results": [read_results(path, folder, weights) for path in results],
-        }
-        try:
-            card = model_card(repo_id, run=run, **known)
-        except UNREADABLE as error:
-            if run.folder is None:
-                raise
-            raise HubError(
-                f"{str(run.folder / 'provenance.json')!r} or metrics.jsonl beside it is not as train.py writes it "
-                f"({type(error).__name__}: {error}): mend it, or copy the checkpoint out of the run"
-            ) from error
+        card = model_card(
+            repo_id,
+            config=_gpt2_config(folder / "config.json", config),
+            num_parameters=num_parameters,
+            run=run,
+            license=license_id(run, folder),
+            has_license_file=has_license_file(folder),
+            results=[read_results(path, folder, weights) for path in results],
+        )
         files["README.md"] = card.encode()
-        if run.curves is not None:
-            files["curves.png"] = run.curves.read_bytes()  # training may draw it anew while it is sent
-    return Upload(files, f"Upload {folder.name}" if run.step is None else f"Step {run.step:,}")
+        if run is not None and run.curves is not None:
+            files["curves.png"] = run.curves
+    return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run.step:,}")
 
 
-def _read_json(path):
+def _check_checkpoint(folder: Path) -> None:
+    from training.checkpoint import find_damage
+
+    try:
+        if folder.is_dir() and (problem := weights_problem(folder)):
+            raise HubError(f"checkpoint {str(folder)!r}: {problem}")
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError("no config.json")
+    except OSError as error:  # also a name that is too long, or a folder without permission
+        raise HubError(f"{str(folder)!r} is not a checkpoint ({error}); give a checkpoint's folder") from error
+    if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
+        raise HubError(f"checkpoint {str(folder)!r} is damaged: {damage}; push another one")
+
+
+def _check_shards(folder: Path, files: dict[str, Path]) -> None:
+    """Raise HubError if the index of sharded weights and the files do not fit."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    if "model.safetensors" in files:
+        raise HubError(f"checkpoint {str(folder)!r} has model.safetensors and {index.name}: remove the stale one")
+    try:
+        shards = set(_read_json(index)["weight_map"].values())
+    except (KeyError, AttributeError, TypeError):
+        raise HubError(f"{str(index)!r} has no weight_map that names files") from None
+    if missing := sorted(shards - files.keys()):
+        raise HubError(f"checkpoint {str(folder)!r} is incomplete: {index.name} names {missing[0]}, which is missing")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise HubError(f"{str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
     return content
 
 
-def _shape(path, content):
-    """The config, with what its class fills in where config.json is silent."""
+def _gpt2_config(path: Path, content: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config object, with its class's defaults for what config.json leaves out."""
     kind = content.get("model_type")
     if kind not in _CONFIGS:
         raise HubError(
-            f"{str(path)!r} is of a {kind!r} model, for which no card can be written here: put a README.md beside it, "
-            "or share it with `hf upload`"
+            f"{str(path)!r} is the config of a {kind!r} model, and model cards are written only for GPT-2: put a "
+            "README.md next to it, or push with `hf upload`"
         )
     try:
         return _CONFIGS[kind].from_dict(content)
-    except Exception as error:  # what transformers raises for a broken one is of every kind
-        raise HubError(f"{str(path)!r} is no config of a GPT-2 ({type(error).__name__}: {error})") from error
+    except Exception as error:  # transformers raises errors of any kind for a broken config
+        raise HubError(f"{str(path)!r} is not the config of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
 def _count_parameters(folder: Path) -> int:
-    """Count the parameters in a folder's weights. Raises HubError where one is not finite: the training diverged."""
+    """Count the parameters in a folder's weights. Raises HubError if one is not finite: the training diverged."""
     from safetensors import SafetensorError, safe_open
 
     count = 0
@@ -387,94 +181,226 @@ def _count_parameters(folder: Path) -> int:
     return count
 
 
-def _is_same(remote, source):
-    """Whether a file on the Hub is this one, by the hash that the Hub has of it."""
-    if remote.lfs is not None and not isinstance(source, bytes):
-        with source.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == remote.lfs.sha256
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    if remote.lfs is not None:
-        return hashlib.sha256(content).hexdigest() == remote.lfs.sha256
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id  # git's
+def check_repo_id(repo_id: str) -> None:
+    """Raise HubError unless the name is that of a repository, USER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is not the name of a repository, USER/NAME ({error})") from None
+    if "/" not in repo_id:
+        raise HubError(f"{repo_id!r} has no owner: give USER/{repo_id}, with your name on the Hub")
 
 
-def _asked(ask, name, *, has_arrived=None, of_interest=()):
+class Repository:
+    """A model repository on the Hub that this machine may write to."""
+
+    def __init__(self, repo_id: str, *, private: bool = True) -> None:
+        """
+        Check that we may push. This changes nothing on the Hub.
+
+        Args:
+            repo_id: "owner/name".
+            private: make a new repository private, and refuse to push to a public one.
+
+        Raises:
+            HubError: not logged in, no write access, a public repository but private=True, or no network.
+        """
+        from huggingface_hub import HfApi, constants, get_token
+        from huggingface_hub.errors import RepositoryNotFoundError
+
+        check_repo_id(repo_id)
+        if constants.HF_HUB_OFFLINE:
+            raise HubError("HF_HUB_OFFLINE is set: unset it to push")
+        token = get_token()
+        if token is None:
+            raise HubError("not logged in to the Hub: run `hf auth login` or set HF_TOKEN (write access)")
+        if not (token.isascii() and token.isprintable()):
+            raise HubError("the token (HF_TOKEN or `hf auth login`) has invalid characters: set it again")
+        self.repo_id, self._api = repo_id, HfApi()
+        self._check_token()
+        try:
+            is_public = self._info(raises=RepositoryNotFoundError).private is False
+        except RepositoryNotFoundError:
+            is_public = not private
+        if private and is_public:
+            raise HubError(f"{repo_id} exists and is public: give --public to push there, or choose another name")
+        self.is_private = not is_public
+
+    def _info(self, raises: type[Exception] | tuple[()] = ()) -> "ModelInfo":
+        return _with_retries(lambda: self._api.model_info(self.repo_id), self.repo_id, raises=raises)
+
+    def push(self, plan: CommitPlan) -> tuple[str, list[str]]:
+        """
+        Make one commit with all files of a plan, on top of the current commit. Creates the repository if necessary.
+
+        Returns:
+            (URL of the commit, weight files of an earlier push that it deleted)
+
+        Raises:
+            HubError: the commit was not made.
+        """
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        api, repo_id = self._api, self.repo_id
+        _with_retries(lambda: api.create_repo(repo_id, private=self.is_private, exist_ok=True), repo_id)
+        info = self._info()
+        remote = _with_retries(lambda: api.list_repo_files(repo_id, revision=info.sha), repo_id)
+        stale = [path for path in remote if path not in plan.files and _WEIGHTS.fullmatch(path)]
+        push_id = f"gpt2-repro push {uuid.uuid4().hex}"
+
+        def commit() -> str:
+            # New operations for each attempt: huggingface_hub stores in them what it has done.
+            operations = [CommitOperationAdd(path, source) for path, source in plan.files.items()]
+            return api.create_commit(
+                repo_id,
+                [*operations, *(CommitOperationDelete(path) for path in stale)],
+                commit_message=plan.message,
+                commit_description=push_id,
+                parent_commit=info.sha,
+            ).commit_url
+
+        def commit_landed() -> str | None:
+            """Return the commit's URL if an earlier attempt made it and only the answer was lost."""
+            for made in api.list_repo_commits(repo_id):
+                if push_id in made.message:
+                    return f"{api.endpoint}/{repo_id}/commit/{made.commit_id}"
+            return None
+
+        return _with_retries(commit, repo_id, landed=commit_landed), stale
+
+    def _check_token(self) -> None:
+        who = _with_retries(self._api.whoami, self.repo_id)
+        token = who.get("auth", {}).get("accessToken", {})
+        if token.get("role") == "read":
+            raise HubError(
+                f"the token {token.get('displayName', '')!r} of {who['name']} is read-only: create one with write "
+                "access and pass it to `hf auth login` or HF_TOKEN"
+            )
+        owner = self.repo_id.partition("/")[0]
+        names = {name.lower() for name in (who["name"], *(org["name"] for org in who.get("orgs", [])))}
+        if owner.lower() not in names:
+            raise HubError(
+                f"the token belongs to {who['name']}, who may not write to {owner}'s {self.repo_id}: check the name"
+            )
+
+
+def push_last_checkpoint(
+    repository: Repository, folder: Path, say: Callable[[str], None], *, is_stopped: Callable[[], bool] = lambda: False
+) -> bool:
     """
-    ask(), again while there is hope.
+    Push the last checkpoint of a run. A push that fails or is stopped is a warning with the command to push by hand.
 
     Args:
-        name: of the repository, for messages.
-        has_arrived: called before trying again; what it gives is the answer, None: try again.
-        of_interest: exceptions that the caller wants to have.
+        say: called with each line of output.
+        is_stopped: polled during the push, which ends if it returns True.
+
+    Returns:
+        True if the checkpoint is on the Hub.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    problem, done = "the program ended before the push did", threading.Event()
+
+    def push() -> None:
+        nonlocal problem
+        try:
+            url, _ = repository.push(collect_files(folder, repository.repo_id))
+            say(f"pushed    {folder} to {url}")
+            problem = ""
+        except Exception as error:  # of any kind: the run itself has succeeded
+            problem = str(error) if isinstance(error, HubError) else type(error).__name__
+        finally:
+            done.set()
+
+    # A thread, since a stop request only sets a flag, and the requests of a push last. A daemon, to end with us.
+    threading.Thread(target=push, daemon=True).start()
+    try:
+        while not done.wait(0.2) and not is_stopped():
+            pass
+    finally:  # also after Ctrl-C
+        if problem:
+            say(
+                f"warning: {folder} is not on the Hub: {problem}. To push it by hand: python -m hub push {folder} "
+                f"{repository.repo_id}"
+            )
+    return not problem
+
+
+def _with_retries(
+    call: Callable[[], Result],
+    repo_id: str,
+    *,
+    landed: Callable[[], Result | None] = lambda: None,
+    raises: type[Exception] | tuple[()] = (),
+) -> Result:
+    """
+    Return call(), and try again after errors that may pass.
+
+    huggingface_hub itself retries uploads of files, but neither the commit nor the requests before the uploads.
+
+    Args:
+        landed: called before another attempt. A result that is not None is returned instead.
+        raises: exceptions to pass on to the caller.
 
     Raises:
-        HubError: it was not to be had, in a user's words.
+        HubError: no attempt succeeded.
     """
-    from huggingface_hub import errors
+    from huggingface_hub.errors import HfHubHTTPError
 
-    # The client's base class for what its HTTP library raises, whichever library that is in its version.
-    problems = (errors.HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
-    attempt = 0
-    while True:
-        attempt += 1
+    # The first base is the error class of the HTTP library (httpx, httpx2), which depends on the version.
+    errors = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
+    for attempt in range(1, _ATTEMPTS + 1):
         try:
-            if attempt > 1 and has_arrived is not None and (answer := has_arrived()) is not None:
-                return answer
-            return ask()
-        except (HubError, *of_interest):
+            if attempt > 1 and (result := landed()) is not None:
+                return result
+            return call()
+        except raises:
             raise
-        except errors.OfflineModeIsEnabled:
-            why = _OFFLINE
-        except problems as error:
-            why = _why_final(error, name, attempt)
-        if why is not None:
-            # Only now, when the problem is forgotten: its request holds the token, and an exception that is raised
-            # while another is handled leads to that one.
-            raise HubError(why)
-        time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+        except errors as error:
+            message, is_final = _explain(error, repo_id)
+        if is_final:
+            break
+        if attempt < _ATTEMPTS:
+            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
+    # Outside of the except block: the caught exception has the request with its token, and would be attached.
+    raise HubError(message if is_final else f"{message} (tried {_ATTEMPTS} times)")
 
 
-def _why_final(error, name, attempt):
-    """What to tell the user where trying again is of no use; None where it is."""
+def _explain(error: Exception, repo_id: str) -> tuple[str, bool]:
+    """Return (message for the user, True if another attempt cannot help)."""
     from huggingface_hub import constants
 
-    status, url, reason = _reason(error)
-    if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError | TimeoutError):
-        return f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})"
+    status, url, reason = _http_status(error)
+    if status is None and getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
+        return f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})", True
     if status is None and isinstance(error, ValueError):
-        return f"{constants.ENDPOINT} does not take the push, or is no Hub ({type(error).__name__}: {reason})"
+        return f"{constants.ENDPOINT} rejected the push, or is not a Hub ({type(error).__name__}: {reason})", True
     if status == 401:
         return (
-            f"{constants.ENDPOINT} does not accept this machine's token (of HF_TOKEN, or of `hf auth login`): make one "
-            "that may write in the settings of your account there"
+            f"{constants.ENDPOINT} rejected the token (HF_TOKEN or `hf auth login`): create one with write access",
+            True,
         )
-    is_hubs_own = url.startswith(constants.ENDPOINT)  # and not its storage's, whose addresses expire
-    if status in (403, 404) and is_hubs_own:
-        return (
-            f"this machine's token may not write to {name} ({reason}): check the owner's name, and that the token may "
-            "write there"
-        )
+    # 403 from the storage, not from the Hub: a signed address has expired.
+    if status in (403, 404) and url.startswith(constants.ENDPOINT):
+        return f"the token may not write to {repo_id} ({reason}): check the owner's name and the token's access", True
     if status in (409, 412):
-        known = "Nothing of this push is there" if attempt == 1 else "Whether this push came before is not known"
-        return f"{name} has changed since this push began ({reason}): somebody else pushed. {known}; look at it first"
+        return f"{repo_id} has changed since this push began ({reason}). Nothing was pushed; look at it first", True
     is_final = status is not None and 400 <= status < 500 and status not in (403, 408, 429)
-    if is_final or attempt == _ATTEMPTS:
-        tried = "" if is_final else f" after {attempt} attempts"
-        return (
-            f"{name} could not be pushed to {constants.ENDPOINT}{tried} ({reason}); check the network and HF_ENDPOINT, "
-            "and push again: what was uploaded is not sent twice"
-        )
-    return None
+    message = f"{repo_id} could not be pushed to {constants.ENDPOINT} ({reason}): check HF_ENDPOINT and the network"
+    return message, is_final
 
 
-def _reason(error):
-    """(HTTP status or None, the address that answered, a phrase)"""
+def _http_status(error: Exception) -> tuple[int | None, str, str]:
+    """Return (HTTP status or None, address that answered, short description)."""
     while True:
         response = getattr(error, "response", None)
-        if getattr(response, "status_code", None) is not None:
-            said = " ".join((getattr(error, "server_message", None) or "").split())
-            status = response.status_code
-            return status, str(response.url), f"HTTP {status}" + (f", {said[:200]}" if said else "")
+        if (status := getattr(response, "status_code", None)) is not None:
+            server_message = " ".join((getattr(error, "server_message", None) or "").split())
+            return status, str(response.url), f"HTTP {status}" + (f", {server_message[:200]}" if server_message else "")
         if error.__cause__ is None:
-            return None, "", " ".join(str(error).split())[:200] or type(error).__name__
+            return None, "", one_line(error, 200)
         error = error.__cause__

@@ -1,37 +1,58 @@
 """
-A checkpoint as GGUF files for llama.cpp and what is built on it, through the package gguf: F16 and Q8_0.
+Write GGUF files, F16 and Q8_0, for llama.cpp and the programs built on it, with the package gguf.
 
-Names of tensors and of metadata are the package's own for GPT-2. What is F32, F16 or Q8_0 follows llama.cpp's
-converter: matrices in the file's type, the position embedding and everything of one dimension in F32. A tied head is
-not written: llama.cpp takes the token embedding for it.
+Names of tensors and metadata are the package's own for GPT-2. Types follow llama.cpp's converter: matrices in the
+file's type, the position embedding and one-dimensional tensors in F32. A tied head is not written: llama.cpp uses the
+token embedding.
 """
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hub import HubError
-from hub.export import bpe_of
+from hub.checks import byte_level_bpe
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
 
-def write_gguf(model, tokenizer, folder, *, name, license_id):
+def write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str, license: str | None
+) -> None:
     """
-    See `hub.export`.
+    Write NAME-F16.gguf and NAME-Q8_0.gguf and read them back.
 
     Args:
-        name: of the model; the files' names begin with it.
-        license_id: as the Hub knows it; None: not said.
+        name: name of the model.
+        license: license of the weights, by the Hub's name for it; None if it is not known.
+
+    Raises:
+        HubError: a file read back differs from the model by more than its rounding.
     """
     from gguf import GGMLQuantizationType, LlamaFileType
 
-    for suffix, kind, file_type in (
-        ("F16", GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
-        ("Q8_0", GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    for file_type, kind in (
+        (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
+        (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
     ):
-        path = folder / f"{name}-{suffix}.gguf"
-        _write(path, model, tokenizer, name, license_id, kind, file_type)
-        _check(path, model, kind)
+        path = folder / f"{name}-{kind.name}.gguf"
+        _write(path, model, tokenizer, name, license, file_type, kind)
+        _check(path, model)
 
 
-def _write(path, model, tokenizer, name, license_id, kind, file_type):
+def _write(
+    path: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    license: str | None,
+    file_type: "LlamaFileType",
+    kind: "GGMLQuantizationType",
+) -> None:
     import gguf
 
     config = model.config
@@ -39,8 +60,8 @@ def _write(path, model, tokenizer, name, license_id, kind, file_type):
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(f"{model.num_parameters() / 1e6:.0f}M")
-    if license_id is not None:
-        writer.add_license(license_id)
+    if license is not None:
+        writer.add_license(license)
     writer.add_tags(["text-generation", "gpt2"])
     writer.add_languages(["en"])
     writer.add_file_type(file_type)
@@ -70,7 +91,7 @@ def _write(path, model, tokenizer, name, license_id, kind, file_type):
     writer.add_add_bos_token(False)
 
     for tensor_name, array in _tensors(model):
-        tensor_kind = _kind_of(tensor_name, array, kind)
+        tensor_kind = _tensor_kind(tensor_name, array, kind)
         data = array if tensor_kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(array, tensor_kind)
         writer.add_tensor(tensor_name, data, raw_dtype=tensor_kind)
     writer.write_header_to_file()
@@ -79,17 +100,17 @@ def _write(path, model, tokenizer, name, license_id, kind, file_type):
     writer.close()
 
 
-def _tensors(model):
-    """(GGUF's name, float32 array) of every parameter; [out, in] of a linear layer, which is GGUF's way too."""
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (GGUF's name, float32 array) of every parameter. Linear layers are [out, in], as GGUF has them."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
-    for name, parameter in model.named_parameters():  # a tied head is none of its own
+    for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
         mapped = names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
         yield mapped or names.get_name(name, try_suffixes=(".weight", ".bias")), parameter.detach().numpy()
 
 
-def _kind_of(name, array, kind):
+def _tensor_kind(name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> "GGMLQuantizationType":
     import gguf
 
     if array.ndim == 1 or name.startswith("position_embd"):
@@ -98,11 +119,11 @@ def _kind_of(name, array, kind):
     return kind if array.shape[1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _vocabulary(tokenizer, vocab_size):
-    """(tokens, their types, merges). Ids beyond the tokenizer's, of a resized model, are tokens that never occur."""
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list["TokenType"], list[str]]:
+    """Return (tokens, their types, merges). Ids that the tokenizer lacks (resized models) become unused tokens."""
     import gguf
 
-    vocabulary, merges = bpe_of(tokenizer)
+    vocabulary, merges = byte_level_bpe(tokenizer)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
     for token, i in vocabulary.items():
@@ -112,25 +133,23 @@ def _vocabulary(tokenizer, vocab_size):
     return tokens, types, [f"{a} {b}" for a, b in merges]
 
 
-def _check(path, model, kind):
-    """Reads the file back. Raises HubError for a tensor that is missing, or is not what its type's rounding allows."""
+def _check(path: Path, model: PreTrainedModel) -> None:
+    """Read the file back. Raises HubError if a tensor is missing or differs by more than the rounding of its type."""
     import gguf
 
-    there = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     expected = dict(_tensors(model))
-    if there.keys() != expected.keys():
-        raise HubError(f"{path.name} has other tensors than the model: {sorted(there.keys() ^ expected.keys())}")
+    if written.keys() != expected.keys():
+        raise HubError(f"{path.name} has other tensors than the model: {sorted(written.keys() ^ expected.keys())}")
     for name, array in expected.items():
-        tensor = there[name]
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(array.shape)
-        allowed = {
-            gguf.GGMLQuantizationType.F32: np.zeros(()),
-            gguf.GGMLQuantizationType.F16: np.abs(array) * 2.0**-11 + 2.0**-24,  # half a unit in the last place
-        }
-        if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:  # a scale in F16 and 8 bits for each 32 numbers
+        kind = written[name].tensor_type
+        values = gguf.quants.dequantize(written[name].data, kind).reshape(array.shape)
+        if kind == gguf.GGMLQuantizationType.Q8_0:  # 8 bits per value, and a scale in F16 per 32 values
             largest = np.abs(array).reshape(-1, 32).max(axis=1, keepdims=True)
             limit = np.repeat(largest * (0.5 / 127 + 2.0**-10), 32, axis=1).reshape(array.shape) + 2.0**-18
+        elif kind == gguf.GGMLQuantizationType.F16:
+            limit = np.abs(array) * 2.0**-11 + 2.0**-24  # half a unit in the last place
         else:
-            limit = allowed[tensor.tensor_type]
-        if not np.all(np.abs(found - array) <= limit):
-            raise HubError(f"{path.name}: {name} is not what was written; try again, on another disk")
+            limit = np.zeros(())
+        if not np.all(np.abs(values - array) <= limit):
+            raise HubError(f"{path.name}: {name} reads back with other values; try again, on another disk")

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on localhost: as much of its protocol as downloading and pushing ask for, and faults on demand."""
+"""A Hugging Face Hub on localhost: the requests of downloads and pushes, and faults on demand."""
 
 import base64
 import functools
@@ -11,7 +11,7 @@ import time
 from urllib.parse import unquote
 
 COMMIT = "c" * 40
-TOKEN, READ_TOKEN = "hf_secretsecretsecret", "hf_readingreading"  # of the user `me`; the second may only read
+TOKEN, READ_TOKEN = "hf_secretsecretsecret", "hf_readingreading"  # of the user `me`; the second is read-only
 LARGE = 1000  # bytes from which a file is an LFS file, with its SHA-256 in the listing
 
 
@@ -21,18 +21,19 @@ class HubServer:
 
     Attributes:
         cards: {repository: dict}, the metadata of READMEs.
-        faults: list of (pattern, fault). The first whose pattern is found in a request's path and query is used up by
-            it. A fault is a status (429, 500, ...), "drop" (the connection ends halfway through the body), "truncate"
-            (half the body, under a header that says so), "corrupt" (other bytes, as many), "hang" (no answer for a
-            second, and then the connection's end), "slow" (of what is posted: two seconds late); of a commit also
-            "lost" (it is made, and the answer does not come), "overtaken" (somebody else's comes first) and "dropped
-            and overtaken" (it is not made, somebody else's is, and the answer does not come).
+        faults: list of (pattern, fault). A request triggers the first fault whose pattern matches its method and path,
+            once. A fault is a status (429, 500, ...), "drop" (the connection ends halfway through the body),
+            "truncate" (half the body, with a Content-Length that fits), "corrupt" (other bytes of the same length),
+            "hang" (no answer for a second, then the connection ends) or "slow" (a POST takes two seconds).
+            Commits have four more: "lost" (made, without an answer), "overtaken" (another commit comes first),
+            "dropped and overtaken" (not made, another one is, without an answer) and "lost and overtaken" (made, then
+            another one, without an answer).
         log: (method, path) of every request.
-        tokens: {token: {"name": its owner, "orgs": those that it may write to as well, "role": "write" or "read"}}.
-            Who pushes needs one, and who reads what is private.
-        private: repositories that are.
-        commits: {repository: [(commit's id, title)]} of what was pushed; COMMIT is the id of what was there before.
-        lfs: {SHA-256: bytes} that were uploaded; a commit makes files of them.
+        tokens: {token: {"name": owner, "orgs": organizations it may write to, "role": "write" or "read"}}. Needed to
+            push, and to read private repositories.
+        private: names of private repositories.
+        commits: {repository: [(id, title)]} of pushed commits. COMMIT is the id of the state before them.
+        lfs: {SHA-256: bytes} of uploaded content. A commit turns it into files.
     """
 
     def __init__(self, repos):
@@ -41,11 +42,11 @@ class HubServer:
             TOKEN: {"name": "me", "orgs": ["team"], "role": "write"},
             READ_TOKEN: {"name": "me", "orgs": [], "role": "read"},
         }
-        self.private, self.commits, self.lfs = set(), {}, {}
+        self.private, self.commits, self.descriptions, self.lfs = set(), {}, {}, {}
         self.lock = threading.Lock()
 
     def head(self, repo):
-        """The id of a repository's newest commit."""
+        """Return the id of a repository's newest commit."""
         return self.commits[repo][-1][0] if self.commits.get(repo) else COMMIT
 
     def __enter__(self):
@@ -107,7 +108,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _owner(self):
-        """Whose token the request brings; None without one that is known."""
+        """Return the owner of the request's token, or None without a known token."""
         return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def do_POST(self):
@@ -116,17 +117,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if isinstance(self.fault, int):
             return self._reply(self.fault, json.dumps({"error": "a fault on demand"}).encode())
-        if self.fault == "drop":  # halfway: what was sent is lost
+        if self.fault == "drop":
             return self._hang_up()
         if self.fault == "slow":
             time.sleep(2)
         path = unquote(self.path.partition("?")[0]).strip("/")
-        if self.command == "PUT":  # storage, whose addresses are signed: no token comes with them
+        if self.command == "PUT":  # to the storage, whose signed addresses need no token
             self.hub.lfs[path.removeprefix("lfs/")] = body
             return self._reply(200)
         owner = self._owner()
         if owner is None or owner["role"] == "read":
-            return self._reply(401 if owner is None else 403, json.dumps({"error": "no token that may write"}).encode())
+            return self._reply(
+                401 if owner is None else 403, json.dumps({"error": "no token with write access"}).encode()
+            )
         if path == "api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if path == "api/repos/create":
@@ -159,7 +162,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({"url": url})
 
     def _preupload(self, repo, asked):
-        """Whether each file is to be sent with the commit or before it."""
+        """Answer whether each file is sent with the commit or uploaded before it."""
         files = self.hub.repos[repo]
         answer = [
             {
@@ -173,7 +176,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({"files": answer})
 
     def _batch(self, asked):
-        """Where to send what is not there yet: storage, which has an address of its own."""
+        """Answer where to upload content that is missing: the storage has another address."""
         objects, storage = [], self.hub.address.replace("127.0.0.1", "localhost")
         for wanted in asked["objects"]:
             upload = {"upload": {"href": f"{storage}/lfs/{wanted['oid']}", "header": {}}}
@@ -183,8 +186,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _commit(self, repo, lines):
         header = lines[0]["value"]
         if self.fault in ("overtaken", "dropped and overtaken"):
-            self.hub.repos[repo] = self.hub.repos[repo] | {"theirs.txt": b"theirs"}
-            self.hub.commits.setdefault(repo, []).append(("d" * 40, "Theirs"))
+            self._commit_of_another(repo)
         if self.fault == "dropped and overtaken":
             return self._hang_up()
         head = self.hub.head(repo)
@@ -197,17 +199,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 content = self.hub.lfs[value["oid"]]
-                assert hashlib.sha256(content).hexdigest() == value["oid"], "other bytes came than were announced"
+                assert hashlib.sha256(content).hexdigest() == value["oid"], (
+                    "the content has another SHA-256 than announced"
+                )
                 files[value["path"]] = content
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
         commit = hashlib.sha1(f"{head}{header['summary']}".encode()).hexdigest()
         self.hub.repos[repo] = files  # all of it at once
         self.hub.commits.setdefault(repo, []).append((commit, header["summary"]))
-        if self.fault == "lost":  # done, and nobody is told
+        self.hub.descriptions[commit] = header.get("description", "")
+        if self.fault == "lost and overtaken":
+            self._commit_of_another(repo)
+        if self.fault in ("lost", "lost and overtaken"):
             return self._hang_up()
         name = repo.removeprefix("models/")
         return self._json({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
+
+    def _commit_of_another(self, repo):
+        self.hub.repos[repo] = self.hub.repos[repo] | {"theirs.txt": b"theirs"}
+        self.hub.commits.setdefault(repo, []).append(("d" * 40, "Theirs"))
 
     def _hang_up(self):
         self.connection.close()
@@ -234,6 +245,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _api(self, repo, rest, files):
         kind, _, revision = rest.partition("/")
+        if kind == "commits":  # newest first
+            commits = [(COMMIT, "Initial commit"), *self.hub.commits.get(repo, [])][::-1]
+            fields = {"authors": [], "date": "2026-01-01T00:00:00.000Z"}
+            return self._json(
+                [
+                    {"id": commit, "title": title, "message": self.hub.descriptions.get(commit, ""), **fields}
+                    for commit, title in commits
+                ]
+            )
         if kind == "revision" and revision not in (self.hub.head(repo), "main"):
             return self._reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if kind == "tree":
@@ -273,7 +293,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 def _oid(content):
-    """What names a file's content: SHA-256 of a large one, git's hash of a small one."""
+    """Return the id of a file's content: SHA-256 of a large one, git's hash of a small one."""
     if len(content) >= LARGE:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -17,10 +17,11 @@ from test_imports import extras
 from tiny_run import ROOT
 
 from data.tokenizer import load_hf_tokenizer
-from hub.card import Run, model_card
+from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.config import known_keys, load_config
+from training.config import Config, load_config
 from training.run_log import WHAT_NEXT
+from training.settings import SettingsParser
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 # docs/sharing.md's blocks need exports: tests/hub/test_export.py runs them.
@@ -58,8 +59,7 @@ def test_python_blocks_run_and_ask_nothing(path, checkout, fresh):
 
 
 def test_model_card_opens_the_checkpoint(checkout, fresh):
-    run = Run(checkout / "me/model")
-    card = model_card("me/model", config=GPT2ReproConfig(**SETTINGS), parameters=1, run=run, results=[])
+    card = model_card("me/model", config=GPT2ReproConfig(**SETTINGS), num_parameters=1)
     runs(fresh.run(python_program(checkout / "card", card), cwd=checkout))
     assert (checkout / "plain-gpt2" / "tokenizer.json").is_file()  # the last line of the card
 
@@ -175,7 +175,7 @@ def texts():
         comments = re.findall(r"^# {3,}(\S.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         lines = "\n".join(comments).replace("\\\n", " ").splitlines()
         yield path.name, "".join(f"    {line}\n" for line in lines if re.match("accelerate|python", line))
-    lines = WHAT_NEXT.format(folder="runs/x", curves="", metrics="").splitlines()
+    lines = WHAT_NEXT.format(folder="runs/x", quoted="runs/x", curves="", metrics="").splitlines()
     yield "a run's last lines", "".join(f"    {line[8:].partition('   ')[0]}\n" for line in lines if "python" in line)
 
 
@@ -190,7 +190,7 @@ def test_commands_have_the_options_they_show(name, text, monkeypatch, capsys):
 
 
 def test_options_in_sentences_exist():
-    known = {f"--{key}" for key in known_keys()} | {"--help", "--config"}
+    known = {f"--{key}" for key in SettingsParser(Config).settings} | {"--help", "--config"}
     for program in ("data.prepare", "data.verify", "eval", "eval.miniseries", "hub", "sample.py"):
         for parser in parsers_of(parser_of(program)):
             known |= {*parser._option_string_actions}

@@ -20,7 +20,7 @@ ALLOWED = {
     },
     "training": {
         *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "yaml", "matplotlib"),
-        *("psutil", "tqdm", "deepspeed"),
+        *("psutil", "tqdm"),
     },
     "eval": {
         *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),
@@ -89,6 +89,7 @@ def test_training_starts_without_heavy_optional_packages():
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Packages that are declared for others to import, with their users.
 THROUGH_OTHERS = {
+    "jinja2": "huggingface_hub, for the template of the model card",
     "tensorboard": "torch.utils.tensorboard, through accelerate's tracker",
     "onnx": "torch.onnx",
     "onnxscript": "torch.onnx",
@@ -133,7 +134,7 @@ def imported(paths):
 
 PRODUCT = [*FILES, ROOT / "train.py", ROOT / "sample.py"]
 OTHER_FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo", "deepspeed")
+PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo")
 
 
 def test_imports_are_declared():

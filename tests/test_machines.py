@@ -35,9 +35,9 @@ from data import prepare
 from eval import __main__ as evaluation
 from eval import miniseries
 from hub import __main__ as hub
-from training import TrainingError, hardware, run_folder
+from training import TrainingError, estimate, run_folder
 from training.checkpoint import check_start
-from training.launch import MainProcessFailed
+from training.distributed import MainProcessFailed
 from training.run_log import RunLog
 from training.stopping import StopRequest
 
@@ -59,7 +59,7 @@ MAINS = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     """Half a second less for each run in this process."""
-    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *_: 1e11)
+    monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e11)
 
 
 @pytest.fixture

@@ -5,18 +5,37 @@ A row is (name, command line, words of the message). The command runs in this pr
 FILES; "{tiny}" is the recipe of tests/conftest.py, "{root}" the checkout.
 """
 
+import json
 import os
 import shlex
+import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import constants
 from tiny_run import ROOT, clean_environment
 
+import eval.__main__
+import hub.__main__
+import sample
 import train
 from common.cli import USAGE_ERROR, run_command
-from training import hardware
+from data import prepare, verify
+from data.tokenizer import load_hf_tokenizer
+from eval import miniseries
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from training import estimate
 
-COMMANDS = {"train": lambda argv: run_command(train.train, argv)}
+COMMANDS = {
+    "train": lambda argv: run_command(train.train, argv),
+    "eval": eval.__main__.main,
+    "miniseries": miniseries.main,
+    "sample": sample.main,
+    "hub": hub.__main__.main,
+    "prepare": prepare.main,
+    "verify": verify.main,
+}
 
 FILES = {
     "binary.yaml": b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
@@ -195,6 +214,80 @@ MISTAKES = [
     ("longer_than_model", "train --batch.seq_len 2048 --batch.tokens_per_step 4096", "2048", "n_positions=128"),
     ("no_whole_sequences", "train --batch.seq_len 100", "1024", "1000 or 1100"),
     ("keep_every_alone", "train --keep_every 5", "keep_every=5 needs keep_last"),
+    # Usage of the other commands.
+    ("eval_usage", "eval --modl x", "--model", "python -m eval --help"),
+    ("miniseries_usage", "miniseries", "CHECKPOINT", "python -m eval.miniseries --help"),
+    ("sample_usage", "sample ok hi --temperature hot", "--temperature", "'hot'", "sample.py --help"),
+    ("hub_usage", "hub pull ok", "'pull'", "python -m hub --help"),
+    ("hub_push_usage", "hub push ok", "USER/NAME", "python -m hub push --help"),
+    ("prepare_usage", "prepare files text.yaml", "--out", "python -m data.prepare files --help"),
+    ("prepare_number", "prepare files text.yaml --out out --max_tokens 1.5", "'1.5'", "1e6"),
+    ("verify_usage", "verify", "DIR", "python -m data.verify --help"),
+    ("verify_nowhere", "verify nowhere", "nowhere", "no such folder"),
+    ("sample_negative", "sample ok hi --top_k -1", "top_k must be at least 0, got -1"),
+    ("sample_long_prompt", "sample ok '" + "word " * 40 + "'", "41 tokens", "8"),
+    ("export_format", "hub export ok --to tflite --out out", "'tflite'", "gguf"),
+    ("export_out_taken", "hub export ok --to gpt2 --out shards", "shards", "name another folder"),
+    # Names on the Hub, and no Hub.
+    ("push_name_alone", "hub push ok justname --dry_run", "'justname'", "USER/justname"),
+    ("push_name_blank", "hub push ok 'me/ x' --dry_run", "me/ x", "USER/NAME"),
+    ("push_to_name_alone", "train --push_to_hub justname --output_dir out", "USER/justname"),
+    ("push_offline", "hub push ok me/x", "HF_HUB_OFFLINE is set"),
+    ("push_offline_training", "train --push_to_hub me/x --output_dir out", "HF_HUB_OFFLINE is set"),
+    ("init_from_offline", "train --init_from gpt2 --output_dir out", "'gpt2'", "local cache, and"),
+    ("eval_offline", "eval --model openai-community/gpt2", "'openai-community/gpt2'", "local cache, and"),
+    ("sample_offline", "sample gpt2 hi", "'gpt2'", "local cache, and"),
+    # Resuming.
+    ("resume_run_folder", "train --resume runs/r --output_dir out", "runs/r", "step_000020", "3.5000, the best"),
+    ("resume_nothing", "train --resume nowhere --output_dir out", "nowhere", "training_state"),
+    ("resume_model", "train --resume ok --output_dir out", "ok", "training_state"),
+    ("resume_best_unevaluated", "train --resume runs/new/checkpoints/best --output_dir out", "step_000007"),
+    ("fresh_start_there", "train --output_dir runs/r", "runs/r", "step_000020", "--resume auto"),
+    # A loss that is not finite.
+    ("push_diverged", "hub push nan me/x --dry_run", "model.safetensors", "is not finite", "diverged"),
+    ("export_diverged", "hub export nan --to gpt2 --out out", "not finite", "diverged"),
+    (
+        "init_from_diverged",
+        "train --config {tiny} --batch.seq_len 8 --eval.hellaswag null --init_from nan --output_dir out",
+        "not finite",
+        "diverged",
+    ),
+]
+
+# Where each command takes a checkpoint, and what may be wrong with one.
+OPENS = {
+    "eval": "eval --model {}",
+    "miniseries": "miniseries {}",
+    "sample": "sample {} hi",
+    "push": "hub push {} me/x --dry_run",
+    "export": "hub export {} --to gpt2 --out out",
+    "demo": "hub demo {}",
+    "init_from": "train --init_from {} --output_dir out",
+}
+BAD_CHECKPOINTS = {
+    "missing": ["no such folder", "nowhere/x/y"],
+    "torn": ["model.safetensors has ", "and its header says ", "copy or download it again"],
+    "stump": ["model.safetensors has 3 bytes", "copy or download it again"],
+    "pickle": ["pytorch_model.bin", "a pickle", "save_pretrained"],
+    "adapter": ["PEFT adapter of 'me/base'", "merge_and_unload"],
+    "bare": ["no weights (*.safetensors)"],
+    "run": [
+        "runs/r",
+        "is a run's folder",
+        "step_000010 (validation loss 3.5000, the best)",
+        "step_000020 (no validation loss)",
+    ],
+    "unevaluated": ["runs/new/checkpoints/best", "no checkpoint", "step_000007 (no validation loss)"],
+}
+WHERE = {"missing": "nowhere/x/y", "run": "runs/r", "unevaluated": "runs/new/checkpoints/best"}
+MISTAKES += [
+    (
+        f"{command}_{kind}",
+        line.format(WHERE.get(kind, kind)),
+        *(words[1:] if (command, kind) == ("push", "missing") else words),
+    )
+    for command, line in OPENS.items()
+    for kind, words in BAD_CHECKPOINTS.items()
 ]
 
 
@@ -204,13 +297,35 @@ def folder(tmp_path_factory):
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8))
+    model.save_pretrained(folder / "ok")
+    load_hf_tokenizer().save_pretrained(folder / "ok")
+    for name in ("torn", "stump", "pickle", "adapter", "bare", "nan"):
+        shutil.copytree(folder / "ok", folder / name)
+    weights = folder / "torn" / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    (folder / "stump" / "model.safetensors").write_bytes(b"\0" * 3)
+    (folder / "pickle" / "model.safetensors").rename(folder / "pickle" / "pytorch_model.bin")
+    (folder / "bare" / "model.safetensors").unlink()
+    (folder / "adapter" / "model.safetensors").rename(folder / "adapter" / "adapter_model.safetensors")
+    (folder / "adapter" / "config.json").unlink()
+    (folder / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "me/base"}')
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] = float("nan")
+    model.save_pretrained(folder / "nan")
+    for step, val_loss in (("runs/r/checkpoints/step_000010", 3.5), ("runs/r/checkpoints/step_000020", None)):
+        shutil.copytree(folder / "ok", folder / step)
+        (folder / step / "training_state").mkdir()
+        (folder / step / "training_state" / "state.json").write_text(json.dumps({"val_loss": val_loss}))
+    shutil.copytree(folder / "runs/r/checkpoints/step_000020", folder / "runs/new/checkpoints/step_000007")
     return folder
 
 
 @pytest.mark.parametrize(("command", "words"), [pytest.param(row[1], row[2:], id=row[0]) for row in MISTAKES])
 def test_a_mistake_ends_with_one_line_and_exit_code_2(command, words, folder, tiny, monkeypatch, capsys):
     monkeypatch.setattr(os, "environ", clean_environment(folder))
-    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *_: 1e12)  # takes 0.3 s
+    monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e12)  # takes 0.3 s
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(folder)
     AcceleratorState._reset_state(reset_partial_state=True)  # an earlier run of this process had other settings
     before = {path for path in folder.rglob("*") if path.suffix != ".lock"}

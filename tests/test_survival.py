@@ -87,8 +87,11 @@ def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "tcsetpgrp"), reason="POSIX terminals")
-def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny, tmp_path):
-    """The launcher keeps waiting until the checkpoint is saved, and has nothing to print."""
+def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny, undisturbed, tmp_path):
+    """
+    The launcher keeps waiting until the checkpoint is saved, and prints nothing. Until then the losses are those of
+    `python train.py`.
+    """
     import pty
 
     output = tmp_path / "run"
@@ -121,6 +124,8 @@ def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny,
     assert "Traceback" not in shown
     assert status(output)["status"] == "resume me"
     assert (output / "checkpoints" / f"step_{status(output)['step']:06d}").is_dir()
+    launched = losses(output)
+    assert launched == pytest.approx(losses(undisturbed)[: len(launched)], abs=1e-5)
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):

@@ -3,17 +3,11 @@ How the model is trained: everything that has a test of its own outside train.py
 
     config.py       a run's settings, as dataclasses
     settings.py     reads them from recipes (YAML) and the command line; setting_names.py: other projects' names
-    launch.py       this process and the others: found, acted as one with, left
-    plan.py         what a run will take: memory, time, money
-    hardware.py     what a device can do at best, and what it costs
-    microbatch.py   how a step's batch is cut, the largest pieces that fit where asked
-    precision.py    what "auto" mixed precision means on this hardware
-    cpu.py          what a run on a CPU arranges by itself
-    schedule.py     the learning rate, a pure function of the step
-    optim.py        AdamW with weight decay on matrices only
-    skipping.py     which windows a skipped step was to learn from
-    state.py        compiled and wrapped for training; what was learnt, as whole tensors by name
-    zero.py         what DeepSpeed's ZeRO does differently
+    distributed.py  the accelerator and its precision, threads and memory on a CPU, the main process
+    estimate.py     hardware, FLOPs, memory, time and cost, before the first step
+    batch.py        micro-batches, and the largest that fit
+    optim.py        learning rate, AdamW, Muon, skipped steps
+    sharding.py     wrapping for training; full tensors of FSDP2's shards
     checkpoint.py   checkpoint folders: whole or not there, checked, found, thinned out
     stopping.py     signals and time limits: save, and ask to be resumed
     run_folder.py   one run at a time; status.json

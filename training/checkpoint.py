@@ -12,7 +12,6 @@ folder `step_...` is a whole one, unless the disk or somebody changed it since; 
 The checkpoint with the lowest validation loss has a name besides, `checkpoints/best`: see common/checkpoints.py.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -24,10 +23,10 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common.checkpoints import BEST, best_of, list_checkpoints, resolve_checkpoint
+from common.checkpoints import BEST, best_of, describe_file, find_damage, list_checkpoints, resolve_checkpoint
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.state import blank_copy, fill, full_state, load_moments
+from training.sharding import full_state_dict, load_moments, load_params, meta_copy
 
 _LEFT_OVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Files beside the tensors (tokenizer, configuration, code), and the disk's own rounding up.
@@ -95,7 +94,7 @@ class CheckpointWriter:
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
         self._warn, self._in_use = warn, in_use
         self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
-        self._blank = blank_copy(model)  # what the thread saves; never the model that is being trained
+        self._meta_model = meta_copy(model)  # what the thread saves; never the model that is being trained
         # On a CPU the thread would take its time from training, and the copies would take memory for nothing.
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -114,7 +113,7 @@ class CheckpointWriter:
         """
         assert self._writing is None, "a second copy of the state in memory, and nobody told of the first"
         accelerator = self.accelerator
-        tensors, moments = full_state(model, optimizer, accelerator, copy=self._in_background)
+        tensors, moments = full_state_dict(model, optimizer, accelerator, copy=self._in_background)
         rng = gather_object([_rng_state(accelerator.device)])
         if accelerator.is_main_process:
             rng = {f"{rank}.{name}": tensor for rank, of_rank in enumerate(rng) for name, tensor in of_rank.items()}
@@ -148,7 +147,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(aside).free
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
-            fill(self._blank, tensors).save_pretrained(aside)
+            load_params(self._meta_model, tensors).save_pretrained(aside)
             try:
                 self.tokenizer.save_pretrained(aside)
             except Exception as error:  # what the tokenizers package raises when the disk is full
@@ -162,7 +161,7 @@ class CheckpointWriter:
                 flush_to_disk(path)
             write_json(
                 aside / "training_state" / "manifest.json",
-                {"files": {path.relative_to(aside).as_posix(): _described(path) for path in files}},
+                {"files": {path.relative_to(aside).as_posix(): describe_file(path) for path in files}},
             )
             flush_to_disk(aside / "training_state")
             flush_to_disk(aside)
@@ -181,7 +180,7 @@ class CheckpointWriter:
                 "disk, or lower keep_last. The checkpoints before it are whole"
             ) from error
         finally:
-            self._blank.to("meta")  # gives the copy's memory back
+            self._meta_model.to("meta")  # gives the copy's memory back
         try:
             self._remove_old(state["step"])
         except OSError as error:
@@ -223,11 +222,6 @@ class CheckpointWriter:
                 f"warning: the folder {path} is a copy from before and stays as it is; as a checkpoint's name, {path} "
                 "means the step folder with the lowest validation loss. Remove or rename the copy"
             )
-
-
-def _described(path):
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def clear_left_overs(output_dir):
@@ -314,26 +308,6 @@ def find_checkpoint(resume, output_dir, say):
     return None
 
 
-def find_damage(folder):
-    """What is wrong with a checkpoint, in words, or None: every byte is compared with its manifest."""
-    manifest = Path(folder) / "training_state" / "manifest.json"
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
-            path = Path(folder) / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes and not {expected['bytes']:,}"
-            if _described(path) != expected:
-                return f"{name} is not what was written (another SHA-256)"
-    except FileNotFoundError:
-        return "no training_state/manifest.json, so it is not whole"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it cannot be read ({error})"
-    return None
-
-
 def load_state(folder, must_match):
     """
     The state.json of a checkpoint, refused where the run to go on would not be the run that was saved.
@@ -376,7 +350,7 @@ def load_optimizer(folder, model, optimizer, accelerator):
         tensors = load_file(path)
         if accelerator.device.type == "cpu":  # else they stay mapped from the file, see copy_from_file
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        load_moments(tensors, model, optimizer, accelerator)
+        load_moments(tensors, model, optimizer)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint, {anew}") from error
     except ValueError as error:

@@ -164,8 +164,6 @@ class Config:
     """what one device costs, for the money on the console; null: training/hardware.py's price, where it has one"""
     push_to_hub: str | None = None
     """USER/NAME: share the last checkpoint there, with a model card; the token is HF_TOKEN's or `hf auth login`'s"""
-    push_every_save: bool = False
-    """push each checkpoint, in the background, and not only the last"""
     push_public: bool = False
     """for everybody to see; else for the token's owner alone"""
     dry_run: bool = False
@@ -223,10 +221,8 @@ def _check(config):
     check_trackers(config.trackers)
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints stay")
-    if config.push_to_hub is None and (config.push_every_save or config.push_public):
-        raise TrainingError("push_every_save and push_public say how to push; push_to_hub=USER/NAME says where to")
-    if config.push_every_save and config.save_every is None:
-        raise TrainingError("push_every_save needs save_every: without it, only the last checkpoint is saved")
+    if config.push_to_hub is None and config.push_public:
+        raise TrainingError("push_public needs push_to_hub=USER/NAME, the repository to push to")
     checkout = DEFAULT_RECIPE.parent.parent
     if Path(config.output_dir).absolute() in (checkout, *checkout.parents):
         raise TrainingError(f"output_dir must be a folder of the run's own, such as runs/x, got {config.output_dir}")

@@ -1,43 +1,229 @@
-"""AdamW as GPT-3 used it; or, with `optim.muon_lr`, Muon on the blocks' matrices and AdamW on the rest."""
+"""The learning rate, AdamW as GPT-3 used it, Muon for the blocks' matrices, and steps that are skipped."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import gather_object
 
-from training.muon import MuonAdamW
+from training.sharding import full_tensor, shard_like
 
-# Device types whose AdamW has one fused kernel (torch 2.10 and newer).
-_FUSED = ("cpu", "cuda", "mps", "xpu")
+if TYPE_CHECKING:
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+    from training.config import OptimConfig
+
+# Devices with a fused AdamW kernel (torch 2.10 and newer).
+_FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")
+# Devices whose fused AdamW can skip a step by itself (`found_inf`).
+_FOUND_INF = ("cpu", "cuda")
+
+# Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: a quintic that maps singular values to about 1.
+_COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+_MOMENTUM = 0.95
+# Elements that are orthogonalized at a time: enough to fill a GPU, and a small part of its memory.
+_BATCH_NUMEL = 2**26
+
+Window = TypeVar("Window")
 
 
-def build_optimizer(model, optim, device_type):
+def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
     """
-    Decays matrices and embeddings and leaves biases and LayerNorms alone.
+    Return the learning rate of a step, a pure function of the step.
+
+    Linear warm-up, then a cosine down to `final_lr_fraction` of the peak (GPT-3 paper, appendix B; the lecture's). With
+    `cooldown_fraction`, the rate stays at its peak and falls linearly over that last part of the steps (Hägele et al.
+    2024, https://arxiv.org/abs/2405.18392).
 
     Args:
-        model: its parameters are grouped by their number of dimensions; a tied matrix counts once.
-        optim: training.config.OptimConfig.
-        device_type: where the parameters will be ("cpu", "cuda", ...); decides whether a fused kernel exists.
+        step: optimizer steps already taken: 0 for the first step, whose rate is lr / warmup_steps.
+        max_steps: end of the schedule, from which on the rate is the lowest.
+    """
+    peak, warmup_steps, final_fraction = optim.lr, optim.warmup_steps, optim.final_lr_fraction
+    if step >= max_steps:
+        return peak * final_fraction
+    warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+    if optim.cooldown_fraction is not None:
+        decay = min(1.0, (max_steps - step) / (optim.cooldown_fraction * max_steps))
+    elif step < warmup_steps:
+        decay = 1.0
+    else:
+        progress = (step - warmup_steps) / (max_steps - warmup_steps)
+        decay = 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 -> 0
+    # The minimum, since the warm-up of a short run may reach into its cooldown.
+    return peak * min(warmup, final_fraction + (1.0 - final_fraction) * decay)
+
+
+def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_type: str) -> torch.optim.Optimizer:
+    """
+    Build AdamW over all parameters or, with `optim.muon_lr`, Muon over the blocks' matrices and AdamW over the rest.
+
+    Weight decay applies to matrices and embeddings, not to biases and LayerNorms.
+
+    Args:
+        device_type: of the parameters ("cpu", "cuda", ...); decides whether AdamW is fused.
 
     Returns:
-        torch.optim.AdamW with two groups, decayed first; or a MuonAdamW, which has two groups of Muon's before them.
-        Each group has "lr_ratio": its learning rate over `optim.lr`.
+        torch.optim.AdamW with two groups, the one with decay first; or a MuonAdamW with two groups of Muon's before
+        them. Each group has "lr_ratio", its learning rate over `optim.lr`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    of_muon = []
+    muon_params = []
     if optim.muon_lr is not None:
-        of_muon = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
-    taken = set(of_muon)
-    matrices = [p for p in parameters if p.dim() >= 2 and p not in taken]
+        muon_params = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
+    in_muon = set(muon_params)
+    matrices = [p for p in parameters if p.dim() >= 2 and p not in in_muon]
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay, "lr_ratio": 1.0},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=device_type in _FUSED)
-    if not of_muon:
+    fused = device_type in _FUSED_ADAMW
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=fused)
+    if not muon_params:
         return adamw
-    of_attention = {block.attn.c_attn.weight for block in model.transformer.h}  # Q, K and V in one
+    qkv_params = {block.attn.c_attn.weight for block in model.transformer.h}  # Q, K and V in one
     muon = {"lr": optim.muon_lr, "weight_decay": optim.muon_weight_decay, "lr_ratio": optim.muon_lr / optim.lr}
     muon_groups = [
-        {"params": [p for p in of_muon if p in of_attention], "parts": 3, **muon},
-        {"params": [p for p in of_muon if p not in of_attention], "parts": 1, **muon},
+        {"params": [p for p in muon_params if p in qkv_params], "num_splits": 3, **muon},
+        {"params": [p for p in muon_params if p not in qkv_params], "num_splits": 1, **muon},
     ]
     return MuonAdamW(muon_groups, adamw)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    Muon and AdamW as one optimizer.
+
+    Muon computes the update of torch.optim.Muon, with these differences for training a language model:
+
+    - The rows of a matrix are split into "num_splits" matrices, which are orthogonalized separately: c_attn into Q, K
+      and V.
+    - Matrices of the same shape are orthogonalized together, in a few large kernels.
+    - FSDP2's shards of a matrix are gathered once.
+    - As in fused AdamW, a step changes nothing if the scalar tensor `found_inf` is 1. The host does not wait for it.
+    """
+
+    def __init__(self, muon_groups: list[dict[str, Any]], adamw: torch.optim.AdamW):
+        """
+        Args:
+            muon_groups: parameter groups of matrices, with "lr", "weight_decay" and "num_splits".
+            adamw: the optimizer of the other parameters.
+        """
+        self._adamw = adamw
+        super().__init__([{**group, "momentum": _MOMENTUM} for group in muon_groups] + adamw.param_groups, defaults={})
+        self._link_adamw()
+
+    def _link_adamw(self) -> None:
+        """Let AdamW use this optimizer's state and those of its groups that are AdamW's."""
+        self._adamw.param_groups = [group for group in self.param_groups if "betas" in group]
+        self._adamw.state = self.state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link_adamw()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Update all parameters, unless `found_inf` is set to 1."""
+        found_inf = getattr(self, "found_inf", None)
+        self._adamw.found_inf = found_inf
+        self._adamw.step()
+        skip = None if found_inf is None else found_inf.bool()
+        for group in self.param_groups:
+            if "betas" in group:
+                continue
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for shape, parameters in by_shape.items():
+                batch_size = max(1, _BATCH_NUMEL // shape.numel())
+                for first in range(0, len(parameters), batch_size):
+                    self._muon_step(parameters[first : first + batch_size], group, skip)
+
+    def _muon_step(self, parameters: list[torch.Tensor], group: dict[str, Any], skip: torch.Tensor | None) -> None:
+        """
+        Update matrices of the same shape.
+
+        Args:
+            parameters: [rows, columns] each.
+            skip: scalar bool tensor that is true if nothing may change; None to update.
+        """
+
+        def assign(tensor: torch.Tensor, new: torch.Tensor) -> None:
+            tensor.copy_(new if skip is None else torch.where(skip, tensor, new))
+
+        directions = []
+        for p in parameters:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            momentum = state["momentum_buffer"].lerp(p.grad, 1 - group["momentum"])
+            direction = p.grad.lerp(momentum, group["momentum"])  # Nesterov
+            directions.append(full_tensor(direction))
+            assign(state["momentum_buffer"], momentum)
+        rows, columns = parameters[0].shape
+        num_splits = group["num_splits"]
+        matrices = torch.stack(directions).view(-1, rows // num_splits, columns)
+        updates = newton_schulz(matrices).reshape(-1, rows, columns)
+        # Makes the effect of a step on the output independent of the shape.
+        lr = group["lr"] * math.sqrt(max(1, rows / num_splits / columns))
+        for p, update in zip(parameters, updates, strict=True):
+            decayed = p * (1 - group["lr"] * group["weight_decay"])
+            assign(p, decayed.add_(shard_like(p, update), alpha=-lr))
+
+
+def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
+    """
+    Orthogonalize matrices approximately, by the Newton-Schulz iteration.
+
+    Args:
+        matrices: [N, rows, columns].
+
+    Returns:
+        bfloat16 [N, rows, columns], with singular values between about 0.7 and 1.2.
+    """
+    a, b, c = _COEFFICIENTS
+    x = matrices.bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the norm bounds the singular values
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def step_if_finite(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> None:
+    """
+    Take the optimizer's step if the loss and the gradient are finite; otherwise change nothing.
+
+    On CUDA the optimizer decides on the device, and the host does not wait.
+
+    Args:
+        is_finite: scalar bool tensor on the device, the same on every process.
+    """
+    if is_finite.device.type in _FOUND_INF:
+        optimizer.optimizer.found_inf = is_finite.logical_not().float()
+        optimizer.step()
+    elif is_finite.item():
+        optimizer.step()
+
+
+def windows_with_nonfinite_loss(losses: list[torch.Tensor], windows: Sequence[Window]) -> list[Window]:
+    """
+    Return all processes' windows of the micro-batches whose loss is not finite. Every process must call this.
+
+    If all losses are finite (and the gradient is not), return all windows.
+
+    Args:
+        losses: scalar tensors, one per micro-batch of this process.
+        windows: descriptions of this process's windows, in the order of the micro-batches.
+    """
+    rows = len(windows) // len(losses)
+    is_nonfinite = torch.stack(losses).isfinite().logical_not().repeat_interleave(rows).tolist()
+    found = [window for window, bad in zip(windows, is_nonfinite, strict=True) if bad]
+    return gather_object(found) or gather_object([*windows])

@@ -5,7 +5,7 @@ import sys
 
 from tqdm import tqdm
 
-from training.plan import duration
+from training.estimate import format_duration
 
 # The time left is the lines', not tqdm's own estimate, which knows neither of evaluations nor of the first step.
 _BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
@@ -62,7 +62,7 @@ class Progress:
             self._seconds_of_first = seconds
         seconds_left = self._seconds_left(step)
         loss = math.nan if record["loss"] is None else record["loss"]
-        self._bar.set_description_str(f"loss {loss:.4f}, {duration(seconds_left)} left", refresh=False)
+        self._bar.set_description_str(f"loss {loss:.4f}, {format_duration(seconds_left)} left", refresh=False)
         self._bar.update()
         if step % self._log_every and steps_done > 1:
             return
@@ -74,7 +74,7 @@ class Progress:
             f"step {step:>6,}/{self._max_steps:,} {step / self._max_steps:4.0%} | loss {record['loss']:.4f} | "
             f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {1000 * seconds_a_step:,.0f} ms | "
             f"{tokens_per_s:,.0f} tok/s | {tokens_per_s / self._peak_tokens_per_s:.1%} of peak | "
-            f"{duration(seconds_left)}{money} left"
+            f"{format_duration(seconds_left)}{money} left"
         )
 
     def evaluated(self, record):
@@ -86,7 +86,7 @@ class Progress:
             line += (
                 f" | hellaswag acc_norm {scores['acc_norm']:.4f} ± {scores['acc_norm_stderr']:.4f}"
                 f" ({'SAMPLE items' if scores['is_sample'] else 'items'}, n={scores['n']}"
-                f"{', ' + str(scores['num_cut']) + ' cut' if scores['num_cut'] else ''}, "
+                f"{', ' + str(scores['num_truncated']) + ' cut' if scores['num_truncated'] else ''}, "
                 f"{record['hellaswag_seconds']:.1f} s)"
             )
         self._say(f"{line} | {record['seconds']:.1f} s")

@@ -25,7 +25,7 @@ def provenance(*, config, data, plan, accelerator, step):
     Args:
         config: dict, the resolved settings.
         data: dict that identifies the training data, the hash of its manifest among others.
-        plan: training.plan.Plan.
+        plan: training.estimate.Plan.
         step: the step this launch goes on from; 0 for a fresh run.
 
     Returns:
@@ -52,7 +52,7 @@ def provenance(*, config, data, plan, accelerator, step):
             "platform": platform.platform(),
             "device": plan.hardware.name,
             "processes": accelerator.num_processes,
-            "dollars_an_hour": plan.hardware.dollars_an_hour,  # of one device
+            "dollars_an_hour": plan.hardware.dollars_per_hour,  # of one device
             "distributed": accelerator.distributed_type.value,
             "mixed_precision": accelerator.mixed_precision,
             "cpu_threads": torch.get_num_threads(),

@@ -12,7 +12,7 @@ from common.errors import UserError, one_line
 from common.files import write_json
 from common.locks import Lock, Timeout
 from training import TrainingError
-from training.launch import MainProcessFailed
+from training.distributed import MainProcessFailed
 
 _PATIENCE_S = 60
 _POLL_S = 1.0

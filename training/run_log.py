@@ -5,15 +5,16 @@ import math
 
 from common.checkpoints import best_of, list_checkpoints
 from common.cli import shell_quote
-from training import TrainingError
+from common.errors import UserError
+from common.metrics import read_metrics, recover_metrics
 from training.checkpoint import run_folder_of
 from training.curves import plot_curves
-from training.launch import on_main_process
-from training.metrics import MetricsLog, read_metrics, recover_metrics, until
-from training.plan import duration
+from training.distributed import run_on_main
+from training.estimate import format_duration
+from training.metrics import MetricsLog, until
+from training.optim import learning_rate
 from training.progress import Progress
 from training.provenance import provenance, write_provenance
-from training.schedule import learning_rate
 from training.trackers import finish_tracker, start_trackers
 
 
@@ -60,7 +61,7 @@ class RunLog:
             output_dir.mkdir(parents=True, exist_ok=True)
             if resume_from is not None:  # a branch in a folder of its own takes its past along
                 past = run_folder_of(resume_from, output_dir)
-                records = recover_metrics(past / "metrics.jsonl", keep_in=output_dir, warn=say)
+                records = recover_metrics(past / "metrics.jsonl", copy_to=output_dir, warn=say)
                 earlier = until(records, step, is_evaluated=is_evaluated)
                 self._say_if_learning_rate_jumps(earlier, config)
                 before = past / "provenance.json"
@@ -79,11 +80,11 @@ class RunLog:
                 tokens_per_step=config.batch.tokens_per_step,
                 flops_per_token=plan.flops_per_token,
                 peak_flops=plan.hardware.peak_flops * plan.hardware.num_processes,
-                dollars_an_hour=plan.hardware.dollars_an_hour
-                and plan.hardware.dollars_an_hour * plan.hardware.num_processes,
+                dollars_an_hour=plan.hardware.dollars_per_hour
+                and plan.hardware.dollars_per_hour * plan.hardware.num_processes,
             )
 
-        on_main_process(accelerator, start)
+        run_on_main(accelerator, start)
 
     def _say_if_learning_rate_jumps(self, earlier: list[dict], config) -> None:
         """Say so where max_steps or a setting of optim.* gives another learning rate at this step than the run had."""
@@ -124,7 +125,7 @@ class RunLog:
         An evaluation.
 
         Args:
-            record: dict with step, tokens, val_loss, hellaswag (its figures, n, num_cut and is_sample; or None),
+            record: dict with step, tokens, val_loss, hellaswag (its figures, n, num_truncated and is_sample; or None),
                 hellaswag_seconds, seconds (of all of it).
         """
         if not self._is_main:
@@ -144,7 +145,7 @@ class RunLog:
                 loss_lines=self._loss_lines,
                 hellaswag_lines=self._score_lines,
             )
-        except (OSError, TrainingError) as error:
+        except (OSError, UserError) as error:
             self._say(f"warning: curves.png could not be written ({error})")
 
     def _track(self, step, values):
@@ -171,7 +172,7 @@ class RunLog:
         """What came of it, and what to do next."""
         if not self._is_main:
             return
-        self._say(f"\ntrained for {duration(self._progress.training_seconds)}, evaluations and saving aside")
+        self._say(f"\ntrained for {format_duration(self._progress.training_seconds)}, evaluations and saving aside")
         if num_skipped:
             self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())

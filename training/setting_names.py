@@ -93,7 +93,9 @@ _ELSEWHERE = {
     # The Hub
     "push_to_hub USER/NAME": "hub_model_id hub_repo hub_id repo_id",
     "push_public; a pushed model is private without it": "hub_private_repo private",
-    "push_every_save": "hub_strategy hub_always_push",
+    "push_to_hub USER/NAME pushes the last checkpoint, `python -m hub push` any other (push_every_save was removed)": (
+        "push_every_save hub_strategy hub_always_push"
+    ),
     "HF_TOKEN in the environment, or `hf auth login`": "hub_token hf_token",
     # Hardware
     "the launcher's choice: `accelerate launch --config_file accelerate_configs/cpu.yaml train.py`, or --gpu_ids 0": (

@@ -1,7 +1,1 @@
-"""
-How well a model predicts a text: the loss of a token, and bits per byte, which do not depend on the tokenizer.
-
-    task.py             the text or shards, and the windows they are scored in
-    compression.py      the arithmetic
-    bits_per_byte.py    the same as a metric: `evaluate.load("eval/bits_per_byte")`
-"""
+"""Loss and bits per byte of any text or shards. Bits per byte can be compared between tokenizers."""

@@ -1,100 +1,102 @@
-"""Validation loss and bits per byte of any text or folder of shards, in sliding windows."""
+"""Loss and bits per byte of any text or folder of shards, in sliding windows."""
 
 import hashlib
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from eval import EvalError
-from eval.bits_per_byte.compression import bits_per_byte
-from eval.items import Source, check_limit, first_items, sha256_of
-from eval.scoring import Request
-from eval.task import BaseTask, Item, encode
+from eval.items import DataInfo, first_items, sha256_of
+from eval.scoring import Request, Tokenizer
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
 
-# Where a model has no longest input of its own.
-UNLIMITED = 1024
+# The window of models whose context has no limit.
+DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(BaseTask):
-    """
-    Every token of a text is scored once. The first window scores as many as the model takes; each further one
-    `stride` more, behind as many earlier ones as fit: the windows of lm-evaluation-harness (utils.py,
-    `get_rolling_token_windows`), which takes a stride of the whole context, as training's validation loss does.
-    A shorter one costs more passes and gives every token more to go by.
+    """The loss of a text or of shards, with every token scored once.
 
-        text       each document by itself, led by the model's beginning- or end-of-text token
-        shards     the validation split as one stream. The loss is over all its tokens, the bits per byte over those
-                   that are text: end-of-text has no bytes, and a byte nothing to say about it
+    The first window scores as many tokens as fit the model. Each further window
+    scores `stride` more, after as many earlier ones as fit. These are the windows of lm-evaluation-harness (utils.py,
+    `get_rolling_token_windows`), whose stride is the full context, as in training's validation loss. A shorter stride
+    costs more forward passes and gives every token a longer context.
+
+        text       each document separately, after the model's beginning- or end-of-text token
+        shards     the validation split as one stream. The loss is over all its tokens, bits per byte over its text:
+                   end-of-text has no bytes
     """
 
     data: str = ""
     """a folder of shards (its validation split), or files and folders as `python -m data.prepare files` reads them"""
     stride: int | None = None
-    """tokens from window to window, at most the model's context; None for half of it"""
+    """tokens per window after the first, at most the model's context; None for half of it"""
 
     version = 1
-    figures = {  # noqa: RUF012 (a constant)
-        "loss": "nats a token",
-        "perplexity": "of a token, exp(loss)",
-        "bits_per_byte": "of UTF-8 text, the same for every tokenizer",
+    metrics = {  # noqa: RUF012 (a constant)
+        "loss": "nats per token",
+        "perplexity": "per token, exp(loss)",
+        "bits_per_byte": "of UTF-8 text, comparable between tokenizers",
     }
 
-    def read(self, tokenizer, max_inputs):
-        """`limit` counts documents of text, windows of shards. See BaseTask."""
+    def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
+        """Read the windows. `limit` counts documents of text, or windows of shards. See BaseTask."""
         if not self.data:
-            raise EvalError("bits_per_byte needs a text: name it with --data bits_per_byte=PATH (files, or shards)")
-        check_limit(self.limit)
-        max_inputs = max_inputs or UNLIMITED
-        stride = self.stride if self.stride is not None else max(1, max_inputs // 2)
-        if not 1 <= stride <= max_inputs:
-            raise EvalError(f"stride {stride} is not between 1 and the model's context of {max_inputs}")
+            raise EvalError("bits_per_byte needs a text: give it with --data bits_per_byte=PATH (files, or shards)")
+        max_length = max_length or DEFAULT_MAX_LENGTH
+        stride = self.stride if self.stride is not None else max(1, max_length // 2)
+        if not 1 <= stride <= max_length:
+            raise EvalError(f"stride must be between 1 and the model's context of {max_length}, got {stride}")
         from data import DataError
 
         try:
-            if is_shards(self.data):
-                return self._from_shards(tokenizer, max_inputs, stride)
-            return self._from_text(tokenizer, max_inputs, stride)
+            read = self._read_shards if is_shards(self.data) else self._read_text
+            return read(tokenizer, max_length, stride)
         except DataError as error:
-            raise EvalError(str(error).replace(", or give --errors replace", "")) from error  # which is data.prepare's
+            # --errors is an option of data.prepare, not of this command.
+            raise EvalError(str(error).replace(", or give --errors replace", "")) from error
 
-    def _from_shards(self, tokenizer, max_inputs, stride):
+    def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         from data.manifest import open_split
         from data.tokenizer import EOT, VOCAB_SIZE, encode_document
 
         probe = "GPT-2 wrote 1,024 tokens."
         if encode(tokenizer, [probe]) != [encode_document(probe)[1:].tolist()]:
             raise EvalError(
-                f"{self.data}: shards hold GPT-2's tokens, and the model's tokenizer is another; score the text they "
-                "were made of"
+                f"{self.data}: shards hold GPT-2's tokens, and the model has another tokenizer; score the text that "
+                "they were made from"
             )
         # A byte-level tokenizer spells each byte of a token as one character.
-        lengths = np.array([len(text) for text in tokenizer.convert_ids_to_tokens(range(VOCAB_SIZE))], dtype=np.uint8)
+        lengths = np.array(
+            [len(text) for text in tokenizer.convert_ids_to_tokens(list(range(VOCAB_SIZE)))], dtype=np.uint8
+        )
         lengths[EOT] = 0
         windows = [
             (shard, start, stop)
             for shard in open_split(self.data, "val")
-            for start, stop in _windows(len(shard) - 1, max_inputs, stride)
+            for start, stop in _windows(len(shard) - 1, max_length, stride)
         ]
         if not windows:
-            raise EvalError(f"{self.data}: the validation split has no two tokens")
-        windows, count = first_items(windows, self.limit)
+            raise EvalError(f"{self.data}: the validation split has fewer than two tokens; prepare it from more text")
+        kept, count = first_items(windows, self.limit)
         items, digest = [], hashlib.sha256()
-        for shard, start, stop in windows:
-            begin = max(0, stop - max_inputs)
-            tokens = shard[begin : stop + 1]  # the first of them is never scored
-            context, scored = tokens[: start - begin + 1], tokens[start - begin + 1 :]
+        for shard, start, stop in kept:
+            first = max(0, stop - max_length)
+            tokens = shard[first : stop + 1]  # the first of them is never scored
+            context, scored = tokens[: start - first + 1], tokens[start - first + 1 :]
             num_bytes = lengths[scored]
             reference = {"is_text": num_bytes > 0, "num_bytes": int(num_bytes.sum())}
             items.append(Item([Request(context, [scored])], reference))
             digest.update(scored.astype("<u2").tobytes())
         description = f"{self.data}, validation split, stride {stride}, {count.replace('items', 'windows')}"
-        return items, Source(description=description, sha256=digest.hexdigest())
+        return items, DataInfo(description=description, sha256=digest.hexdigest())
 
-    def _from_text(self, tokenizer, max_inputs, stride):
+    def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         from data.sources import FileSource, Progress, document
 
         source = FileSource([self.data])
@@ -103,60 +105,60 @@ class Task(BaseTask):
             for file in source.inputs()
             for record in source.records(file, source.fetch(file), Progress(file["bytes"]))
         )
-        texts = (text for text in map(document, records) if text and not text.isspace())
-        texts = list(itertools.islice(texts, self.limit))  # no more is read than that
+        documents = (text for text in map(document, records) if text and not text.isspace())
+        texts = list(itertools.islice(documents, self.limit))  # reads no further than that
         if not texts:
-            raise EvalError(f"{self.data}: no text in it")
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None:
-            raise EvalError("the tokenizer has neither a beginning- nor an end-of-text token to begin a text with")
+            raise EvalError(f"{self.data}: there is no text in it; give a file that has some")
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if bos is None:
+            raise EvalError("the tokenizer has no beginning- or end-of-text token to start a text with; set one")
         items = []
         for text, tokens in zip(texts, encode(tokenizer, texts), strict=True):
-            tokens = [first, *tokens]
-            for start, stop in _windows(len(tokens) - 1, max_inputs, stride):
-                request = Request(tokens[max(0, stop - max_inputs) : start + 1], [tokens[start + 1 : stop + 1]])
-                # The text's bytes are counted once, with its first window: tokens need not end where characters do.
+            tokens = [bos, *tokens]
+            for start, stop in _windows(len(tokens) - 1, max_length, stride):
+                request = Request(tokens[max(0, stop - max_length) : start + 1], [tokens[start + 1 : stop + 1]])
+                # The text's bytes are counted with its first window, since tokens can end inside a character.
                 num_bytes = len(text.encode()) if start == 0 else 0
                 items.append(Item([request], {"is_text": slice(None), "num_bytes": num_bytes}))
         count = f"{'all' if self.limit is None else 'the first'} {len(texts):,} documents"
-        description = f"{self.data}, stride {stride}, {count}"
-        return items, Source(description=description, sha256=sha256_of(texts))
+        return items, DataInfo(description=f"{self.data}, stride {stride}, {count}", sha256=sha256_of(texts))
 
-    def answer(self, item, scores):
-        """The log-likelihood (nats) and number of a window's tokens; of those that are text, that and the bytes."""
+    def process_item(self, item: Item, scores: ItemScores) -> ItemResult:
+        """Return a window's log-likelihood (nats) and number of tokens, and the same for its text, with its bytes."""
         [[score]] = scores
-        of_text = score.log_likelihoods[item.reference["is_text"]]
+        text_log_likelihoods = score.log_likelihoods[item.reference["is_text"]]
         return {
             "log_likelihood": score.log_likelihood,
             "num_tokens": score.num_tokens,
-            "text_log_likelihood": float(of_text.sum(dtype=np.float64)),
+            "text_log_likelihood": float(text_log_likelihoods.sum(dtype=np.float64)),
             "num_bytes": item.reference["num_bytes"],
         }
 
-    def results(self, answers):
-        """loss, perplexity, bits_per_byte, num_tokens, num_bytes, and n, the windows."""
-        num_tokens = sum(answer["num_tokens"] for answer in answers)
-        loss = -math.fsum(answer["log_likelihood"] for answer in answers) / num_tokens
-        num_bytes = [answer["num_bytes"] for answer in answers]
+    def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
+        """Return loss, perplexity, bits_per_byte, num_tokens, num_bytes, and n (windows)."""
+        num_tokens = sum(result["num_tokens"] for result in item_results)
+        num_bytes = sum(result["num_bytes"] for result in item_results)
+        loss = -math.fsum(result["log_likelihood"] for result in item_results) / num_tokens
+        text_nats = -math.fsum(result["text_log_likelihood"] for result in item_results)
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": bits_per_byte([answer["text_log_likelihood"] for answer in answers], num_bytes),
+            "perplexity": math.exp(min(loss, 700.0)),  # e^709 is the largest float
+            "bits_per_byte": text_nats / (math.log(2) * num_bytes) if num_bytes else math.nan,
             "num_tokens": num_tokens,
-            "num_bytes": sum(num_bytes),
-            "n": len(answers),
+            "num_bytes": num_bytes,
+            "n": len(item_results),
         }
 
 
-def is_shards(path):
-    """Whether a path is a folder of shards, finished or not, rather than text."""
+def is_shards(path: str | Path) -> bool:
+    """Return True if the path is a folder of shards, complete or not, rather than text."""
     from data.manifest import PREPARING, foreign_shards
 
     folder = Path(path)
     return folder.is_dir() and bool(foreign_shards(folder) or (folder / PREPARING).exists())
 
 
-def _windows(num_tokens, max_inputs, stride):
-    """[(first, one past the last)] of the tokens that each window scores, counted from the first that is scored."""
-    edges = [0, *range(min(max_inputs, num_tokens), num_tokens, stride), num_tokens]
+def _windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int]]:
+    """Return the (start, stop) of the tokens that each window scores, counted from the first scored token."""
+    edges = [0, *range(min(max_length, num_tokens), num_tokens, stride), num_tokens]
     return list(itertools.pairwise(edges)) if num_tokens > 0 else []

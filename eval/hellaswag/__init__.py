@@ -1,8 +1,7 @@
-"""
-HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): which of four endings follows the context?
+"""HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): which of four endings follows the context?
 
-    items.py        the items: from the Hub, a .jsonl file, or sample.jsonl (40 items of this project's own)
-    task.py         the endings' log-likelihoods, build-nanogpt's convention
-    accuracy.py     the arithmetic: acc, acc_norm and their standard errors
-    hellaswag.py    the same as a metric: `evaluate.load("eval/hellaswag")`
+items.py        the items: from the Hub, a .jsonl file, or sample.jsonl (40 items written for this project)
+task.py         the endings' log-likelihoods, for build-nanogpt's prompt and lm-eval's
+accuracy.py     acc, acc_norm and their standard errors
+hellaswag.py    the same as a metric: `evaluate.load("eval/hellaswag")`
 """

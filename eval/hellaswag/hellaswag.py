@@ -1,7 +1,7 @@
 """HellaSwag's accuracies as a metric: `evaluate.load("eval/hellaswag")`."""
 
-# Each import on a line of its own, the local one relative: `evaluate` finds with a regular expression which
-# packages this file needs, and which of its neighbours to copy along with it.
+# One import per line, and a relative one for the local file: `evaluate` finds with a regular expression which packages
+# this file needs and which files to copy along with it.
 import datasets
 import evaluate
 
@@ -17,16 +17,16 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-The fraction of HellaSwag items in which a language model gives the right ending the highest log-likelihood
-(acc), and the highest log-likelihood over its length (acc_norm).
+The fraction of HellaSwag items in which a language model gives the correct ending the highest log-likelihood
+(acc), and the highest log-likelihood divided by its length (acc_norm).
 """
 
 _INPUTS = """\
 Args:
-    predictions: one dict an item: "log_likelihoods", each ending's log-likelihood in nats, summed over its
-        tokens; "lengths", what acc_norm divides them by: each ending's tokens (build-nanogpt, llm.c) or characters
-        (lm-evaluation-harness).
-    references: the right ending of each item, counted from 0.
+    predictions: one dict per item: "log_likelihoods", each ending's log-likelihood in nats, summed over its
+        tokens; "lengths", the divisors for acc_norm: each ending's number of tokens (build-nanogpt, llm.c) or
+        characters (lm-evaluation-harness).
+    references: the index of each item's correct ending, from 0.
 
 Returns:
     acc, acc_norm: fractions of the items.
@@ -48,9 +48,9 @@ Example:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class HellaSwag(evaluate.Metric):
-    """`compute(predictions=, references=)`; ValueError names the item that is wrong, see `accuracy`."""
+    """`compute(predictions=, references=)`. A ValueError names the malformed item, see `accuracy`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
@@ -68,5 +68,5 @@ class HellaSwag(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1905.07830"],
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[dict], references: list[int]) -> dict[str, float]:
         return accuracy(predictions, references)

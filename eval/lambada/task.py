@@ -1,11 +1,25 @@
 """LAMBADA as lm-evaluation-harness scores it: task lambada_openai, version 1."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from eval import EvalError
-from eval.items import HubUnavailableError, Source, check_text, file_records, first_items, hub_records, sha256_of
-from eval.lambada.word_prediction import word_prediction
-from eval.task import BaseTask, Item, encode_together
+from eval.items import (
+    DataInfo,
+    HubUnavailableError,
+    check_fields,
+    check_text,
+    file_records,
+    first_items,
+    hub_records,
+    sha256_of,
+)
+from eval.scoring import Tokenizer
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode_together
 
 HUB_ID = "EleutherAI/lambada_openai"
 FIELDS = ("context", "continuation")
@@ -13,37 +27,37 @@ FIELDS = ("context", "continuation")
 
 @dataclass(frozen=True, kw_only=True)
 class Task(BaseTask):
-    """The passage up to its last space is the context; a space and the last word, encoded with it, are scored."""
+    """The passage up to its last space is the context. A space and the last word, encoded with it, are scored."""
 
     version = 1
-    figures = {  # noqa: RUF012 (a constant)
-        "acc": "last words that are the model's own choice (lm-evaluation-harness, lambada_openai)",
+    metrics = {  # noqa: RUF012 (a constant)
+        "acc": "last words that greedy decoding gives (lm-evaluation-harness, lambada_openai)",
         "perplexity": "of a last word (lm-evaluation-harness, lambada_openai; the GPT-2 paper's is another protocol)",
     }
     full_size = 5_153
 
-    def read(self, tokenizer, max_inputs):
-        """
-        `data`: "hub" (EleutherAI/lambada_openai), or a .jsonl, .jsonl.gz or .jsonl.xz file with the fields context and
-        continuation, or with the whole passage as text. See BaseTask.
+    def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
+        """Read the passages. See BaseTask.
+
+        `data` is "hub" (EleutherAI/lambada_openai), or a .jsonl, .jsonl.gz or .jsonl.xz file with the fields context
+        and continuation, or with the full passage as text.
         """
         if self.data == "hub":
             try:
                 records, name = hub_records(HUB_ID, "test", "default"), f"{HUB_ID} (test)"
             except HubUnavailableError as error:
                 raise EvalError(
-                    f"{HUB_ID} was not to be had ({error}); name a local copy of LAMBADA with --data lambada=FILE"
+                    f"{HUB_ID} is not available ({error}); give a local copy of LAMBADA with --data lambada=FILE"
                 ) from error
         else:
-            records = file_records(self.data, fields=FIELDS, or_field="text", others="'hub' or ")
-            name = str(self.data)
-        passages, count = first_items([_passage(record, where) for record, where in records], self.limit)
+            records, name = file_records(self.data, alternatives="'hub' or "), self.data
+        passages, count = first_items([_split_passage(record, where) for record, where in records], self.limit)
         requests = encode_together(tokenizer, [(context, [f" {word}"]) for context, word in passages])
         items = [Item([request], {"word": word}) for request, (_, word) in zip(requests, passages, strict=True)]
-        return items, Source(description=f"{name}, {count}", sha256=sha256_of(passages))
+        return items, DataInfo(description=f"{name}, {count}", sha256=sha256_of(passages))
 
-    def answer(self, item, scores):
-        """The word, its log-likelihood (nats) and number of tokens, and whether it is the model's own choice."""
+    def process_item(self, item: Item, scores: ItemScores) -> ItemResult:
+        """Return the word, its log-likelihood (nats), its number of tokens, and whether they are all greedy."""
         [[score]] = scores
         return {
             "word": item.reference["word"],
@@ -52,17 +66,32 @@ class Task(BaseTask):
             "is_greedy": score.is_greedy,
         }
 
-    def results(self, answers):
-        """See `word_prediction`."""
-        return word_prediction(answers)
+    def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
+        """Return acc (fraction of greedy words), perplexity (exp of minus the mean log-likelihood per word), and n.
+
+        acc_stderr is sqrt(p (1 - p) / (n - 1)), perplexity_stderr the perplexity times the standard error of the mean
+        log-likelihood, as in lm-evaluation-harness (tasks/lambada, version 1); both are nan for one passage.
+        """
+        values = np.array([result["log_likelihood"] for result in item_results], dtype=np.float64)
+        n = len(values)
+        acc = sum(result["is_greedy"] for result in item_results) / n
+        perplexity = math.exp(min(-values.mean(), 700.0))  # e^709 is the largest float
+        return {
+            "acc": acc,
+            "acc_stderr": math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else math.nan,
+            "perplexity": perplexity,
+            "perplexity_stderr": perplexity * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan,
+            "n": n,
+        }
 
 
-def _passage(record, where):
-    """(all but the last word, the last word)"""
-    if "text" in record:
+def _split_passage(record: Any, where: str) -> tuple[str, str]:
+    """Return (the passage without its last word, the last word)."""
+    if isinstance(record, dict) and "text" in record:
         check_text(record["text"], f"{where}: text")
         context, _, word = record["text"].rpartition(" ")
     else:
+        check_fields(record, FIELDS, where)
         context, word = (record[name] for name in FIELDS)
     check_text(context, f"{where}: context")
     check_text(word, f"{where}: continuation")

@@ -20,7 +20,7 @@ NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Models this small are slower on several."""
+    """Use one thread: models this small are slower on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -29,20 +29,20 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """GPT-2's own, without network."""
+    """Load GPT-2's tokenizer without a network."""
     return load_hf_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2():
+    """Make a tiny GPT-2 with large weights: each token's probability depends visibly on all tokens before it."""
     torch.manual_seed(0)
-    # Large weights, so that each token's probability depends visibly on all before it.
     return GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=128, initializer_range=0.2))
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
-    """Folder of a model that transformers itself knows."""
+    """Save the tiny GPT-2 as a model of transformers' own, and return the folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_gpt2.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -51,7 +51,7 @@ def checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
 
 @pytest.fixture(scope="session")
 def own_checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
-    """Folder of the same model with this project's code in it, as train.py leaves it."""
+    """Save the same model with this project's code, as train.py does, and return the folder."""
     from modeling_gpt2repro import GPT2ReproForCausalLM
 
     folder = tmp_path_factory.mktemp("runs") / "checkpoints" / "step_000100"
@@ -62,7 +62,7 @@ def own_checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
 
 @pytest.fixture(scope="session")
 def evaluate_cache(tmp_path_factory):
-    """Where `evaluate` copies metrics to, instead of the user's cache."""
+    """Give `evaluate` a temporary folder for its copies of metrics instead of the user's cache."""
     import evaluate
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def evaluate_cache(tmp_path_factory):
 
 @pytest.fixture
 def run_python(tmp_path):
-    """Runs Python in the checkout, with caches of its own and no network unless `env` gives one."""
+    """Return a function that runs Python in the checkout, with its own caches and no network unless `env` has one."""
 
     def run(*arguments, **env):
         return subprocess.run(
@@ -98,8 +98,10 @@ def run_python(tmp_path):
 @pytest.fixture
 def local_hub():
     """
-    `local_hub({"datasets/owner/name": {path: bytes}, "models/...": ...})` gives the address of a server that
-    answers as the Hub does, as far as `from_pretrained` and `load_dataset` ask.
+    Return a function that starts a Hub on localhost and returns its address.
+
+    `local_hub({"datasets/owner/name": {path: bytes}, "models/...": ...})` serves what `from_pretrained` and
+    `load_dataset` request.
     """
     with contextlib.ExitStack() as servers:
         yield lambda repos: servers.enter_context(HubServer(repos)).address

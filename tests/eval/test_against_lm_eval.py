@@ -1,7 +1,8 @@
-"""Our figures and log-likelihoods beside those of the package lm-eval: the reference, run on the same model."""
+"""Compare metrics and log-likelihoods with those of the package lm-eval, the reference, on the same model."""
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import lm_eval
@@ -11,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
-from eval.evaluator import prepare, score
+from eval.evaluator import load_tasks, score
 from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
@@ -19,7 +20,7 @@ from eval.lm_eval_bridge import LmEvalTask
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
-# lm-eval's own tasks, with items from a file.
+# A task of lm-eval with items from a file.
 LOCAL = """
 include: {original}
 task: {name}
@@ -37,7 +38,7 @@ def model(tiny_gpt2):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Items as they come: with tags, doubled and missing spaces, no ctx_b, too long for the model."""
+    """Write difficult items: with tags, doubled and missing spaces, no ctx_b, too long for the model."""
     folder = tmp_path_factory.mktemp("lm_eval_tasks")
     records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:12]]
     records[0] |= {"ctx_a": "[header] How to sit [title] Find a chair. [step] Look  at it.", "ctx_b": ""}
@@ -58,7 +59,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def theirs(model, tokenizer, folder, tmp_path_factory):
+def expected(model, tokenizer, folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         manager, _ = lm_eval_bridge.check_lm_eval(LmEvalTask(f"{folder}/hellaswag_here"))
@@ -73,99 +74,102 @@ def theirs(model, tokenizer, folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def ours(model, tokenizer, folder):
     tasks = [HellaSwag(data=str(folder / "hellaswag.jsonl")), Lambada(data=str(folder / "lambada.jsonl"))]
-    return evaluate(model, tokenizer, tasks, keep_answers=True)
+    return evaluate(model, tokenizer, tasks, keep_item_results=True)
 
 
-def samples(theirs, task):
-    return sorted(theirs["samples"][f"{task}_here"], key=lambda sample: sample["doc_id"])
+def samples_of(expected, task):
+    return sorted(expected["samples"][f"{task}_here"], key=lambda sample: sample["doc_id"])
 
 
-def test_hellaswags_log_likelihoods_are_lm_evals(ours, theirs):
-    answers = ours["answers"]["hellaswag"]
-    assert len(answers) == len(samples(theirs, "hellaswag")) == 12
-    assert answers[1]["tokens_cut"] > 0
-    for answer, sample in zip(answers, samples(theirs, "hellaswag"), strict=True):
-        expected = np.array([float(value) for value, _ in sample["filtered_resps"]])
-        found = np.array(answer["lm_eval_log_likelihoods"])
-        assert found == pytest.approx(expected, abs=1e-3)
+def test_hellaswag_log_likelihoods_match_lm_eval(ours, expected):
+    item_results = ours["item_results"]["hellaswag"]
+    samples = samples_of(expected, "hellaswag")
+    assert len(item_results) == len(samples) == 12
+    assert item_results[1]["tokens_truncated"] > 0
+    for result, sample in zip(item_results, samples, strict=True):
+        reference = np.array([float(value) for value, _ in sample["filtered_resps"]])
+        values = np.array(result["lm_eval_log_likelihoods"])
+        assert values == pytest.approx(reference, abs=1e-3)
         lengths = np.array([len(choice) for choice in sample["doc"]["choices"]])
-        assert answer["lm_eval_num_characters"] == lengths.tolist()
-        for per in (1, lengths):
-            second, best = np.sort(expected / per)[-2:]
+        assert result["lm_eval_num_characters"] == lengths.tolist()
+        for divisor in (1, lengths):
+            second, best = np.sort(reference / divisor)[-2:]
             if best - second > 1e-3:
-                assert (found / per).argmax() == (expected / per).argmax()
+                assert (values / divisor).argmax() == (reference / divisor).argmax()
 
 
-def test_the_figures_are_lm_evals(ours, theirs):
+def test_metrics_match_lm_eval(ours, expected):
     hellaswag, lambada = ours["results"]["hellaswag"], ours["results"]["lambada"]
-    expected = theirs["results"]["hellaswag_here"]
-    assert hellaswag["lm_eval_acc"] == expected["acc,none"]
-    assert hellaswag["lm_eval_acc_norm"] == expected["acc_norm,none"]
-    expected = theirs["results"]["lambada_here"]
-    assert lambada["acc"] == expected["acc,none"]
-    assert lambada["perplexity"] == pytest.approx(expected["perplexity,none"], rel=1e-4)
+    reference = expected["results"]["hellaswag_here"]
+    assert hellaswag["lm_eval_acc"] == reference["acc,none"]
+    assert hellaswag["lm_eval_acc_norm"] == reference["acc_norm,none"]
+    reference = expected["results"]["lambada_here"]
+    assert lambada["acc"] == reference["acc,none"]
+    assert lambada["perplexity"] == pytest.approx(reference["perplexity,none"], rel=1e-4)
 
 
-def test_lambadas_log_likelihoods_are_lm_evals(ours, theirs):
-    answers = ours["answers"]["lambada"]
-    assert answers[2]["tokens_cut"] > 0
-    for answer, sample in zip(answers, samples(theirs, "lambada"), strict=True):
+def test_lambada_log_likelihoods_match_lm_eval(ours, expected):
+    item_results = ours["item_results"]["lambada"]
+    assert item_results[2]["tokens_truncated"] > 0
+    for result, sample in zip(item_results, samples_of(expected, "lambada"), strict=True):
         [[value, is_greedy]] = sample["filtered_resps"]
-        assert answer["log_likelihood"] == pytest.approx(float(value), abs=1e-3)
-        assert answer["is_greedy"] == (str(is_greedy) == "True")
+        assert result["log_likelihood"] == pytest.approx(float(value), abs=1e-3)
+        assert result["is_greedy"] == (str(is_greedy) == "True")
 
 
-def test_a_tokenizer_that_begins_texts_by_itself(model, tokenizer, folder):
-    """As Llama's does: lm-eval's contexts begin with its token, and so do ours."""
+def test_tokenizer_that_adds_a_bos_token_matches_lm_eval(model, tokenizer, folder):
+    """Llama's tokenizer starts every text with its own token; lm-eval's contexts have it, and so do ours."""
     from lm_eval.api.instance import Instance
     from tokenizers.processors import TemplateProcessing
 
-    llamas = copy.deepcopy(tokenizer)
-    begin = ("<|endoftext|>", tokenizer.eos_token_id)
-    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[begin])
-    llamas.backend_tokenizer.post_processor = template
+    llama_like = copy.deepcopy(tokenizer)
+    bos = ("<|endoftext|>", tokenizer.eos_token_id)
+    template = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[bos])
+    llama_like.backend_tokenizer.post_processor = template
     records = [json.loads(line) for line in (folder / "hellaswag.jsonl").read_text().splitlines()][3:6]
-    (folder / "few.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    answers = evaluate(model, llamas, [HellaSwag(data=str(folder / "few.jsonl"))], keep_answers=True)["answers"]
-    items, _ = load_items(str(folder / "few.jsonl"))
-    backend = HFLM(pretrained=model, tokenizer=llamas, batch_size=4)
+    path = folder / "few.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    result = evaluate(model, llama_like, [HellaSwag(data=str(path))], keep_item_results=True)
+    items, _ = load_items(path)
+    backend = HFLM(pretrained=model, tokenizer=llama_like, batch_size=4)
     pairs = [(item.lm_eval_query, f" {ending}") for item in items for ending in item.lm_eval_endings]
-    expected = backend.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
-    found = [value for answer in answers["hellaswag"] for value in answer["lm_eval_log_likelihoods"]]
-    assert found == pytest.approx([value for value, _ in expected], abs=1e-3)
+    reference = backend.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
+    values = [x for item in result["item_results"]["hellaswag"] for x in item["lm_eval_log_likelihoods"]]
+    assert values == pytest.approx([value for value, _ in reference], abs=1e-3)
 
 
-def test_the_bridge_gives_lm_evals_figures(model, tokenizer, folder, theirs):
+def test_bridge_returns_lm_evals_metrics_and_restores_training_mode(model, tokenizer, folder, expected):
     name = f"lm-eval:{folder}/hellaswag_here"
-    prepared = prepare([name], tokenizer, model.config)
+    loaded = load_tasks([name], tokenizer, model.config)
     model.train()
     try:
-        result = score(model, tokenizer, prepared)
+        result = score(model, tokenizer, loaded)
         assert model.training
     finally:
         model.eval()
-    expected = theirs["results"]["hellaswag_here"]
-    found = result["results"][name]
-    assert (found["acc"], found["acc_norm"], found["n"]) == (expected["acc,none"], expected["acc_norm,none"], 12)
-    assert found["acc_stderr"] > 0
+    reference = expected["results"]["hellaswag_here"]
+    metrics = result["results"][name]
+    assert (metrics["acc"], metrics["acc_norm"]) == (reference["acc,none"], reference["acc_norm,none"])
+    assert metrics["n"] == 12
+    assert metrics["acc_stderr"] > 0
     assert result["tasks"][name]["figures"].keys() == {"acc", "acc_norm"}
 
 
-def test_the_bridge_says_what_is_wrong(model, tokenizer, folder, monkeypatch):
+def test_bridge_refuses_unknown_tasks_folders_and_a_missing_package(model, tokenizer, folder, monkeypatch):
     for name, message in (
         (f"{folder}/hellaswagg", "lm-eval .* has no task 'hellaswagg'"),
-        ("no/such/folder/task", "there is no folder 'no/such/folder'"),
+        ("no/such/folder/task", "the folder 'no/such/folder' does not exist"),
     ):
         with pytest.raises(EvalError, match=message):
-            prepare([f"lm-eval:{name}"], tokenizer, model.config)
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+            load_tasks([f"lm-eval:{name}"], tokenizer, model.config)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(EvalError, match=r"cannot be imported .*; pip install 'lm-eval\[hf\]>=0.4.13'"):
-        prepare(["lm-eval:piqa"], tokenizer, model.config)
+        load_tasks(["lm-eval:piqa"], tokenizer, model.config)
 
 
 @pytest.mark.parametrize("stride", [128, 50, 1])
-def test_windows_are_lm_evals(model, tokenizer, tmp_path, stride):
-    """Every window, and with a stride of the whole context the sum that lm-eval's backend gives."""
+def test_windows_match_lm_eval(model, tokenizer, tmp_path, stride):
+    """Compare every window, and with a stride of the full context the sum from lm-eval's backend."""
     from lm_eval.api.instance import Instance
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -174,7 +178,7 @@ def test_windows_are_lm_evals(model, tokenizer, tmp_path, stride):
     )
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")
     task = BitsPerByte(data=str(tmp_path / "text.txt"), stride=stride)
-    items, _ = task.load(tokenizer, 128)
+    items = task.load(tokenizer, 128).items
     windows = get_rolling_token_windows(
         tokenizer(text).input_ids, tokenizer.eos_token_id, max_seq_len=128, context_len=128 - stride + 1
     )

@@ -1,4 +1,4 @@
-"""`python -m eval` as a user meets it."""
+"""Test the command `python -m eval`."""
 
 import copy
 import json
@@ -8,7 +8,6 @@ import shutil
 import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
 from tiny_run import TWO_PROCESSES
@@ -16,19 +15,21 @@ from tiny_run import TWO_PROCESSES
 from eval import EvalError, command, evaluate
 from eval import __main__ as program
 from eval.checkpoint import load_model, load_tokenizer, weights_sha256
+from eval.hellaswag import items
 from eval.hellaswag.items import SAMPLE
 from eval.hellaswag.task import Task as HellaSwag
+from eval.items import HubUnavailableError
 
 GOOD = SAMPLE.read_text(encoding="utf-8").splitlines()[0]
 
 
 @pytest.fixture
 def fails(capsys, monkeypatch):
-    """Runs the command, which must fail with one line before any model is loaded; gives the line."""
+    """Return a function that runs the command, which must fail before a model is loaded, and returns the error line."""
 
     def run(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(command, "load_model", lambda *_, **__: pytest.fail("came as far as loading the model"))
+            patch.setattr(command, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
             assert program.main([str(argument) for argument in arguments]) == 2
         return _error_line(capsys.readouterr())
 
@@ -43,11 +44,11 @@ def _error_line(output):
     return stderr.strip()
 
 
-# ------------------------------------------------------------------------------------- what it gives
+# ------------------------------------------------------------------------------------------- results
 
 
-def test_own_checkpoint_with_a_file_of_items(run_python, own_checkpoint, tiny_gpt2, tokenizer, tmp_path):
-    """Its modeling code comes with the folder: no flag is needed, and nothing of this checkout either."""
+def test_own_checkpoint_is_scored_on_a_file_of_items(run_python, own_checkpoint, tiny_gpt2, tokenizer, tmp_path):
+    """The modeling code in the folder is used, without a flag."""
     data = tmp_path / "items.jsonl"
     data.write_text("\n".join(SAMPLE.read_text(encoding="utf-8").splitlines()[:12]), encoding="utf-8")
     output = tmp_path / "result.json"
@@ -59,15 +60,15 @@ def test_own_checkpoint_with_a_file_of_items(run_python, own_checkpoint, tiny_gp
 
     task = HellaSwag(data=str(data), limit=10)
     expected = evaluate(tiny_gpt2, tokenizer, [task])
-    figures = expected["results"]["hellaswag"]
+    metrics = expected["results"]["hellaswag"]
     result = json.loads(output.read_text(encoding="utf-8"))
-    assert result["results"] == {"hellaswag": pytest.approx(figures)}
+    assert result["results"] == {"hellaswag": pytest.approx(metrics)}
     assert result["published"] == {}
-    [(name, about)] = result["tasks"].items()
-    assert (name, about["version"], about["figures"]) == ("hellaswag", task.version, task.figures)
-    assert about["data"] == expected["tasks"]["hellaswag"]["data"]
-    assert about["data"]["source"] == f"{data}, the first 10 of 12 items"
-    assert about["seconds"] > 0
+    [(name, description)] = result["tasks"].items()
+    assert (name, description["version"], description["figures"]) == ("hellaswag", task.version, task.metrics)
+    assert description["data"] == expected["tasks"]["hellaswag"]["data"]
+    assert description["data"]["source"] == f"{data}, the first 10 of 12 items"
+    assert description["seconds"] > 0
     assert result["model"] == {
         **{"name": str(own_checkpoint), "revision": None, "class": "GPT2ReproForCausalLM", "dtype": "float32"},
         "weights_sha256": weights_sha256(own_checkpoint),
@@ -80,32 +81,18 @@ def test_own_checkpoint_with_a_file_of_items(run_python, own_checkpoint, tiny_gp
     assert [line.split()[0] for line in run.stdout.splitlines() if line] == [
         *("task", *["hellaswag"] * 4, "model", "items", "time"),
     ]
-    for name in task.figures:
+    for name in task.metrics:
         [line] = [line for line in run.stdout.splitlines() if line.split()[1:2] == [name]]
-        assert f"{figures[name]:.4f} ± {figures[name + '_stderr']:.4f}" in line
-        assert line.endswith(task.figures[name])
+        assert f"{metrics[name]:.4f} ± {metrics[name + '_stderr']:.4f}" in line
+        assert line.endswith(task.metrics[name])
     assert f"{data}, the first 10 of 12 items" in run.stdout
     assert "OpenAI" not in run.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf_home", "items.jsonl", "result.json"]
 
 
-def test_without_network_the_sample_is_scored_and_called_that(run_python, checkpoint, tmp_path):
-    output = tmp_path / "result.json"
-    run = run_python("-m", "eval", "--model", checkpoint, "--dtype", "bfloat16", "--limit", 4, "--output", output)
-    assert run.returncode == 0
-    sentence = "SAMPLE of 4 items written for this project, NOT HellaSwag: not comparable with published numbers"
-    assert run.stderr.startswith(f"warning: {sentence} (Rowan/hellaswag was not to be had: ")
-    assert run.stderr.count("\n") == 1
-    assert sentence in run.stdout
-    result = json.loads(output.read_text(encoding="utf-8"))
-    assert result["tasks"]["hellaswag"]["data"]["source"].startswith(sentence)
-    assert result["tasks"]["hellaswag"]["data"]["is_sample"]
-    assert (result["results"]["hellaswag"]["n"], result["model"]["dtype"]) == (4, "bfloat16")
-
-
 @pytest.fixture
 def in_process(monkeypatch, checkpoint, tiny_gpt2, capsys):
-    """The command in this process, with the model that is here already."""
+    """Return a function that runs the command in this process with the tiny model."""
     monkeypatch.setattr(command, "load_model", lambda *_, **__: tiny_gpt2)
 
     def run(*arguments):
@@ -115,7 +102,25 @@ def in_process(monkeypatch, checkpoint, tiny_gpt2, capsys):
     return run
 
 
-def test_published_numbers_stand_beside_the_full_set_only(in_process, monkeypatch, tmp_path):
+def test_sample_is_scored_with_a_warning_without_a_network(in_process, monkeypatch, tmp_path):
+    def fail(*_):
+        raise HubUnavailableError("the network is down")
+
+    monkeypatch.setattr(items, "hub_records", fail)
+    output = tmp_path / "result.json"
+    code, printed = in_process("--dtype", "bfloat16", "--limit", 4, "--output", output)
+    sentence = "SAMPLE of 4 items written for this project, NOT HellaSwag: not comparable with published numbers"
+    assert code == 0
+    assert printed.err.startswith(f"warning: {sentence} (Rowan/hellaswag is not available: the network is down; ")
+    assert printed.err.count("\n") == 1
+    assert sentence in printed.out
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["tasks"]["hellaswag"]["data"]["source"].startswith(sentence)
+    assert result["tasks"]["hellaswag"]["data"]["is_sample"]
+    assert result["results"]["hellaswag"]["n"] == 4
+
+
+def test_published_results_are_shown_for_the_full_set_only(in_process, monkeypatch, tmp_path):
     data = tmp_path / "items.jsonl"
     data.write_text(f"{GOOD}\n{GOOD}\n{GOOD}\n", encoding="utf-8")
     monkeypatch.setattr(HellaSwag, "full_size", 3)
@@ -132,24 +137,24 @@ def test_published_numbers_stand_beside_the_full_set_only(in_process, monkeypatc
         assert "OpenAI" not in printed.out
 
 
-def test_one_item_has_no_standard_error(in_process, tmp_path):
+def test_standard_error_of_one_item_is_null(in_process, tmp_path):
     output = tmp_path / "result.json"
     code, _ = in_process("--data", "sample", "--limit", 1, "--output", output)
     assert code == 0
-    assert json.loads(output.read_text())["results"]["hellaswag"]["acc_stderr"] is None  # nan would be no JSON
+    assert json.loads(output.read_text())["results"]["hellaswag"]["acc_stderr"] is None  # JSON has no nan
 
 
-def test_cut_contexts_are_told(in_process, tmp_path):
+def test_truncated_items_are_reported(in_process, tmp_path):
     item = json.loads(GOOD)
     data = tmp_path / "items.jsonl"
     data.write_text(json.dumps(item | {"ctx": "word " * 200}) + "\n" + GOOD, encoding="utf-8")
     output = tmp_path / "result.json"
     _, printed = in_process("--data", data, "--output", output)
-    assert "hellaswag: 1 of 2 items were longer than the model's context and lost their beginning" in printed.out
-    assert json.loads(output.read_text())["results"]["hellaswag"]["num_cut"] == 1
+    assert "hellaswag: 1 of 2 items did not fit the model's context and lost their beginning" in printed.out
+    assert json.loads(output.read_text())["results"]["hellaswag"]["num_truncated"] == 1
 
 
-def test_several_tasks_and_each_items_log_likelihoods(in_process, tmp_path):
+def test_per_item_file_has_the_results_of_all_tasks(in_process, tmp_path):
     lambada, text = tmp_path / "lambada.jsonl", tmp_path / "text.txt"
     lambada.write_text('{"text": "He said it"}\n{"context": "One", "continuation": "two"}\n')
     text.write_text("Some text.")
@@ -170,13 +175,9 @@ def test_several_tasks_and_each_items_log_likelihoods(in_process, tmp_path):
     assert f"{perplexity:.4f} ± " in printed.out
     assert "text.txt, stride 3, the first 1 documents" in printed.out
 
-    in_process(*arguments, "--per_item", tmp_path / "items.parquet")
-    table = pyarrow.parquet.read_table(tmp_path / "items.parquet").to_pylist()
-    assert [{name: value for name, value in row.items() if value is not None} for row in table] == rows
 
-
-def test_two_processes_give_the_figures_of_one(in_process, own_checkpoint, run_python, tmp_path):
-    """Eleven items: the shares are not of one size."""
+def test_two_processes_give_the_results_of_one(in_process, own_checkpoint, run_python, tmp_path):
+    """Score eleven items, an uneven number."""
     output = tmp_path / "two.json"
     run = run_python(
         *("-m", "accelerate.commands.launch", *TWO_PROCESSES),
@@ -197,7 +198,7 @@ def test_two_processes_give_the_figures_of_one(in_process, own_checkpoint, run_p
         assert a["lm_eval_log_likelihoods"] == pytest.approx(b["lm_eval_log_likelihoods"], abs=1e-3)
 
 
-def test_a_full_disk_leaves_what_was_there(in_process, monkeypatch, tmp_path):
+def test_full_disk_keeps_the_older_file(in_process, monkeypatch, tmp_path):
     output = tmp_path / "result.json"
     output.write_text("older", encoding="utf-8")
 
@@ -212,59 +213,62 @@ def test_a_full_disk_leaves_what_was_there(in_process, monkeypatch, tmp_path):
     assert output.read_text(encoding="utf-8") == "older"
 
 
-# -------------------------------------------------------------------------------- what it refuses early
+# -------------------------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "helaswag"], "no task 'helaswag'; did you mean 'hellaswag'?"),
+        (["--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
         (
             ["--tasks", "hellaswag", "zzz"],
-            "no task 'zzz'; there are: bits_per_byte, hellaswag, lambada, and lm-eval:NAME",
+            "unknown task 'zzz'; choose from bits_per_byte, hellaswag, lambada, lm-eval:NAME",
         ),
-        (["--tasks", "lambada", "lambada"], "--tasks 'lambada' is named twice"),
-        (["--tasks", "lambada", "hellaswag", "--data", "x.jsonl"], "--data 'x.jsonl': say whose it is, TASK=PATH"),
+        (["--tasks", "lambada", "lambada"], "--tasks 'lambada' is listed twice"),
+        (["--tasks", "lambada", "hellaswag", "--data", "x.jsonl"], "--data 'x.jsonl' must be TASK=PATH"),
         (
             ["--tasks", "lambada", "--data", "lambada=nowhere.jsonl"],
             "items 'nowhere.jsonl': no such file; give 'hub' or a",
         ),
-        (["--tasks", "lambada", "--data", "helaswag=x.jsonl"], "--data 'helaswag=x.jsonl': say whose it is, TASK=PATH"),
-        (["--data", "hellaswag=a", "hellaswag=b"], "--data hellaswag=b: hellaswag has 'a' already"),
-        (["--tasks", "lm-eval:piqa", "--data", "lm-eval:piqa=x"], "lm-eval finds its data itself"),
-        (["--tasks", "lm-eval:piqa", "--per_item", "x.jsonl"], "--per_item: lm-eval keeps the items of its tasks"),
+        (["--tasks", "lambada", "--data", "helaswag=x.jsonl"], "--data 'helaswag=x.jsonl' must be TASK=PATH"),
+        (["--data", "hellaswag=a", "hellaswag=b"], "--data hellaswag=b: hellaswag already has 'a'"),
+        (["--tasks", "lm-eval:piqa", "--data", "lm-eval:piqa=x"], "lm-eval finds its own data"),
+        (["--tasks", "lm-eval:piqa", "--per_item", "x.jsonl"], "--per_item: not available for lm-eval's tasks"),
         (["--tasks", "bits_per_byte"], "bits_per_byte needs a text"),
         (["--tasks", "bits_per_byte", "--data", "nowhere"], "nowhere: no such file or folder"),
         (["--tasks", "bits_per_byte", "--data", "LICENSE"], "LICENSE"),
-        (["--stride", "5"], "--stride 5: is for bits_per_byte, which is not among --tasks"),
-        (["--tasks", "bits_per_byte", "--data", "README.md", "--stride", "500"], "stride 500 is not between 1 and"),
-        (["--per_item", "items.csv"], "--per_item 'items.csv' must end in .jsonl or .parquet"),
+        (["--stride", "5"], "--stride 5: it is for bits_per_byte, which is not among --tasks"),
+        (
+            ["--tasks", "bits_per_byte", "--data", "README.md", "--stride", "500"],
+            "stride must be between 1 and",
+        ),
+        (["--per_item", "items.parquet"], "--per_item 'items.parquet' must end in .jsonl"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--limit", "-3"], "--limit must be at least 1, got -3"),
         (["--limit", "many"], "argument --limit: invalid int value: 'many'"),
         (["--tokens_per_batch", "0"], "--tokens_per_batch must be at least 1, got 0"),
         (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
-        (["--device", "abacus"], "--device 'abacus' is not to be had"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
         (["--lim", "5"], "unrecognized arguments: --lim 5"),
         (["--data", "nowhere.jsonl"], "items 'nowhere.jsonl': no such file; give"),
-        (["--output", "no/such/folder/result.json"], "there is no folder 'no/such/folder'"),
+        (["--output", "no/such/folder/result.json"], "the folder 'no/such/folder' is not writable"),
         (["--output", "."], "--output '.' is a folder; name a file in it"),
     ],
 )
-def test_bad_arguments(fails, checkpoint, arguments, message):
+def test_invalid_arguments_are_named(fails, checkpoint, arguments, message):
     assert message in fails("--model", checkpoint, *arguments)
 
 
-def test_no_model(fails):
+def test_model_is_required(fails):
     assert "the following arguments are required: --model" in fails()
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/my/run", "/no/such/folder", "a b"])
-def test_a_model_that_cannot_be(fails, name):
+def test_model_must_be_a_folder_or_hub_id(fails, name):
     assert f"checkpoint {name!r}: no such folder, nor a Hub id" in fails("--model", name)
 
 
-def test_a_run_folder_instead_of_its_checkpoint(fails, own_checkpoint):
+def test_run_folder_suggests_its_checkpoint(fails, own_checkpoint):
     assert f"give one of {own_checkpoint} " in fails("--model", own_checkpoint.parents[1])
     assert "is a file; give the folder" in fails("--model", own_checkpoint / "config.json")
 
@@ -273,14 +277,14 @@ def test_a_run_folder_instead_of_its_checkpoint(fails, own_checkpoint):
     ("line", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "[] is no JSON object"),
+        ("[]", "[] is not a JSON object"),
         (GOOD.replace('"label": ', '"label": 1'), "label must be 0, 1, 2 or 3"),
         (GOOD.replace('"endings": ["', '"endings": ["", "'), "exactly 4 texts, got 5 of them"),
         (json.dumps(json.loads(GOOD) | {"endings": ["a", "b", "", "d"]}), "ending 2 is empty"),
         ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 1}', "the field 'activity_label' is missing"),
     ],
 )
-def test_malformed_items(fails, checkpoint, tmp_path, line, message):
+def test_malformed_item_is_named_and_nothing_written(fails, checkpoint, tmp_path, line, message):
     data, output = tmp_path / "items.jsonl", tmp_path / "result.json"
     data.write_text(f"{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8")
     error = fails("--model", checkpoint, "--data", data, "--limit", 1, "--output", output)
@@ -293,7 +297,7 @@ def test_malformed_items(fails, checkpoint, tmp_path, line, message):
 
 
 @pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)])
-def test_dtype_is_the_one_asked_for_whatever_was_saved(tiny_gpt2, tokenizer, tmp_path, arguments, dtype):
+def test_dtype_does_not_depend_on_the_saved_one(tiny_gpt2, tokenizer, tmp_path, arguments, dtype):
     copy.deepcopy(tiny_gpt2).to(torch.float16).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     args = program._parse_arguments(["--model", str(tmp_path), *arguments])
@@ -301,8 +305,7 @@ def test_dtype_is_the_one_asked_for_whatever_was_saved(tiny_gpt2, tokenizer, tmp
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_weights_are_told_apart_by_their_bytes(tmp_path):
-    """Of all files, in the order of their names; and not by the folder's name."""
+def test_weights_hash_depends_on_all_files_but_not_on_the_folders_name(tmp_path):
     folder = tmp_path / "a"
     folder.mkdir()
     seen = [weights_sha256("me/x")]
@@ -346,7 +349,7 @@ BREAKAGES = {
 }
 
 
-def test_one_of_ours_without_its_tokenizer(own_checkpoint, tmp_path):
+def test_own_checkpoint_without_tokenizer_is_refused(own_checkpoint, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(own_checkpoint, folder, ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(EvalError, match="has no tokenizer; put one there with"):
@@ -354,7 +357,7 @@ def test_one_of_ours_without_its_tokenizer(own_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("kind", BREAKAGES)
-def test_broken_checkpoints(checkpoint, tmp_path, kind):
+def test_broken_checkpoint_is_named(checkpoint, tmp_path, kind):
     breakage, message = BREAKAGES[kind]
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
@@ -366,7 +369,7 @@ def test_broken_checkpoints(checkpoint, tmp_path, kind):
     assert message in str(raised.value)
 
 
-def test_a_hub_model_without_network(run_python, tmp_path):
+def test_hub_model_without_a_network_fails_quickly(run_python, tmp_path):
     output = tmp_path / "result.json"
     start = time.perf_counter()
     run = run_python("-m", "eval", "--model", "me/nowhere", "--data", "sample", "--output", output)
@@ -377,7 +380,7 @@ def test_a_hub_model_without_network(run_python, tmp_path):
     assert not output.exists()
 
 
-def test_code_from_the_hub_runs_only_when_asked_for(run_python, local_hub, own_checkpoint, tmp_path):
+def test_code_from_the_hub_runs_only_with_trust_remote_code(run_python, local_hub, own_checkpoint, tmp_path):
     files = {path.name: path.read_bytes() for path in own_checkpoint.iterdir() if path.is_file()}
     address = local_hub({"models/me/repro": files})
     output = tmp_path / "result.json"
@@ -398,7 +401,7 @@ def test_code_from_the_hub_runs_only_when_asked_for(run_python, local_hub, own_c
     assert json.loads(output.read_text())["results"] == json.loads(online)["results"]
 
 
-def test_results_go_where_a_link_leads_and_replace_no_pipe(in_process, tmp_path):
+def test_output_follows_links_and_refuses_pipes(in_process, tmp_path):
     (tmp_path / "real.json").write_text("older")
     (tmp_path / "link.json").symlink_to("real.json")
     assert in_process("--data", "sample", "--limit", 1, "--output", tmp_path / "link.json")[0] == 0
@@ -406,11 +409,11 @@ def test_results_go_where_a_link_leads_and_replace_no_pipe(in_process, tmp_path)
     assert json.loads((tmp_path / "real.json").read_text())["results"]["hellaswag"]["n"] == 1
     os.mkfifo(tmp_path / "pipe")
     code, printed = in_process("--data", "sample", "--output", tmp_path / "pipe")
-    assert code == 2 and "is no regular file" in printed.err
+    assert code == 2 and "is not a regular file" in printed.err
     assert (tmp_path / "pipe").is_fifo()
 
 
-def test_interrupted(in_process, monkeypatch, tmp_path):
+def test_interrupt_writes_nothing(in_process, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
@@ -420,13 +423,13 @@ def test_interrupted(in_process, monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bug_shows_its_traceback(in_process, monkeypatch):
+def test_bug_keeps_its_traceback(in_process, monkeypatch):
     monkeypatch.setattr(command, "score", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         in_process("--data", "sample")
 
 
-def test_help_says_when_code_is_run(run_python):
+def test_help_states_when_modeling_code_runs(run_python):
     run = run_python("-m", "eval", "--help")
     assert run.returncode == 0
     text = " ".join(run.stdout.split())

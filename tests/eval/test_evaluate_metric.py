@@ -1,4 +1,4 @@
-"""The metric: hand-computed values, and what `evaluate.load` makes of the folder."""
+"""Test HellaSwag's metric: values computed by hand, from Python and through `evaluate.load`."""
 
 import ast
 import math
@@ -17,7 +17,7 @@ def prediction(log_likelihoods, lengths):
     return {"log_likelihoods": log_likelihoods, "lengths": lengths}
 
 
-# Four items, right by: the sum only, the mean only, both, neither.
+# Four items, correct by: the sum only, the mean only, both, neither.
 PREDICTIONS = [
     prediction([-4.0, -9.0, -9.0, -6.0], [1, 3, 3, 3]),  # highest sum 0, means -4 -3 -3 -2: highest 3
     prediction([-4.0, -9.0, -9.0, -6.0], [1, 3, 3, 3]),
@@ -40,28 +40,27 @@ def metric(evaluate_cache):
     return evaluate.load(str(FOLDER), keep_in_memory=True)
 
 
-def test_hand_computed():
+def test_accuracy_matches_values_computed_by_hand():
     assert accuracy(PREDICTIONS, REFERENCES) == pytest.approx(EXPECTED)
-    right = [
-        [accuracy([p], [r])[name] for p, r in zip(PREDICTIONS, REFERENCES, strict=True)] for name in ("acc", "acc_norm")
-    ]
-    assert right == [[1, 0, 1, 0], [0, 1, 1, 0]]
+    by_item = [accuracy([p], [r]) for p, r in zip(PREDICTIONS, REFERENCES, strict=True)]
+    assert [result["acc"] for result in by_item] == [1, 0, 1, 0]
+    assert [result["acc_norm"] for result in by_item] == [0, 1, 1, 0]
 
 
-def test_evaluate_gives_the_same(metric):
+def test_evaluate_library_gives_the_same_values(metric):
     result = metric.compute(predictions=PREDICTIONS, references=REFERENCES)
     assert result == pytest.approx(EXPECTED)
     assert list(result) == ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n"]
 
 
-def test_evaluate_adds_up_batches(metric):
+def test_evaluate_library_accepts_batches(metric):
     for start in (0, 2):
         metric.add_batch(predictions=PREDICTIONS[start : start + 2], references=REFERENCES[start : start + 2])
     assert metric.compute() == pytest.approx(EXPECTED)
 
 
-def test_loads_by_the_path_in_the_readme(run_python):
-    """From the checkout's root, without network, with its documented example."""
+def test_evaluate_load_works_offline_with_the_path_in_the_readme(run_python):
+    """Run the documented example too."""
     example = """
 import doctest, evaluate
 hellaswag = evaluate.load("eval/hellaswag")
@@ -75,30 +74,30 @@ print(doctest.DocTestRunner().run(parsed))
 
 
 @pytest.mark.parametrize("name", ["hellaswag.py", "accuracy.py"])
-def test_the_copied_files_need_nothing_of_this_project(name):
-    """`evaluate` copies the two into its cache, where the rest of `eval` is not."""
+def test_files_that_evaluate_copies_import_nothing_from_this_project(name):
+    """The rest of `eval` is not in the cache of `evaluate`."""
     for node in ast.walk(ast.parse((FOLDER / name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name for alias in node.names} <= {"datasets", "evaluate", "math", "numpy"}
         elif isinstance(node, ast.ImportFrom):
-            assert (node.level, node.module) == (1, "accuracy")
+            assert (node.level, node.module) in {(1, "accuracy"), (0, "collections.abc"), (0, "typing")}
 
 
-def test_standard_error_is_that_of_the_sample():
-    right = [1, 0, 0, 1, 1, 0, 1]
-    predictions = [prediction([-1.0, -2.0], [1, 1])] * len(right)
-    result = accuracy(predictions, [1 - is_right for is_right in right])
-    assert result["acc"] == statistics.mean(right)
-    assert result["acc_stderr"] == pytest.approx(statistics.stdev(right) / math.sqrt(len(right)))
+def test_standard_error_uses_the_sample_deviation():
+    correct = [1, 0, 0, 1, 1, 0, 1]
+    predictions = [prediction([-1.0, -2.0], [1, 1])] * len(correct)
+    result = accuracy(predictions, [1 - is_correct for is_correct in correct])
+    assert result["acc"] == statistics.mean(correct)
+    assert result["acc_stderr"] == pytest.approx(statistics.stdev(correct) / math.sqrt(len(correct)))
 
 
-def test_one_item_has_no_standard_error():
+def test_standard_error_of_one_item_is_nan():
     result = accuracy(PREDICTIONS[:1], [0])
     assert (result["acc"], result["n"]) == (1.0, 1)
     assert math.isnan(result["acc_stderr"])
 
 
-def test_the_first_of_equals_is_chosen():
+def test_first_of_equal_endings_is_chosen():
     tied = [prediction([-2.0, -1.0, -1.0], [2, 1, 1])]
     assert accuracy(tied, [1])["acc"] == 1.0
     assert accuracy(tied, [0])["acc_norm"] == 1.0  # all three means are -1
@@ -109,22 +108,22 @@ def test_the_first_of_equals_is_chosen():
     [
         ([], [], "no predictions"),
         (PREDICTIONS, [0, 3], "4 predictions for 2 references"),
-        ([PREDICTIONS[0], prediction([-1.0] * 3, [1] * 3)], [0, 0], "item 1: 3 endings, item 0 has 4"),
+        ([PREDICTIONS[0], prediction([-1.0] * 3, [1] * 3)], [0, 0], "item 1: 3 endings, but item 0 has 4"),
         ([prediction([-1.0, -2.0], [1])], [0], "item 0: 2 log_likelihoods and 1 lengths"),
-        ([prediction([-1.0], [1])], [0], "item 0: .* two or more"),
+        ([prediction([-1.0], [1])], [0], "item 0: .* at least two endings"),
         (
             [PREDICTIONS[0], prediction([-1.0] * 4, [1, 0, 1, 1])],
             [0, 0],
-            r"item 1: lengths \[1, 0, 1, 1\]",
+            r"item 1: lengths .* got \[1, 0, 1, 1\]",
         ),
-        ([prediction([-1.0, math.nan], [1, 1])], [0], "item 0: log_likelihoods .* not all numbers"),
-        ([PREDICTIONS[0]] * 2, [0, 4], "item 1: label 4 is none of the endings 0 to 3"),
-        ([PREDICTIONS[0]], [-1], "item 0: label -1"),
+        ([prediction([-1.0, math.nan], [1, 1])], [0], "item 0: log_likelihoods must be numbers"),
+        ([PREDICTIONS[0]] * 2, [0, 4], "item 1: label must be between 0 and 3, got 4"),
+        ([PREDICTIONS[0]], [-1], "item 0: label .* got -1"),
     ],
 )
-def test_bad_input_is_named(metric, predictions, references, message):
+def test_malformed_item_is_named(metric, predictions, references, message):
     with pytest.raises(ValueError, match=message):
         accuracy(predictions, references)
-    if len(predictions) == len(references):  # evaluate has its own words for that
+    if len(predictions) == len(references):  # evaluate checks that itself
         with pytest.raises(ValueError, match=message):
             metric.compute(predictions=predictions, references=references)

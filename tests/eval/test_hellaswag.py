@@ -1,4 +1,4 @@
-"""HellaSwag: where items come from, what is refused, and the lecture's scoring by another way; lm-eval's: see there."""
+"""Test HellaSwag: its items, malformed items, and scores against the lecture's way of scoring."""
 
 import copy
 import gzip
@@ -15,7 +15,7 @@ import torch
 from eval import EvalError, hub
 from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
 from eval.hellaswag.task import Task
-from eval.task import answer_items, in_order, joint_results
+from eval.task import interleave_ranks, score_items
 
 GOOD = {
     "activity_label": "Rain",
@@ -40,7 +40,7 @@ def write(path, text):
 # ---------------------------------------------------------------------------------------------- the sample
 
 
-def test_the_sample_is_what_it_says():
+def test_sample_has_hellaswags_fields_and_balanced_labels():
     records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
     assert [record["ind"] for record in records] == list(range(40))
     assert Counter(record["label"] for record in records) == {0: 10, 1: 10, 2: 10, 3: 10}
@@ -51,21 +51,21 @@ def test_the_sample_is_what_it_says():
         assert len(set(record["endings"])) == 4
 
 
-def test_the_sample_cannot_be_answered_without_reading():
-    """Neither an ending's length nor its place picks the right one much more often than chance, 10 of 40."""
+def test_sample_labels_cannot_be_guessed_from_length_or_position():
+    """Chance is 10 of 40."""
     items, _ = load_items("sample")
     by_rule = {
         "longest": [max(range(4), key=lambda i, item=item: len(item.endings[i])) for item in items],
         "shortest": [min(range(4), key=lambda i, item=item: len(item.endings[i])) for item in items],
-        "in turn": [index % 4 for index in range(40)],
-        "as before": [0, *(item.label for item in items[:-1])],
+        "round robin": [index % 4 for index in range(40)],
+        "previous label": [0, *(item.label for item in items[:-1])],
     }
     for rule, choices in by_rule.items():
-        right = sum(choice == item.label for choice, item in zip(choices, items, strict=True))
-        assert right <= 17, rule
+        num_correct = sum(choice == item.label for choice, item in zip(choices, items, strict=True))
+        assert num_correct <= 17, rule
 
 
-def test_the_sample_says_so():
+def test_sample_is_described_as_a_sample():
     items, source = load_items("sample", 7)
     assert len(items) == 7
     assert source.is_sample
@@ -80,7 +80,7 @@ def test_the_sample_says_so():
 @pytest.mark.parametrize(
     ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)]
 )
-def test_files(tmp_path, name, pack):
+def test_items_are_read_from_plain_and_compressed_files(tmp_path, name, pack):
     records = [GOOD | {"label": "2", "more": 1}, GOOD | {"ctx": "Ein Mädchen", "ctx_b": ""}]
     path = write(tmp_path / name, pack(("\ufeff" + jsonl(*records) + "\n").encode()))
     items, source = load_items(str(path))
@@ -92,7 +92,7 @@ def test_files(tmp_path, name, pack):
     assert not source.is_sample
 
 
-def test_limit_and_sha256_are_of_the_items(tmp_path):
+def test_sha256_depends_on_the_loaded_items_only(tmp_path):
     first, second = GOOD, GOOD | {"label": 3}
     a, source_a = load_items(write(tmp_path / "a.jsonl", jsonl(first, second)), 1)
     b, source_b = load_items(write(tmp_path / "b.jsonl", jsonl(first | {"ind": 5, "label": "0"})))
@@ -107,12 +107,12 @@ BAD_LINES = {
     "two objects": (jsonl(GOOD).strip() * 2, "not JSON"),
     "not UTF-8": (b'{"ctx": "\xff"}', "not UTF-8 at byte 9"),
     "nested too deep": ("[" * 100_000, "not JSON"),
-    "a list": ("[1, 2]", "[1, 2] is no JSON object"),
-    "null": ("null", "None is no JSON object"),
+    "a list": ("[1, 2]", "[1, 2] is not a JSON object"),
+    "null": ("null", "None is not a JSON object"),
     **{
         f"no {field}": (
             jsonl({name: value for name, value in GOOD.items() if name != field}),
-            f"the field '{field}' is missing; an item has activity_label, ctx_a, ctx_b, ctx, endings and label",
+            f"the field '{field}' is missing; an item has the fields activity_label, ctx_a, ctx_b, ctx, endings, label",
         )
         for field in GOOD
     },
@@ -129,8 +129,8 @@ BAD_LINES = {
     "five endings": (jsonl(GOOD | {"endings": ["a"] * 5}), "exactly 4 texts, got 5 of them"),
     "an ending null": (jsonl(GOOD | {"endings": ["a", "b", None, "d"]}), "ending 2 must be text, got None"),
     "an ending empty": (jsonl(GOOD | {"endings": ["a", "b", "c", ""]}), "ending 3 is empty"),
-    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is no valid Unicode"),
-    "label 4": (jsonl(GOOD | {"label": 4}), "label must be 0, 1, 2 or 3 (the right ending), got 4"),
+    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is not valid Unicode"),
+    "label 4": (jsonl(GOOD | {"label": 4}), "label must be 0, 1, 2 or 3 (the correct ending), got 4"),
     "label -1": (jsonl(GOOD | {"label": -1}), "got -1"),
     "label text": (jsonl(GOOD | {"label": "one"}), "got 'one'"),
     "label empty": (jsonl(GOOD | {"label": ""}), "got ''"),  # HellaSwag's test split
@@ -141,12 +141,12 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)
-def test_bad_lines_are_named(tmp_path, kind):
+def test_malformed_line_is_named(tmp_path, kind):
     line, message = BAD_LINES[kind]
     line = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "items.jsonl", jsonl(GOOD, GOOD).encode() + line.rstrip(b"\n") + b"\n")
     with pytest.raises(EvalError) as raised:
-        load_items(path, 1)  # a line past the limit is checked all the same
+        load_items(path, 1)  # lines past the limit are checked too
     assert str(raised.value).startswith(f"{path}:3: ")
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -156,15 +156,15 @@ def test_bad_lines_are_named(tmp_path, kind):
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "no such file; give 'hub', 'sample', or"),
-        ("items.csv", "a,b", "files ending in '.csv' are not read; give"),
-        ("empty.jsonl", "\n \n", "no items in it"),
-        ("not.jsonl.gz", "plain", "the file is damaged"),
-        ("not.jsonl.xz", "plain", "the file is damaged"),
-        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99, mtime=0)[:-20], "the file is damaged"),
-        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "the file is damaged"),
+        ("items.csv", "a,b", "cannot read files ending in '.csv'; give"),
+        ("empty.jsonl", "\n \n", "has no items"),
+        ("not.jsonl.gz", "plain", "check that the file is complete"),
+        ("not.jsonl.xz", "plain", "check that the file is complete"),
+        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99, mtime=0)[:-20], "check that the file is complete"),
+        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "check that the file is complete"),
     ],
 )
-def test_bad_files_are_named(tmp_path, name, content, message):
+def test_unreadable_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         write(path, content)
@@ -174,9 +174,9 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     assert message in str(raised.value)
 
 
-def test_limit_below_one():
-    with pytest.raises(EvalError, match="at least 1, got 0"):
-        load_items("sample", 0)
+def test_limit_below_one_is_refused():
+    with pytest.raises(EvalError, match="hellaswag: limit must be at least 1, got 0"):
+        Task(data="sample", limit=0)
 
 
 # ------------------------------------------------------------------------------------------------ the Hub
@@ -197,19 +197,19 @@ print(json.dumps({
     ("env", "reason"),
     [({}, "http://127.0.0.1:9 cannot be reached"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")],
 )
-def test_without_network_the_sample_takes_over_quickly_and_loudly(run_python, env, reason):
+def test_sample_replaces_the_hub_quickly_without_a_network(run_python, env, reason):
     result = json.loads(run_python("-c", LOAD, **env).stdout)
     assert result["is_sample"]
     assert result["n"] == 40
     assert result["description"].startswith("SAMPLE of 40 items written for this project, NOT HellaSwag")
-    assert f"Rowan/hellaswag was not to be had: {reason}" in result["description"]
+    assert f"Rowan/hellaswag is not available: {reason}" in result["description"]
     assert result["seconds"] < 10  # the Hub's clients would retry for 23
 
 
-def test_the_hubs_set_is_loaded_and_found_again_offline(run_python, local_hub, tmp_path):
+def test_hub_dataset_is_loaded_and_cached(run_python, local_hub, tmp_path):
     import datasets
 
-    # The Hub's schema: labels are text there, and there are more splits and fields than are read.
+    # The Hub's schema: labels are text, and it has more splits and fields than are read.
     records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()][:30]
     rows = datasets.Dataset.from_list([record | {"label": str(record["label"])} for record in records])
     rows.to_parquet(tmp_path / "rows.parquet")
@@ -235,31 +235,30 @@ def test_the_hubs_set_is_loaded_and_found_again_offline(run_python, local_hub, t
     assert load_items(path)[1].sha256 == online["sha256"] == offline["sha256"]
 
 
-def test_a_hub_without_the_set_is_said(run_python, local_hub):
+def test_missing_hub_dataset_is_named(run_python, local_hub):
     result = json.loads(run_python("-c", LOAD, HF_ENDPOINT=local_hub({})).stdout)
     assert result["is_sample"]
-    assert "was not to be had: Dataset 'Rowan/hellaswag' doesn't exist" in result["description"]
+    assert "is not available: Dataset 'Rowan/hellaswag' doesn't exist" in result["description"]
 
 
-def test_a_network_that_swallows_everything_is_given_up_on(monkeypatch):
+def test_hub_probe_times_out(monkeypatch):
     import huggingface_hub
 
     silent = SimpleNamespace(head=lambda *_, **__: time.sleep(5))
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: silent)
     monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
     start = time.perf_counter()
-    assert "did not answer in 0.1 seconds" in hub.why_unreachable.__wrapped__()
+    assert "did not answer in 0.1 seconds" in hub.hub_error.__wrapped__()
     assert time.perf_counter() - start < 3
 
 
 # ------------------------------------------------------------------------------------------------ scoring
 
 
-def answers_of(model, tokenizer, items, *, prompts=("lecture", "lm_eval"), path, **options):
-    """The answers that a file of these records gives."""
-    task = Task(data=str(write(path / "given.jsonl", jsonl(*items))), prompts=prompts)
-    loaded, _ = task.load(tokenizer)
-    return task, answer_items(task, model, loaded, **options)
+def score_records(model, tokenizer, records, *, prompts=("lecture", "lm_eval"), path, **options):
+    """Score a file of these records: (task, item results)."""
+    loaded = Task(data=str(write(path / "records.jsonl", jsonl(*records))), prompts=prompts).load(tokenizer)
+    return loaded.task, score_items(loaded.task, model, loaded.items, **options)
 
 
 def sample(number=40):
@@ -268,8 +267,10 @@ def sample(number=40):
 
 def lecture_predictions(model, tokenizer, items):
     """
-    The lecture's way (Karpathy, "Let's reproduce GPT-2"): four rows padded to one length, a mask over the
-    ending, cross entropy of everything shifted by one, summed and averaged where the mask is 1.
+    Score as the lecture does (Karpathy, "Let's reproduce GPT-2").
+
+    Four rows padded to one length, a mask over the ending, cross entropy of all tokens shifted by one, summed and
+    averaged where the mask is 1.
     """
     by_sum, by_mean = [], []
     for item in items:
@@ -289,59 +290,62 @@ def lecture_predictions(model, tokenizer, items):
     return torch.stack(by_sum), torch.stack(by_mean)
 
 
-def test_gives_what_the_lectures_way_gives(tiny_gpt2, tokenizer, tmp_path):
+def test_scores_match_the_lectures(tiny_gpt2, tokenizer, tmp_path):
     items = sample(12)
-    task, answers = answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)
-    sums = torch.tensor([answer["lecture_log_likelihoods"] for answer in answers])
-    means = sums / torch.tensor([answer["lecture_num_tokens"] for answer in answers])
+    task, item_results = score_records(tiny_gpt2, tokenizer, items, path=tmp_path)
+    sums = torch.tensor([result["lecture_log_likelihoods"] for result in item_results])
+    means = sums / torch.tensor([result["lecture_num_tokens"] for result in item_results])
     lecture_sums, lecture_means = lecture_predictions(tiny_gpt2, tokenizer, items)
     torch.testing.assert_close(-sums, lecture_sums, atol=1e-3, rtol=0)
     torch.testing.assert_close(-means, lecture_means, atol=1e-4, rtol=0)
 
-    result = task.results(answers)
+    metrics = task.aggregate(item_results)
     labels = torch.tensor([item["label"] for item in items])
-    assert result["acc"] == pytest.approx((lecture_sums.argmin(1) == labels).double().mean().item())
-    assert result["acc_norm"] == pytest.approx((lecture_means.argmin(1) == labels).double().mean().item())
-    assert result["n"] == 12
+    assert metrics["acc"] == pytest.approx((lecture_sums.argmin(1) == labels).double().mean().item())
+    assert metrics["acc_norm"] == pytest.approx((lecture_means.argmin(1) == labels).double().mean().item())
+    assert metrics["n"] == 12
 
 
-def test_batch_order_processes_padding_and_dtype_change_no_figure(tiny_gpt2, tokenizer, tmp_path, monkeypatch):
-    """Beyond rounding: an item may change its mind only where its best two endings are closer than that."""
+def test_batch_order_ranks_padding_and_dtype_change_scores_by_rounding_only(
+    tiny_gpt2, tokenizer, tmp_path, monkeypatch
+):
+    """An item's choice may change only if its best two endings are closer than the rounding."""
     items = sample()
-    task, whole = answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)
+    task, reference = score_records(tiny_gpt2, tokenizer, items, path=tmp_path)
 
-    def assert_same(answers, tolerance=1e-3):
-        for ours, theirs in zip(answers, whole, strict=True):
-            assert ours["label"] == theirs["label"]
+    def assert_same(item_results, tolerance=1e-3):
+        for ours, expected in zip(item_results, reference, strict=True):
+            assert ours["label"] == expected["label"]
             for prompt, length in (("lecture", "num_tokens"), ("lm_eval", "num_characters")):
-                a, b = (np.array(answer[f"{prompt}_log_likelihoods"]) for answer in (ours, theirs))
+                a, b = (np.array(result[f"{prompt}_log_likelihoods"]) for result in (ours, expected))
                 assert a == pytest.approx(b, abs=tolerance)
-                for per in (1, np.array(theirs[f"{prompt}_{length}"])):
-                    second, best = np.sort(b / per)[-2:]
-                    if best - second > 2 * tolerance / np.min(per):
-                        assert (a / per).argmax() == (b / per).argmax()
+                for divisor in (1, np.array(expected[f"{prompt}_{length}"])):
+                    second, best = np.sort(b / divisor)[-2:]
+                    if best - second > 2 * tolerance / np.min(divisor):
+                        assert (a / divisor).argmax() == (b / divisor).argmax()
 
-    assert_same(answers_of(tiny_gpt2, tokenizer, items, path=tmp_path, tokens_per_batch=64)[1])
-    assert_same(answers_of(tiny_gpt2, tokenizer, items[::-1], path=tmp_path)[1][::-1])
-    shares = [answers_of(tiny_gpt2, tokenizer, items[rank::3], path=tmp_path)[1] for rank in range(3)]
-    assert_same(in_order(shares))
+    assert_same(score_records(tiny_gpt2, tokenizer, items, path=tmp_path, tokens_per_batch=64)[1])
+    assert_same(score_records(tiny_gpt2, tokenizer, items[::-1], path=tmp_path)[1][::-1])
+    shares = [score_records(tiny_gpt2, tokenizer, items[rank::3], path=tmp_path)[1] for rank in range(3)]
+    assert_same(interleave_ranks(shares))
     monkeypatch.setattr(tokenizer, "padding_side", "left")
-    assert_same(answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)[1])
+    assert_same(score_records(tiny_gpt2, tokenizer, items, path=tmp_path)[1])
     half = copy.deepcopy(tiny_gpt2).bfloat16()
-    assert_same(answers_of(half, tokenizer, items, path=tmp_path)[1], tolerance=0.5)  # of sums around -100
-    full, rounded = task.results(whole), task.results(answers_of(half, tokenizer, items, path=tmp_path)[1])
-    for figure in task.figures:
-        assert rounded[figure] == pytest.approx(full[figure], abs=0.05)  # two of 40 items
-    assert answer_items(task, tiny_gpt2, []) == []
+    rounded = score_records(half, tokenizer, items, path=tmp_path)[1]
+    assert_same(rounded, tolerance=0.5)  # the sums are around -100
+    full_metrics, rounded_metrics = task.aggregate(reference), task.aggregate(rounded)
+    for metric in task.metrics:
+        assert rounded_metrics[metric] == pytest.approx(full_metrics[metric], abs=0.05)  # two of 40 items
+    assert score_items(task, tiny_gpt2, []) == []
 
 
 class UnigramModel(torch.nn.Module):
-    """Likes some tokens and no others, whatever came before."""
+    """A model with two probabilities: one for some tokens and one for all others, whatever came before."""
 
-    def __init__(self, liked):
+    def __init__(self, likely):
         super().__init__()
         logits = torch.zeros(50257)
-        logits[liked] = 10.0
+        logits[likely] = 10.0
         self.logits = torch.nn.Parameter(logits)
         self.config = SimpleNamespace(vocab_size=50257, max_position_embeddings=64)
 
@@ -349,30 +353,30 @@ class UnigramModel(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(len(input_ids), logits_to_keep, -1))
 
 
-def test_a_model_whose_answers_are_known(tokenizer, tmp_path):
+def test_metrics_of_a_model_with_known_choices(tokenizer, tmp_path):
     model = UnigramModel(tokenizer.encode(" yes"))
     items = [
-        BARE | {"ctx": "Is it so? yes yes", "endings": ["no", "yes", "no no", "maybe"], "label": 1},  # right by both
+        BARE | {"ctx": "Is it so? yes yes", "endings": ["no", "yes", "no no", "maybe"], "label": 1},  # correct by both
         BARE | {"ctx": "Is it so?", "endings": ["no", "yes", "no no", "maybe"], "label": 0},  # wrong by both
-        # Forty liked tokens are less probable together than one disliked, and more so each.
+        # Forty likely tokens are together less probable than one unlikely token, but more probable per token.
         BARE | {"ctx": "Is it so?", "endings": ["yes " * 39 + "yes", "no", "no no", "no no no"], "label": 0},
     ]
-    task, answers = answers_of(model, tokenizer, items, prompts=("lecture",), path=tmp_path)
-    assert answers[0]["lecture_num_tokens"] == [1, 1, 2, 1]
-    result = task.results(answers)
-    assert result["acc"] == pytest.approx(1 / 3)
-    assert result["acc_norm"] == pytest.approx(2 / 3)
-    assert "lm_eval_acc" not in result
+    task, item_results = score_records(model, tokenizer, items, prompts=("lecture",), path=tmp_path)
+    assert item_results[0]["lecture_num_tokens"] == [1, 1, 2, 1]
+    metrics = task.aggregate(item_results)
+    assert metrics["acc"] == pytest.approx(1 / 3)
+    assert metrics["acc_norm"] == pytest.approx(2 / 3)
+    assert "lm_eval_acc" not in metrics
 
 
-def test_special_tokens_in_an_item_are_only_text(tokenizer, tmp_path):
+def test_special_tokens_in_items_are_encoded_as_text(tokenizer, tmp_path):
     item = BARE | {"ctx": "He types <|endoftext|> and", "endings": ["<|endoftext|>", "a", "b", "c"]}
-    _, [answer] = answers_of(UnigramModel([0]), tokenizer, [item], prompts=("lecture",), path=tmp_path)
-    assert answer["lecture_num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
+    _, [result] = score_records(UnigramModel([0]), tokenizer, [item], prompts=("lecture",), path=tmp_path)
+    assert result["lecture_num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
 
 
-def test_cut_items_are_counted(tiny_gpt2, tokenizer, tmp_path):
+def test_truncated_items_are_counted(tiny_gpt2, tokenizer, tmp_path):
     items = [GOOD, GOOD | {"ctx": "word " * 200}, GOOD | {"ctx_a": "word " * 200}]
-    task, answers = answers_of(tiny_gpt2, tokenizer, items, path=tmp_path)
-    assert [answer["tokens_cut"] > 0 for answer in answers] == [False, True, True]
-    assert joint_results(task, answers)["num_cut"] == 2
+    task, item_results = score_records(tiny_gpt2, tokenizer, items, path=tmp_path)
+    assert [result["tokens_truncated"] > 0 for result in item_results] == [False, True, True]
+    assert task.aggregate(item_results)["num_truncated"] == 2

@@ -1,4 +1,4 @@
-"""`python -m eval.miniseries`: the table and the picture against the numbers that they are made of."""
+"""Test `python -m eval.miniseries`: its table and plot against the numbers that they are made from."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from eval.published import GPT2, GPT3
 
 TASKS = {"hellaswag": HellaSwag, "lambada": Lambada, "bits_per_byte": BitsPerByte}
 SOURCE = "fineweb-edu, validation split, stride 1024, all 9,000 windows"
-# Of the four sizes, as one would like to have them.
+# Plausible results of the four sizes.
 VALUES = {
     "acc": (0.2905, 0.3250, 0.3610, 0.3910),
     "acc_norm": (0.3071, 0.3890, 0.4510, 0.5020),
@@ -30,29 +30,29 @@ VALUES = {
 
 
 def result_of(size, *tasks):
-    """What `python -m eval --output` writes for one of the four sizes, scored in full; size: 0, 1, 2 or 3."""
+    """Return what `python -m eval --output` writes for one of the four sizes (0, 1, 2 or 3), scored on all items."""
     model = GPT2[size]
-    results, about = {}, {}
+    results, descriptions = {}, {}
     for task in tasks or TASKS:
         kind = TASKS[task]
         n = kind.full_size or 9000
-        results[task] = {name: VALUES[name][size] for name in kind.figures} | {"n": n, "num_cut": 0}
+        results[task] = {name: VALUES[name][size] for name in kind.metrics} | {"n": n, "num_cut": 0}
         if task != "bits_per_byte":
-            results[task] |= {f"{name}_stderr": VALUES[name][size] / 64 for name in kind.figures}
-        about[task] = {
+            results[task] |= {f"{name}_stderr": VALUES[name][size] / 64 for name in kind.metrics}
+        descriptions[task] = {
             "version": kind.version,
             "data": {"source": SOURCE, "sha256": task * 4, "is_sample": False},
-            "figures": kind.figures,
+            "figures": kind.metrics,
             "full_size": kind.full_size,
         }
     run = f"runs/gpt2_{model.name.split()[-1].lower()}/checkpoints/step_019073"
     shape = {"parameters": model.parameters, "n_layer": model.size[0], "n_embd": model.size[1]}
-    return {"results": results, "tasks": about, "model": {"name": run, "revision": None, **shape}}
+    return {"results": results, "tasks": descriptions, "model": {"name": run, "revision": None, **shape}}
 
 
 @pytest.fixture
 def written(tmp_path):
-    """written({name: result}) gives the paths of such files, as str."""
+    """Return a function that writes {name: result} to files and returns their paths as str."""
 
     def write(results):
         paths = [tmp_path / f"{name}.json" for name in results]
@@ -65,14 +65,13 @@ def written(tmp_path):
 
 @pytest.fixture
 def fails(capsys, monkeypatch, tmp_path):
-    """Runs the command, which must fail with one line before any model is loaded and write nothing; gives the line."""
+    """Return a function that runs the command, checks that it fails on one line without loading a model or writing
+    anything, and returns the line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         with monkeypatch.context() as patch:
-            patch.setattr(
-                miniseries.command, "load_model", lambda *_, **__: pytest.fail("came as far as loading a model")
-            )
+            patch.setattr(miniseries.command, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
             assert miniseries.main([str(argument) for argument in arguments]) == 2
         output = capsys.readouterr()
         assert output.out == ""
@@ -85,25 +84,25 @@ def fails(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The pictures that the command draws, as matplotlib's Figures."""
+    """Return the list of matplotlib Figures that the command draws."""
     figures, draw = [], miniseries.draw
 
-    def watched(*args):
+    def spy(*args):
         figures.append(draw(*args))
         return figures[-1]
 
-    monkeypatch.setattr(miniseries, "draw", watched)
+    monkeypatch.setattr(miniseries, "draw", spy)
     return figures
 
 
 def cells_of(markdown):
-    """The rows of a table, {first cell: [the others]}."""
+    """Return the rows of a Markdown table: {first cell: [other cells]}."""
     lines = [line[2:-2].split(" | ") for line in markdown.splitlines() if line.startswith("|")]
-    return {first: [cell.strip() for cell in others] for first, *others in lines}
+    return {first: [cell.strip() for cell in cells] for first, *cells in lines}
 
 
 def curves_of(axes):
-    """{series: [(x, y, error)]} of a panel, read from what is drawn."""
+    """Return {series: [(x, y, error)]} of a panel."""
     curves = {}
     for container in axes.containers:
         line, _, bars = container.lines
@@ -113,19 +112,21 @@ def curves_of(axes):
     return curves
 
 
-# ----------------------------------------------------------------------------------------- what it gives
+# ----------------------------------------------------------------------------------------------- results
 
 
-def test_scores_one_model_at_a_time(own_checkpoint, checkpoint, tiny_gpt2, tokenizer, tmp_path, monkeypatch, capsys):
+def test_one_model_is_in_memory_at_a_time(
+    own_checkpoint, checkpoint, tiny_gpt2, tokenizer, tmp_path, monkeypatch, capsys
+):
     loaded, load_model = [], miniseries.command.load_model
 
-    def watched(*args, **options):
-        assert all(model() is None for model in loaded), "the model before is still there"
+    def spy(*args, **options):
+        assert all(model() is None for model in loaded), "the previous model was not freed"
         model = load_model(*args, **options)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(miniseries.command, "load_model", watched)
+    monkeypatch.setattr(miniseries.command, "load_model", spy)
     out = tmp_path / "out"
     out.mkdir()
     (out / "tiny.json").write_text("older", encoding="utf-8")
@@ -146,26 +147,25 @@ def test_scores_one_model_at_a_time(own_checkpoint, checkpoint, tiny_gpt2, token
     text = (out / "miniseries.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     cells = cells_of(text)
-    assert cells["model"] == ["parameters", *(f"hellaswag {name}" for name in HellaSwag.figures)]
-    numbers = [f"{expected[name]:.4f} ± {expected[f'{name}_stderr']:.4f}" for name in HellaSwag.figures]
+    assert cells["model"] == ["parameters", *(f"hellaswag {name}" for name in HellaSwag.metrics)]
+    numbers = [f"{expected[name]:.4f} ± {expected[f'{name}_stderr']:.4f}" for name in HellaSwag.metrics]
     count = f"{tiny_gpt2.num_parameters():,}"
     assert cells[f"{run}/step_000100"] == cells["tiny"] == [count, *numbers]
-    assert "published figures are of others' items; these are this project's own sample." in text
+    assert "published results are for the task's own items, and these are this project's sample." in text
     assert not [name for name in cells if "published" in name]
 
-    # Such a file can be given in a model's place, beside one of which nothing is known yet, and says the same.
+    # A result file and a checkpoint together give the same table.
     arguments = [str(next(iter(paths))), str(checkpoint), "--data", "sample", "--limit", "4", "--device", "cpu"]
     assert miniseries.main([*arguments, "--published", "--out", str(tmp_path / "mixed")]) == 0
     assert (tmp_path / "mixed" / "miniseries.md").read_text(encoding="utf-8") == text
     assert {path.name for path in (tmp_path / "mixed").iterdir()} == {"miniseries.md", "miniseries.png", "tiny.json"}
 
 
-def test_table_and_picture_of_four_sizes(written, drawn, tmp_path):
-    """Given in any order; OpenAI's stand beside them, as published."""
+def test_table_and_plot_of_four_sizes_with_published_results(written, drawn, tmp_path):
     results = {f"r{size}": result_of(size) for size in (2, 0, 3, 1)}
     assert miniseries.main([*written(results), "--published", "--out", str(tmp_path / "new" / "out")]) == 0
     cells = cells_of((tmp_path / "new" / "out" / "miniseries.md").read_text(encoding="utf-8"))
-    columns = [(task, name) for task, kind in TASKS.items() for name in kind.figures]
+    columns = [(task, name) for task, kind in TASKS.items() for name in kind.metrics]
     assert cells["model"] == ["parameters", *map(" ".join, columns)]
     ours = [f"gpt2_{size.lower()}/step_019073 ({size})" for size in ("124M", "350M", "774M", "1558M")]
     published = [f"{model.name} (published)" for model in GPT2 + GPT3]
@@ -180,9 +180,9 @@ def test_table_and_picture_of_four_sizes(written, drawn, tmp_path):
         assert cells[label] == [f"{model.parameters:,}", *("" if x is None else f"{x:.4f}" for x in values)]
 
     assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"miniseries.md", "miniseries.png"}
-    picture = (tmp_path / "new" / "out" / "miniseries.png").read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n")
-    width, height = (int.from_bytes(picture[i : i + 4], "big") for i in (16, 20))
+    plot = (tmp_path / "new" / "out" / "miniseries.png").read_bytes()
+    assert plot.startswith(b"\x89PNG\r\n")
+    width, height = (int.from_bytes(plot[i : i + 4], "big") for i in (16, 20))
     assert 1500 < width < 3000 and 1200 < height < 2500  # three by three panels
 
     [figure] = drawn
@@ -195,8 +195,8 @@ def test_table_and_picture_of_four_sizes(written, drawn, tmp_path):
         errors = [value / 64 if task != "bits_per_byte" else 0.0 for value in VALUES[name]]
         assert np.allclose(curves[miniseries.OURS], list(zip(millions, VALUES[name], errors, strict=True)))
         for series, models in (("OpenAI GPT-2, published", GPT2), ("GPT-3, published", GPT3)):
-            figures = [m.results.get(task, {}) | {"loss": m.losses.get("fineweb-edu")} for m in models]
-            known = [(m.parameters / 1e6, of_model.get(name), 0.0) for m, of_model in zip(models, figures, strict=True)]
+            published = [m.results.get(task, {}) | {"loss": m.losses.get("fineweb-edu")} for m in models]
+            known = [(m.parameters / 1e6, values.get(name), 0.0) for m, values in zip(models, published, strict=True)]
             expected = [point for point in known if point[1] is not None]
             assert curves.get(series, []) == expected
     assert "HellaSwag: 10,042 items" in panels[1].get_title()
@@ -208,8 +208,8 @@ def test_table_and_picture_of_four_sizes(written, drawn, tmp_path):
 
 
 @pytest.mark.parametrize("values", [(0.30, 0.31, 0.32, 0.33, 0.34), (0.3,) * 5, (0.5, 0.4, 0.3, 0.29, 0.28)])
-def test_labels_keep_clear_of_each_other(values):
-    """Also where one model is there at three steps, whose points stand above one another."""
+def test_labels_do_not_overlap(values):
+    """Three of the points are steps of one model, above one another."""
     label, sizes = "gpt2_1558m/step_{}00000 (1558M)", [1.2e8, 3.5e8, 7.7e8, 7.7e8, 7.7e8]
     rows = [
         miniseries.Row(label.format(i), miniseries.OURS, sizes[i], {("lambada", "acc"): (value, 0.01)})
@@ -225,14 +225,14 @@ def test_labels_keep_clear_of_each_other(values):
         assert axes.bbox.contains(*box.p0) and axes.bbox.contains(*box.p1)
 
 
-def test_what_is_no_number_is_left_out(written, drawn, tmp_path, capsys):
-    """null: infinite, in JSON; nan: the standard error of one item; and lm-eval's number of items."""
+def test_values_that_are_not_finite_are_left_out(written, drawn, tmp_path, capsys):
+    """JSON has null for infinity and nan; the standard error of one item is nan."""
     result = result_of(0, "lambada")
     result["results"]["lambada"] |= {"perplexity": None, "acc_stderr": math.nan}
     result["results"]["lm-eval:arc"] = {"acc": 0.25, "acc_stderr": None, "n": 7}
     data = {"source": "lm-eval 0.4.9, arc", "sha256": None, "is_sample": False}
-    about = {"version": {"arc": "1"}, "data": data, "figures": {"acc": "lm-eval 0.4.9"}}
-    result["tasks"]["lm-eval:arc"] = about | {"full_size": None}
+    description = {"version": {"arc": "1"}, "data": data, "figures": {"acc": "lm-eval 0.4.9"}}
+    result["tasks"]["lm-eval:arc"] = description | {"full_size": None}
     other = result_of(1, "lambada")
     for key in ("results", "tasks"):
         other[key]["lm-eval:arc"] = result[key]["lm-eval:arc"]
@@ -248,13 +248,13 @@ def test_what_is_no_number_is_left_out(written, drawn, tmp_path, capsys):
     other["results"]["lm-eval:arc"] = result["results"]["lm-eval:arc"] = {"acc": None, "n": 7}
     paths = written({"a": result, "b": other})
     assert miniseries.main([*paths, "--tasks", "lm-eval:arc", "--out", str(tmp_path / "out")]) == 2
-    assert "no figure is a finite number" in capsys.readouterr().err
+    assert "no metric is a finite number" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------ what may stand beside what
+# --------------------------------------------------------------------------------- comparability
 
 
-def test_nothing_published_unless_asked_for(written, tmp_path):
+def test_published_results_need_the_flag(written, tmp_path):
     assert miniseries.main([*written({"a": result_of(0, "lambada")}), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "miniseries.md").read_text(encoding="utf-8")
     assert list(cells_of(text)) == ["model", "---", "gpt2_124m/step_019073 (124M)"]
@@ -262,29 +262,29 @@ def test_nothing_published_unless_asked_for(written, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "changes", "note"),
+    ("task", "changes", "footnote"),
     [
-        ("hellaswag", {"n": 100}, "hellaswag: published figures are of all 10,042 items; these are of 100."),
-        ("lambada", {"n": 5152}, "lambada: published figures are of all 5,153 items; these are of 5,152."),
-        ("hellaswag", {"is_sample": True}, "these are this project's own sample."),
-        ("bits_per_byte", {"source": SOURCE.replace("fineweb", "text")}, "no published figures are known for text-edu"),
-        ("bits_per_byte", {"source": SOURCE.replace("1024", "512")}, "published losses need a whole validation split"),
-        ("bits_per_byte", {"source": SOURCE.replace("all", "the first 9 of")}, "need a whole validation split"),
-        ("bits_per_byte", {"source": "fineweb.txt, stride 1024, all 3 documents"}, "need a whole validation split"),
+        ("hellaswag", {"n": 100}, "hellaswag: published results are for all 10,042 items, and these are for 100."),
+        ("lambada", {"n": 5152}, "lambada: published results are for all 5,153 items, and these are for 5,152."),
+        ("hellaswag", {"is_sample": True}, "these are this project's sample."),
+        ("bits_per_byte", {"source": SOURCE.replace("fineweb", "text")}, "no published results are known for text-edu"),
+        ("bits_per_byte", {"source": SOURCE.replace("1024", "512")}, "published losses need the full validation split"),
+        ("bits_per_byte", {"source": SOURCE.replace("all", "the first 9 of")}, "need the full validation split"),
+        ("bits_per_byte", {"source": "fineweb.txt, stride 1024, all 3 documents"}, "need the full validation split"),
     ],
 )
-def test_published_only_where_comparable(task, changes, note):
-    """The other tasks' figures stay."""
+def test_published_results_of_a_task_need_comparable_items(task, changes, footnote):
+    """The published results of the other tasks stay."""
     result = result_of(0)
     result["results"][task]["n"] = changes.pop("n", result["results"][task]["n"])
     result["tasks"][task]["data"] |= changes
-    rows, notes = miniseries.published_rows(result)
-    assert rows and task not in {of for row in rows for of, _ in row.figures}
-    assert [line for line in notes if note in line and line.startswith(f"{task}: ")]
-    assert f"- {notes[0]}\n" in miniseries.table(miniseries.rows_of([result]), result, notes)
+    rows, footnotes = miniseries.published_rows(result)
+    assert rows and task not in {name for row in rows for name, _ in row.metrics}
+    assert [line for line in footnotes if footnote in line and line.startswith(f"{task}: ")]
+    assert f"- {footnotes[0]}\n" in miniseries.table(miniseries.rows_of([result]), result, footnotes)
 
 
-def test_own_sample_is_called_that():
+def test_plot_titles_name_the_sample():
     result = result_of(0, "hellaswag")
     result["tasks"]["hellaswag"]["data"]["is_sample"] = True
     for axes in miniseries.draw(miniseries.rows_of([result]), result).axes:
@@ -292,19 +292,19 @@ def test_own_sample_is_called_that():
 
 
 @pytest.mark.parametrize(("settings", "is_same"), [({"stride": 1024}, True), ({}, False), ({"limit": 1}, False)])
-def test_windows_are_read_from_what_the_task_says(tokenizer, tmp_path, settings, is_same):
-    """OpenAI's losses depend on them, and they stand in the description only."""
+def test_windows_are_recognized_in_the_tasks_description(tokenizer, tmp_path, settings, is_same):
+    """Published losses depend on the windows, and only the description has them."""
     write_shard(tmp_path / "any_val_000000.bin", np.arange(3000))
-    _, source = BitsPerByte(data=str(tmp_path), **settings).load(tokenizer, 1024)
+    data = BitsPerByte(data=str(tmp_path), **settings).load(tokenizer, 1024).data
     result = result_of(0, "bits_per_byte")
-    result["tasks"]["bits_per_byte"]["data"]["source"] = f"fineweb {source.description}"
+    result["tasks"]["bits_per_byte"]["data"]["source"] = f"fineweb {data.description}"
     rows, _ = miniseries.published_rows(result)
-    assert [row.figures["bits_per_byte", "loss"][0] for row in rows] == (
+    assert [row.metrics["bits_per_byte", "loss"][0] for row in rows] == (
         [model.losses["fineweb"] for model in GPT2] if is_same else []
     )
 
 
-def test_mixed_protocols_share_no_picture(fails, written):
+def test_results_of_different_protocols_are_refused(fails, written):
     results = [result_of(size, "hellaswag", "lambada") for size in range(4)]
     results[2]["tasks"]["hellaswag"]["data"]["sha256"] = "e" * 64
     results[1]["tasks"]["hellaswag"]["version"] = 1
@@ -314,17 +314,17 @@ def test_mixed_protocols_share_no_picture(fails, written):
         line = fails(paths[0], path)
         assert f"hellaswag of {paths[0]!r} (version 2, 10042 items, hellaswag) and of {path!r} (" in line
         assert what in line and "score both with the same" in line
-    assert miniseries.main([*paths, "--tasks", "lambada"]) == 0  # which was scored alike
+    assert miniseries.main([*paths, "--tasks", "lambada"]) == 0  # scored with the same protocol
 
 
-def test_mixed_protocols_are_seen_before_scoring(fails, written, own_checkpoint):
+def test_different_protocols_are_found_before_scoring(fails, written, own_checkpoint):
     [path] = written({"a": result_of(0, "hellaswag")})
     line = fails(path, own_checkpoint, "--data", "sample", "--limit", 4, "--device", "cpu")
     assert f"hellaswag of {path!r} (version 2, 10042 items, " in line
     assert f"and of {str(own_checkpoint)!r} (version 2, 4 items, " in line
 
 
-# -------------------------------------------------------------------------------------- models' names
+# ------------------------------------------------------------------------------------------- labels
 
 
 @pytest.mark.parametrize(
@@ -338,38 +338,41 @@ def test_mixed_protocols_are_seen_before_scoring(fails, written, own_checkpoint)
         (["/m/a-b/c", "/n/a/b-c", "/o/c", "/o/b-c"], ["m/a-b/c", "n/a/b-c", "o/c", "o/b-c"]),
     ],
 )
-def test_labels_tell_models_apart(names, labels):
-    assert miniseries.labels_of(names) == labels
+def test_labels_are_unique(names, labels):
+    assert miniseries.unique_labels(names) == labels
 
 
-def test_a_model_cannot_be_there_twice():
-    for names in (["me/gpt2", "a", "me/gpt2"], ["b", "a-b", "a/b"]):  # the latter by the files they would go to
-        with pytest.raises(EvalError, match=f"{names[-1]!r} is there twice; leave one out"):
-            miniseries.labels_of(names)
+def test_repeated_model_is_refused():
+    for names in (["me/gpt2", "a", "me/gpt2"], ["b", "a-b", "a/b"]):  # a-b and a/b have the same file name
+        with pytest.raises(EvalError, match=f"{names[-1]!r} is listed twice; remove one"):
+            miniseries.unique_labels(names)
 
 
-# ------------------------------------------------------------------------------------ what it refuses
+# ---------------------------------------------------------------------------------- invalid arguments
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: CHECKPOINT (see python -m eval.miniseries --help)"),
-        (["nowhere.json"], "'nowhere.json' cannot be read (No such file or directory); name a file of python -m eval"),
+        (
+            ["nowhere.json"],
+            "'nowhere.json' cannot be read (No such file or directory); give a file",
+        ),
         (["a.json", "runs/of/mine"], "'runs/of/mine': no such folder, nor a Hub id"),
         (["a.json", "--tasks", "helaswag"], "'a.json' has no helaswag; score that model on it too"),
-        (["a.json", "--limit", "5"], "--limit: nothing is scored here, all are results already; leave it out"),
-        (["a.json", "--data", "sample"], "--data: nothing is scored here"),
-        (["me/nowhere", "--tasks", "helaswag"], "no task 'helaswag'; did you mean 'hellaswag'?"),
+        (["a.json", "--limit", "5"], "--limit: all inputs are results, so nothing is scored; leave it out"),
+        (["a.json", "--data", "sample"], "--data: all inputs are results"),
+        (["me/nowhere", "--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
         (["a.json", "me/nowhere", "--tasks", "bits_per_byte"], "'a.json' has no bits_per_byte"),
-        (["a.json", "--out", "a.json"], "--out 'a.json' cannot be made (File exists); name another"),
-        (["a.json", "--out", "a.json/in"], "--out 'a.json/in' cannot be made (Not a directory); name another"),
-        (["a.json", "a.json"], "is there twice"),
-        (["a.json", "--device", "abacus"], "--device 'abacus' is not to be had"),
+        (["a.json", "--out", "a.json"], "--out 'a.json' cannot be created (File exists); choose another"),
+        (["a.json", "--out", "a.json/in"], "--out 'a.json/in' cannot be created (Not a directory); choose another"),
+        (["a.json", "a.json"], "is listed twice"),
+        (["a.json", "--device", "abacus"], "device 'abacus' is not available"),
         (["a.json", "--output", "x"], "unrecognized arguments: --output x"),
     ],
 )
-def test_bad_arguments(fails, arguments, message):
+def test_invalid_arguments_are_named(fails, arguments, message):
     result = result_of(0, "hellaswag", "lambada")
     Path("a.json").write_text(json.dumps(result), encoding="utf-8")
     assert message in fails(*arguments)
@@ -380,9 +383,9 @@ def test_bad_arguments(fails, arguments, message):
     "content",
     [b"", b"{", b"\xff", b"[]", b"3", b"{}", b'{"model": {"name": "a"}, "results": {}, "tasks": {}}', b"[" * 100_000],
 )
-def test_json_that_is_no_result(fails, content):
+def test_json_that_is_not_a_result_is_refused(fails, content):
     Path("a.json").write_bytes(content)
-    assert "'a.json' is no file that `python -m eval --output` writes; name such a file" in fails("a.json")
+    assert "'a.json' is not a result file of `python -m eval --output`; give such a file" in fails("a.json")
 
 
 @pytest.mark.parametrize(
@@ -400,7 +403,7 @@ def test_json_that_is_no_result(fails, content):
         (("tasks",), {}),
     ],
 )
-def test_damaged_results(fails, written, path, value):
+def test_damaged_result_is_refused(fails, written, path, value):
     result = place = result_of(0)
     for key in path[:-1]:
         place = place[key]
@@ -408,18 +411,18 @@ def test_damaged_results(fails, written, path, value):
         del place[path[-1]]
     else:
         place[path[-1]] = value
-    assert "is no file that `python -m eval --output` writes" in fails(*written({"a": result}))
+    assert "is not a result file of `python -m eval --output`" in fails(*written({"a": result}))
 
 
-def test_a_second_folder_is_checked_before_the_first_is_scored(fails, own_checkpoint, tmp_path):
+def test_all_folders_are_checked_before_scoring(fails, own_checkpoint, tmp_path):
     arguments = [own_checkpoint, tmp_path, "--data", "sample", "--device", "cpu"]
     assert f"{str(tmp_path)!r} has no config.json" in fails(*arguments)
     (tmp_path / "config.json").write_text("{}")
-    assert f"{str(tmp_path)!r} has no tokenizer" in fails(*arguments)
+    assert f"{str(tmp_path)!r}: no weights" in fails(*arguments)
     assert "items 'nowhere.jsonl': no such file" in fails(own_checkpoint, "--data", "nowhere.jsonl", "--device", "cpu")
 
 
-def test_other_processes_write_nothing(written, own_checkpoint, tmp_path, monkeypatch, capsys):
+def test_only_the_main_process_writes(written, own_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(miniseries.command, "find_device", lambda _: ("cpu", False))
     out = tmp_path / "out"
     assert miniseries.main([str(own_checkpoint), "--data", "sample", "--limit", "2", "--out", str(out)]) == 0
@@ -427,7 +430,7 @@ def test_other_processes_write_nothing(written, own_checkpoint, tmp_path, monkey
     assert capsys.readouterr().out == ""
 
 
-def test_a_full_disk_leaves_what_was_there(written, tmp_path, monkeypatch, capsys):
+def test_full_disk_keeps_the_older_file(written, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     out.mkdir()
     (out / "miniseries.md").write_text("older", encoding="utf-8")

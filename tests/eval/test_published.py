@@ -1,15 +1,15 @@
-"""What OpenAI's models have: only where it can be compared."""
+"""Test which published results are shown: only those that can be compared."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from eval.published import GPT2, published_lines, text_of
+from eval.published import GPT2, find_corpus, published_lines
 from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
 
-def test_published_lines():
+def test_published_lines_match_size_corpus_and_items():
     hellaswag, sample = SimpleNamespace(is_sample=False), SimpleNamespace(is_sample=True)
     losses, scores = published_lines(GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}, hellaswag)
     assert losses == {"OpenAI GPT-2 124M": 3.2924}
@@ -24,7 +24,7 @@ def test_published_lines():
 
 
 @pytest.mark.parametrize(
-    ("source", "text"),
+    ("source", "corpus"),
     [
         ("shards/fineweb_edu", "fineweb-edu"),
         ("kjj0/finewebedu10B-gpt2", "fineweb-edu"),
@@ -37,12 +37,11 @@ def test_published_lines():
         ("openwebtext2", None),
     ],
 )
-def test_which_text_it_is(source, text):
-    assert text_of(source) == text
+def test_corpus_is_recognized_by_its_name(source, corpus):
+    assert find_corpus(source) == corpus
 
 
-def test_the_sizes_are_gpt2s():
-    """Names, shapes and parameters: those that the model's own configurations have."""
+def test_names_shapes_and_parameters_match_the_model_configs():
     for model, size in zip(GPT2, SIZES, strict=True):
         config = GPT2ReproConfig.from_size(size)
         assert model.name.endswith(f" {size}")

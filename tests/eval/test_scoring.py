@@ -1,6 +1,7 @@
-"""Log-likelihoods: the right tokens, whatever the batch."""
+"""Test log-likelihoods: of the correct tokens, in any batch."""
 
 import copy
+import itertools
 import random
 from types import SimpleNamespace
 
@@ -40,24 +41,24 @@ def model():
 
 @pytest.fixture(scope="module")
 def reference(model):
-    """One sequence at a time, all logits, in float64: (log-likelihoods of the tokens, whether all are greedy)."""
+    """Score one sequence at a time in float64: (log-likelihoods of the tokens, whether all are greedy)."""
     double = copy.deepcopy(model).double().eval()
 
     def score(context, continuation):
         tokens = context + continuation
         with torch.no_grad():
             log_probs = double(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
-        places = range(len(context), len(tokens))
-        log_likelihoods = [log_probs[t - 1, tokens[t]].item() for t in places]
-        return log_likelihoods, all(log_probs[t - 1].argmax().item() == tokens[t] for t in places)
+        positions = range(len(context), len(tokens))
+        log_likelihoods = [log_probs[t - 1, tokens[t]].item() for t in positions]
+        return log_likelihoods, all(log_probs[t - 1].argmax().item() == tokens[t] for t in positions)
 
     return score
 
 
 class BigramModel(torch.nn.Module):
     """
-    The next token depends on the last one only: after `a` comes `a + 1` with a probability of 1/2, and the
-    rest is shared evenly. After padding, nothing has a probability.
+    A model whose next token depends only on the last one: `a + 1` has probability 1/2 after `a`, and the other
+    tokens share the rest. After padding, every probability is 0.
     """
 
     def __init__(self, max_length=16, dtype=torch.float32):
@@ -78,7 +79,7 @@ class BigramModel(torch.nn.Module):
 
 
 def some_requests(number, seed=0, most=4):
-    """Contexts of up to 15 tokens, each with up to `most` continuations of up to 8: some need more than one row."""
+    """Make contexts of up to 15 tokens, with up to `most` continuations of up to 8 tokens; some need several rows."""
     rng = random.Random(seed)
 
     def tokens(longest):
@@ -88,16 +89,16 @@ def some_requests(number, seed=0, most=4):
 
 
 def sums(scores):
-    return [score.log_likelihood for of_request in scores for score in of_request]
+    return [score.log_likelihood for request_scores in scores for score in request_scores]
 
 
 def pairs(requests):
     return [(request.context, continuation) for request in requests for continuation in request.continuations]
 
 
-@pytest.fixture(scope="module", params=["shared contexts", "a row each", "our model"])
-def either_way(request, model):
-    """The same weights, scored with shared contexts and without."""
+@pytest.fixture(scope="module", params=["shared contexts", "separate rows", "our model"])
+def any_model(request, model):
+    """Return models with the same weights that are scored with shared contexts and without."""
     if request.param == "our model":
         ours = GPT2ReproForCausalLM.from_gpt2(model)
         assert _can_share_context(ours)
@@ -110,32 +111,30 @@ def either_way(request, model):
     return other
 
 
-def test_equals_one_sequence_at_a_time_in_float64(either_way, reference):
+def test_scores_match_single_sequences_in_float64(any_model, reference):
     requests = some_requests(24)
-    scores = loglikelihoods(either_way, requests, tokens_per_batch=70)
+    scores = loglikelihoods(any_model, requests, tokens_per_batch=70)
     assert sums(scores) == pytest.approx([sum(reference(*pair)[0]) for pair in pairs(requests)], abs=1e-4)
-    for score, (context, continuation) in zip([s for of in scores for s in of], pairs(requests), strict=True):
+    for score, (context, continuation) in zip(itertools.chain(*scores), pairs(requests), strict=True):
         log_likelihoods, greedy = reference(context, continuation)
         assert score.log_likelihoods == pytest.approx(log_likelihoods, abs=1e-4)
         assert score.is_greedy == greedy
         assert score.num_tokens == len(continuation)
-        assert score.num_cut == 0
+        assert score.num_truncated == 0
 
 
-def test_some_are_greedy(model, reference):
-    """What the model would write itself is found to be that, for each of its tokens."""
+def test_continuation_is_greedy_if_each_token_is_the_most_probable(model, reference):
     with torch.no_grad():
-        written = model.eval()(torch.tensor([[3, 1, 4]])).logits[0, -1].argmax().item()
-    [[right, wrong, half]] = loglikelihoods(
-        model, [Request([3, 1, 4], [[written], [(written + 1) % VOCABULARY], [written, 5]])]
-    )
-    assert (right.is_greedy, wrong.is_greedy) == (True, False)
-    assert half.is_greedy == reference([3, 1, 4], [written, 5])[1]
+        best = model.eval()(torch.tensor([[3, 1, 4]])).logits[0, -1].argmax().item()
+    continuations = [[best], [(best + 1) % VOCABULARY], [best, 5]]
+    [[greedy, other, partly]] = loglikelihoods(model, [Request([3, 1, 4], continuations)])
+    assert (greedy.is_greedy, other.is_greedy) == (True, False)
+    assert partly.is_greedy == reference([3, 1, 4], [best, 5])[1]
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1000), number=st.integers(0, 5), tokens_per_batch=st.integers(1, 200))
-def test_the_batch_does_not_matter(model, seed, number, tokens_per_batch):
+def test_scores_do_not_depend_on_the_batch(model, seed, number, tokens_per_batch):
     requests = some_requests(number, seed)
     alone = [sums(loglikelihoods(model, [Request(c, [k])]))[0] for c, k in pairs(requests)]
     assert sums(loglikelihoods(model, requests, tokens_per_batch=tokens_per_batch)) == pytest.approx(alone, abs=1e-4)
@@ -143,8 +142,7 @@ def test_the_batch_does_not_matter(model, seed, number, tokens_per_batch):
     assert sums(loglikelihoods(model, backwards))[::-1] == pytest.approx(alone, abs=1e-4)
 
 
-def test_a_context_is_an_input_once(model, monkeypatch):
-    """Rows hold a context and its continuations as far as they fit, longest rows first, within the budget."""
+def test_rows_share_contexts_longest_first_within_the_budget(model, monkeypatch):
     shapes = []
     forward = type(model.transformer).forward
 
@@ -156,8 +154,8 @@ def test_a_context_is_an_input_once(model, monkeypatch):
     context = list(range(10))
     requests = [
         Request(context, [[1] * 4] * 4),  # 10 + 4 * 3 inputs
-        Request(context, [[2] * 8] * 4),  # 10 + 7 * 2, and no room for another 7: two rows
-        Request(context, [[3]] * 4),  # the context alone
+        Request(context, [[2] * 8] * 4),  # 10 + 7 * 2, without room for 7 more: two rows
+        Request(context, [[3]] * 4),  # only the context
     ]
     loglikelihoods(model, requests, tokens_per_batch=48)
     assert shapes == [(2, 24), (2, 22)]
@@ -166,8 +164,8 @@ def test_a_context_is_an_input_once(model, monkeypatch):
     assert shapes == [(1, 24), (1, 24), (1, 22), (1, 10)]
 
 
-def test_without_shared_contexts_no_mask_is_in_the_way(model, monkeypatch):
-    """The kernels' own causal attention is the fast one; nothing in the positions may look like packed documents."""
+def test_mask_is_made_only_for_several_continuations(model, monkeypatch):
+    """Plain causal attention has the fastest kernels. Positions must not look like packed documents either."""
     ours = GPT2ReproForCausalLM.from_gpt2(model)
     masks = []
     make_mask = type(ours.transformer)._attention_mask
@@ -177,19 +175,19 @@ def test_without_shared_contexts_no_mask_is_in_the_way(model, monkeypatch):
     loglikelihoods(ours, [Request([1] * n, [[2, 3]]) for n in (9, 4, 2)])
     assert masks == [None]
     loglikelihoods(ours, [Request([1] * 4, [[2, 3], [4]])])
-    assert masks[1:] == [None]  # a single token more needs no input of its own
+    assert masks[1:] == [None]  # a continuation of one token needs no input
     loglikelihoods(ours, [Request([1] * 4, [[2, 3], [4, 5]])])
     assert masks[2].shape == (1, 1, 6, 6)
 
 
-def test_scores_the_continuation_and_nothing_else():
-    """Known probabilities: 1/2 a step, 1/18 a jump. Any step scored too many or too few, or a pad, shows."""
+def test_only_tokens_of_the_continuation_are_scored():
+    """The probability of each increment is 1/2, of any other token 1/18; a wrong or padding token would show."""
     step, jump = torch.tensor([0.5, 0.5 / 9]).log().tolist()
     requests = [
-        Request([5, 1, 7], [[8, 9], [9]]),  # jumps in the context, steps in the continuation; another, a jump
+        Request([5, 1, 7], [[8, 9], [9]]),
         Request([1, 2, 3, 4, 5, 6, 7], [[9]]),
         Request([3], [[4, 5, 8, 0, 1]]),
-        Request([0, 0, 0, 0], [[1]]),  # token 0 is also what pads
+        Request([0, 0, 0, 0], [[1]]),  # token 0 is also the padding
         Request([9], [[0]]),
     ]
     for tokens_per_batch in (1, 8, 100):
@@ -198,7 +196,7 @@ def test_scores_the_continuation_and_nothing_else():
         assert sums(scores) == pytest.approx(expected, abs=1e-5)
 
 
-def test_any_other_model_sees_right_padding_behind_a_mask_and_gives_few_logits():
+def test_other_models_get_right_padding_a_mask_and_logits_to_keep():
     model = BigramModel()
     loglikelihoods(model, [Request([1, 2, 3, 4, 5, 6], [[7, 8]]), Request([1, 2, 3], [[4, 5]])])
     [(input_ids, attention_mask, logits_to_keep)] = model.calls
@@ -207,27 +205,27 @@ def test_any_other_model_sees_right_padding_behind_a_mask_and_gives_few_logits()
     assert logits_to_keep == 5  # position 2, after which 4 is scored, is the fifth from the end
 
 
-def test_longest_sequences_go_first():
+def test_longest_sequences_are_scored_first():
     model = BigramModel()
     loglikelihoods(model, [Request([1] * n, [[2]]) for n in (2, 9, 4, 7)], tokens_per_batch=1)
     assert [input_ids.shape[1] for input_ids, *_ in model.calls] == [9, 7, 4, 2]
 
 
-def test_what_does_not_fit_is_cut_on_the_left_and_counted(either_way, reference):
+def test_long_contexts_are_truncated_on_the_left_and_counted(any_model, reference):
     context, continuation = [t % VOCABULARY for t in range(40)], [7, 3, 11]
     fits = context[-(CONTEXT + 1 - 3) :]  # the last token is never an input, so one more than CONTEXT
-    [[cut, shorter], [exact]] = loglikelihoods(
-        either_way, [Request(context, [continuation, [5]]), Request(fits, [continuation])]
+    [[truncated, shorter], [exact]] = loglikelihoods(
+        any_model, [Request(context, [continuation, [5]]), Request(fits, [continuation])]
     )
-    assert (cut.num_cut, exact.num_cut) == (40 - len(fits), 0)
-    assert shorter.num_cut == 40 - CONTEXT
-    assert cut.log_likelihood == pytest.approx(sum(reference(fits, continuation)[0]), abs=1e-4)
+    assert (truncated.num_truncated, exact.num_truncated) == (40 - len(fits), 0)
+    assert shorter.num_truncated == 40 - CONTEXT
+    assert truncated.log_likelihood == pytest.approx(sum(reference(fits, continuation)[0]), abs=1e-4)
     assert shorter.log_likelihood == pytest.approx(sum(reference(context[-CONTEXT:], [5])[0]), abs=1e-4)
-    assert exact.log_likelihood == pytest.approx(cut.log_likelihood, abs=1e-5)
-    assert loglikelihoods(either_way, [Request(context, [[5] * CONTEXT])])[0][0].num_cut == 39
+    assert exact.log_likelihood == pytest.approx(truncated.log_likelihood, abs=1e-5)
+    assert loglikelihoods(any_model, [Request(context, [[5] * CONTEXT])])[0][0].num_truncated == 39
 
 
-def test_modes_are_restored_and_dropout_is_off(model, reference):
+def test_dropout_is_off_and_each_modules_mode_is_restored(model, reference):
     model.train()
     frozen = model.transformer.h[0].eval()
     try:
@@ -238,23 +236,23 @@ def test_modes_are_restored_and_dropout_is_off(model, reference):
         model.eval()
 
 
-def test_under_autocast(either_way, reference):
+def test_scores_under_autocast_match_within_bfloat16(any_model, reference):
     requests = some_requests(10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores = loglikelihoods(either_way, requests)
+        scores = loglikelihoods(any_model, requests)
     for score, pair in zip(sums(scores), pairs(requests), strict=True):
         assert score == pytest.approx(sum(reference(*pair)[0]), rel=0.05, abs=0.2)
 
 
-def test_softmax_is_in_float32():
+def test_softmax_of_a_bfloat16_model_is_in_float32():
     model = BigramModel(dtype=torch.bfloat16)
     expected = model.log_probs[3].float().log_softmax(-1)[4].item()
     [[score]] = loglikelihoods(model, [Request([3], [[4]])])
     assert score.log_likelihood == pytest.approx(expected, abs=1e-6)
 
 
-def test_of_equally_probable_tokens_the_first_is_greedy(model):
-    """bfloat16 makes many equal: counting them all would make models look better than they are."""
+def test_first_of_equally_probable_tokens_is_greedy(model):
+    """bfloat16 makes many tokens equal; counting all of them would overrate models."""
     flat = copy.deepcopy(model)
     torch.nn.init.zeros_(flat.lm_head.weight)
     for one in (flat, GPT2ReproForCausalLM.from_gpt2(flat)):
@@ -262,14 +260,14 @@ def test_of_equally_probable_tokens_the_first_is_greedy(model):
         assert [score.is_greedy for score in scores] == [True, False, False]
 
 
-def test_a_compiled_model_is_scored_all_the_same(model):
+def test_compiled_model_is_scored(model):
     requests = some_requests(3)
     compiled = torch.compile(model, backend="eager")
     assert sums(loglikelihoods(compiled, requests)) == pytest.approx(sums(loglikelihoods(model, requests)), abs=1e-5)
 
 
-def test_an_adapter_counts(model):
-    """LoRA: what it adds must not be passed over because the model below it is known."""
+def test_lora_adapter_is_applied(model):
+    """The shared-context path calls the base model, which must not skip the adapter."""
     adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -281,13 +279,13 @@ def test_an_adapter_counts(model):
     assert scores != pytest.approx(sums(loglikelihoods(model, requests)), abs=1.0)
 
 
-def test_arrays_are_token_ids_too(model):
+def test_token_ids_may_be_arrays(model):
     [request] = some_requests(1)
     arrays = Request(np.array(request.context, dtype=np.uint16), [np.array(k, dtype=np.uint16) for k in request[1]])
     assert sums(loglikelihoods(model, [arrays])) == sums(loglikelihoods(model, [request]))
 
 
-def test_progress_is_told_every_continuation():
+def test_on_batch_counts_every_continuation():
     seen = []
     requests = [Request([1] * n, [[2], [3]]) for n in (2, 9, 4)]
     loglikelihoods(BigramModel(), requests, tokens_per_batch=18, on_batch=seen.append)
@@ -304,19 +302,19 @@ def test_progress_is_told_every_continuation():
         (([1], [2] * 17), "a continuation of 17 tokens does not fit the model's context of 16"),
     ],
 )
-def test_bad_requests_are_named_before_the_model_runs(request_, message):
+def test_malformed_request_is_named_before_the_model_runs(request_, message):
     model = BigramModel()
     with pytest.raises(EvalError, match=message):
         loglikelihoods(model, [Request([1], [[2]]), Request(request_[0], [[3], request_[1]])])
     assert not model.calls
 
 
-def test_a_budget_below_one():
+def test_tokens_per_batch_below_one_is_refused():
     with pytest.raises(EvalError, match="tokens_per_batch must be at least 1, got 0"):
         loglikelihoods(BigramModel(), [Request([1], [[2]])], tokens_per_batch=0)
 
 
-def test_not_finite(model):
+def test_log_likelihoods_that_are_not_finite_are_an_error(model):
     broken = copy.deepcopy(model).train()
     torch.nn.init.constant_(broken.transformer.ln_f.weight, float("nan"))
     with pytest.raises(EvalError, match="not finite"):
@@ -324,8 +322,8 @@ def test_not_finite(model):
     assert broken.training
 
 
-def test_importing_it_loads_nothing_heavy(run_python):
-    """Training imports these; it must start without the data set and metric packages."""
+def test_imports_for_training_are_light(run_python):
+    """Training starts without the dataset and metric packages."""
     names = ("transformers", "datasets", "evaluate", "huggingface_hub")
     run = run_python(
         "-c",

@@ -1,7 +1,8 @@
-"""A checkpoint in a run, as train.py leaves it, and a Hub on localhost to push it to."""
+"""A checkpoint in a run, as train.py writes it, and a Hub on localhost to push it to."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,16 +11,25 @@ import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 
+from common.checkpoints import describe_file
 from data.tokenizer import load_hf_tokenizer
 from eval import EvalError
 from hub import push
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.checkpoint import _described
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """The models here are so small that more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
 def model():
-    """Random weights, large enough for texts that do not repeat one token."""
+    """A model with random weights, large enough to write texts that do not repeat one token."""
     torch.manual_seed(0)
     config = GPT2ReproConfig(n_layer=2, n_head=4, n_embd=64, n_positions=128, initializer_range=0.2)
     return GPT2ReproForCausalLM(config).eval()
@@ -32,21 +42,21 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def write_manifest():
-    """write_manifest(checkpoint): of what is there now, as training/checkpoint.py does."""
+    """write_manifest(checkpoint) writes the manifest of its files, as training/checkpoint.py does."""
 
     def write(checkpoint):
         manifest = checkpoint / "training_state" / "manifest.json"
         manifest.unlink(missing_ok=True)
         paths = [path for path in checkpoint.rglob("*") if path.is_file()]
-        files = {path.relative_to(checkpoint).as_posix(): _described(path) for path in paths}
+        files = {path.relative_to(checkpoint).as_posix(): describe_file(path) for path in paths}
         manifest.write_text(json.dumps({"files": files}))
 
     return write
 
 
 @pytest.fixture(scope="session")
-def whole_run(model, tokenizer, write_manifest, tmp_path_factory):
-    """A run's folder with one checkpoint; tests that change it copy it."""
+def run_folder(model, tokenizer, write_manifest, tmp_path_factory):
+    """Folder of a run with one checkpoint. Tests that change it copy it."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     checkpoint = run / "checkpoints" / "step_000020"
     model.save_pretrained(checkpoint)
@@ -97,17 +107,33 @@ def whole_run(model, tokenizer, write_manifest, tmp_path_factory):
     return run
 
 
+@pytest.fixture
+def copied(run_folder, tmp_path):
+    """A copy of the checkpoint, in a run of its own, that a test may change."""
+    shutil.copytree(run_folder, tmp_path / "runs" / "copy")
+    return tmp_path / "runs" / "copy" / "checkpoints" / "step_000020"
+
+
+@pytest.fixture
+def standalone(copied):
+    """A copy of the checkpoint outside any run."""
+    folder = copied.parents[2] / "standalone"
+    copied.rename(folder)
+    shutil.rmtree(folder / "training_state")
+    return folder
+
+
 @pytest.fixture(scope="session")
-def checkpoint(whole_run):
-    return whole_run / "checkpoints" / "step_000020"
+def checkpoint(run_folder):
+    return run_folder / "checkpoints" / "step_000020"
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """An empty Hub that this process's client asks, as the user `me`."""
+    """An empty Hub on localhost, to which this process is logged in as the user `me`."""
     with HubServer({}) as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost is no network, whatever the caller has set
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost needs no network
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not on localhost
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -117,12 +143,12 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def python(tmp_path):
-    """python(program, server, **environment) runs it in another process, which has nothing but the server."""
+    """python(arguments, server, **environment) runs Python in another process that knows only the server."""
 
-    def run(program, server, **environment):
+    def run(arguments, server, **environment):
         own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, *map(str, arguments)],
             cwd=tmp_path,
             env=own
             | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
@@ -139,20 +165,20 @@ def python(tmp_path):
 
 
 @pytest.fixture
-def trusted_by(monkeypatch):
-    """trusted_by(module): a list of what its loaders are told of trust_remote_code; the second one ends it."""
+def trust_requests(monkeypatch):
+    """trust_requests(module): trust_remote_code of each loader that the module calls; the second raises."""
 
     def patch(module):
-        asked = []
+        requests = []
 
         def load(name, *, trust_remote_code, **_):
-            asked.append(trust_remote_code)
-            if len(asked) == 2:
-                raise EvalError("that is enough")
+            requests.append(trust_remote_code)
+            if len(requests) == 2:
+                raise EvalError("stop here")
             return None, None
 
         monkeypatch.setattr(module, "load_tokenizer", load)
         monkeypatch.setattr(module, "load_model", load)
-        return asked
+        return requests
 
     return patch

@@ -1,6 +1,8 @@
-"""The page, in a real browser."""
+"""The demo's page, in a real browser."""
 
 import contextlib
+import html
+import re
 import shutil
 import socket
 import subprocess
@@ -12,9 +14,9 @@ from tiny_run import ROOT, clean_environment
 
 from hub import demo
 from hub.__main__ import main
-from hub.continuation import Settings, continuation
+from hub.sampling import SamplingParams, generate
 
-# Its own traffic aside: where there is no network, each of those requests waits for its end.
+# Chromium's own requests: without a network, each of them waits for a timeout.
 _QUIET = ("background-networking", "component-update", "sync", "quic", "default-apps", "extensions", "gpu")
 
 
@@ -24,7 +26,7 @@ def browser(tmp_path_factory):
     program = shutil.which("chromium") or shutil.which("chromium-browser")
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
-        pytest.skip("no chromium with chromedriver: the page was not looked at in a browser")
+        pytest.skip("no chromium with chromedriver: the page was not opened in a browser")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     switches = ("headless", "no-sandbox", "no-first-run", "window-size=1400,900")
@@ -42,7 +44,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(checkpoint, tmp_path_factory):
-    """Address of the demo of one checkpoint beside itself, run as a user runs it."""
+    """Address of a running demo that shows one checkpoint twice."""
     pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -50,7 +52,7 @@ def page(checkpoint, tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-m", "hub", "demo", checkpoint, checkpoint, "--port", str(port), "--device", "cpu"],
         cwd=ROOT,
-        env=clean_environment(tmp_path_factory.mktemp("home")),
+        env=clean_environment(tmp_path_factory.mktemp("home")) | {"OMP_NUM_THREADS": "1"},  # as in this process
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -63,14 +65,14 @@ def page(checkpoint, tmp_path_factory):
 def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        with contextlib.suppress(Exception):  # an element that is being drawn anew
+        with contextlib.suppress(Exception):  # the element is being redrawn
             if result := condition():
                 return result
         time.sleep(0.05)
-    raise AssertionError("it did not come")
+    raise AssertionError(f"not within {seconds} seconds")
 
 
-def test_a_prompt_is_continued_side_by_side(browser, page, model, tokenizer):
+def test_two_checkpoints_continue_a_prompt(browser, page, model, tokenizer):
     from selenium.webdriver.common.by import By
 
     def text(element):
@@ -83,15 +85,10 @@ def test_a_prompt_is_continued_side_by_side(browser, page, model, tokenizer):
     browser.find_element(By.ID, "continue").click()
     early = until(lambda: len(text("text-0")) > len("The meaning of life is") and text("text-0"))
     ids = tokenizer("The meaning of life is").input_ids
-    tokens = [step.token for step in continuation(model, ids, Settings())]
-    whole = "The meaning of life is" + tokenizer.decode(tokens)
-
-    def as_shown(words):
-        return words.split()
-
-    until(lambda: as_shown(text("text-0")) == as_shown(whole))
-    assert as_shown(text("text-1")) == as_shown(whole)  # the same checkpoint, the same seed
-    assert as_shown(early) != as_shown(whole)  # it came bit by bit
+    expected = ("The meaning of life is" + tokenizer.decode(generate(model, ids, SamplingParams()))).split()
+    until(lambda: text("text-0").split() == expected)
+    until(lambda: text("text-1").split() == expected)  # the same checkpoint, the same seed
+    assert early.split() != expected  # the page shows the text while it grows
     rows = browser.find_elements(By.CSS_SELECTOR, "#next-0 .row")
     assert 10 <= len(rows) <= 11
     percentages = [float(row.text.split()[-1].rstrip("%")) for row in rows]
@@ -101,7 +98,7 @@ def test_a_prompt_is_continued_side_by_side(browser, page, model, tokenizer):
     assert not [entry for entry in problems if "favicon" not in entry["message"]], problems
 
 
-def test_what_is_typed_is_text_and_too_much_is_said(browser, page):
+def test_prompt_is_escaped_and_a_long_one_is_an_error(browser, page):
     from selenium.webdriver.common.by import By
 
     browser.get(page)
@@ -118,7 +115,25 @@ def test_what_is_typed_is_text_and_too_much_is_said(browser, page):
     until(lambda: "the model's context 128" in browser.find_element(By.ID, "text-1").text)
 
 
-def test_it_is_seen_from_this_machine_alone(page):
+def test_page_shows_text_and_candidates(model, tokenizer):
+    """The page's function, called as Gradio calls it: (text, candidates) of two checkpoints, one after the other."""
+    pytest.importorskip("gradio")
+    page = demo.build_page([("a", model, tokenizer), ("b", model, tokenizer)])
+    write = next(iter(page.fns.values())).fn
+    prompt, params = "I <b>", SamplingParams(seed=1, max_new_tokens=20)
+    values = (params.temperature, params.top_k, params.top_p, params.max_new_tokens, params.seed)
+    *_, shown = write(prompt, *values)
+    tokens = generate(model, tokenizer(prompt).input_ids, params)
+    expected = f'<span class="prompt">I &lt;b&gt;</span>{html.escape(tokenizer.decode(tokens))}</div>'
+    assert shown[0] == shown[2] and shown[0].endswith(expected)
+    assert shown[1] == shown[3] and shown[1].count('class="row chosen"') == 1
+    percentages = [float(number) for number in re.findall(r"<span>([\d.]+)%</span>", shown[1])]
+    assert 10 <= len(percentages) <= 11 and percentages[:10] == sorted(percentages[:10], reverse=True)
+    *_, shown = write(prompt, -1, *values[1:])
+    assert "failed" in shown[0] and "temperature must be at least 0, got -1" in shown[0]
+
+
+def test_demo_binds_localhost_only(page):
     port = int(page.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=10):
         pass
@@ -126,7 +141,7 @@ def test_it_is_seen_from_this_machine_alone(page):
         socket.create_connection(("127.0.0.2", port), timeout=10)
 
 
-def test_one_clear_line(checkpoint, page, capsys):
+def test_mistakes_end_with_one_line(checkpoint, page, capsys):
     assert main(["demo", str(checkpoint), "nowhere at all"]) == 2
     assert "no such folder, nor a Hub id" in capsys.readouterr().err
     assert main(["demo", *[str(checkpoint)] * 3]) == 2
@@ -141,8 +156,8 @@ def test_one_clear_line(checkpoint, page, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
-def test_code_from_the_hub_runs_only_when_asked_for(trusted_by, flags):
+def test_code_from_the_hub_runs_only_with_the_flag(trust_requests, flags):
     pytest.importorskip("gradio")
-    asked = trusted_by(demo)
+    requests = trust_requests(demo)
     assert main(["demo", "me/x", "--device", "cpu", *flags]) == 2
-    assert asked == [bool(flags)] * 2
+    assert requests == [bool(flags)] * 2

@@ -1,8 +1,9 @@
-"""Exported checkpoints in engines that are not this project's and not transformers': the same text, token for token."""
+"""Exported checkpoints write the same text in other engines, token for token."""
 
 import copy
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,22 +45,22 @@ PROMPTS = [
 NEW_TOKENS = 64
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def greedy(model, tokenizer):
-    """[(ids of a prompt, the 64 tokens that the model itself continues it with)]"""
+    """[(ids of a prompt, the model's own greedy continuation of 64 tokens)]"""
     texts = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         output = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=50256, eos_token_id=None)
         texts.append((ids[0].tolist(), output[0, ids.shape[1] :].tolist()))
     assert len({tuple(new) for _, new in texts}) == len(PROMPTS)
-    assert min(len(set(new)) for _, new in texts) > NEW_TOKENS / 3  # no text that says one thing only
+    assert min(len(set(new)) for _, new in texts) > NEW_TOKENS / 3  # not one phrase repeated
     return texts
 
 
 @pytest.fixture(scope="session")
 def exported(checkpoint, tmp_path_factory):
-    """exported(format) is the folder, made once."""
+    """exported(format) returns the folder of an export, written once."""
     folders = {}
 
     def folder(to):
@@ -74,7 +75,7 @@ def exported(checkpoint, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_a_plain_gpt2(exported, model, tokenizer, greedy):
+def test_gpt2_export_opens_as_plain_gpt2(exported, model, tokenizer, greedy):
     folder = exported("gpt2")
     assert not list(folder.rglob("*.py"))
     plain, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -92,53 +93,18 @@ def test_a_plain_gpt2(exported, model, tokenizer, greedy):
     assert AutoTokenizer.from_pretrained(folder)(PROMPTS).input_ids == [prompt for prompt, _ in greedy]
 
 
-def test_documented_python_opens_the_exports(exported, fresh, tmp_path):
-    """The blocks of docs/sharing.md, in a process that has nothing but what was exported."""
+def test_documented_python_opens_the_exports(exported, checkpoint, fresh, tmp_path):
+    """The blocks of docs/sharing.md run in a process that has only the exports and a checkpoint."""
     for name, to in (("plain", "gpt2"), ("onnx", "onnx")):
         (tmp_path / name).symlink_to(exported(to))
+    shutil.copytree(checkpoint, tmp_path / "runs" / "sample" / "checkpoints" / "step_001250")
     document = ROOT / "docs" / "sharing.md"
     finished = fresh.run(python_program(document, document.read_text(encoding="utf-8")), cwd=tmp_path)
     assert finished.returncode == 0 and QUESTION not in finished.output, finished.output
 
 
-SERVE = """
-import json, os, socket, sys, threading, time, urllib.error, urllib.request
-from transformers.cli.transformers import main
-
-with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-address = f"http://localhost:{port}"
-sys.argv = ["transformers", *sys.argv[1:], "--port", str(port), "--device", "cpu"]
-server = threading.Thread(target=main, daemon=True)
-server.start()
-
-
-def ask(endpoint, **body):
-    body = json.dumps({"model": "plain", "temperature": 0, "stream": False} | body).encode()
-    request = urllib.request.Request(address + endpoint, body, {"Content-Type": "application/json"})
-    return json.load(urllib.request.urlopen(request, timeout=60))
-
-
-while server.is_alive():
-    try:
-        urllib.request.urlopen(address + "/health", timeout=60)
-        break
-    except urllib.error.URLError:
-        time.sleep(0.1)
-answers = {
-    "completions": ask("/v1/completions", prompt="Hello, I'm a language model,", max_tokens=8),
-    "chat": ask("/v1/chat/completions", messages=[{"role": "user", "content": "Hello"}], max_tokens=8),
-    "responses": ask("/v1/responses", input="Hello", max_output_tokens=8),
-}
-print("answers:", json.dumps(answers))
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
 def test_transformers_serve_answers_on_an_export(exported, model, tokenizer, fresh, tmp_path):
-    """`transformers serve plain` of docs/sharing.md, by its own entry point; in a chat, the messages are joined."""
+    """The documented command serves an export. In a chat, the documented template joins the messages."""
     for package in ("openai", "fastapi", "uvicorn"):
         pytest.importorskip(package)
     shutil.copytree(exported("gpt2"), tmp_path / "plain")
@@ -146,7 +112,8 @@ def test_transformers_serve_answers_on_an_export(exported, model, tokenizer, fre
     [command] = [words for words in commands_of(document) if words[:2] == ["transformers", "serve"]]
     [echo] = [words for words in commands_of(document) if words[0] == "echo" and words[-1].endswith(".jinja")]
     (tmp_path / echo[-1]).write_text(echo[1] + "\n")
-    finished = fresh.run(SERVE, *command[1:], cwd=tmp_path)
+    program = Path(__file__).with_name("serve.py").read_text(encoding="utf-8")
+    finished = fresh.run(program, *command[1:], cwd=tmp_path)
     assert finished.returncode == 0 and "answers:" in finished.output, finished.output
     answers = json.loads(finished.output.partition("answers: ")[2].splitlines()[0])
 
@@ -160,7 +127,7 @@ def test_transformers_serve_answers_on_an_export(exported, model, tokenizer, fre
     assert answers["responses"]["output"][0]["content"][0]["text"] == greedy("Hello\n")
 
 
-def test_ctranslate2_writes_the_same(exported, tokenizer, greedy, tmp_path):
+def test_ctranslate2_writes_the_same_text(exported, tokenizer, greedy, tmp_path):
     ctranslate2 = pytest.importorskip("ctranslate2")
     ctranslate2.converters.TransformersConverter(str(exported("gpt2"))).convert(str(tmp_path / "ct2"))
     engine = ctranslate2.Generator(str(tmp_path / "ct2"), device="cpu", compute_type="float32", intra_threads=1)
@@ -175,8 +142,8 @@ def test_ctranslate2_writes_the_same(exported, tokenizer, greedy, tmp_path):
     assert [result.sequences_ids[0] for result in results] == [new for _, new in greedy]
 
 
-def test_onnx_runtime_writes_the_same(exported, model, greedy):
-    """By both graphs: a token at a time with keys and values, texts of different lengths at once; and all at once."""
+def test_onnx_runtime_writes_the_same_text(exported, model, greedy):
+    """One graph generates token by token, for padded texts of different lengths. The other reads full texts."""
     onnxruntime = pytest.importorskip("onnxruntime")
     folder = exported("onnx") / "onnx"
     session = onnxruntime.InferenceSession(folder / "model.onnx")
@@ -209,7 +176,7 @@ def test_onnx_runtime_writes_the_same(exported, model, greedy):
             )
 
 
-def test_gguf_is_complete(exported, model, tokenizer):
+def test_gguf_has_all_metadata_and_tensors(exported, model, tokenizer):
     gguf = pytest.importorskip("gguf")
     folder = exported("gguf")
     names = ["tiny-step_000020-F16.gguf", "tiny-step_000020-Q8_0.gguf"]
@@ -258,11 +225,8 @@ def test_gguf_is_complete(exported, model, tokenizer):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "tolerance", "share"), [("F16", 0.02, 0.99), ("Q8_0", 0.3, 0.9)])
-def test_llama_cpp_writes_the_same_to_its_rounding(exported, model, tokenizer, kind, tolerance, share):
-    """
-    Its tokens are those that this model would choose after the same text, or as good to the rounding of the weights:
-    logits here spread over 10 and more.
-    """
+def test_llama_cpp_writes_the_same_text_up_to_rounding(exported, model, tokenizer, kind, tolerance, share):
+    """Each token is the model's own choice after the same text, or has nearly the same logit (they span over 10)."""
     xllamacpp = pytest.importorskip("xllamacpp")
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(exported("gguf") / f"tiny-step_000020-{kind}.gguf")
@@ -287,17 +251,17 @@ def test_llama_cpp_writes_the_same_to_its_rounding(exported, model, tokenizer, k
     assert same > share * NEW_TOKENS * followed
 
 
-def test_a_plain_gpt2_is_exported_too(exported, tmp_path, capsys):
-    """The other kind of checkpoint, through the command."""
+def test_plain_gpt2_can_be_exported(exported, tmp_path, capsys):
+    """The input is transformers' own GPT-2, through the command."""
     assert main(["export", str(exported("gpt2")), "--to", "gpt2", "--out", str(tmp_path / "out")]) == 0
     assert "out/model.safetensors" in capsys.readouterr().out
     for name in ("model.safetensors", "config.json", "vocab.json"):
         assert (tmp_path / "out" / name).read_bytes() == (exported("gpt2") / name).read_bytes()
 
 
-def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_with_one_line_and_leave_no_files(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
     def fails(*arguments):
-        capsys.readouterr()  # bars of what the test itself saves
+        capsys.readouterr()  # progress bars
         assert main(["export", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
@@ -308,19 +272,21 @@ def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
     assert "no such folder, nor a Hub id" in fails(tmp_path / "nowhere", "--to", "gpt2", "--out", out)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert "full' is there already" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / "full")
+    assert "full' exists and is not an empty folder" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / "full")
     encoder = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=1, n_embd=32, n_positions=8, is_causal=False))
     encoder.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
     assert "is_causal=False" in fails(tmp_path / "encoder", "--to", "gpt2", "--out", out)
     assert "File name too long" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 300))
-    assert "File name too long" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 250))  # but .partial
+    assert "File name too long" in fails(
+        checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 250)
+    )  # fits, but not with .partial
     monkeypatch.chdir(tmp_path / "full")
-    assert "full' is there already" in fails(checkpoint, "--to", "gpt2", "--out", ".")
+    assert "full' exists and is not an empty folder" in fails(checkpoint, "--to", "gpt2", "--out", ".")
     with monkeypatch.context() as patch:
 
         def full(self, folder):
-            raise Exception("No space left on device (os error 28)")  # tokenizers has no other kind
+            raise Exception("No space left on device (os error 28)")  # as the tokenizers package does
 
         patch.setattr(type(tokenizer), "save_pretrained", full)
         assert "cannot be written (No space left on device" in fails(checkpoint, "--to", "gpt2", "--out", out)
@@ -345,8 +311,8 @@ def test_one_clear_error(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
-def test_what_is_wrong_is_not_left_there(checkpoint, tmp_path, monkeypatch):
-    """Weights that change on their way: the check after writing finds them."""
+def test_export_failure_leaves_no_files(checkpoint, tmp_path, monkeypatch):
+    """The check after writing finds weights that changed on the way."""
     from modeling_gpt2repro import conversion
 
     adopt = conversion._adopt
@@ -357,12 +323,12 @@ def test_what_is_wrong_is_not_left_there(checkpoint, tmp_path, monkeypatch):
         return adopted
 
     monkeypatch.setattr(conversion, "_adopt", wrong)
-    with pytest.raises(HubError, match="logits that are off by"):
+    with pytest.raises(HubError, match="logits differ by"):
         export(str(checkpoint), to="gpt2", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_empty_folder_that_one_stands_in(checkpoint, tmp_path, monkeypatch):
+def test_export_into_the_empty_current_folder(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     export(str(checkpoint), to="gpt2", out=".")
@@ -370,8 +336,8 @@ def test_an_empty_folder_that_one_stands_in(checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", [None, "model.onnx", "model_without_past.onnx"])
-def test_onnx_is_read_back(exported, model, tokenizer, tmp_path, monkeypatch, wrong):
-    """Weights beside the graph, as of a large model; and a graph that gives other numbers is refused."""
+def test_onnx_is_checked_after_writing(exported, model, tokenizer, tmp_path, monkeypatch, wrong):
+    """A graph with other numbers is rejected. Weights of a large model go into a file next to the graph."""
     import onnx_ir
 
     from hub import to_onnx
@@ -388,9 +354,9 @@ def test_onnx_is_read_back(exported, model, tokenizer, tmp_path, monkeypatch, wr
 
     monkeypatch.setattr(torch.onnx, "export", written_before)
     monkeypatch.setattr(to_onnx, "_LARGE_BYTES", 0)
-    model = copy.deepcopy(model)  # another attention is put in
+    model = copy.deepcopy(model)  # write_onnx changes the attention implementation
     if wrong is not None:
-        with pytest.raises(HubError, match="logits that are off by"):
+        with pytest.raises(HubError, match="logits differ by"):
             to_onnx.write_onnx(model, tokenizer, tmp_path)
         return
     to_onnx.write_onnx(model, tokenizer, tmp_path)
@@ -400,7 +366,7 @@ def test_onnx_is_read_back(exported, model, tokenizer, tmp_path, monkeypatch, wr
 
 @pytest.fixture
 def small(monkeypatch):
-    """A model with a head of its own, and few tokens: GGUF's reader takes seconds for GPT-2's."""
+    """A model with an untied head and few tokens: GGUF's reader takes seconds for GPT-2's vocabulary."""
     gguf = pytest.importorskip("gguf")
     from hub import to_gguf
 
@@ -411,21 +377,21 @@ def small(monkeypatch):
     return GPT2ReproForCausalLM(config).eval()
 
 
-def test_gguf_has_a_head_of_its_own(small, tokenizer, tmp_path):
+def test_gguf_has_an_untied_head(small, tokenizer, tmp_path):
     import gguf
 
     from hub import to_gguf
 
-    to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license_id=None)
+    to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license=None)
     reader = gguf.GGUFReader(tmp_path / "x-F16.gguf")
     [head] = [tensor for tensor in reader.tensors if tensor.name == "output.weight"]
     np.testing.assert_allclose(head.data, small.lm_head.weight.detach().numpy(), atol=1e-3)
-    assert "general.license" not in reader.fields  # nobody has said whose the weights are
+    assert "general.license" not in reader.fields  # not known
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
-def test_gguf_is_read_back(small, tokenizer, tmp_path, monkeypatch, kind):
-    """A number of some type that is not what was to be written."""
+def test_gguf_is_checked_after_writing(small, tokenizer, tmp_path, monkeypatch, kind):
+    """One value of one type differs."""
     import gguf
 
     from hub import to_gguf
@@ -439,5 +405,5 @@ def test_gguf_is_read_back(small, tokenizer, tmp_path, monkeypatch, kind):
         return numbers
 
     monkeypatch.setattr(gguf.quants, "dequantize", other)
-    with pytest.raises(HubError, match="is not what was written"):
-        to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license_id=None)
+    with pytest.raises(HubError, match="reads back with other values"):
+        to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license=None)

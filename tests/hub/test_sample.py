@@ -1,19 +1,20 @@
-"""sample.py, and the text that it and the demo show."""
+"""sample.py and hub/sampling.py."""
 
 import io
 
 import pytest
 import torch
+from transformers import TextStreamer
 
 import sample
 from hub import HubError
-from hub.continuation import Settings, continuation, encode_prompt, text_pieces, top_tokens
+from hub.sampling import SamplingParams, encode_prompt, generate, stream_tokens
 
 PROMPT = "Hello, I'm a language model,"
 
 
-def written(model, tokenizer, **settings):
-    return [step.token for step in continuation(model, tokenizer(PROMPT).input_ids, Settings(**settings))]
+def new_tokens(model, tokenizer, prompt=PROMPT, **settings):
+    return generate(model, tokenizer(prompt).input_ids, SamplingParams(**settings))
 
 
 @pytest.mark.parametrize(
@@ -26,57 +27,66 @@ def written(model, tokenizer, **settings):
     ],
     ids=str,
 )
-def test_it_is_what_generate_writes(model, tokenizer, settings):
-    """With the same random numbers, the same tokens."""
+def test_same_seed_gives_the_tokens_of_generate(model, tokenizer, settings):
+    """The tokens at once and one by one are those of `model.generate` after torch.manual_seed."""
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    chosen = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | settings
-    options = {"do_sample": False} if settings["temperature"] == 0 else {"do_sample": True} | chosen
+    sampling = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | settings
+    options = {"do_sample": False} if settings["temperature"] == 0 else {"do_sample": True} | sampling
     torch.manual_seed(7)
     expected = model.generate(ids, max_new_tokens=40, pad_token_id=50256, eos_token_id=None, **options)
-    assert written(model, tokenizer, seed=7, max_new_tokens=40, **settings) == expected[0, ids.shape[1] :].tolist()
+    expected = expected[0, ids.shape[1] :].tolist()
+    params = SamplingParams(seed=7, max_new_tokens=40, **settings)
+    assert generate(model, ids[0].tolist(), params) == expected
+    assert [token for token, _ in stream_tokens(model, ids[0].tolist(), params)] == expected
 
 
-def test_seed_length_and_context(model, tokenizer):
-    assert written(model, tokenizer, seed=1) == written(model, tokenizer, seed=1) != written(model, tokenizer, seed=2)
-    assert len(written(model, tokenizer, max_new_tokens=500)) == 128 - 8  # to the end of the context
+def test_generation_ends_with_the_context(model, tokenizer):
+    assert new_tokens(model, tokenizer, seed=1) == new_tokens(model, tokenizer, seed=1)
+    assert new_tokens(model, tokenizer, seed=1) != new_tokens(model, tokenizer, seed=2)
+    assert len(new_tokens(model, tokenizer, max_new_tokens=500)) == 128 - 8
     with pytest.raises(HubError, match="the prompt has 300 tokens and the model's context 128"):
         encode_prompt(tokenizer, " a" * 300, model.config)
     assert encode_prompt(tokenizer, "", model.config) == [50256]
 
 
-def test_end_of_text_ends_it(model, tokenizer, monkeypatch):
-    tokens = written(model, tokenizer, temperature=0, max_new_tokens=20)
-    monkeypatch.setattr(model.config, "eos_token_id", tokens[10])
-    assert written(model, tokenizer, temperature=0, max_new_tokens=20) == tokens[: tokens.index(tokens[10])]
+def test_generation_ends_before_the_end_of_text_token(model, tokenizer, monkeypatch):
+    tokens = new_tokens(model, tokenizer, temperature=0, max_new_tokens=20)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", tokens[10])
+    expected = tokens[: tokens.index(tokens[10])]
+    assert new_tokens(model, tokenizer, temperature=0, max_new_tokens=20) == expected
+    params = SamplingParams(temperature=0, max_new_tokens=20)
+    assert [token for token, _ in stream_tokens(model, tokenizer(PROMPT).input_ids, params)] == expected
 
 
-def test_a_model_that_has_diverged_says_so(model, tokenizer, monkeypatch):
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_are_an_error(model, tokenizer, monkeypatch, temperature):
     monkeypatch.setattr(model.transformer.ln_f.weight, "data", torch.full((64,), float("nan")))
     with pytest.raises(HubError, match="not finite"):
-        written(model, tokenizer)
+        new_tokens(model, tokenizer, temperature=temperature)
 
 
-@pytest.mark.parametrize("text", ["plain text", "naïve café — 東京 🙂👩‍👩‍👧 ends", "🙂"])
-def test_characters_come_whole(tokenizer, text):
-    ids = tokenizer(text).input_ids
-    pieces = list(text_pieces(tokenizer, ids))
+@pytest.mark.parametrize(
+    "text", ["plain text", "naïve café — 東京 🙂👩‍👩‍👧 ends", "🙂", "two\nlines. And . spaces , kept"]
+)
+def test_streamer_prints_whole_characters(tokenizer, monkeypatch, text):
+    """sample.py's streamer prints the text piece by piece, and no half of a character."""
+    pieces = []
+    monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda _, text, **__: pieces.append(text))
+    streamer = sample.make_streamer(tokenizer)
+    streamer.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in tokenizer(text).input_ids:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
-    assert text_pieces(tokenizer, iter(ids)).__next__() in (text[: len(pieces[0])], "")  # as they are read
-    nothing = list(text_pieces(tokenizer, tokenizer.convert_tokens_to_ids(["Ģ"] * 8)))  # bytes that begin no character
-    assert len(nothing) == 8 and all("\N{REPLACEMENT CHARACTER}" in nothing[i] for i in (3, 7))  # are not waited for
-    broken = list(text_pieces(tokenizer, ids[:1]))  # half a character, where the text ends
-    assert broken[-1] in (text[: len(broken[-1])], "\N{REPLACEMENT CHARACTER}")
 
 
-def test_the_most_probable_tokens(model, tokenizer):
-    [step] = continuation(model, tokenizer(PROMPT).input_ids, Settings(max_new_tokens=1))
+def test_stream_has_the_probabilities_of_the_model(model, tokenizer):
+    params = SamplingParams(max_new_tokens=2, temperature=0.5, top_k=3)
+    [(first, _), (_, probabilities)] = stream_tokens(model, tokenizer(PROMPT).input_ids, params)
     with torch.no_grad():
-        expected = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits[0, -1].softmax(-1)
-    torch.testing.assert_close(step.probabilities, expected)
-    top = top_tokens(tokenizer, step.probabilities, 5)
-    assert [token for _, token, _ in top] == expected.topk(5).indices.tolist()
-    assert top[0][0] == tokenizer.decode([top[0][1]])
+        expected = model(torch.tensor([[*tokenizer(PROMPT).input_ids, first]])).logits[0, -1].softmax(-1)
+    torch.testing.assert_close(probabilities, expected)
 
 
 def run(capsys, monkeypatch, *arguments, stdin=""):
@@ -86,58 +96,64 @@ def run(capsys, monkeypatch, *arguments, stdin=""):
     return code, captured.out, captured.err
 
 
-def test_the_command(checkpoint, model, tokenizer, capsys, monkeypatch):
-    greedy = tokenizer.decode(written(model, tokenizer, temperature=0, max_new_tokens=12))
+def test_command_prints_prompt_and_continuations(checkpoint, model, tokenizer, capsys, monkeypatch):
+    greedy = tokenizer.decode(new_tokens(model, tokenizer, temperature=0, max_new_tokens=12))
     options = ("--temperature", 0, "--max_new_tokens", 12)
     for arguments, stdin in (((PROMPT,), ""), ((), f"{PROMPT}\n")):
         code, out, _ = run(capsys, monkeypatch, checkpoint, *arguments, *options, stdin=stdin)
         assert (code, out) == (0, f"{PROMPT}{greedy}\n")
 
     code, out, _ = run(capsys, monkeypatch, checkpoint, PROMPT, "--n", 2, "--seed", 5, "--max_new_tokens", 12)
-    texts = [tokenizer.decode(written(model, tokenizer, seed=seed, max_new_tokens=12)) for seed in (5, 6)]
+    texts = [tokenizer.decode(new_tokens(model, tokenizer, seed=seed, max_new_tokens=12)) for seed in (5, 6)]
     assert out == f"--- 1\n{PROMPT}{texts[0]}\n--- 2\n{PROMPT}{texts[1]}\n"
 
     code, out, error = run(capsys, monkeypatch, checkpoint, PROMPT, "--max_new_tokens", 500)
     assert code == 0 and "context of 128 tokens is full" in error
 
 
-def test_chatty_goes_on_with_one_text(checkpoint, model, tokenizer, capsys, monkeypatch):
-    arguments = (checkpoint, "--chatty", "--temperature", 0, "--max_new_tokens", 5)
-    first = tokenizer.decode(written(model, tokenizer, temperature=0, max_new_tokens=5))
+def test_interactive_continues_one_text(checkpoint, model, tokenizer, capsys, monkeypatch):
+    settings = {"temperature": 0, "max_new_tokens": 5}
+    arguments = (checkpoint, "--interactive", "--temperature", 0, "--max_new_tokens", 5)
+    first = new_tokens(model, tokenizer, **settings)
+    ids = tokenizer(PROMPT).input_ids + first + tokenizer("\nAnd then").input_ids
+    second = tokenizer.decode(generate(model, ids, SamplingParams(**settings)))
+    first = tokenizer.decode(first)
     _, out, _ = run(capsys, monkeypatch, *arguments, stdin=f"{PROMPT}\nAnd then\n\n{PROMPT}\n")
-    ids = tokenizer(PROMPT).input_ids + written(model, tokenizer, temperature=0, max_new_tokens=5)
-    ids += tokenizer("\nAnd then").input_ids
-    second = [step.token for step in continuation(model, ids, Settings(temperature=0, max_new_tokens=5))]
-    assert out == f"{first}\n{tokenizer.decode(second)}\n{first}\n\n"
+    assert out == f"{first}\n{second}\n{first}\n\n"
     long = "".join(f"{PROMPT}\n" for _ in range(30))  # far more than the context holds
     code, out, _ = run(capsys, monkeypatch, *arguments, stdin=long)
     assert code == 0 and len(out.splitlines()) >= 30
     code, out, error = run(capsys, monkeypatch, *arguments, stdin=f"{' a' * 300}\n{PROMPT}\n")
-    assert (code, out) == (0, f"{first}\n\n")  # a line that is too long changes nothing
+    assert (code, out) == (0, f"{first}\n\n")  # the line that is too long changes nothing
     assert "the prompt has 300 tokens" in error and error.count("\n") == 1
 
 
+def test_old_name_of_interactive_works_and_names_the_new_one(checkpoint, capsys, monkeypatch):
+    code, out, error = run(capsys, monkeypatch, checkpoint, "--chatty", stdin="")
+    assert (code, out, error) == (0, "\n", "--chatty is now called --interactive\n")
+
+
 @pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])
-def test_code_from_the_hub_runs_only_when_asked_for(trusted_by, capsys, monkeypatch, flags):
-    asked = trusted_by(sample)
+def test_code_from_the_hub_runs_only_with_the_flag(trust_requests, capsys, monkeypatch, flags):
+    requests = trust_requests(sample)
     assert run(capsys, monkeypatch, "me/x", PROMPT, *flags)[0] == 2
-    assert asked == [bool(flags)] * 2
+    assert requests == [bool(flags)] * 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["nowhere at all", PROMPT], "no such folder, nor a Hub id"),
-        (["CHECKPOINT", PROMPT, "--top_p", "0"], "top_p must be above 0"),
-        (["CHECKPOINT", PROMPT, "--n", "0"], "n must be at least 1"),
-        (["CHECKPOINT", PROMPT, "--chatty"], "leave out the prompt"),
+        (["CHECKPOINT", PROMPT, "--top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["CHECKPOINT", PROMPT, "--n", "0"], "n must be at least 1, got 0"),
+        (["CHECKPOINT", PROMPT, "--interactive"], "leave out the prompt"),
         (["CHECKPOINT", " a" * 300], "shorten it to 127"),
         (["CHECKPOINT", PROMPT, "--warmth", "1"], "--warmth"),
         (["CHECKPOINT", "\udcff\udcfe"], "is not UTF-8 text"),
-        (["a" * 300, PROMPT], "cannot be opened (File name too long)"),
+        (["a" * 300, PROMPT], "File name too long"),
     ],
 )
-def test_one_clear_line(checkpoint, capsys, monkeypatch, arguments, says):
+def test_mistakes_end_with_one_line(checkpoint, capsys, monkeypatch, arguments, message):
     code, _, error = run(capsys, monkeypatch, *[a.replace("CHECKPOINT", str(checkpoint)) for a in arguments])
-    assert code == 2 and says in error
+    assert code == 2 and message in error
     assert error.startswith("error: ") and error.count("\n") == 1

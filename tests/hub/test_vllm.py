@@ -1,6 +1,6 @@
 """
-What vLLM's transformers backend does with a model (vllm/model_executor/models/transformers/base.py), done here step by
-step, since vLLM itself is too large for a test. RECORDS.md says what vLLM made of it.
+The steps of vLLM's transformers backend (vllm/model_executor/models/transformers/base.py) without vLLM, which is too
+large for a test. RECORDS.md has the run of vLLM itself.
 """
 
 import ast
@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModel
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproAttention, eager_attention
 
 
-class TheirLinear(torch.nn.Module):
-    """vLLM puts its own layers in the place of nn.Linear."""
+class ReplacedLinear(torch.nn.Module):
+    """vLLM replaces nn.Linear by its own layers."""
 
     def __init__(self, linear):
         super().__init__()
@@ -27,7 +27,7 @@ class TheirLinear(torch.nn.Module):
 
 
 def paged_attention(module, query, key, value, attention_mask, attention_instances=None, scaling=None, **kwargs):
-    """As vLLM's: it gets no mask, and looks its own object up by the layer's number; that knows where texts begin."""
+    """Like vLLM's: without a mask, it looks up its own object by layer, which knows where texts begin."""
     assert attention_mask is None and module.is_causal
     starts = attention_instances[module.layer_idx]
     same_text = starts[:, None] == starts[None]
@@ -36,8 +36,8 @@ def paged_attention(module, query, key, value, attention_mask, attention_instanc
     return eager_attention(module, query, key, value, mask, scaling)
 
 
-def test_the_lookup_stands_in_the_source_as_it_is_looked_for():
-    """vLLM 0.32 wants `name = ALL_ATTENTION_FUNCTIONS[...]`, an assignment of its own, and one call of that name."""
+def test_source_has_the_attention_lookup_that_vllm_searches_for():
+    """vLLM 0.32 needs `name = ALL_ATTENTION_FUNCTIONS[...]`, an assignment of its own, and one call of that name."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(GPT2ReproAttention.forward)))
     lookups = [
         node.targets[0].id
@@ -54,7 +54,7 @@ def test_the_lookup_stands_in_the_source_as_it_is_looked_for():
 
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [(9, 3, 20), (100, 90, 60)], ids=["short", "together longer than the context"])
-def test_its_steps(checkpoint, model, lengths):
+def test_vllm_steps_give_the_logits_of_the_model(checkpoint, model, lengths):
     config = AutoConfig.from_pretrained(checkpoint)
     assert json.loads((checkpoint / "config.json").read_text())["auto_map"]["AutoModel"].endswith(".GPT2ReproModel")
     assert type(model)._supports_attention_backend
@@ -67,8 +67,8 @@ def test_its_steps(checkpoint, model, lengths):
         assert getattr(config.get_text_config(), name) == value
     assert config.tie_word_embeddings
 
-    AttentionInterface.register("their_paged_attention", paged_attention)
-    config._attn_implementation = "their_paged_attention"
+    AttentionInterface.register("paged_attention_of_vllm", paged_attention)
+    config._attn_implementation = "paged_attention_of_vllm"
     with torch.device("meta"):
         trunk = AutoModel.from_config(config)
     assert type(trunk.get_decoder()) is type(trunk)
@@ -78,7 +78,7 @@ def test_its_steps(checkpoint, model, lengths):
     for module in list(trunk.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear):
-                setattr(module, name, TheirLinear(child))
+                setattr(module, name, ReplacedLinear(child))
     embedding = torch.nn.Embedding.from_pretrained(trunk.get_input_embeddings().weight)
     trunk.set_input_embeddings(embedding)
     trunk.eval()

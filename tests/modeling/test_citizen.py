@@ -242,6 +242,7 @@ def test_token_classification_head(saved, input_ids, tmp_path):
 
 def test_trainer_trains_and_resumes(tiny_config, tmp_path):
     """Loss falls; stopped at step 20 of 40 and resumed, it ends where the whole run ends."""
+    tiny_config.vocab_size = 1000
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 50, (64, 1), generator=generator) + torch.arange(32)
     data = [{"input_ids": row, "labels": row} for row in rows]
@@ -267,7 +268,7 @@ def test_trainer_trains_and_resumes(tiny_config, tmp_path):
 
     whole = train("run")
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert 9 < losses[0] < 11  # ln 50257 is 10.8: accumulation has not multiplied it
+    assert 4 < losses[0] < 7  # ln 1000 is 6.9: accumulation has not multiplied it
     assert losses[-1] < losses[0] / 2
     assert whole.evaluate()["eval_loss"] < losses[0] / 2
     resumed = train("run", resume=True)

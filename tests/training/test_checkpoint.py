@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
-from common.checkpoints import resolve_checkpoint
+from common.checkpoints import find_damage, resolve_checkpoint
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
@@ -19,7 +19,6 @@ from training.checkpoint import (
     SaveError,
     clear_left_overs,
     find_checkpoint,
-    find_damage,
 )
 from training.config import OptimConfig
 from training.optim import build_optimizer

@@ -5,8 +5,8 @@ import yaml
 from tiny_run import ROOT
 
 from training import TrainingError
+from training.batch import batch_arithmetic, micro_batch_sizes
 from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config
-from training.microbatch import batch_arithmetic, micro_batch_sizes
 from training.setting_names import HINTS
 from training.settings import SettingsParser
 

@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from training import TrainingError
+from common.errors import UserError
+from common.metrics import read_metrics, recover_metrics
 from training.curves import plot_curves
-from training.metrics import MetricsLog, read_metrics, recover_metrics, until
+from training.metrics import MetricsLog, until
 
 RECORDS = [
     {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
@@ -43,7 +44,7 @@ def test_a_torn_last_line_is_left_out_and_a_torn_middle_is_not(log):
     log.write_text(text[:-10])
     assert read_metrics(log) == RECORDS[:4]
     log.write_text(text.replace('"step": 1,', '"step":'))
-    with pytest.raises(TrainingError, match=r"metrics\.jsonl:2 is not the record"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not the record"):
         read_metrics(log)
 
 
@@ -84,7 +85,7 @@ def test_a_file_cut_short_is_not_damaged(log, tmp_path, tail):
 
 def test_metrics_that_cannot_be_read(tmp_path):
     assert recover_metrics(tmp_path / "nowhere.jsonl", tmp_path, pytest.fail) == []
-    with pytest.raises(TrainingError, match=str(tmp_path)):
+    with pytest.raises(UserError, match=str(tmp_path)):
         read_metrics(tmp_path)
 
 

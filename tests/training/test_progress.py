@@ -59,11 +59,11 @@ def test_the_mean_of_the_interval_and_the_evaluations_to_come(lines):
 
 
 def test_an_evaluation_says_whose_items_they_are(lines):
-    scores = {"acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "is_sample": False, "n": 10042, "num_cut": 0}
+    scores = {"acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "is_sample": False, "n": 10042, "num_truncated": 0}
     shown = progress(lines)
     record = {"step": 250, "val_loss": 3.29243, "hellaswag": scores, "hellaswag_seconds": 8.06, "seconds": 12.34}
     shown.evaluated(record)
-    shown.evaluated(record | {"hellaswag": scores | {"is_sample": True, "num_cut": 7}})
+    shown.evaluated(record | {"hellaswag": scores | {"is_sample": True, "num_truncated": 7}})
     assert lines == [
         f"step    250 | val loss 3.2924 | hellaswag acc_norm 0.2955 ± 0.0046 ({what}) | 12.3 s"
         for what in ("items, n=10042, 8.1 s", "SAMPLE items, n=10042, 7 cut, 8.1 s")

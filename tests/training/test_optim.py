@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training import TrainingError
 from training.config import OptimConfig
-from training.muon import orthogonalized
-from training.optim import build_optimizer
-from training.precision import resolve_mixed_precision
-from training.schedule import learning_rate
-from training.skipping import step_where_finite
-from training.state import full_state, load_moments
-from training.step_numbers import StepNumbers
+from training.optim import build_optimizer, learning_rate, newton_schulz, step_if_finite
+from training.sharding import full_state_dict, load_moments
 
 LECTURE = OptimConfig(lr=6e-4, warmup_steps=715, final_lr_fraction=0.1)
 
@@ -81,7 +75,7 @@ def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
     Three steps, the second with half the learning rate; against the two by themselves, and Q, K and V too. In float32:
     in bfloat16 not every machine's batched matmul rounds like the others.
     """
-    monkeypatch.setattr("training.muon._BATCH_NUMEL", batch_numel)
+    monkeypatch.setattr("training.optim._BATCH_NUMEL", batch_numel)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     model, reference = small_model(), small_model()
     optim = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=5.0)  # so much that it shows
@@ -129,7 +123,7 @@ def test_orthogonalized_is_nearly_so():
         values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
     assert values.min() > 0.5 and values.max() < 1.3
     expected = left @ torch.diag_embed(values) @ right
-    for found, wanted in ((orthogonalized(matrices), expected), (orthogonalized(matrices.mT).mT, expected)):
+    for found, wanted in ((newton_schulz(matrices), expected), (newton_schulz(matrices.mT).mT, expected)):
         assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
 
 
@@ -143,10 +137,10 @@ def test_a_step_that_is_not_finite_changes_nothing(optim, bad_step):
         give_gradients(model, seed=step)
         if step == bad_step:
             model.transformer.h[0].mlp.c_fc.weight.grad[0, 0] = float("nan")
-        step_where_finite(optimizer, torch.tensor(step != bad_step))
+        step_if_finite(optimizer, torch.tensor(step != bad_step))
         if step != bad_step:
             give_gradients(undisturbed, seed=step)
-            step_where_finite(other, torch.tensor(True))
+            step_if_finite(other, torch.tensor(True))
     for p, q in zip(model.parameters(), undisturbed.parameters(), strict=True):
         assert torch.equal(p, q)
         assert optimizer.state[p].keys() == other.state[q].keys()
@@ -160,42 +154,18 @@ def test_muons_state_is_saved_and_loaded():
     optimizer = prepared(build_optimizer(model, MUON, "cpu"))
     give_gradients(model, seed=0)
     optimizer.step()
-    parameters, moments = full_state(model, optimizer, one_process, copy=True)
+    parameters, moments = full_state_dict(model, optimizer, one_process, copy=True)
     assert {key.partition(".")[0] for key in moments} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
     again = deepcopy(model)
     of_again = prepared(build_optimizer(again, MUON, "cpu"))
-    load_moments(moments, again, of_again, one_process)
+    load_moments(moments, again, of_again)
     for each, its_optimizer in ((model, optimizer), (again, of_again)):
         give_gradients(each, seed=1)
         its_optimizer.step()
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q) and not torch.equal(p, parameters[name])
     with pytest.raises(ValueError, match="no fitting moments of AdamW"):
-        load_moments(moments, again, prepared(build_optimizer(again, OptimConfig(), "cpu")), one_process)
-
-
-def test_numbers_of_a_step_come_with_the_next(monkeypatch):
-    """What CUDA does; a CPU is a step's end and its reading in one."""
-    clock = iter(range(100))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    numbers = StepNumbers(torch.device("cpu"), flops=1e12)
-    numbers.start_step()
-    numbers.put(torch.tensor([1.0, 2.0]), "one")
-    assert list(numbers.read(lambda: False)) == [([1.0, 2.0], "one", 1)]
-
-    numbers = StepNumbers(torch.device("cuda"), flops=1e12)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=int, synchronize=int))
-    for name in ("one", "two"):
-        numbers.start_step()
-        numbers.put(torch.tensor([1.0]), name)
-        got = [about for _, about, _ in numbers.read(lambda: False)]
-        assert got == ([] if name == "one" else ["one"])
-    assert [about for _, about, _ in numbers.read(lambda: True)] == ["two"]
-
-    numbers = StepNumbers(torch.device("cuda"), flops=1e15)  # so long that a request to stop should not wait for two
-    numbers.start_step()
-    numbers.put(torch.tensor([1.0]), "long")
-    assert [about for _, about, _ in numbers.read(lambda: False)] == ["long"]
+        load_moments(moments, again, prepared(build_optimizer(again, OptimConfig(), "cpu")))
 
 
 def test_weight_decay_on_matrices_and_embeddings_only():
@@ -210,32 +180,3 @@ def test_weight_decay_on_matrices_and_embeddings_only():
     assert all(name.endswith(".bias") or ".ln_" in name for name in free)
     assert {"transformer.wte.weight", "transformer.wpe.weight"} <= decayed
     assert optimizer.defaults["fused"]
-
-
-def test_auto_precision(monkeypatch):
-    monkeypatch.setattr("training.precision.hardware_has_bf16", lambda: True)
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    assert resolve_mixed_precision("auto") == "bf16"
-    assert resolve_mixed_precision("no") == "no"
-    monkeypatch.setattr("training.precision.hardware_has_bf16", lambda: False)
-    assert resolve_mixed_precision("auto") == "no"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert resolve_mixed_precision("auto") == "bf16"
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(TrainingError, match="fp16"):
-        resolve_mixed_precision("auto")
-    assert resolve_mixed_precision("bf16") == "bf16"
-
-
-def test_hardware_probe_is_a_yes_or_no(monkeypatch):
-    from training.precision import hardware_has_bf16
-
-    of_the_cpu = hardware_has_bf16() if not torch.accelerator.is_available() else None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not of_the_cpu)
-    assert hardware_has_bf16() is not of_the_cpu
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the launcher was told to leave the GPU alone
-    assert of_the_cpu is None or hardware_has_bf16() is of_the_cpu
-    monkeypatch.undo()
-    assert hardware_has_bf16() in (True, False)
-    assert isinstance(torch.accelerator.is_available(), bool)  # train.py asks it, torch 2.10 must have it

@@ -1,0 +1,1 @@
+"""Benchmarks: run them from the checkout as `python -m benchmarks.NAME`."""

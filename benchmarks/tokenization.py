@@ -1,0 +1,153 @@
+r"""
+Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, and `python -m data.prepare`.
+
+    python -m benchmarks.tokenization corpus/*.txt --separator '\n<|endoftext|>\n' --num_proc 2 --rounds 3
+
+    tiktoken        tiktoken alone: each process encodes its share of documents that are already in its memory
+    lecture         build-nanogpt's fineweb.py: multiprocessing's imap over single documents, joined in order
+    tokenizers      Hugging Face tokenizers' batch call, with as many threads
+    prepare         the full `python -m data.prepare` command: start, read, tokenize, write, hash, verify
+    prepare-giga    the same with --engine gigatoken
+
+All encode the same documents and take turns. Prints a table for RECORDS.md.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.pool import Pool
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import make_parser, median_ratio, report, take_turns, with_range
+from data.sources import FileSource, Progress, document
+from data.tokenizer import EOT, load_hf_tokenizer, load_tiktoken
+
+CANDIDATES = ("tiktoken", "lecture", "tokenizers", "prepare", "prepare-giga")
+COLUMNS = ("candidate", "M tokens/s", "a core", "over tiktoken alone")
+_worker: dict[str, Any] = {}  # in a process of the pool: its barrier and documents
+
+
+def main() -> None:
+    """Parse the arguments, measure and print the table."""
+    parser = make_parser(__doc__, rounds=3)
+    parser.add_argument("paths", nargs="+", metavar="FILE", help="the corpus, as for `python -m data.prepare files`")
+    parser.add_argument("--separator", type=lambda text: text.replace(r"\n", "\n"), help="what separates documents")
+    parser.add_argument("--num_proc", type=int, default=2, help="processes or threads")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=CANDIDATES)
+    args = parser.parse_args()
+    os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)
+
+    source = FileSource(args.paths, separator=args.separator)
+    documents = [
+        document(record) for file in source.inputs() for record in source.records(file, source.fetch(file), Progress(0))
+    ]
+    encoding = load_tiktoken()
+    num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)
+    print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, {num_tokens:,} tokens", flush=True)
+
+    seconds: dict[str, Callable[[], float]] = {
+        "tiktoken": lambda: tiktoken_alone(documents, args.num_proc),
+        "lecture": lambda: lecture(documents, args.num_proc, num_tokens),
+        "tokenizers": lambda: tokenizers_batch(documents),
+        "prepare": lambda: prepare(args.paths, args.separator, args.num_proc, "tiktoken"),
+        "prepare-giga": lambda: prepare(args.paths, args.separator, args.num_proc, "gigatoken"),
+    }
+    candidates = {name: lambda measure=seconds[name]: num_tokens / measure() / 1e6 for name in args.candidates}
+    results = take_turns(candidates, args.rounds, lambda rate: f"{rate:.2f}M tokens/s")
+    rows = [
+        [
+            name,
+            with_range(rates, ".2f"),
+            f"{statistics.median(rates) / args.num_proc:.2f}",
+            median_ratio(rates, results.get("tiktoken")),
+        ]
+        for name, rates in results.items()
+    ]
+    print(report(f"{num_tokens:,} tokens, {args.num_proc} processes", args.rounds, COLUMNS, rows))
+
+
+def tiktoken_alone(documents: list[str], num_proc: int) -> float:
+    """Return the seconds that processes take to encode documents that are in their memory."""
+    with start_pool(num_proc, documents) as pool:
+        start = time.perf_counter()
+        pool.map(_encode_share, range(num_proc), chunksize=1)
+        return time.perf_counter() - start
+
+
+def lecture(documents: list[str], num_proc: int, num_tokens: int) -> float:
+    """Return the seconds that build-nanogpt's way takes."""
+    with start_pool(num_proc, []) as pool:
+        start = time.perf_counter()
+        shard, count = np.empty((num_tokens,), dtype=np.uint16), 0
+        for tokens in pool.imap(_encode_one, documents, chunksize=16):
+            shard[count : count + len(tokens)] = tokens
+            count += len(tokens)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def start_pool(num_proc: int, documents: list[str]) -> Iterator[Pool]:
+    """Start processes, and wait until each has loaded tiktoken and the documents."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(num_proc, _start_worker, (context.Barrier(num_proc), documents)) as pool:
+        pool.map(_meet, range(num_proc), chunksize=1)
+        yield pool
+
+
+def _start_worker(barrier: Barrier, documents: list[str]) -> None:
+    load_tiktoken()
+    _worker.update(barrier=barrier, documents=documents)
+
+
+def _meet(_: int) -> None:
+    """Wait for the other processes, so that each takes one task."""
+    _worker["barrier"].wait()
+
+
+def _encode_share(number: int) -> None:
+    """Encode every num_proc-th document, so that each process has about the same amount of text."""
+    _meet(number)
+    for text in _worker["documents"][number :: _worker["barrier"].parties]:
+        load_tiktoken().encode_ordinary(text)
+
+
+def _encode_one(text: str) -> np.ndarray:
+    """Encode a document as build-nanogpt's tokenize() does."""
+    tokens = np.array([EOT, *load_tiktoken().encode_ordinary(text)])
+    if not ((tokens >= 0).all() and (tokens < 2**16).all()):
+        raise ValueError("token id does not fit into uint16")
+    return tokens.astype(np.uint16)
+
+
+def tokenizers_batch(documents: list[str]) -> float:
+    """Return the seconds of Hugging Face tokenizers' batch call, 1,000 documents at a time."""
+    tokenizer = load_hf_tokenizer()
+    tokenizer(documents[:10])
+    start = time.perf_counter()
+    for first in range(0, len(documents), 1000):
+        tokenizer(documents[first : first + 1000])
+    return time.perf_counter() - start
+
+
+def prepare(paths: list[str], separator: str | None, num_proc: int, backend: str) -> float:
+    """Return the seconds of the full data.prepare command."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "data.prepare", "files", *paths, "--out", f"{folder}/out"]
+        command += ["--num_proc", str(num_proc), "--engine", backend]
+        command += ["--separator", separator] if separator else []
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Sampling for sample.py and the demo: settings, prompts, and transformers' own `generate`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from hub import HubError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling settings of `generate`. Raises HubError for a value out of range."""
+
+    temperature: float = 1.0
+    """divides the logits; 0 always takes the most probable token"""
+    top_k: int = 50
+    """sample from the k most probable tokens; 0: from all"""
+    top_p: float = 1.0
+    """sample from the most probable tokens whose probabilities add up to p (nucleus, Holtzman et al. 2020)"""
+    max_new_tokens: int = 100
+    seed: int = 1337
+    """the same seed, weights and settings give the same text"""
+
+    def __post_init__(self) -> None:
+        for name, is_valid, valid_range in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
+        ):
+            if not is_valid:
+                raise HubError(f"{name} must be {valid_range}, got {getattr(self, name)}")
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, config: PreTrainedConfig) -> list[int]:
+    """
+    Return the token ids of a prompt: at least one, and fewer than the model's context holds.
+
+    An empty prompt becomes the token that begins texts.
+
+    Raises:
+        HubError: the prompt is not text or too long, the tokenizer does not fit the model, or the model's config does
+            not give the length of its context.
+    """
+    context = getattr(config, "max_position_embeddings", None)
+    if context is None:
+        raise HubError(
+            f"the config of this {config.model_type!r} model has no max_position_embeddings: use a model whose config "
+            "gives the length of its context"
+        )
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # Python decodes bytes that are not UTF-8 to lone surrogates
+        raise HubError(f"the prompt {prompt[:40]!a} is not UTF-8 text: convert it first") from None
+    ids = tokenizer(prompt, verbose=False).input_ids
+    if not ids and tokenizer.bos_token_id is None:
+        raise HubError("the prompt is empty, and the tokenizer has no token that begins texts: give a word")
+    ids = ids or [tokenizer.bos_token_id]
+    if max(ids) >= config.vocab_size:
+        raise HubError(
+            f"the tokenizer gives token {max(ids):,} and the model has {config.vocab_size:,}: put the model's own "
+            "tokenizer into its folder"
+        )
+    if len(ids) >= context:
+        raise HubError(
+            f"the prompt has {len(ids):,} tokens and the model's context {context:,}: shorten it to {context - 1:,} "
+            "at most"
+        )
+    return ids
+
+
+def generate(
+    model: PreTrainedModel, prompt_ids: list[int], params: SamplingParams, streamer: BaseStreamer | None = None
+) -> list[int]:
+    """
+    Continue a prompt with `model.generate`, up to max_new_tokens, the end-of-text token or the end of the context.
+
+    Args:
+        prompt_ids: from `encode_prompt`.
+        streamer: gets the tokens while they are generated.
+
+    Returns:
+        The new token ids, without the end-of-text token.
+
+    Raises:
+        HubError: the model's logits are not finite.
+    """
+    torch.manual_seed(params.seed)
+    ids = torch.tensor([prompt_ids], device=model.device)
+    output = model.generate(
+        ids, max_new_tokens=_max_new_tokens(model, ids, params), streamer=streamer, **_options(ids, params)
+    )
+    new_ids = output[0, len(prompt_ids) :].tolist()
+    return new_ids[:-1] if new_ids[-1] in _end_of_text(model) else new_ids
+
+
+def stream_tokens(
+    model: PreTrainedModel, prompt_ids: list[int], params: SamplingParams
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """
+    Yield the tokens of `generate` one by one, each with the probabilities of all tokens at its position.
+
+    Every token is a call of `model.generate` with the cache of the call before, so a caller can stop at any token and
+    no thread is needed. The calls share PyTorch's global random state: run one stream at a time.
+
+    Yields:
+        (token id, probabilities [V] before temperature, top_k and top_p)
+
+    Raises:
+        HubError: the model's logits are not finite.
+    """
+    torch.manual_seed(params.seed)
+    ids, cache = torch.tensor([prompt_ids], device=model.device), None
+    for _ in range(_max_new_tokens(model, ids, params)):
+        output = model.generate(
+            ids,
+            max_new_tokens=1,
+            past_key_values=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **_options(ids, params),
+        )
+        ids, cache = output.sequences, output.past_key_values
+        if (token := ids[0, -1].item()) in _end_of_text(model):
+            return
+        yield token, output.logits[0][0].softmax(-1)
+
+
+def _options(ids: torch.Tensor, params: SamplingParams) -> dict[str, Any]:
+    """Return arguments of `model.generate`."""
+    options = {
+        "attention_mask": torch.ones_like(ids),
+        "num_beams": 1,
+        "logits_processor": LogitsProcessorList([_check_finite]),
+        "do_sample": params.temperature > 0,
+    }
+    if options["do_sample"]:
+        options |= {
+            "temperature": float(params.temperature),
+            "top_k": params.top_k,
+            "top_p": float(params.top_p),
+        }
+    return options
+
+
+def _check_finite(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, V] unchanged. As a logits processor of `generate`, stop if they give no probabilities."""
+    if not logits.softmax(-1).isfinite().all():
+        raise HubError("the model's logits are not finite: its training diverged; use an earlier checkpoint")
+    return logits
+
+
+def _max_new_tokens(model: PreTrainedModel, ids: torch.Tensor, params: SamplingParams) -> int:
+    return min(params.max_new_tokens, model.config.max_position_embeddings - ids.shape[1])
+
+
+def _end_of_text(model: PreTrainedModel) -> list[int | None]:
+    end = model.generation_config.eos_token_id
+    return end if isinstance(end, list) else [end]

@@ -1,0 +1,139 @@
+"""The accelerator's settings, launchers that are refused, and memory that glibc keeps."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import accelerate
+import pytest
+import torch
+from accelerate.utils import DistributedType
+
+from training import TrainingError, distributed
+from training.distributed import (
+    isolated_accelerator_state,
+    resolve_mixed_precision,
+    run_on_main,
+    start_accelerator,
+    supports_bf16,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Page faults of ten 64 MB tensors, one after the other, in a process of its own.
+COUNT_PAGE_FAULTS = """
+import os, resource, torch
+from training.distributed import keep_freed_memory
+
+torch.set_num_threads(1)
+for keep in (False, True):
+    if os.fork() == 0:
+        if keep:
+            keep_freed_memory()
+        for _ in range(12):  # until the heap has its size: aligned blocks leave gaps at first
+            torch.ones(2**24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc")
+def test_freed_memory_is_not_faulted_in_again():
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS]
+    default, kept = map(int, subprocess.run(command, capture_output=True, check=True, cwd=ROOT).stdout.split())
+    assert default > 10 * 2**26 // 2**21  # at least one per huge page, if those are in use
+    assert kept < default / 5
+
+
+@pytest.fixture
+def _not_launched(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(distributed, "keep_freed_memory", lambda: None)  # it would last
+
+
+@pytest.mark.usefixtures("_not_launched")
+def test_accelerator_settings():
+    with isolated_accelerator_state():
+        accelerator = start_accelerator("no")
+        assert accelerator.ddp_handler.gradient_as_bucket_view
+        assert accelerator.init_handler.timeout.total_seconds() == 30 * 60
+        assert run_on_main(accelerator, int, "11", base=2) == 3
+
+
+@pytest.mark.usefixtures("_not_launched")
+def test_deepspeed_is_refused_before_it_is_imported(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(TrainingError, match=r"DeepSpeed.*FSDP2") as error:
+        start_accelerator("no")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("_not_launched")
+@pytest.mark.parametrize(
+    ("kind", "name"), [(DistributedType.FSDP, "fsdp_version: 1"), (DistributedType.MEGATRON_LM, "Megatron")]
+)
+def test_unsupported_sharding_is_refused(kind, name, monkeypatch):
+    accelerator = SimpleNamespace(num_processes=1, distributed_type=kind, is_fsdp2=False)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: accelerator)
+    with pytest.raises(TrainingError, match=f"{name}.*FSDP2"):
+        start_accelerator("no")
+
+
+@pytest.mark.usefixtures("_not_launched")
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    """Accelerators that do not notice the launcher, as accelerate's do for some CPU launches."""
+
+    def alone(**kwargs):
+        with monkeypatch.context() as patch:
+            for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+                patch.delenv(name)
+            return accelerate.Accelerator(**kwargs)
+
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "Accelerator", alone)
+    with isolated_accelerator_state(), pytest.raises(TrainingError, match="started 2 processes, but this one sees 1"):
+        start_accelerator("no")
+    accelerate.state.PartialState._reset_state()
+
+
+@pytest.mark.usefixtures("_not_launched")
+@pytest.mark.parametrize(
+    ("setting", "launcher", "has_bf16", "expected"),
+    [
+        ("auto", None, True, "bf16"),
+        ("auto", None, False, "no"),
+        ("auto", "no", True, "bf16"),  # the launcher's default
+        ("auto", "bf16", False, "bf16"),
+        ("no", None, True, "no"),
+        ("bf16", "fp16", False, "bf16"),
+        ("auto", "fp16", True, None),
+    ],
+)
+def test_mixed_precision(setting, launcher, has_bf16, expected, monkeypatch):
+    monkeypatch.setattr(distributed, "supports_bf16", lambda: has_bf16)
+    if launcher:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    if expected:
+        assert resolve_mixed_precision(setting) == expected
+    else:
+        with pytest.raises(TrainingError, match=launcher):
+            resolve_mixed_precision(setting)
+
+
+@pytest.mark.usefixtures("_not_launched")
+def test_bf16_support_is_the_gpus_unless_the_launcher_uses_the_cpu(monkeypatch):
+    on_cpu = supports_bf16() if not torch.accelerator.is_available() else None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not on_cpu)
+    assert supports_bf16() is not on_cpu
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert on_cpu is None or supports_bf16() is on_cpu

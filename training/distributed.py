@@ -1,0 +1,196 @@
+"""Start this process's Accelerator, run functions on the main process alone, and leave the process group."""
+
+import contextlib
+import ctypes
+import gc
+import os
+import platform
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+
+from training import TrainingError
+
+# Parameters of mallopt, from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+Result = TypeVar("Result")
+
+
+class MainProcessFailed(SystemExit):
+    """Ends a process because the main process failed and has reported the error."""
+
+
+def start_accelerator(mixed_precision: str) -> Accelerator:
+    """
+    Return an Accelerator for the launcher's settings and this hardware.
+
+    Args:
+        mixed_precision: "auto", "no" or "bf16".
+
+    Raises:
+        TrainingError: the launcher's processes do not see each other, or its way of sharding is not supported.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        _refuse_sharding("DeepSpeed")  # accelerate would import the package first
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes that were started on a CPU do not find each other
+        mixed_precision=resolve_mixed_precision(mixed_precision),
+        kwargs_handlers=[
+            # While the main process prepares data, checks a checkpoint or saves, the others wait. NCCL's default is 10.
+            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+            # Saves a copy of the gradients: they live in the buckets that DDP exchanges.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise TrainingError(
+            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would "
+            "train separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        _refuse_sharding("fsdp_version: 1")
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
+        _refuse_sharding("Megatron-LM")
+    if accelerator.device.type == "cpu":
+        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        keep_freed_memory()
+    torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in float32
+    return accelerator
+
+
+def _refuse_sharding(name: str) -> None:
+    raise TrainingError(
+        f"the launcher's configuration selects {name}, which train.py does not support: shard with FSDP2, "
+        "accelerate launch --config_file accelerate_configs/fsdp2.yaml"
+    )
+
+
+def resolve_mixed_precision(setting: str) -> str:
+    """
+    Return "no" or "bf16" for "auto", "no" or "bf16".
+
+    "auto" is bf16 if the launcher's setting or the hardware says so. The launcher's "no" is also its default, so the
+    hardware decides then; `--mixed_precision no` as a setting of train.py selects float32.
+
+    Raises:
+        TrainingError: the launcher is set to a precision that train.py does not support.
+    """
+    if setting != "auto":
+        return setting
+    launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launchers not in ("no", "bf16"):
+        raise TrainingError(
+            f"the launcher's mixed_precision is {launchers!r}, and train.py supports 'bf16' and 'no' (float32): "
+            "change it, or override it with --mixed_precision after train.py"
+        )
+    return "bf16" if launchers == "bf16" or supports_bf16() else "no"
+
+
+def supports_bf16() -> bool:
+    """Return True if the hardware computes bfloat16 matmuls; emulated ones are slower than float32."""
+    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")  # the launcher's --cpu
+    if torch.cuda.is_available() and not is_on_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available() and not is_on_cpu:
+        return True  # every Apple GPU that torch 2.10 runs on (macOS 14 and newer)
+    # torch.cpu's probes are private and change between versions; float32 is the safe choice without them.
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+def use_all_cores(local_world_size: int) -> None:
+    """
+    Give this process its share of the cores if `accelerate launch` has given it one thread.
+
+    One thread is the launcher's default (--num_cpu_threads_per_process changes it). Without the launcher,
+    OMP_NUM_THREADS=1 is the user's choice and stays.
+
+    Args:
+        local_world_size: processes on this machine.
+    """
+    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // local_world_size))
+
+
+def keep_freed_memory() -> None:
+    """
+    Set glibc's malloc to keep freed memory instead of returning it to the kernel. Other C libraries stay as they are.
+
+    By default, glibc unmaps every freed block of more than 32 MB and trims the heap, so that each step faults the same
+    pages in again: a fifth of a step's time on a CPU (benchmarks/LOG.md). Keeping it takes a few percent more memory.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def run_on_main(accelerator: Accelerator, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """
+    Call `function(*args, **kwargs)` on the main process and return its result on every process.
+
+    If the function raises an error, every process exits: if only one process exited, the others would hang until the
+    process-group timeout.
+
+    Args:
+        function: returns a value that can be sent to other processes.
+    """
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = function(*args, **kwargs)
+        except Exception as raised:
+            error = raised
+    result, has_failed = broadcast_object_list([result, error is not None])
+    if error is not None:
+        raise error
+    if has_failed:
+        raise MainProcessFailed(1)
+    return result
+
+
+@contextlib.contextmanager
+def isolated_accelerator_state() -> Iterator[None]:
+    """
+    Keep accelerate's global state of this run apart from Accelerators before and after it in the same process.
+
+    Otherwise the next Accelerator takes over this one's mixed precision, or refuses another one.
+    """
+    states = [AcceleratorState._shared_state, GradientState._shared_state]
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several processes still need it to leave their group
+        states.append(PartialState._shared_state)
+    before = [dict(state) for state in states]
+    try:
+        for state in states:
+            state.clear()
+        yield
+    finally:
+        for state, values in zip(states, before, strict=True):
+            state.clear()
+            state.update(values)
+
+
+def leave_process_group() -> None:
+    """
+    Destroy the process group. Call this when nothing refers to the wrapped model anymore.
+
+    DDP's reducer refers to the process group. If the reducer's reference is the last one, the reducer waits for gloo's
+    threads while it holds Python's lock, and hangs if a thread needs the lock to drop a tensor (torch 2.13). Destroying
+    the group from Python releases the lock during the wait.
+    """
+    gc.collect()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

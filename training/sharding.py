@@ -1,0 +1,208 @@
+"""
+Wrap the model for training, and convert parameters and optimizer state from and to full float32 tensors.
+
+A process has every parameter in full, alone and under DDP, or a shard of each under FSDP2 (a DTensor). Checkpoints and
+evaluation use full tensors by parameter name, so a run can be resumed with another way of sharding.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate
+
+if TYPE_CHECKING:
+    from modeling_gpt2repro import GPT2ReproForCausalLM
+
+# Optimizer state per parameter. The last entry has the parameter's shape.
+MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+
+
+def compile_and_wrap(
+    accelerator: Accelerator,
+    model: "GPT2ReproForCausalLM",
+    optimizer: torch.optim.Optimizer,
+    *,
+    use_compile: bool,
+    accumulation: int,
+) -> tuple[torch.nn.Module, torch.nn.Module, AcceleratedOptimizer]:
+    """
+    Compile the model if requested and wrap it with `accelerator.prepare`.
+
+    Args:
+        model: the bare model on its device.
+        optimizer: from `build_optimizer`, over the model's parameters.
+        accumulation: micro-batches per optimizer step.
+
+    Returns:
+        (model for training steps, wrapped by DDP or FSDP2; the same before wrapping, compiled or not; the optimizer)
+    """
+    accelerator.gradient_accumulation_steps = accumulation
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    step_model = model
+    if use_compile and is_fsdp:
+        for block in model.transformer.h:  # one graph per block: FSDP2 gathers a block's weights just before its call
+            block.compile(dynamic=False)
+    elif use_compile:
+        # dynamic=None would recompile the training step for any batch size after a smaller last validation batch.
+        step_model = torch.compile(model, dynamic=False)
+    if is_fsdp:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
+    train_model, optimizer = accelerator.prepare(step_model, optimizer)
+    return train_model, step_model, optimizer
+
+
+def fsdp_precision_policy(mixed_precision: str) -> MixedPrecisionPolicy:
+    """
+    Return FSDP2's precision: gather weights in bfloat16, sum gradients over micro-batches and processes in float32.
+
+    accelerate's default sums in bfloat16 too, and rounds the loss to bfloat16.
+    """
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed_precision == "bf16" else None, reduce_dtype=torch.float32
+    )
+
+
+def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """
+    Scale the gradients down to a global norm of `max_norm`. Every process must call this.
+
+    Returns:
+        scalar float32 tensor on the device, the norm before clipping.
+    """
+    norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    return norm.to(device=accelerator.device, dtype=torch.float32)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a DTensor's shards; return any other tensor unchanged. Every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """
+    Shard a replicated tensor like `parameter`; return it unchanged if the parameter is not a DTensor.
+
+    Args:
+        tensor: of the parameter's global shape, the same on every process.
+    """
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    replicated = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=parameter.placements)
+
+
+def full_state_dict(
+    model: torch.nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator, *, copy: bool
+) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor | None]]:
+    """
+    Gather parameters and optimizer state in the host's memory. Every process must call this.
+
+    Args:
+        model: the bare model.
+        optimizer: the wrapped optimizer.
+        copy: copy tensors that are in the host's memory already, so that training may change them.
+
+    Returns:
+        ({"transformer.wte.weight": ..., ...}, {"exp_avg.transformer.wte.weight": ..., "step....": ..., ...}).
+        The values are None on every process but the main one.
+    """
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor | None:
+        tensor = full_tensor(tensor.detach())
+        return tensor.to("cpu", copy=copy).contiguous() if accelerator.is_main_process else None
+
+    parameters, moments = {}, {}
+    for name, parameter in model.named_parameters():
+        parameters[name] = gather(parameter)
+        for key, value in optimizer.state.get(parameter, {}).items():
+            moments[f"{key}.{name}"] = gather(value)
+    return parameters, moments
+
+
+def load_moments(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
+    """
+    Load the optimizer state that `full_state_dict` returned. Every process must call this with all tensors.
+
+    Raises:
+        ValueError: the tensors do not fit the parameters.
+    """
+    if not tensors:  # saved before the first step
+        return
+    tensors = dict(tensors)
+    state = {}
+    muon_params = {p for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
+    # The optimizer's own state dict numbers the parameters in the order of its groups.
+    index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    for name, parameter in model.named_parameters():
+        kind = "Muon" if parameter in muon_params else "AdamW"
+        entry = {key: tensors.pop(f"{key}.{name}", None) for key in MOMENTS[kind]}
+        if any(value is None for value in entry.values()) or entry[MOMENTS[kind][-1]].shape != parameter.shape:
+            raise ValueError(f"no fitting moments of {kind} for {name} {tuple(parameter.shape)}")
+        if isinstance(parameter, DTensor):
+            for key in [key for key in entry if key != "step"]:
+                entry[key] = shard_like(parameter, entry[key].to(parameter.device))
+        state[index[parameter]] = entry
+    if tensors:
+        raise ValueError(f"moments of parameters the model lacks, for example {min(tensors)}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+@torch.no_grad()
+def copy_from_file(model: torch.nn.Module) -> None:
+    """
+    Copy a model's parameters into memory; on a CPU, from_pretrained maps them from the file.
+
+    Windows can neither rename nor remove a mapped file, and a run removes the checkpoint it was resumed from.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
+def meta_copy(model: "GPT2ReproForCausalLM") -> "GPT2ReproForCausalLM":
+    """Return a model of the same class and configuration on the meta device, without weights."""
+    with torch.device("meta"):
+        meta_model = type(model)(deepcopy(model.config))
+    meta_model.generation_config = deepcopy(model.generation_config)
+    return meta_model
+
+
+def load_params(meta_model: "GPT2ReproForCausalLM", parameters: dict[str, torch.Tensor]) -> "GPT2ReproForCausalLM":
+    """Assign parameters, without copying them, to a model from `meta_copy`. Return the model."""
+    missing, unexpected = meta_model.load_state_dict(parameters, strict=False, assign=True)
+    meta_model.tie_weights()
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise ValueError(f"parameters do not fit: missing {missing}, unexpected {unexpected}")
+    return meta_model
+
+
+@contextlib.contextmanager
+def unsharded_model(
+    model: "GPT2ReproForCausalLM", meta_model: "GPT2ReproForCausalLM"
+) -> Iterator["GPT2ReproForCausalLM"]:
+    """
+    Give a model in eval mode that each process can call alone. Every process must enter this.
+
+    Args:
+        model: the bare model. It is given itself unless its parameters are sharded.
+        meta_model: from `meta_copy`. If the parameters are sharded, it is filled with the gathered parameters.
+    """
+    eval_model = model
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        with torch.no_grad():
+            eval_model = load_params(meta_model, {name: p.full_tensor() for name, p in model.named_parameters()})
+    eval_model.eval()
+    try:
+        yield eval_model
+    finally:
+        model.train()
+        if eval_model is not model:
+            eval_model.to("meta")  # frees the gathered parameters
