@@ -21,7 +21,7 @@ from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.config import Config, load_config
 from training.run_log import WHAT_NEXT
-from training.settings import SettingsParser
+from training.settings import settings_of
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 # docs/sharing.md's blocks need exports: tests/hub/test_export.py runs them.
@@ -190,7 +190,7 @@ def test_commands_have_the_options_they_show(name, text, monkeypatch, capsys):
 
 
 def test_options_in_sentences_exist():
-    known = {f"--{key}" for key in SettingsParser(Config).settings} | {"--help", "--config"}
+    known = {f"--{key}" for key in settings_of(Config)} | {"--help", "--config"}
     for program in ("data.prepare", "data.verify", "eval", "eval.miniseries", "hub", "sample.py"):
         for parser in parsers_of(parser_of(program)):
             known |= {*parser._option_string_actions}
