@@ -33,8 +33,12 @@ TRAPS = {
     "a forward that ignores num_items_in_batch multiplies Trainer's loss (47688)": (
         "modeling/test_citizen.py::test_trainer_trains_and_resumes"
     ),
-    "custom code files are missing after a push (29714)": "hub/test_push.py::test_pushed_model_opens_without_this_project",
-    "vLLM reads auto_map, the attention interface and the source": "hub/test_vllm.py::test_vllm_steps_give_the_logits_of_the_model",
+    "custom code files are missing after a push (29714)": (
+        "hub/test_push.py::test_pushed_model_opens_without_this_project"
+    ),
+    "vLLM reads auto_map, the attention interface and the source": (
+        "hub/test_vllm.py::test_vllm_steps_give_the_logits_of_the_model"
+    ),
     "llama.cpp knows gpt2 alone": "hub/test_export.py::test_llama_cpp_writes_the_same_text_up_to_rounding",
     "a local folder of custom code is imported twice, and a head gets the config of the other copy": (
         "modeling/test_checkpoint_cases.py::test_checkpoint_works_where_the_project_is_unknown"
@@ -53,7 +57,7 @@ TRAPS = {
     ),
     # accelerate
     "processes started on a CPU do not find each other": (
-        "test_train.py::test_processes_that_do_not_see_each_other_stop"
+        "training/test_distributed.py::test_processes_that_do_not_see_each_other_are_refused"
     ),
     "an FSDP configuration on a CPU silently becomes DDP": (
         "training/test_distributed.py::test_fsdp_on_a_cpu_is_refused"

@@ -63,6 +63,11 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
         _refuse_sharding("fsdp_version: 1")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         _refuse_sharding("Megatron-LM")
+    if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise TrainingError(  # accelerate would train with DDP and say nothing
+            "the launcher's configuration selects FSDP, which needs GPUs, and there is none here: use "
+            "accelerate_configs/cpu.yaml, or cpu_2proc.yaml for two processes"
+        )
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_freed_memory()

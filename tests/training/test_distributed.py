@@ -88,6 +88,14 @@ def test_unsupported_sharding_is_refused(kind, name, monkeypatch):
 
 
 @pytest.mark.usefixtures("_not_launched")
+def test_fsdp_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with isolated_accelerator_state(), pytest.raises(TrainingError, match=r"FSDP, which needs GPUs.*cpu.yaml"):
+        start_accelerator("no")
+
+
+@pytest.mark.usefixtures("_not_launched")
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     """Accelerators that do not notice the launcher, as accelerate's do for some CPU launches."""
 
