@@ -228,6 +228,7 @@ def _check(config: Config) -> None:
     if config.push_to_hub is None and config.push_public:
         raise TrainingError("push_public needs push_to_hub=USER/NAME, the repository to push to")
     checkout = DEFAULT_RECIPE.parent.parent
+    assert config.output_dir is not None  # load_config has set it
     if Path(config.output_dir).absolute() in (checkout, *checkout.parents):
         raise TrainingError(f"output_dir must be a folder of the run's own, such as runs/x, got {config.output_dir}")
     if config.init_from in ("scratch", "resume") and not Path(config.init_from).exists():  # values of nanoGPT

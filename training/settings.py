@@ -72,12 +72,17 @@ def build(config_class: type, raw_values: dict[str, RawValue]) -> Any:
     try:
         for name, raw in raw_values.items():
             values[name] = _normalize(raw.value, settings[name].type_hint)
-        config = parser.instantiate(parser.parse_object(values))
-        return config_class(**{f.name: config[f.name] for f in dataclasses.fields(config_class)})
+        parsed = parser.parse_object(values)
+        for name in values:
+            if parsed[name] is None and values[name] is not None:  # jsonargparse tries YAML, where "# 5" is null
+                raise ValueError
     except ArgumentError as error:
         name = str(error).split('"')[1]  # Parser key "NAME": ...
-    except (ValueError, RecursionError):  # from _normalize
+    except (ValueError, RecursionError):
         pass
+    else:
+        config = parser.instantiate(parsed)
+        return config_class(**{f.name: config[f.name] for f in dataclasses.fields(config_class)})
     value, location = raw_values[name]
     expected = describe_type(settings[name].type_hint)
     raise TrainingError(f"{location}{name} must be {expected}, got {format_value(value)}")
@@ -91,7 +96,7 @@ def _parser_and_settings(config_class: type) -> tuple[ArgumentParser, dict[str, 
         usage="train.py [--config RECIPE] [--SETTING VALUE ...]",
         description="Train a GPT-2. The command line overrides the recipe, and the recipe overrides the defaults.",
         formatter_class=argparse.HelpFormatter,
-        parser_mode="json",  # not YAML, which would read the text "# c" as null
+        parser_mode="json",  # not YAML, where the text "# c" is null
         add_help=False,
         exit_on_error=False,
     )

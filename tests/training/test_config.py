@@ -180,8 +180,10 @@ def test_configs_share_no_list():
     assert load_config([]) == load_config(["--trackers", "tensorboard"]) and load_config([]).eval.prompts
 
 
-def test_text_that_yaml_reads_as_null_stays_text():
-    assert load_config(["--eval.hellaswag", "# c"]).eval.hellaswag == "# c"
+def test_text_that_is_null_in_yaml_is_not_null():
+    assert load_config(["--eval.hellaswag", "# 5"]).eval.hellaswag == "# 5"
+    with pytest.raises(TrainingError, match=r"save_every must be .*, got '# 5'"):
+        load_config(["--save_every", "# 5"])
 
 
 def test_help_describes_every_setting(capsys):
