@@ -57,10 +57,10 @@ class HubRepository:
         return self._card
 
     def _look_up(self):
-        def ask(api):
+        def request(api):
             return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
 
-        info = self._asked(in_time(ask), f"the data set {self.dataset}")
+        info = self._with_retries(with_timeout(ask), f"the data set {self.dataset}")
         self._commit, self._card = self._commit or info.sha, info.card_data.to_dict() if info.card_data else {}
 
     def files(self, folder=""):
@@ -73,13 +73,13 @@ class HubRepository:
         """
         from huggingface_hub.hf_api import RepoFile
 
-        def ask(api):
+        def request(api):
             tree = api.list_repo_tree(
                 self.dataset, folder or None, recursive=True, revision=self.commit, repo_type="dataset"
             )
             return [entry for entry in tree if isinstance(entry, RepoFile)]
 
-        found = self._asked(in_time(ask), f"the list of files of {self.dataset}/{folder}".rstrip("/"))
+        found = self._with_retries(with_timeout(ask), f"the list of files of {self.dataset}/{folder}".rstrip("/"))
         files = [{"path": f.path, "bytes": f.size, "sha256": f.lfs.sha256 if f.lfs else None} for f in found]
         return sorted(files, key=lambda file: file["path"])
 
@@ -95,7 +95,7 @@ class HubRepository:
             DataError: it was not to be had.
         """
 
-        def ask(api):
+        def request(api):
             path = Path(
                 api.hf_hub_download(
                     self.dataset,
@@ -105,16 +105,16 @@ class HubRepository:
                     local_dir=self.download_folder,
                 )
             )
-            problem = _difference(path, file)
+            problem = _mismatch(path, file)
             if problem:
                 path.unlink()
                 raise OSError(problem)
             return path
 
-        return self._asked(ask, f"{self.dataset}/{file['path']}")
+        return self._with_retries(ask, f"{self.dataset}/{file['path']}")
 
-    def _asked(self, ask, what):
-        """ask(HfApi), again and again while there is hope."""
+    def _with_retries(self, ask, what):
+        """request(HfApi), again and again while there is hope."""
         from huggingface_hub import HfApi, constants, errors
         from huggingface_hub.utils import disable_progress_bars
 
@@ -125,7 +125,7 @@ class HubRepository:
         while True:
             attempt += 1
             try:
-                return ask(HfApi())
+                return request(HfApi())
             except errors.GatedRepoError as error:
                 raise DataError(
                     f"{self.dataset} asks for consent: accept its terms on {constants.ENDPOINT}/datasets/"
@@ -189,7 +189,7 @@ def in_background(function, *arguments):
     return future
 
 
-def in_time(ask):
+def with_timeout(ask):
     """The same, with a TimeoutError after _LISTING_SECONDS."""
 
     def ask_in_time(api):
@@ -201,7 +201,7 @@ def in_time(ask):
     return ask_in_time
 
 
-def _difference(path, file):
+def _mismatch(path, file):
     """What is wrong with a downloaded file, or None."""
     size = path.stat().st_size
     if size != file["bytes"]:
@@ -237,7 +237,7 @@ class HubSource:
         }
 
     @property
-    def note(self):
+    def provenance(self):
         """What asked_revision meant."""
         return {"revision": self.repository.commit}
 

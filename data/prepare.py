@@ -4,11 +4,11 @@ Text to shards:
     python -m data.prepare sample --out shards/sample
     python -m data.prepare fineweb-edu --out shards/fineweb-edu
     python -m data.prepare hub --dataset OWNER/NAME --subset S --text_column C --out shards/theirs
-    python -m data.prepare files book.txt notes/ "logs/**/*.jsonl.zst" --out shards/mine
+    python -m data.prepare files book.txt part_records/ "logs/**/*.jsonl.zst" --out shards/own_parts
     python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
 The input's files are gathered into parts, a large file being a part of its own. Each part is fetched, tokenised,
-written, read again and noted down in DIR/parts; when all are there, DIR/manifest.json is written and the notes go. A
+written, read again and noted down in DIR/parts; when all are there, DIR/manifest.json is written and the part_records go. A
 part's shards depend on nothing but the part, so that an interrupted preparation goes on with the next one, and several
 machines can share them out (--shard_index, --shard_count), with the same bytes in the end.
 """
@@ -42,11 +42,11 @@ from common.locks import Lock, Timeout
 from data import DataError
 from data.encode import SPLIT_RULE, Encoder
 from data.hub import HubRepository, HubSource, in_background
-from data.manifest import MANIFEST, PREPARING, SPLITS, Manifest, read_manifest, read_sealed, write_sealed
+from data.manifest import MANIFEST, PREPARING, SPLITS, Manifest, read_manifest, read_json_with_checksum, write_json_with_checksum
 from data.pretokenized import HubShards, LocalShards
 from data.shards import MAX_TOKENS, ShardWriter, scan_shard
 from data.sources import FileSource, Progress, SampleSource
-from data.tokenizer import ENGINES
+from data.tokenizer import TOKENIZER_BACKENDS
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
 _PART_BYTES = 2**28  # small files are gathered until they are this large together
@@ -67,16 +67,16 @@ def prepare(
     shard_tokens=_SHARD_TOKENS,
     max_tokens=None,
     num_proc=1,
-    engine="tiktoken",
+    tokenizer_backend="tiktoken",
     shard_index=0,
     shard_count=1,
-    say=lambda line: None,
+    log=lambda line: None,
 ):
     """
     Makes a folder of shards with a manifest, or goes on making it.
 
     A document never crosses two shards. The shards' bytes depend on the source, `val_fraction`, `shard_tokens` and
-    `max_tokens`; not on `num_proc`, `engine`, `shard_count` or on how often this was interrupted.
+    `max_tokens`; not on `num_proc`, `tokenizer_backend`, `shard_count` or on how often this was interrupted.
 
     Args:
         source: see data.sources; or shards to adopt, see data.pretokenized.
@@ -86,9 +86,9 @@ def prepare(
         shard_tokens: most tokens in a shard (a longer document has a shard to itself).
         max_tokens: stop before the document with which it would be more.
         num_proc: processes that tokenise.
-        engine: see data.tokenizer.load_encoder.
+        tokenizer_backend: see data.tokenizer.load_encoder.
         shard_index, shard_count: prepare only every shard_count-th part, from shard_index on.
-        say: called with lines for the user.
+        log: called with lines for the user.
 
     Returns:
         Manifest; None if parts are missing that others have to prepare.
@@ -101,13 +101,13 @@ def prepare(
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count)
     is_new = not out.exists()
     try:
-        plan = _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine)
+        plan = _open_plan(source, out, name, val_fraction, shard_tokens, max_tokens, tokenizer_backend)
         if plan.shards:
-            say(f"{out} is prepared already: nothing to do")
+            log(f"{out} is prepared already: nothing to do")
             return finish(out)  # which clears up where that was interrupted
-        mine = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
-        _check_disk(plan, source, out, mine, say)
-        _prepare_parts(plan, source, out, mine, num_proc=num_proc, engine=engine, say=say)
+        own_parts = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
+        _check_disk(plan, source, out, own_parts, log)
+        _prepare_parts(plan, source, out, own_parts, num_proc=num_proc, tokenizer_backend=tokenizer_backend, log=log)
         return finish(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -115,7 +115,7 @@ def prepare(
             raise DataError(f"no room for {where} on its disk; make room or choose another --out") from error
         raise DataError(f"{out} was not made: {error}; mend that or choose another --out") from error
     finally:
-        if is_new and shard_count == 1 and out.is_dir() and not _holds_something(out):
+        if is_new and shard_count == 1 and out.is_dir() and not _has_finished_work(out):
             shutil.rmtree(out)
 
 
@@ -143,7 +143,7 @@ def _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index
 # What is to be done, and what is done already.
 
 
-def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
+def _open_plan(source, out, name, val_fraction, shard_tokens, max_tokens, tokenizer_backend):
     """The folder's plan: a Manifest without shards. With shards, it is finished."""
     if out.is_symlink() and not out.exists():
         raise DataError(f"{out} is a link that leads nowhere; remove it or choose another --out")
@@ -160,22 +160,22 @@ def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
         plan = read_manifest(out) or read_manifest(out, PREPARING)
         if plan is not None:
             state = "is there already" if plan.shards else "was begun"
-            _compare(plan, asked, f"{out} {state} with")
+            _check_same_settings(plan, asked, f"{out} {state} with")
             if plan.shards:
                 return plan
             if hasattr(source, "repository"):
                 source.repository.pin(plan.source["revision"])
             else:
-                _look_again(plan, source, out)
+                _accept_changed_inputs(plan, source, out)
             return plan
-        if any(not entry.name.startswith(".") for entry in out.iterdir()) and not _lies_in(source, out):
+        if any(not entry.name.startswith(".") for entry in out.iterdir()) and not _is_source_folder(source, out):
             raise DataError(f"{out} is there already and has something else in it; remove it or choose another --out")
         plan = Manifest(
             name=name,
-            inputs=_in_parts(source),
-            source={**source.settings, **source.note},
+            inputs=_assign_parts(source),
+            source={**source.settings, **source.provenance},
             split_rule=SPLIT_RULE if val_fraction is not None else "as its maker dealt them: by the files' names",
-            versions=_versions(engine),
+            versions=_versions(tokenizer_backend),
             **{key: value for key, value in asked.items() if key != "source"},
         )
         plan.write(out / PREPARING)
@@ -195,7 +195,7 @@ def _locked(out):
                     path.unlink(missing_ok=True)
 
 
-def _compare(plan, asked, what):
+def _check_same_settings(plan, asked, what):
     """Raises where a folder's plan is not what is asked for now."""
     was = {"val_fraction": plan.val_fraction, "shard_tokens": plan.shard_tokens, "max_tokens": plan.max_tokens}
     was |= {key: plan.source.get(key) for key in plan.source.keys() & asked["source"].keys() | {"kind"}}
@@ -207,10 +207,10 @@ def _compare(plan, asked, what):
             )
 
 
-def _in_parts(source):
+def _assign_parts(source):
     """The source's files with the part each belongs to."""
     files, part, size = [], 0, 0
-    limit = 0 if hasattr(source, "adopt") else _PART_BYTES
+    limit = 0 if hasattr(source, "import_shard") else _PART_BYTES
     for file in source.inputs():
         if files and size + file["bytes"] > limit:
             part, size = part + 1, 0
@@ -219,13 +219,13 @@ def _in_parts(source):
     return files
 
 
-def _look_again(plan, source, out):
+def _accept_changed_inputs(plan, source, out):
     """Takes over that files have changed whose part is not done yet: as a rule, somebody mended them."""
-    now, notes = source.inputs(), _notes(out)
+    now, part_records = source.inputs(), _part_records(out)
     if [file["path"] for file in now] != [file["path"] for file in plan.inputs]:
         raise DataError(f"{out} was begun with other files; choose another --out, or remove it")
     for file, was in zip(now, plan.inputs, strict=True):
-        if file["bytes"] != was["bytes"] and was["part"] in notes:
+        if file["bytes"] != was["bytes"] and was["part"] in part_records:
             raise DataError(f"{file['path']} has changed since its part of {out} was made; remove {out}")
     inputs = [{**file, "part": was["part"]} for file, was in zip(now, plan.inputs, strict=True)]
     if inputs != plan.inputs:
@@ -233,51 +233,51 @@ def _look_again(plan, source, out):
         plan.write(out / PREPARING)
 
 
-def _lies_in(source, out):
+def _is_source_folder(source, out):
     return isinstance(source, LocalShards) and source.folder.resolve() == out.resolve()
 
 
-def _versions(engine):
+def _versions(tokenizer_backend):
     """What the tokens depend on, for the manifest."""
     versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
-    for package in ("gpt2-repro", *([engine] if engine != "tiktoken" else [])):
+    for package in ("gpt2-repro", *([tokenizer_backend] if tokenizer_backend != "tiktoken" else [])):
         with contextlib.suppress(metadata.PackageNotFoundError):  # the rooms run from a checkout, installed or not
             versions[package] = metadata.version(package)
     return versions
 
 
-def _notes(out):
-    """{part: note} of the finished parts; a note is {"part", "shards", "is_full"}."""
+def _part_records(out):
+    """{part: part_record} of the finished parts; a part_record is {"part", "shards", "is_full"}."""
     mend = "remove it, and its part is made again"
-    notes = [read_sealed(path, mend) for path in sorted((out / _PARTS).glob("*.json"))]
-    return {note["part"]: note for note in notes}
+    part_records = [read_json_with_checksum(path, mend) for path in sorted((out / _PARTS).glob("*.json"))]
+    return {part_record["part"]: part_record for part_record in part_records}
 
 
-def _is_complete(plan, notes):
+def _is_complete(plan, part_records):
     """Whether no part is missing. A part that filled max_tokens is the last."""
-    full = [part for part, note in notes.items() if note["is_full"]]
+    full = [part for part, part_record in part_records.items() if part_record["is_full"]]
     last = min(full) if full else plan.num_parts - 1
-    return all(part in notes for part in range(last + 1))
+    return all(part in part_records for part in range(last + 1))
 
 
-def _holds_something(out):
+def _has_finished_work(out):
     return any(True for _ in (out / _PARTS).glob("*.json")) or any(
         (out / name).exists() for name in (MANIFEST, _DOWNLOADS)
     )
 
 
-def kept(out):
+def kept_parts(out):
     """Half a sentence for an error message: what a next try need not do again."""
     with contextlib.suppress(DataError, OSError):
-        plan, notes = read_manifest(out, PREPARING), _notes(Path(out))
-        if plan is not None and notes:
-            return f". {len(notes)} of {plan.num_parts} parts are kept in {out}: the same command goes on from there"
+        plan, part_records = read_manifest(out, PREPARING), _part_records(Path(out))
+        if plan is not None and part_records:
+            return f". {len(part_records)} of {plan.num_parts} parts are kept in {out}: the same command goes on from there"
     return ""
 
 
-def _check_disk(plan, source, out, mine, say):
-    notes = _notes(out)
-    files = [file for file in plan.inputs if file["part"] in mine and file["part"] not in notes]
+def _check_disk(plan, source, out, own_parts, log):
+    part_records = _part_records(out)
+    files = [file for file in plan.inputs if file["part"] in own_parts and file["part"] not in part_records]
     if isinstance(source, LocalShards) or not files:
         return
     sizes = sorted((file["bytes"] for file in files), reverse=True)
@@ -290,7 +290,7 @@ def _check_disk(plan, source, out, mine, say):
     if isinstance(source, HubSource):
         needed += sum(sizes) if source.keep else sum(sizes[:2])  # one is read while the next comes
     free = shutil.disk_usage(out).free
-    say(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
+    log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
     if needed > free:
         raise DataError(
             f"{out} needs about {needed / 1e9:,.2f} GB (an estimate), and its disk has {free / 1e9:,.2f} GB free; "
@@ -302,27 +302,27 @@ def _check_disk(plan, source, out, mine, say):
 # Doing it.
 
 
-def _prepare_parts(plan, source, out, mine, *, num_proc, engine, say):
-    notes = _notes(out)
-    if _is_complete(plan, notes):
+def _prepare_parts(plan, source, out, own_parts, *, num_proc, tokenizer_backend, log):
+    part_records = _part_records(out)
+    if _is_complete(plan, part_records):
         return
-    todo = [part for part in mine if part not in notes]
+    pending = [part for part in own_parts if part not in part_records]
     (out / _PARTS).mkdir(exist_ok=True)
-    progress = Progress(sum(file["bytes"] for file in plan.inputs if file["part"] in mine))
-    progress.bytes_done = sum(file["bytes"] for file in plan.inputs if file["part"] in mine and file["part"] in notes)
+    progress = Progress(sum(file["bytes"] for file in plan.inputs if file["part"] in own_parts))
+    progress.bytes_done = sum(file["bytes"] for file in plan.inputs if file["part"] in own_parts and file["part"] in part_records)
     if progress.bytes_done:
-        say(f"resume    {len(mine) - len(todo)} of {len(mine)} parts are done")
-    earlier = [shard for note in notes.values() for shard in note["shards"]]
+        log(f"resume    {len(own_parts) - len(pending)} of {len(own_parts)} parts are done")
+    earlier_shards = [shard for part_record in part_records.values() for shard in part_record["shards"]]
     with (
-        _Display(progress, plan.max_tokens, say) as display,
-        _Work(plan, source, out, todo, display, earlier, num_proc=num_proc, engine=engine) as work,
+        _Display(progress, plan.max_tokens, log) as display,
+        _PartMaker(plan, source, out, pending, display, earlier_shards, num_proc=num_proc, tokenizer_backend=tokenizer_backend) as work,
     ):
-        for part in todo:
+        for part in pending:
             with _part_lock(out, part):
-                note = work.do(part)
-                write_sealed(out / _PARTS / f"{part:05d}.json", note)
-                work.clear_up()
-            if note["is_full"]:
+                part_record = part_maker.make(part)
+                write_json_with_checksum(out / _PARTS / f"{part:05d}.json", part_record)
+                part_maker.release_inputs()
+            if part_record["is_full"]:
                 return
 
 
@@ -341,12 +341,12 @@ def make_part(manifest, source, part, out, *, num_proc):
         the part's shards, as in a manifest.
     """
     progress = Progress(sum(file["bytes"] for file in manifest.inputs if file["part"] == part))
-    earlier = [shard for shard in manifest.shards if shard["part"] < part]
+    earlier_shards = [shard for shard in manifest.shards if shard["part"] < part]
     with (
         _Display(progress, None, lambda line: None) as display,
-        _Work(manifest, source, out, [part], display, earlier, num_proc=num_proc, engine="tiktoken") as work,
+        _PartMaker(manifest, source, out, [part], display, earlier_shards, num_proc=num_proc, tokenizer_backend="tiktoken") as work,
     ):
-        return work.do(part)["shards"]
+        return part_maker.make(part)["shards"]
 
 
 @contextlib.contextmanager
@@ -368,32 +368,32 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-class _Work:
+class _PartMaker:
     """Makes parts, in order, with one pool of processes and the next file on its way."""
 
-    def __init__(self, plan, source, out, parts, display, earlier, *, num_proc, engine):
+    def __init__(self, plan, source, out, parts, display, earlier_shards, *, num_proc, tokenizer_backend):
         """
         Args:
             plan, source, out: see `prepare`.
             parts: those to make.
             display: _Display.
-            earlier: entries of the shards before them, which count for max_tokens.
+            earlier_shards: entries of the shards before them, which count for max_tokens.
         """
         self.plan, self.source, self.out, self.display = plan, source, out, display
         self.files = [file for file in plan.inputs if file["part"] in parts]
         self.copies, self.used = self._copies(), []
         self.left = None  # tokens until max_tokens
         self.encoder = None
-        if not hasattr(source, "adopt"):
+        if not hasattr(source, "import_shard"):
             self.encoder = Encoder(
                 num_proc=num_proc,
                 val_fraction=plan.val_fraction,
                 text_column=plan.source.get("text_column", "text"),
                 errors=plan.source.get("errors", "strict"),
-                engine=engine,
+                tokenizer_backend=tokenizer_backend,
             )
             if plan.max_tokens is not None:
-                self.left = plan.max_tokens - sum(shard["tokens"] for shard in earlier)
+                self.left = plan.max_tokens - sum(shard["tokens"] for shard in earlier_shards)
         self.finisher = ThreadPoolExecutor(1)
 
     def __enter__(self):
@@ -406,11 +406,11 @@ class _Work:
             self.encoder.__exit__(*error)
         self.finisher.shutdown()
 
-    def do(self, part):
-        """The part's note: {"part", "shards", "is_full"}."""
-        return self._adopt(part) if self.encoder is None else self._tokenise(part)
+    def make(self, part):
+        """The part's part_record: {"part", "shards", "is_full"}."""
+        return self._import_shard(part) if self.encoder is None else self._tokenize(part)
 
-    def clear_up(self):
+    def release_inputs(self):
         """When the part is noted down: nobody needs its files any more."""
         while self.used and self.encoder is not None:
             self.source.done_with(self.used.pop())
@@ -438,7 +438,7 @@ class _Work:
             self.display.progress.bytes_done += file["bytes"]
             self.display.progress.bytes_here = 0
 
-    def _tokenise(self, part):
+    def _tokenize(self, part):
         writers = {}
         for split in SPLITS:
             prefix = f"{self.plan.name}_{split}_{part:05d}"
@@ -474,9 +474,9 @@ class _Work:
                 writer.abandon()
         return {"part": part, "shards": shards, "is_full": is_full}
 
-    def _adopt(self, part):
+    def _import_shard(self, part):
         file, path = next(self.copies)
-        entry = self.source.adopt(file, path, self.out)
+        entry = self.source.import_shard(file, path, self.out)
         self.display.progress.bytes_done += file["bytes"]
         self.display.update(entry["tokens"], entry["documents"])
         shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
@@ -486,8 +486,8 @@ class _Work:
 class _Display:
     """How far it is, on a terminal as a bar, into a file as lines."""
 
-    def __init__(self, progress, max_tokens, say):
-        self.progress, self._max_tokens, self._say = progress, max_tokens, say
+    def __init__(self, progress, max_tokens, log):
+        self.progress, self._max_tokens, self._log = progress, max_tokens, log
         self.waiting_for = None
         self._tokens = self._documents = 0
         self._at_start = progress.bytes_done
@@ -506,13 +506,13 @@ class _Display:
     def __exit__(self, *error):
         self._over.set()
         if self._tokens:
-            self._say(self._line())
+            self._log(self._line())
         self._bar.close()
 
     def _show_waiting(self):
         while not self._over.wait(_SECONDS_BETWEEN_LINES):
             if self.waiting_for is not None:
-                self._say(f"download  waiting for {self.waiting_for}")
+                self._log(f"download  waiting for {self.waiting_for}")
 
     def update(self, num_tokens, num_documents):
         self._tokens += num_tokens
@@ -521,7 +521,7 @@ class _Display:
         if now - self._last_line > (_SECONDS_BETWEEN_LINES if self._bar.disable else 0.1):
             self._last_line = now
             if self._bar.disable:
-                self._say(self._line())
+                self._log(self._line())
             else:
                 self._bar.n = 100 * self._fraction()
                 self._bar.set_description_str(self._line().removeprefix("tokens    "))
@@ -551,7 +551,7 @@ class _Display:
 
 def finish(out):
     """
-    Writes the manifest when no part is missing any more, and removes the notes it is made of.
+    Writes the manifest when no part is missing any more, and removes the part_records it is made of.
 
     Returns:
         Manifest, or None if parts are missing.
@@ -563,10 +563,10 @@ def finish(out):
     with _locked(out):
         plan = read_manifest(out)
         if plan is None:
-            plan, notes = read_manifest(out, PREPARING), _notes(out)
-            if not _is_complete(plan, notes):
+            plan, part_records = read_manifest(out, PREPARING), _part_records(out)
+            if not _is_complete(plan, part_records):
                 return None
-            plan.shards = [shard for part in sorted(notes) for shard in notes[part]["shards"]]
+            plan.shards = [shard for part in sorted(part_records) for shard in part_records[part]["shards"]]
             for split in SPLITS:
                 if not plan.total(split, "tokens"):
                     for shard in plan.shards:
@@ -619,13 +619,13 @@ def merge(folders, out):
         plan.write(out / PREPARING)
     for folder in map(Path, folders):
         if folder.resolve() != out.resolve():
-            for part, note in _notes(folder).items():
-                for shard in note["shards"]:
+            for part, part_record in _part_records(folder).items():
+                for shard in part_record["shards"]:
                     _copy_shard(folder, shard, out)
-                write_sealed(out / _PARTS / f"{part:05d}.json", note)
+                write_json_with_checksum(out / _PARTS / f"{part:05d}.json", part_record)
     manifest = finish(out)
     if manifest is None:
-        missing = sorted(set(range(plan.num_parts)) - _notes(out).keys())
+        missing = sorted(set(range(plan.num_parts)) - _part_records(out).keys())
         raise DataError(
             f"of {plan.num_parts} parts, {len(missing)} are missing: {', '.join(map(str, missing[:20]))}"
             f"{' ...' if len(missing) > 20 else ''}; prepare them (--shard_index, --shard_count) and merge again"
@@ -704,7 +704,7 @@ def _parser():
     hub.add_argument("--dataset", required=True, metavar="OWNER/NAME", help="its name on the Hub")
     pretokenized.add_argument("where", metavar="OWNER/NAME|FOLDER", help="a data set on the Hub, or a folder here")
     files.add_argument(
-        "paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("notes/**/*.txt")'
+        "paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("part_records/**/*.txt")'
     )
     for source, subset in ((fineweb_edu, "sample-10BT"), (fineweb, "sample-10BT"), (hub, None)):
         source.add_argument("--subset", default=subset, help="subset of the data set (default: %(default)s)")
@@ -726,11 +726,11 @@ def _parser():
             help=r"what is between documents of a .txt file, \n for a line break (default: a file is a document)",
         )
     for source in (fineweb_edu, fineweb, hub, files, pretokenized):
-        source.add_argument("--max_tokens", type=_number, help="no more tokens than this, 1e9 for example")
+        source.add_argument("--max_tokens", type=_integer, help="no more tokens than this, 1e9 for example")
         source.add_argument("--shard_index", type=int, default=0, help="of this machine, 0 to shard_count - 1")
         source.add_argument("--shard_count", type=int, default=1, help="machines that share the files")
     for source in (fineweb_edu, fineweb, hub, files):
-        source.add_argument("--shard_tokens", type=_number, default=_SHARD_TOKENS, help="most tokens in a shard")
+        source.add_argument("--shard_tokens", type=_integer, default=_SHARD_TOKENS, help="most tokens in a shard")
     for source, fraction in (*((s, 0.01) for s in (fineweb_edu, fineweb, hub, files)), (sample, _SAMPLE_VAL_FRACTION)):
         source.add_argument(
             "--val_fraction",
@@ -742,15 +742,15 @@ def _parser():
             "--num_proc", type=int, default=_cores(), help="processes that tokenise (default: all cores, %(default)s)"
         )
         source.add_argument(
-            "--engine",
-            choices=ENGINES,
+            "--tokenizer_backend",
+            choices=TOKENIZER_BACKENDS,
             default="tiktoken",
             help='what tokenises; gigatoken gives the same tokens faster (pip install -e ".[fast]")',
         )
     return parser
 
 
-def _number(text):
+def _integer(text):
     """An int, also written 1e9 or 1_000_000."""
     try:
         value = float(text)
@@ -799,25 +799,25 @@ def _main(argv):
                 keep=getattr(args, "keep_parquet", False),
                 max_tokens=getattr(args, "max_tokens", None),
             )
-            given = {
+            options = {
                 key: getattr(args, key)
                 for key in (
                     "val_fraction",
                     "shard_tokens",
                     "max_tokens",
                     "num_proc",
-                    "engine",
+                    "tokenizer_backend",
                     "shard_index",
                     "shard_count",
                 )
                 if hasattr(args, key)
             }
             name = "sample" if args.source == "sample" else Path(args.out).resolve().name
-            manifest = prepare(source, args.out, name=name, say=tqdm.write, **given)
+            manifest = prepare(source, args.out, name=name, log=tqdm.write, **options)
     except DataError as error:
-        raise DataError(f"{error}{kept(args.out)}") from error
+        raise DataError(f"{error}{kept_parts(args.out)}") from error
     except KeyboardInterrupt:
-        print_interrupted(f"interrupted{kept(args.out) or ': nothing was kept'}")
+        print_interrupted(f"interrupted{kept_parts(args.out) or ': nothing was kept'}")
         return interrupt_exit_code()
     if manifest is None:
         print(

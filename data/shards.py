@@ -168,7 +168,7 @@ class ShardWriter:
 
     def _open(self):
         path = self.folder / f"{self.prefix}{len(self._finishing):03d}.bin"
-        self._file = _aside(path).open("wb")
+        self._file = _tmp_path(path).open("wb")
         self._path, self._num_tokens, self._crc32 = path, 0, 0
         self._file.write(bytes(HEADER_BYTES))
 
@@ -195,7 +195,7 @@ class ShardWriter:
             future.cancel() or future.exception()  # waits for one that runs
         if self._file is not None:
             self._file.close()
-            _aside(self._path).unlink(missing_ok=True)
+            _tmp_path(self._path).unlink(missing_ok=True)
 
 
 def _finish_shard(file, path, num_tokens, crc32):
@@ -204,15 +204,15 @@ def _finish_shard(file, path, num_tokens, crc32):
         file.write(_header(num_tokens))
         file.flush()
         os.fsync(file.fileno())
-    aside = _aside(path)
-    found = scan_shard(aside)
+    tmp_path = _tmp_path(path)
+    found = scan_shard(tmp_path)
     if found.pop("crc32_of_all") != crc32 or found["tokens"] != num_tokens:
         raise DataError(f"{path}: the disk gave back other bytes than were written to it; check the disk")
-    replace_file(aside, path)
+    replace_file(tmp_path, path)
     return {"file": path.name, **found}
 
 
-def _aside(path):
+def _tmp_path(path):
     return path.with_name(f".{path.name}.partial")
 
 

@@ -69,7 +69,7 @@ class SampleSource:
     """
 
     def __init__(self):
-        self.note = {}
+        self.provenance = {}
         self.settings = {"kind": "sample", "python": platform.python_version()}
 
     def inputs(self):
@@ -165,7 +165,7 @@ class FileSource:
         if separator == "":
             raise DataError("the separator is empty; leave it out where a file is one document")
         self.text_column, self.separator, self.errors = text_column, separator, errors
-        self.note = {}
+        self.provenance = {}
         self.paths = [str(path) for path in paths]
         self.settings = {
             "kind": "files",

@@ -45,7 +45,7 @@ _LONG_WHITE_RUN = re.compile(rf"(?<!{_WHITE}){_WHITE}{{{_LONG_WHITE},}}+(?!\Z)")
 _PIECE_END = re.compile(r"[A-Za-z](?=[ \n])")
 _PIECE_CHARACTERS = 1_000_000
 
-ENGINES = ("tiktoken", "gigatoken")
+TOKENIZER_BACKENDS = ("tiktoken", "gigatoken")
 _EOT_ARRAY = np.array([EOT], dtype=np.uint32)
 
 
@@ -105,32 +105,32 @@ def load_tiktoken():
     )
 
 
-def check_engine(engine):
+def check_backend(backend):
     """
     Raises:
         DataError: as `load_encoder` would, without its cost.
     """
-    if engine not in ENGINES:
-        raise DataError(f"no tokenising engine {engine!r}; give one of {', '.join(ENGINES)}")
-    if importlib.util.find_spec(engine) is None:
-        raise DataError(f'the engine {engine} is not installed: pip install -e ".[fast]"')
+    if backend not in TOKENIZER_BACKENDS:
+        raise DataError(f"no tokenising backend {backend!r}; give one of {', '.join(TOKENIZER_BACKENDS)}")
+    if importlib.util.find_spec(backend) is None:
+        raise DataError(f'the backend {backend} is not installed: pip install -e ".[fast]"')
     load_merges()
 
 
 @cache
-def load_encoder(engine="tiktoken"):
+def load_encoder(backend="tiktoken"):
     """
     Args:
-        engine: "tiktoken", or "gigatoken" (the extra `fast`): the same ids, several times as fast.
+        backend: "tiktoken", or "gigatoken" (the extra `fast`): the same ids, several times as fast.
 
     Returns:
         function str -> [N] array of token ids, for which `<|endoftext|>` is plain characters.
 
     Raises:
-        DataError: the engine's package is missing, or there is no such engine.
+        DataError: the backend's package is missing, or there is no such backend.
     """
-    check_engine(engine)
-    if engine == "tiktoken":
+    check_backend(backend)
+    if backend == "tiktoken":
         encoding = load_tiktoken()
         return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
     from gigatoken import Tokenizer
@@ -146,16 +146,16 @@ def load_encoder(engine="tiktoken"):
     return Tokenizer.from_json(json.dumps(description)).encode
 
 
-def encode_document(text, engine="tiktoken"):
+def encode_document(text, backend="tiktoken"):
     """
     Args:
         text: a whole document; `<|endoftext|>` in it is plain characters.
-        engine: see `load_encoder`.
+        backend: see `load_encoder`.
 
     Returns:
         [N] uint16 array of token ids that begins with EOT.
     """
-    encode, parts = load_encoder(engine), [_EOT_ARRAY]
+    encode, parts = load_encoder(backend), [_EOT_ARRAY]
     for begin, end in _pieces(text):
         piece, start = text[begin:end], 0
         # Cut before the last character of a long run, where SPLIT_PATTERN ends a piece anyway: the same tokens.

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from common.files import replace_file
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, foreign_shards, read_manifest
+from data.manifest import MANIFEST, PREPARING, unmanaged_shards, read_manifest
 from data.prepare import make_part, source_of
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 
 _REPAIR = ".repair"
 
 
-def problem_with(folder, entry):
+def find_problem(folder, entry):
     """
     Args:
         folder: of the manifest.
@@ -79,12 +79,12 @@ def verify(folder, *, num_proc=1):
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
     if manifest is None:
-        paths = [path for paths in foreign_shards(folder).values() for path in paths]
+        paths = [path for paths in unmanaged_shards(folder).values() for path in paths]
         if not paths:
             raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
-        checks = {path.name: lambda path=path: _problem_with_foreign(path) for path in paths}
+        checks = {path.name: lambda path=path: _find_problem_without_manifest(path) for path in paths}
     else:
-        checks = {entry["file"]: lambda entry=entry: problem_with(folder, entry) for entry in manifest.shards}
+        checks = {entry["file"]: lambda entry=entry: find_problem(folder, entry) for entry in manifest.shards}
     with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading leave the interpreter's lock alone
         futures = {name: pool.submit(check) for name, check in checks.items()}
         results = {
@@ -94,7 +94,7 @@ def verify(folder, *, num_proc=1):
     return list(results), {name: problem for name, problem in results.items() if problem}
 
 
-def _problem_with_foreign(path):
+def _find_problem_without_manifest(path):
     try:
         scan_shard(path)
     except DataError as error:
@@ -102,14 +102,14 @@ def _problem_with_foreign(path):
     return None
 
 
-def repair(folder, *, num_proc=1, say=print):
+def repair(folder, *, num_proc=1, log=print):
     """
     Makes the damaged shards of a folder again, and no others.
 
     Args:
         folder: with a manifest.
         num_proc: processes that tokenise, files that are read at the same time.
-        say: called with lines for the user.
+        log: called with lines for the user.
 
     Raises:
         DataError: there is no manifest, the source is gone or has changed, or the shards lie elsewhere.
@@ -123,20 +123,20 @@ def repair(folder, *, num_proc=1, say=print):
         raise DataError(f"{folder} has no {MANIFEST} that says where the shards came from; copy the bad files again")
     if manifest.source["kind"] == "pretokenized" and "dataset" not in manifest.source:
         raise DataError(f"the shards in {folder} were made elsewhere; copy these again: {', '.join(sorted(problems))}")
-    aside = folder / _REPAIR
-    source = source_of(manifest.source, out=aside)
+    repair_folder = folder / _REPAIR
+    source = source_of(manifest.source, out=repair_folder)
     if manifest.source["kind"] == "sample" and source.settings["python"] != manifest.source["python"]:
         raise DataError(
             f"the sample in {folder} is of Python {manifest.source['python']}, and this is "
             f"{source.settings['python']}; repair it with that one, or prepare it again"
         )
     damaged = [entry for entry in manifest.shards if entry["file"] in problems]
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(repair_folder, ignore_errors=True)
     try:
         for part in sorted({entry["part"] for entry in damaged}):
-            say(f"repair    making part {part} again")
-            aside.mkdir(exist_ok=True)
-            made = {entry["file"]: entry for entry in make_part(manifest, source, part, aside, num_proc=num_proc)}
+            log(f"repair    making part {part} again")
+            repair_folder.mkdir(exist_ok=True)
+            made = {entry["file"]: entry for entry in make_part(manifest, source, part, repair_folder, num_proc=num_proc)}
             for entry in damaged:
                 if entry["part"] != part:
                     continue
@@ -145,10 +145,10 @@ def repair(folder, *, num_proc=1, say=print):
                         f"{folder / entry['file']} cannot be made again: the source gives other documents than it did "
                         "(its files, or the program that reads them, have changed); prepare the folder again"
                     )
-                replace_file(aside / entry["file"], folder / entry["file"])
-                say(f"repair    {entry['file']} is as it was")
+                replace_file(repair_folder / entry["file"], folder / entry["file"])
+                log(f"repair    {entry['file']} is as it was")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(repair_folder, ignore_errors=True)
 
 
 def _main(argv):

@@ -152,10 +152,10 @@ class Task(BaseTask):
 
 def is_shards(path: str | Path) -> bool:
     """Return True if the path is a folder of shards, complete or not, rather than text."""
-    from data.manifest import PREPARING, foreign_shards
+    from data.manifest import PREPARING, unmanaged_shards
 
     folder = Path(path)
-    return folder.is_dir() and bool(foreign_shards(folder) or (folder / PREPARING).exists())
+    return folder.is_dir() and bool(unmanaged_shards(folder) or (folder / PREPARING).exists())
 
 
 def _windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int]]:

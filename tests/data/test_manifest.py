@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data import DataError
-from data.manifest import Manifest, identity, open_split, read_manifest, write_sealed
+from data.manifest import Manifest, dataset_fingerprint, open_split, read_manifest, write_json_with_checksum
 from data.shards import scan_shard, write_shard
 
 
@@ -24,10 +24,10 @@ def test_open_split_with_and_without_a_manifest(folder):
     assert [shard[:].tolist() for shard in open_split(folder, "train")] == [list(range(9))]
     write_shard(folder / "s_train_000002.bin", np.arange(3))  # not in the manifest: not part of the set
     assert len(open_split(folder, "train")) == 1
-    assert identity(folder)["train_tokens"] == 9
+    assert dataset_fingerprint(folder)["train_tokens"] == 9
     (folder / "manifest.json").unlink()
     assert [len(shard) for shard in open_split(folder, "train")] == [9, 3]
-    assert identity(folder)["manifest_sha256"] is None
+    assert dataset_fingerprint(folder)["manifest_sha256"] is None
     np.save(folder / "s_train_000003.npy", np.arange(4, dtype=np.uint16))  # build-nanogpt's
     assert [len(shard) for shard in open_split(folder, "train")] == [9, 3, 4]
 
@@ -48,7 +48,7 @@ def test_what_is_wrong_with_a_folder_is_said(folder, tmp_path):
         return str(error.value)
 
     def sealed(change):
-        return message(lambda: write_sealed(path, content | change))
+        return message(lambda: write_json_with_checksum(path, content | change))
 
     entries = [dict(shard) for shard in content["shards"]]
     entries[1]["tokens"] = 8

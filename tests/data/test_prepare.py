@@ -161,7 +161,7 @@ def test_a_broken_file_keeps_the_parts_before_it(run, small_parts, tmp_path):
     source = FileSource([tmp_path / "text"])
     with pytest.raises(DataError, match=r"2\.jsonl:50: not UTF-8"):
         prepare(source, tmp_path / "out", name="t", val_fraction=0.1)
-    assert "2 of 4 parts are kept" in prepare_module.kept(tmp_path / "out")
+    assert "2 of 4 parts are kept" in prepare_module.kept_parts(tmp_path / "out")
     note = tmp_path / "out" / "parts" / "00001.json"
     sound = note.read_text()
     note.write_text(sound.replace('"train"', '"val"'))
@@ -183,7 +183,7 @@ def test_a_finished_folder_is_left_alone(run, tmp_path):
     manifest = run()
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     lines = []
-    assert run(say=lines.append) == manifest
+    assert run(log=lines.append) == manifest
     assert "nothing to do" in lines[0]
     with pytest.raises(DataError, match=r"val_fraction 0\.1, and not 0\.2"):
         run(val_fraction=0.2)
@@ -297,7 +297,7 @@ def lock_of_part(out, part):
         size = -(-len(DOCUMENTS) // 3)
         jsonl(out.parent / "text" / f"{number}.jsonl", DOCUMENTS[number * size : (number + 1) * size])
     (out / "parts").rmdir()
-    prepare_module._begin(source, out, "t", 0.1, prepare_module._SHARD_TOKENS, None, "tiktoken")
+    prepare_module._open_plan(source, out, "t", 0.1, prepare_module._SHARD_TOKENS, None, "tiktoken")
     (out / "parts").mkdir()
     return path
 

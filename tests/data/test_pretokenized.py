@@ -110,7 +110,7 @@ def test_from_the_hub(hub, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "fineweb_train_000002.bin").unlink()
     hub.log.clear()
-    repair(tmp_path / "out", say=lambda line: None)
+    repair(tmp_path / "out", log=lambda line: None)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path for method, path in hub.log if method == "GET" and "resolve" in path} == {
         f"/datasets/kjj0/fineweb10B-gpt2/resolve/{COMMIT}/fineweb_train_000002.bin"

@@ -64,7 +64,7 @@ def test_damage_is_named_and_repaired(folder, damage, words):
     assert words in problems[victim.name]
     others = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
     lines = []
-    repair(folder, say=lines.append)
+    repair(folder, log=lines.append)
     assert lines == [f"repair    making part {entry['part']} again", f"repair    {victim.name} is as it was"]
     assert content_of(folder) == before
     assert others == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
@@ -90,7 +90,7 @@ def test_repair_stops_at_max_tokens_too(folder, tmp_path):
     before = content_of(out)
     last = out / read_manifest(out).shards[-1]["file"]
     last.unlink()
-    repair(out, say=lambda line: None)
+    repair(out, log=lambda line: None)
     assert content_of(out) == before
 
 
