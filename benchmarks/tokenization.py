@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import make_parser, median_ratio, report, take_turns, with_range
-from data.sources import FileSource, Progress, document
+from data.sources import FileSource, Progress, decode_record
 from data.tokenizer import EOT, load_hf_tokenizer, load_tiktoken
 
 CANDIDATES = ("tiktoken", "lecture", "tokenizers", "prepare", "prepare-giga")
@@ -48,7 +48,7 @@ def main() -> None:
 
     source = FileSource(args.paths, separator=args.separator)
     documents = [
-        document(record) for file in source.inputs() for record in source.records(file, source.fetch(file), Progress(0))
+        decode_record(record) for file in source.inputs() for record in source.records(file, source.fetch(file), Progress(0))
     ]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)

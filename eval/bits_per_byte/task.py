@@ -97,7 +97,7 @@ class Task(BaseTask):
         return items, DataInfo(description=description, sha256=digest.hexdigest())
 
     def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
-        from data.sources import FileSource, Progress, document
+        from data.sources import FileSource, Progress, decode_record
 
         source = FileSource([self.data])
         records = (

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from data import DataError
-from data.sources import FileSource, Progress, docstrings, document, sample_documents
+from data.sources import FileSource, Progress, docstrings, decode_record, sample_documents
 
 
 def documents(paths, **options):
@@ -15,7 +15,7 @@ def documents(paths, **options):
     source = FileSource(paths, **options)
     options = {"text_column": source.text_column, "errors": source.errors}
     return [
-        document(record, **options)
+        decode_record(record, **options)
         for file in source.inputs()
         for record in source.records(file, source.fetch(file), Progress(0))
     ]
