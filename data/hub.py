@@ -121,10 +121,10 @@ class HubRepository:
                 raise OSError(problem)
             return path
 
-        return self._with_retries(ask, f"{self.dataset}/{file['path']}")
+        return self._with_retries(request, f"{self.dataset}/{file['path']}")
 
-    def _with_retries(self, ask, what):
-        """request(HfApi), again and again while there is hope."""
+    def _with_retries(self, request: Callable[["HfApi"], Any], what: str) -> Any:
+        """Return request(HfApi()); repeat it after errors that may be temporary."""
         from huggingface_hub import HfApi, constants, errors
         from huggingface_hub.utils import disable_progress_bars
 

@@ -105,7 +105,7 @@ class Task(BaseTask):
             for file in source.inputs()
             for record in source.records(file, source.fetch(file), Progress(file["bytes"]))
         )
-        documents = (text for text in map(document, records) if text and not text.isspace())
+        documents = (text for text in map(decode_record, records) if text and not text.isspace())
         texts = list(itertools.islice(documents, self.limit))  # reads no further than that
         if not texts:
             raise EvalError(f"{self.data}: there is no text in it; give a file that has some")
