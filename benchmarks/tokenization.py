@@ -48,7 +48,9 @@ def main() -> None:
 
     source = FileSource(args.paths, separator=args.separator)
     documents = [
-        decode_record(record) for file in source.inputs() for record in source.records(file, source.fetch(file), Progress(0))
+        decode_record(record)
+        for file in source.inputs()
+        for record in source.records(file, source.fetch(file), Progress(0))
     ]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)

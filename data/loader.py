@@ -24,6 +24,7 @@ import torch
 from data import DataError
 from data.shards import Shard
 from data.tokenizer import EOT
+
 ORDERS = ("shuffled", "sequential", "lecture")
 BOUNDARIES = ("ignore", "document")
 _LECTURE_GPUS = 8

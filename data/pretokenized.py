@@ -6,7 +6,7 @@ from typing import Any
 
 from data import DataError
 from data.hub import HubRepository
-from data.manifest import unmanaged_shards, split_of
+from data.manifest import split_of, unmanaged_shards
 from data.shards import HEADER_BYTES, scan_shard
 
 _NPY_HEADER_BYTES = 128
@@ -97,7 +97,9 @@ class HubShards:
             DataError: the data set does not exist, or has no shards of one of the splits.
         """
         shards = [(split_of(file["path"]), file) for file in self.repository.files()]
-        return _select_shards([(split, file) for split, file in shards if split], self.max_tokens, self.repository.dataset)
+        return _select_shards(
+            [(split, file) for split, file in shards if split], self.max_tokens, self.repository.dataset
+        )
 
     def fetch(self, file: dict[str, Any]) -> Path:
         """Download a shard, see HubRepository.fetch."""

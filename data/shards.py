@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, BinaryIO
+
 import numpy as np
 
 from common.files import atomic_write, replace_file

@@ -328,16 +328,13 @@ def _parquet_records(path: Path, where: str, text_column: str, progress: Progres
             schema = file.schema_arrow
             if text_column not in schema.names:
                 raise DataError(
-                    f"{where}: no column {text_column!r}, only {schema.names}; "
-                    "name the right one with --text_column"
+                    f"{where}: no column {text_column!r}, only {schema.names}; name the right one with --text_column"
                 )
             kind = schema.field(text_column).type
             if pyarrow.types.is_dictionary(kind):
                 kind = kind.value_type
             if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise DataError(
-                    f"{where}: column {text_column!r} has {kind}, not text; name another --text_column"
-                )
+                raise DataError(f"{where}: column {text_column!r} has {kind}, not text; name another --text_column")
             row = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_column], use_threads=False):
                 column = batch.column(0)

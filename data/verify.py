@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from common.files import replace_file
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, unmanaged_shards, read_manifest
+from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
 from data.prepare import make_part, source_of
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 
@@ -142,7 +142,9 @@ def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object
         for part in sorted({entry["part"] for entry in damaged}):
             log(f"repair    making part {part} again")
             repair_folder.mkdir(exist_ok=True)
-            made = {entry["file"]: entry for entry in make_part(manifest, source, part, repair_folder, num_proc=num_proc)}
+            made = {
+                entry["file"]: entry for entry in make_part(manifest, source, part, repair_folder, num_proc=num_proc)
+            }
             for entry in damaged:
                 if entry["part"] != part:
                     continue
@@ -159,12 +161,13 @@ def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object
 
 def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m data.verify", description="Check every byte of a folder of shards.")
-    parser.add_argument(
-        "folder", metavar="DIR", help="a folder from `python -m data.prepare`, or any folder of shards"
-    )
+    parser.add_argument("folder", metavar="DIR", help="a folder from `python -m data.prepare`, or any folder of shards")
     parser.add_argument("--repair", action="store_true", help="make damaged or missing shards again from their source")
     parser.add_argument(
-        "--num_proc", type=int, default=os.cpu_count() or 1, help="files to read at the same time (default: %(default)s)"
+        "--num_proc",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="files to read at the same time (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     if args.num_proc < 1:

@@ -7,7 +7,7 @@ import pytest
 from pyarrow import parquet
 
 from data import DataError
-from data.sources import FileSource, Progress, docstrings, decode_record, sample_documents
+from data.sources import FileSource, Progress, decode_record, docstrings, sample_documents
 
 
 def documents(paths, **options):
