@@ -347,7 +347,7 @@ def _folder_of(patterns: Sequence[str]) -> str:
 
 
 def _training_files(files: list[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:
-    """Select training files by name if the card does not list them: those of the subset's folder, without test files."""
+    """Select training files by name, where the card does not list them: the subset's folder without test files."""
     if subset is not None:
         files = [file for file in files if subset in PurePosixPath(file["path"]).parts[:-1]]
         if not files:

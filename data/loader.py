@@ -182,7 +182,7 @@ class WindowLoader:
             if batch_size % _LECTURE_GPUS or too_short:
                 raise DataError(
                     f"order 'lecture' needs a batch divisible by {_LECTURE_GPUS} and shards of at least two batches: "
-                    f"the batch has {batch_size} windows ({tokens:,} tokens), and {len(too_short)} shard(s) are shorter "
+                    f"the batch has {batch_size} windows ({tokens:,} tokens), and {len(too_short)} shard(s) have less "
                     "than two batches; use order 'sequential'"
                 )
         self.batch_size, self.seed, self.order, self.boundary = batch_size, seed, order, boundary

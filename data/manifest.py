@@ -56,7 +56,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     """version of the manifest's format"""
     shards: list[dict[str, Any]] = field(default_factory=list)
-    """{"file", "split", "part", "tokens", "documents", "sha256", "crc32"} of each shard, in order (shards.scan_shard)"""
+    """{"file", "split", "part", "tokens", "documents", "sha256", "crc32"} of each, in order (see shards.scan_shard)"""
 
     def write(self, path: str | Path) -> None:
         """Write the manifest with its checksum."""

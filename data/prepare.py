@@ -6,7 +6,7 @@ Make shards from text:
     python -m data.prepare files book.txt notes/ "logs/**/*.jsonl.zst" --out shards/mine
     python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
-The input files are grouped into parts; a large file is a part by itself. Each part is fetched, tokenized, written, read
+The input files are grouped into parts; a large file gets its own part. Each part is fetched, tokenized, written, read
 again and recorded in DIR/parts. When all parts are recorded, DIR/manifest.json is written and the records are removed.
 The shards of a part depend only on the part. So an interrupted preparation resumes at the first missing part, and
 several machines can divide the parts (--shard_index, --shard_count); the bytes of the shards are the same.
@@ -747,7 +747,7 @@ def source_of(
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m data.prepare",
-        description="Make shards of GPT-2 tokens from text. Run the same command again to resume after an interruption.",
+        description="Make shards of GPT-2 tokens from text. After an interruption, the same command resumes.",
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 

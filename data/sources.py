@@ -83,7 +83,7 @@ class SampleSource:
         """Do nothing: the documents are installed with Python."""
 
     def done_with(self, path: None) -> None:
-        """Do nothing: there is no copy."""
+        """Do nothing: `fetch` makes no copy."""
 
     def records(self, file: dict[str, Any], path: None, progress: Progress) -> Iterator[Record]:
         """Yield the documents."""
