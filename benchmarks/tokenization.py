@@ -7,7 +7,7 @@ Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, a
     lecture         build-nanogpt's fineweb.py: multiprocessing's imap over single documents, joined in order
     tokenizers      Hugging Face tokenizers' batch call, with as many threads
     prepare         the full `python -m data.prepare` command: start, read, tokenize, write, hash, verify
-    prepare-giga    the same with --engine gigatoken
+    prepare-giga    the same with --tokenizer_backend gigatoken
 
 All encode the same documents and take turns. Prints a table for RECORDS.md.
 """
@@ -144,7 +144,7 @@ def prepare(paths: list[str], separator: str | None, num_proc: int, backend: str
     """Return the seconds of the full data.prepare command."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "data.prepare", "files", *paths, "--out", f"{folder}/out"]
-        command += ["--num_proc", str(num_proc), "--engine", backend]
+        command += ["--num_proc", str(num_proc), "--tokenizer_backend", backend]
         command += ["--separator", separator] if separator else []
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

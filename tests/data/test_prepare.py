@@ -336,6 +336,24 @@ def test_command_prepares_files_and_reports_errors(tmp_path):
     assert not (tmp_path / "p").exists()
 
 
+def test_engine_is_an_alias_of_tokenizer_backend(tmp_path, capsys, monkeypatch):
+    jsonl(tmp_path / "text.jsonl", DOCUMENTS)
+    backends = []
+    monkeypatch.setattr(prepare_module, "prepare", lambda *args, **options: backends.append(options) or exit_early())
+    for flag in ("--engine", "--tokenizer_backend"):
+        arguments = ["files", str(tmp_path / "text.jsonl"), "--out", str(tmp_path / "out"), flag, "gigatoken"]
+        assert prepare_module.main(arguments) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if "--tokenizer_backend" in line] == (
+            ["--engine is now called --tokenizer_backend"] if flag == "--engine" else []
+        )
+    assert [options["tokenizer_backend"] for options in backends] == ["gigatoken", "gigatoken"]
+
+
+def exit_early():
+    raise DataError("stopped by the test")
+
+
 # Run by the tests below: parts of one file each, small batches, and Ctrl-C as in a terminal even if the tests
 # run in the background.
 PROGRAM = """

@@ -75,7 +75,7 @@ def test_repair_refuses_a_changed_source(folder, tmp_path):
     victim.unlink()
     text = (tmp_path / "text" / "0.jsonl").read_text()
     (tmp_path / "text" / "0.jsonl").write_text(text.replace("Document 1.", "Document I."))
-    with pytest.raises(DataError, match="the source.s documents have changed"):
+    with pytest.raises(DataError, match="the source's documents have changed"):
         repair(folder)
     assert not victim.exists()
     assert not (folder / ".repair").exists()
@@ -170,7 +170,7 @@ def all_tokens(folder):
 
 
 def test_random_damage_is_always_detected(tmp_path, rounds=2500):
-    """Mutate shards and manifests: reading gives the same tokens or a DataError, and `verify` names the changed file."""
+    """Reading a mutated shard or manifest gives the same tokens or a DataError; `verify` names the changed file."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in TEXTS))
     folder = tmp_path / "out"
