@@ -114,7 +114,7 @@ def prepare(
     try:
         plan = _open_plan(source, out, name, val_fraction, shard_tokens, max_tokens, tokenizer_backend)
         if plan.shards:
-            log(f"{out} is prepared already: nothing to do")
+            log(f"{out} is already prepared: nothing to do")
             return finish(out)  # completes an interrupted cleanup
         own_parts = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
         _check_disk(plan, source, out, own_parts, log)
@@ -267,9 +267,7 @@ def _versions(tokenizer_backend: str) -> dict[str, str]:
     """Return the versions of the software that makes the tokens, for the manifest."""
     versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
     for package in ("gpt2-repro", *([tokenizer_backend] if tokenizer_backend != "tiktoken" else [])):
-        with contextlib.suppress(
-            metadata.PackageNotFoundError
-        ):  # this project also runs from a checkout that is not installed
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[package] = metadata.version(package)
     return versions
 
@@ -666,7 +664,7 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> Manifest:
     """
     out = Path(out)
     if (out / MANIFEST).exists():
-        raise DataError(f"{out} is prepared already; choose another --out")
+        raise DataError(f"{out} is already prepared; choose another --out")
     plan = None
     for folder in map(Path, folders):
         folder_plan = read_manifest(folder, PREPARING)
