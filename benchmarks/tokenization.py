@@ -7,7 +7,7 @@ Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, a
     lecture         build-nanogpt's fineweb.py: multiprocessing's imap over single documents, joined in order
     tokenizers      Hugging Face tokenizers' batch call, with as many threads
     prepare         the full `python -m data.prepare` command: start, read, tokenize, write, hash, verify
-    prepare-giga    the same with --engine gigatoken
+    prepare-giga    the same with --tokenizer_backend gigatoken
 
 All encode the same documents and take turns. Prints a table for RECORDS.md.
 """
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import make_parser, median_ratio, report, take_turns, with_range
-from data.sources import FileSource, Progress, document
+from data.sources import FileSource, Progress, decode_record
 from data.tokenizer import EOT, load_hf_tokenizer, load_tiktoken
 
 CANDIDATES = ("tiktoken", "lecture", "tokenizers", "prepare", "prepare-giga")
@@ -48,7 +48,9 @@ def main() -> None:
 
     source = FileSource(args.paths, separator=args.separator)
     documents = [
-        document(record) for file in source.inputs() for record in source.records(file, source.fetch(file), Progress(0))
+        decode_record(record)
+        for file in source.inputs()
+        for record in source.records(file, source.fetch(file), Progress(0))
     ]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)
@@ -142,7 +144,7 @@ def prepare(paths: list[str], separator: str | None, num_proc: int, backend: str
     """Return the seconds of the full data.prepare command."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "data.prepare", "files", *paths, "--out", f"{folder}/out"]
-        command += ["--num_proc", str(num_proc), "--engine", backend]
+        command += ["--num_proc", str(num_proc), "--tokenizer_backend", backend]
         command += ["--separator", separator] if separator else []
         start = time.perf_counter()
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

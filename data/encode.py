@@ -1,4 +1,4 @@
-"""Records to tokens, over several processes, in the records' order."""
+"""Tokenize records with several processes, in the order of the records."""
 
 import contextlib
 import hashlib
@@ -10,20 +10,21 @@ import signal
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from data import DataError
-from data.sources import document
-from data.tokenizer import check_engine, encode_document, load_encoder
+from data.sources import Record, decode_record
+from data.tokenizer import check_backend, encode_document, load_encoder
 
-# Records go to the processes in batches of about this many bytes: large against the cost of sending them, small
-# against the memory of a machine.
+# Bytes in a batch of records: enough to make the cost of sending it negligible, little enough for memory.
 _BATCH_BYTES = 1_000_000
 
 
@@ -31,43 +32,56 @@ class Encoded(NamedTuple):
     """A batch of documents."""
 
     tokens: np.ndarray
-    """[N] uint16, each document led by EOT"""
+    """[N] uint16; each document begins with EOT"""
     lengths: np.ndarray
     """[D] int64, tokens in each document"""
     is_val: np.ndarray
-    """[D] bool, whether it is for validation"""
+    """[D] bool, True for a validation document"""
 
 
 class Encoder:
     """
-    Tokenises records and deals them to the splits. A document goes to validation by a hash of its text, so exact
-    duplicates never stand on both sides. What comes out does not depend on the number of processes.
+    Tokenize records and split them into train and val.
 
-    Use it in a `with`: it keeps its processes from one call to the next.
+    A hash of its text decides the split of a document, so exact duplicates are always in the same split. The result
+    does not depend on the number of processes.
+
+    Use it in a `with`: the worker processes live until the block ends.
     """
 
-    def __init__(self, *, num_proc, val_fraction, text_column="text", errors="strict", engine="tiktoken"):
+    def __init__(
+        self,
+        *,
+        num_proc: int,
+        val_fraction: float,
+        text_column: str = "text",
+        errors: str = "strict",
+        tokenizer_backend: str = "tiktoken",
+    ) -> None:
         """
+        Check the tokenizer backend; `__enter__` starts the processes.
+
         Args:
-            num_proc: processes; 1 works in this one.
-            val_fraction: share of the documents that become validation.
-            text_column, errors: see data.sources.document.
-            engine: see data.tokenizer.load_encoder.
+            num_proc: worker processes; 1 tokenizes in the current process.
+            val_fraction: fraction of the documents that go to validation.
+            text_column: see data.sources.decode_record.
+            errors: see data.sources.decode_record.
+            tokenizer_backend: see data.tokenizer.load_encoder.
 
         Raises:
-            DataError: the engine or the vocabulary is missing.
+            DataError: the tokenizer backend or the vocabulary is missing.
         """
-        self._options = (val_fraction, text_column, errors, engine)
+        self._options = (val_fraction, text_column, errors, tokenizer_backend)
         self._num_proc, self._pool = num_proc, None
         self._folder, self._numbers = None, itertools.count()
-        check_engine(engine)  # what is missing is said here, once, and not by each process
+        check_backend(tokenizer_backend)  # one error here instead of one in each process
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self._num_proc > 1:
-            # Results come in files. Through the pipe that the processes share, they would come in pieces: a process
-            # that is killed in the middle of one would leave the others, and this one, waiting for ever for the rest.
+            # Workers return results in files. A worker killed in the middle of a write to the pipe that all workers
+            # share would leave the other workers and this process waiting forever for the rest.
             self._folder = tempfile.TemporaryDirectory(prefix="gpt2-repro-", ignore_cleanup_errors=True)
-            # spawn: the same on every platform, and no fork of a process that has threads.
+            # spawn works on every platform, and forking a process that has threads is not safe.
             self._pool = ProcessPoolExecutor(
                 self._num_proc,
                 mp_context=multiprocessing.get_context("spawn"),
@@ -76,21 +90,22 @@ class Encoder:
             )
         return self
 
-    def __exit__(self, *error):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._folder.cleanup()
 
-    def encode(self, records):
+    def encode(self, records: Iterable[Record]) -> Iterator[Encoded]:
         """
-        Args:
-            records: iterable of data.sources.Record.
+        Tokenize records in batches.
 
         Yields:
-            Encoded, batch by batch.
+            The documents of one batch.
 
         Raises:
-            DataError: a record without text, a process that was killed.
+            DataError: a record has no text, or a worker process was killed.
         """
         batches = _batches(records)
         if self._pool is None:
@@ -99,11 +114,11 @@ class Encoder:
             return
         pending = deque()
         try:
-            # A few batches ahead of the processes, so that memory stays flat however long the source is.
+            # Read only a few batches ahead of the workers, so that memory does not grow with the source.
             for batch in itertools.chain(batches, [None]):
                 if batch is not None:
                     path = Path(self._folder.name) / str(next(self._numbers))
-                    with _interrupts_held():  # a submit may start a process
+                    with _block_interrupts():  # submit may start a process
                         pending.append((path, self._pool.submit(_encode_to_file, path, batch, *self._options)))
                 while pending and (batch is None or len(pending) > 3 * self._num_proc or pending[0][1].done()):
                     path, future = pending.popleft()
@@ -111,7 +126,7 @@ class Encoder:
                     yield _read(path)
         except BrokenProcessPool as error:
             raise DataError(
-                "a tokenising process was killed, as a rule for want of memory; try again with a smaller --num_proc"
+                "a tokenizer process was killed (usually out of memory); try again with a smaller --num_proc"
             ) from error
         finally:
             for _, future in pending:
@@ -119,12 +134,13 @@ class Encoder:
 
 
 @contextlib.contextmanager
-def _interrupts_held():
+def _block_interrupts() -> Iterator[None]:
     """
-    Starts workers that Ctrl-C does not touch: a process takes over its parent's blocked signals.
+    Block SIGINT while workers start: a process inherits its parent's blocked signals.
 
-    A terminal sends Ctrl-C to all processes. It is the parent's to answer: a worker that dies of it may hold the lock
-    of the queue, and then the others wait for ever. Windows cannot block signals; there, `_start_worker` has to do.
+    A terminal sends Ctrl-C to all processes, and only the parent may handle it. A worker that ends on Ctrl-C may hold
+    the lock of the queue, and then the other workers wait forever. Windows cannot block signals; only `_start_worker`
+    protects the workers there.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -133,23 +149,23 @@ def _interrupts_held():
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # one that came meanwhile arrives now
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending SIGINT arrives now
 
 
-def _start_worker(engine, folder):
+def _start_worker(tokenizer_backend: str, folder: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    load_encoder(engine)
-    threading.Thread(target=_end_with_parent, args=[folder], daemon=True).start()
+    load_encoder(tokenizer_backend)
+    threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
 
 
-def _end_with_parent(folder):
-    """A worker whose parent was killed would wait for work for ever, and the folder for somebody to clear it up."""
+def _exit_with_parent(folder: str) -> None:
+    """Remove the folder of results and exit when the parent was killed; the worker would wait for work forever."""
     wait([multiprocessing.parent_process().sentinel])
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
-def _batches(records):
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     batch, size = [], 0
     for record in records:
         batch.append(record)
@@ -161,7 +177,7 @@ def _batches(records):
         yield batch
 
 
-def _encode_to_file(path, batch, *options):
+def _encode_to_file(path: Path, batch: list[Record], *options) -> None:
     encoded = _encode_batch(batch, *options)
     try:
         with path.open("wb") as file:
@@ -171,29 +187,31 @@ def _encode_to_file(path, batch, *options):
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _read(path):
+def _read(path: Path) -> Encoded:
     with path.open("rb") as file:
         encoded = Encoded(*(np.load(file) for _ in Encoded._fields))
     path.unlink()
     return encoded
 
 
-def _encode_batch(batch, val_fraction, text_column, errors, engine):
+def _encode_batch(
+    batch: list[Record], val_fraction: float, text_column: str, errors: str, tokenizer_backend: str
+) -> Encoded:
     documents, is_val = [], []
     for record in batch:
-        text = document(record, text_column=text_column, errors=errors)
+        text = decode_record(record, text_column=text_column, errors=errors)
         if text and not text.isspace():
-            # A record that is not JSON is its text already, unless bytes of it were replaced.
+            # The content of a record that is not JSON is its text, unless some bytes were replaced.
             content = record.content if errors == "strict" and not record.is_json else text.encode()
-            is_val.append(_share(content) < val_fraction)
-            documents.append(encode_document(text, engine))
+            is_val.append(_hash_fraction(content) < val_fraction)
+            documents.append(encode_document(text, tokenizer_backend))
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.uint16)
     return Encoded(tokens, lengths, np.array(is_val, dtype=bool))
 
 
-def _share(content):
-    """A number in [0, 1) that is the same for the same text."""
+def _hash_fraction(content: bytes) -> float:
+    """Hash the text to a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
 
 

@@ -1,8 +1,8 @@
 """
-Files of data sets on the Hugging Face Hub: which ones, and a checked copy of each, whatever the network does.
+Data sets on the Hugging Face Hub: list their files and download them, with retries and checks.
 
-The Hub's own client downloads (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings hold); what it gives up on
-is tried again here with growing pauses, and what arrives is held against the size and SHA-256 that the Hub names.
+huggingface_hub downloads (so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply). This module retries
+failed requests with growing pauses, and checks each file's size and SHA-256 against those that the Hub lists.
 """
 
 import hashlib
@@ -11,91 +11,101 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 from data import DataError
-from data.sources import KINDS, file_kind, file_records
+from data.sources import KINDS, Progress, Record, file_kind, file_records
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _ATTEMPTS = 6
-_FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...: half a minute in all
+_FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...: half a minute in total
 _LONGEST_PAUSE_SECONDS = 120.0
-_LISTING_SECONDS = 120.0  # for which the client itself would wait without end
+_LISTING_SECONDS = 120.0  # timeout of the listing requests, which have none in the client
 
 
 class HubRepository:
     """The files of one data set at one revision."""
 
-    def __init__(self, dataset, *, revision="main", commit=None, download_folder):
+    def __init__(
+        self, dataset: str, *, revision: str = "main", commit: str | None = None, download_folder: str | Path
+    ) -> None:
         """
+        Record the names; the first request looks up the commit.
+
         Args:
-            dataset: its id, "owner/name".
-            revision: branch, tag or commit; what it means is looked up once.
-            commit: what it meant when this was asked before.
-            download_folder: where copies of files go.
+            dataset: id of the data set, "owner/name".
+            revision: branch, tag or commit.
+            commit: the commit of an earlier lookup of the revision.
+            download_folder: folder for the downloaded files.
         """
         self.dataset, self.revision, self._commit = dataset, revision, commit
         self.download_folder = Path(download_folder)
-        self._card = None
+        self._card: dict[str, Any] | None = None
 
     @property
-    def commit(self):
-        """The revision as a commit hash."""
+    def commit(self) -> str:
+        """The commit hash of the revision."""
         if self._commit is None:
             self._look_up()
         return self._commit
 
-    def pin(self, commit):
-        """What the revision meant when this was asked before, though it may mean another by now."""
+    def pin(self, commit: str) -> None:
+        """Use the commit of an earlier lookup; the branch may have moved since."""
         self._commit = commit
 
     @property
-    def card(self):
-        """The data set's metadata, a dict: the YAML at the head of its README."""
+    def card(self) -> dict[str, Any]:
+        """The data set's metadata: the YAML at the top of its README."""
         if self._card is None:
             self._look_up()
         return self._card
 
-    def _look_up(self):
-        def ask(api):
+    def _look_up(self) -> None:
+        def request(api: "HfApi") -> Any:
             return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
 
-        info = self._asked(in_time(ask), f"the data set {self.dataset}")
+        info = self._with_retries(with_timeout(request), f"the data set {self.dataset}")
         self._commit, self._card = self._commit or info.sha, info.card_data.to_dict() if info.card_data else {}
 
-    def files(self, folder=""):
+    def files(self, folder: str = "") -> list[dict[str, Any]]:
         """
+        List the files of a folder and its subfolders.
+
         Args:
-            folder: only what lies below it.
+            folder: path in the repository; "" for all files.
 
         Returns:
-            list of {"path", "bytes", "sha256" (None for a small file)}, in the order of their paths.
+            {"path", "bytes", "sha256" (None for a small file)} of each file, sorted by path.
         """
         from huggingface_hub.hf_api import RepoFile
 
-        def ask(api):
+        def request(api: "HfApi") -> list[RepoFile]:
             tree = api.list_repo_tree(
                 self.dataset, folder or None, recursive=True, revision=self.commit, repo_type="dataset"
             )
             return [entry for entry in tree if isinstance(entry, RepoFile)]
 
-        found = self._asked(in_time(ask), f"the list of files of {self.dataset}/{folder}".rstrip("/"))
-        files = [{"path": f.path, "bytes": f.size, "sha256": f.lfs.sha256 if f.lfs else None} for f in found]
+        entries = self._with_retries(with_timeout(request), f"the list of files of {self.dataset}/{folder}".rstrip("/"))
+        files = [{"path": f.path, "bytes": f.size, "sha256": f.lfs.sha256 if f.lfs else None} for f in entries]
         return sorted(files, key=lambda file: file["path"])
 
-    def fetch(self, file):
+    def fetch(self, file: dict[str, Any]) -> Path:
         """
+        Download a file, check it, and return the path of the copy.
+
         Args:
             file: one of `files()`.
 
-        Returns:
-            path of a local copy, whole.
-
         Raises:
-            DataError: it was not to be had.
+            DataError: the download failed.
         """
 
-        def ask(api):
+        def request(api: "HfApi") -> Path:
             path = Path(
                 api.hf_hub_download(
                     self.dataset,
@@ -105,35 +115,35 @@ class HubRepository:
                     local_dir=self.download_folder,
                 )
             )
-            problem = _difference(path, file)
+            problem = _find_mismatch(path, file)
             if problem:
                 path.unlink()
                 raise OSError(problem)
             return path
 
-        return self._asked(ask, f"{self.dataset}/{file['path']}")
+        return self._with_retries(request, f"{self.dataset}/{file['path']}")
 
-    def _asked(self, ask, what):
-        """ask(HfApi), again and again while there is hope."""
+    def _with_retries(self, request: Callable[["HfApi"], Any], what: str) -> Any:
+        """Return request(HfApi()); repeat it after errors that may be temporary."""
         from huggingface_hub import HfApi, constants, errors
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        # The client's base class for what its HTTP library raises, whichever library that is in its version.
+        # The base class of the HTTP library's errors; the library depends on the version of huggingface_hub.
         problems = (errors.HfHubHTTPError.__bases__[0], OSError, RuntimeError)
         attempt = 0
         while True:
             attempt += 1
             try:
-                return ask(HfApi())
+                return request(HfApi())
             except errors.GatedRepoError as error:
                 raise DataError(
-                    f"{self.dataset} asks for consent: accept its terms on {constants.ENDPOINT}/datasets/"
+                    f"{self.dataset} is gated: accept its terms on {constants.ENDPOINT}/datasets/"
                     f"{self.dataset} and log in with `hf auth login`"
                 ) from error
             except errors.RepositoryNotFoundError as error:
                 raise DataError(
-                    f"no data set {self.dataset} on {constants.ENDPOINT}, or none that you may see: check the name, "
+                    f"no data set {self.dataset} on {constants.ENDPOINT}, or you may not read it: check the name, "
                     "or log in with `hf auth login`"
                 ) from error
             except errors.RevisionNotFoundError as error:
@@ -142,44 +152,44 @@ class HubRepository:
                 raise DataError(f"{self.dataset!r} is not the name of a data set: {error}") from error
             except errors.OfflineModeIsEnabled as error:
                 raise DataError(
-                    f"{what}: HF_HUB_OFFLINE is set; unset it, or use what is on this machine "
+                    f"{what}: HF_HUB_OFFLINE is set; unset it, or use data on this machine "
                     "(`files PATH`, `pretokenized FOLDER` or `sample`)"
                 ) from error
             except problems as error:
                 self._wait_or_give_up(error, what, attempt, constants.ENDPOINT)
 
-    def _wait_or_give_up(self, error, what, attempt, endpoint):
-        cause = error
-        while cause.__cause__ is not None:  # the client says "not in the cache" where the network is the reason
+    def _wait_or_give_up(self, error: Exception, what: str, attempt: int, endpoint: str) -> None:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the client's error is "not in the cache" if the network fails
             cause = cause.__cause__
         response = getattr(error, "response", None)
         if response is None:
             response = getattr(cause, "response", None)
         status = getattr(response, "status_code", None)
         if getattr(error, "errno", None) is not None and not isinstance(error, (ConnectionError, TimeoutError)):
-            raise error  # the disk's, not the network's
+            raise error  # a disk error, not a network error
         reason = f"HTTP {status}" if status else (" ".join(str(cause).split()) or type(cause).__name__)
         is_final = status is not None and 400 <= status < 500 and status not in (408, 416, 429)
         if is_final or attempt == _ATTEMPTS:
             tried = "" if is_final else f" after {attempt} attempts"
             raise DataError(
-                f"{what} was not to be had from {endpoint}{tried} ({reason}); check the network, the proxy settings "
+                f"{what}: request to {endpoint} failed{tried} ({reason}); check the network, the proxy settings "
                 "and HF_ENDPOINT, and run the same command again: finished files are kept"
             ) from error
         pause = _FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
-        asked = (getattr(response, "headers", None) or {}).get("retry-after", "")
-        if str(asked).isdigit():
-            pause = max(pause, float(asked))
+        retry_after = (getattr(response, "headers", None) or {}).get("retry-after", "")
+        if str(retry_after).isdigit():
+            pause = max(pause, float(retry_after))
         pause = min(pause, _LONGEST_PAUSE_SECONDS)
         print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr)
         time.sleep(pause)
 
 
-def in_background(function, *arguments):
-    """A Future. Of a thread that does not outlive the program, as an executor's would."""
-    future = Future()
+def in_background(function: Callable[..., Any], *arguments: Any) -> Future:
+    """Run a function in a daemon thread; an executor's thread would delay the program's exit."""
+    future: Future = Future()
 
-    def work():
+    def work() -> None:
         try:
             future.set_result(function(*arguments))
         except BaseException as error:
@@ -189,40 +199,53 @@ def in_background(function, *arguments):
     return future
 
 
-def in_time(ask):
-    """The same, with a TimeoutError after _LISTING_SECONDS."""
+def with_timeout(request: Callable[["HfApi"], Any]) -> Callable[["HfApi"], Any]:
+    """Return a function that calls `request` and raises TimeoutError after _LISTING_SECONDS."""
 
-    def ask_in_time(api):
+    def request_with_timeout(api: "HfApi") -> Any:
         try:
-            return in_background(ask, api).result(_LISTING_SECONDS)
+            return in_background(request, api).result(_LISTING_SECONDS)
         except TimeoutError:
-            raise TimeoutError(f"no answer in {_LISTING_SECONDS:.0f} seconds") from None
+            raise TimeoutError(f"no response in {_LISTING_SECONDS:.0f} seconds") from None
 
-    return ask_in_time
+    return request_with_timeout
 
 
-def _difference(path, file):
-    """What is wrong with a downloaded file, or None."""
+def _find_mismatch(path: Path, file: dict[str, Any]) -> str | None:
+    """Compare a downloaded file with the Hub's size and SHA-256; None if both match."""
     size = path.stat().st_size
     if size != file["bytes"]:
-        return f"{size:,} bytes came instead of {file['bytes']:,}"
+        return f"received {size:,} of {file['bytes']:,} bytes"
     if file["sha256"] is not None:
         with path.open("rb") as content:
             if hashlib.file_digest(content, "sha256").hexdigest() != file["sha256"]:
-                return "other bytes came than the Hub's SHA-256 is of"
+                return "the SHA-256 of the received file is not the Hub's"
     return None
 
 
 class HubSource:
-    """The training split of a text data set on the Hub, made of .parquet, .jsonl or .txt files."""
+    """The training split of a text data set on the Hub that has .parquet, .jsonl or .txt files."""
 
-    def __init__(self, repository, *, subset=None, text_column="text", separator=None, errors="strict", keep=False):
+    def __init__(
+        self,
+        repository: HubRepository,
+        *,
+        subset: str | None = None,
+        text_column: str = "text",
+        separator: str | None = None,
+        errors: str = "strict",
+        keep: bool = False,
+    ) -> None:
         """
+        Record the settings; `inputs` looks for the files.
+
         Args:
-            repository: HubRepository.
-            subset: of the data set ("config"); None for its default.
-            text_column, separator, errors: see data.sources.FileSource.
-            keep: leave the downloaded files where they are.
+            repository: the data set.
+            subset: subset of the data set (a "config" in its card); None for the default.
+            text_column: see data.sources.FileSource.
+            separator: see data.sources.FileSource.
+            errors: see data.sources.FileSource.
+            keep: keep the downloaded files.
         """
         self.repository, self.subset, self.keep = repository, subset, keep
         self.text_column, self.separator, self.errors = text_column, separator, errors
@@ -237,23 +260,25 @@ class HubSource:
         }
 
     @property
-    def note(self):
-        """What asked_revision meant."""
+    def provenance(self) -> dict[str, str]:
+        """The commit that the requested revision points to."""
         return {"revision": self.repository.commit}
 
-    def inputs(self):
+    def inputs(self) -> list[dict[str, Any]]:
         """
+        List the files of the training split.
+
         Raises:
-            DataError: no such data set or subset, no files that can be read.
+            DataError: the data set or the subset does not exist, or has no supported files.
         """
-        from fsspec.utils import glob_translate  # what `datasets` reads these patterns with
+        from fsspec.utils import glob_translate  # `datasets` translates these patterns with it
 
         patterns = self._patterns()
         folder = _folder_of(patterns) if patterns else ""
         files = self.repository.files(folder)
         if patterns:
-            wanted = [re.compile(glob_translate(pattern)) for pattern in patterns]
-            files = [file for file in files if any(pattern.fullmatch(file["path"]) for pattern in wanted)]
+            regexes = [re.compile(glob_translate(pattern)) for pattern in patterns]
+            files = [file for file in files if any(regex.fullmatch(file["path"]) for regex in regexes)]
         else:
             files = _training_files(files, self.subset)
         readable = [file for file in files if file_kind(file["path"])]
@@ -263,13 +288,13 @@ class HubSource:
             raise DataError(
                 f"{name}: no file of kind {', '.join(KINDS)} for training"
                 + (f" (it has {', '.join(suffixes)})" if suffixes else "")
-                + "; the Hub's own conversion may have it: --revision refs/convert/parquet"
+                + "; try the Hub's conversion to Parquet: --revision refs/convert/parquet"
             )
         best = next(kind for kind in (".parquet", ".jsonl", ".txt") if kind in {file_kind(f["path"]) for f in readable})
         return [file for file in readable if file_kind(file["path"]) == best]
 
-    def _patterns(self):
-        """Globs of the subset's training files, from the card; None where it says nothing of files."""
+    def _patterns(self) -> list[str] | None:
+        """Return the globs of the subset's training files from the card; None if the card does not list files."""
         configs = [c for c in self.repository.card.get("configs") or [] if isinstance(c, dict) and c.get("config_name")]
         if not configs:
             return None
@@ -294,35 +319,35 @@ class HubSource:
                 )
         return [pattern.removeprefix("./") for pattern in ([files] if isinstance(files, str) else files)]
 
-    def fetch(self, file):
-        """See HubRepository.fetch."""
+    def fetch(self, file: dict[str, Any]) -> Path:
+        """Download a file, see HubRepository.fetch."""
         return self.repository.fetch(file)
 
-    def done_with(self, path):
-        """Removes the copy."""
+    def done_with(self, path: Path) -> None:
+        """Remove the copy, unless `keep`."""
         if not self.keep:
             path.unlink(missing_ok=True)
 
-    def records(self, file, path, progress):
-        """See FileSource.records."""
+    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
+        """Yield the documents of a file, see FileSource.records."""
         where = f"{self.repository.dataset}/{file['path']}"
         return file_records(
             path, where=where, text_column=self.text_column, separator=self.separator, progress=progress
         )
 
 
-def _folder_of(patterns):
-    """The deepest folder that all patterns lie below: one short list of files instead of the whole repository's."""
+def _folder_of(patterns: Sequence[str]) -> str:
+    """Return the deepest folder that contains all patterns, so that only its files are listed."""
     parts = []
-    for together in zip(*(PurePosixPath(pattern).parts[:-1] for pattern in patterns), strict=False):
-        if len(set(together)) > 1 or set("*?[") & set(together[0]):
+    for level in zip(*(PurePosixPath(pattern).parts[:-1] for pattern in patterns), strict=False):
+        if len(set(level)) > 1 or set("*?[") & set(level[0]):
             break
-        parts.append(together[0])
+        parts.append(level[0])
     return "/".join(parts)
 
 
-def _training_files(files, subset):
-    """Where no card says which: those of the subset's folder, without what its name calls something else."""
+def _training_files(files: list[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:
+    """Select training files by name, where the card does not list them: the subset's folder without test files."""
     if subset is not None:
         files = [file for file in files if subset in PurePosixPath(file["path"]).parts[:-1]]
         if not files:

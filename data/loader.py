@@ -1,24 +1,28 @@
 """
-Batches of windows. Window w of a shard is its tokens [w T, w T + T], T + 1 of them: T inputs and the T tokens that
-follow each. Which windows a step trains on is a pure function of (seed, step):
+Batches of windows.
+
+Window w of a shard is its tokens [w T, w T + T], T + 1 of them: T inputs, and for each the token that follows it. The
+windows of a step are a pure function of (seed, step):
 
     stream    permutation of all windows by (seed, epoch 0), then by (seed, epoch 1), ...
     step s    the stream's positions s B ... s B + B - 1, for a global batch of B windows
     rank r    of W processes takes rows r B/W ... (r + 1) B/W - 1 of them
 
-So each window comes once an epoch, any step can be asked for at once, and neither the number of processes nor a
-crash changes what is trained on.
+So each window comes once per epoch, any step can be read directly, and the training data does not depend on the number
+of processes or on a crash.
 """
 
 import hashlib
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data import DataError
+from data.shards import Shard
 from data.tokenizer import EOT
 
 ORDERS = ("shuffled", "sequential", "lecture")
@@ -29,38 +33,41 @@ _STEPS_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """Rows for a model."""
+    """Inputs and targets of a training or validation step."""
 
     inputs: torch.Tensor
     """[rows, T] int64"""
     targets: torch.Tensor
     """[rows, T] int64: the token after each input"""
     position_ids: torch.Tensor | None
-    """[rows, T] int64, 0 where a document begins; None where documents are not kept apart"""
+    """[rows, T] int64, 0 at the beginning of each document; None if windows ignore documents"""
 
-    def split(self, rows):
-        """Batches of so many rows each."""
+    def split(self, rows: int) -> list["Batch"]:
+        """Split into batches of this many rows each."""
         parts = [[None] * len(self.inputs) if x is None else x.split(rows) for x in self]
         return [Batch(*part) for part in zip(*parts, strict=False)]
 
-    def map(self, function):
-        """A Batch of what the function makes of each tensor."""
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """Apply a function to each tensor."""
         return Batch(*(None if x is None else function(x) for x in self))
 
 
 class Permutation:
     """
-    A permutation of 0 ... size - 1 that looks up any place without making the others: a Feistel network over the next
-    power of four, whose results beyond the size go round again ("cycle walking"; Black and Rogaway, Ciphers with
-    Arbitrary Finite Domains, 2002). A shuffled list of 10 billion tokens' windows is 80 MB a process and half a second
-    an epoch; this is neither, and is the same in every version of NumPy.
+    A pseudo-random permutation of 0 ... size - 1 that computes any position without the others.
+
+    It is a Feistel network over the next power of four; results beyond the size are enciphered again ("cycle walking";
+    Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). A shuffled list of the windows of 10 billion tokens
+    would cost 80 MB per process and half a second per epoch, and would depend on the version of NumPy.
     """
 
-    def __init__(self, size, key):
+    def __init__(self, size: int, key: str) -> None:
         """
+        Derive the round keys.
+
         Args:
-            size: above 0.
-            key: a str; another one gives another permutation.
+            size: number of elements, at least 1.
+            key: selects the permutation.
         """
         self.size = size
         self._half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
@@ -68,232 +75,254 @@ class Permutation:
         digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
         self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
-    def __call__(self, places):
-        """
-        Args:
-            places: [N] int array.
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the elements at these positions: [N] int -> [N] int64."""
+        elements = self._encipher(np.asarray(positions, dtype=np.uint64))
+        while (outside := elements >= self.size).any():
+            elements[outside] = self._encipher(elements[outside])
+        return elements.astype(np.int64)
 
-        Returns:
-            [N] int64: what stands at these places.
-        """
-        found = self._encipher(np.asarray(places, dtype=np.uint64))
-        while (outside := found >= self.size).any():
-            found[outside] = self._encipher(found[outside])
-        return found.astype(np.int64)
-
-    def _encipher(self, x):
+    def _encipher(self, x: np.ndarray) -> np.ndarray:
         left, right = x >> self._half_bits, x & self._mask
         for key in self._keys:
             left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return (left << self._half_bits) | right
 
 
-def _mix(x):
-    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit of uint64 x sways every bit of the result."""
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014): each input bit changes every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 class _Windows:
-    """All windows of some shards under one numbering."""
+    """All windows of several shards, numbered consecutively."""
 
-    def __init__(self, shards, seq_len):
+    def __init__(self, shards: Sequence[Shard], seq_len: int) -> None:
         self.shards, self.seq_len = shards, seq_len
         counts = [max(0, (len(shard) - 1) // seq_len) for shard in shards]
         self.starts = np.cumsum([0, *counts])  # first window of each shard
 
-    def __len__(self):
+    def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def locate(self, indices):
-        """([N] numbers of the shards, [N] first tokens in them) of these windows."""
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the shard number and the offset of the first token in it of each window, both [N]."""
         numbers = np.searchsorted(self.starts, indices, side="right") - 1
         return numbers, (indices - self.starts[numbers]) * self.seq_len
 
-    def read(self, indices, boundary):
-        """Batch of len(indices) rows."""
+    def read(self, indices: np.ndarray, boundary: str) -> Batch:
+        """Read windows into a batch, one row each."""
         T = self.seq_len
         numbers, begins = self.locate(indices)
         rows = np.empty((len(indices), T + 1), dtype=np.uint16)
         for row, number, begin in zip(rows, numbers.tolist(), begins.tolist(), strict=True):
             row[:] = self.shards[number][begin : begin + T + 1]
-        # NumPy and not torch: in the reading thread, torch would start threads of its own for each operation.
+        # Not in torch, which would start its own threads for each operation in the reader thread.
         tokens = rows.astype(np.int64)
-        parts = [tokens[:, :-1], tokens[:, 1:], _positions(rows[:, :-1]) if boundary == "document" else None]
+        parts = [tokens[:, :-1], tokens[:, 1:], _document_positions(rows[:, :-1]) if boundary == "document" else None]
         return Batch(*(None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
 
 
-def _positions(inputs):
-    """Places in their documents, [rows, T]; a window that begins within a document counts from its own beginning."""
-    place = np.arange(inputs.shape[1])
-    begin = np.maximum.accumulate(np.where(inputs == EOT, place, 0), axis=1)
-    return place - begin
+def _document_positions(inputs: np.ndarray) -> np.ndarray:
+    """Return the position of each token in its document, [rows, T]; a document cut at the front counts from there."""
+    position = np.arange(inputs.shape[1])
+    begin = np.maximum.accumulate(np.where(inputs == EOT, position, 0), axis=1)
+    return position - begin
 
 
 class WindowLoader:
-    """The training batches of one process; see the head of this file."""
+    """The training batches of one process; see the top of this file."""
 
-    def __init__(self, shards, *, seq_len, batch_size, seed, order="shuffled", boundary="ignore", rank=0, world_size=1):
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        order: str = "shuffled",
+        boundary: str = "ignore",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         """
+        Check the settings and number the windows.
+
         Args:
-            shards: list of data.shards.Shard, as `data.manifest.open_split` gives them.
+            shards: the training shards, from `data.manifest.open_split`.
             seq_len: T, tokens in a training sequence.
-            batch_size: B, windows in a step over all processes.
-            seed: of the order.
-            order: "shuffled"; "sequential": as the windows lie in the shards, every epoch alike; or "lecture": see
+            batch_size: B, windows per step over all processes.
+            seed: seed of the shuffled order.
+            order: "shuffled"; "sequential", the order in the shards, the same in each epoch; or "lecture", see
                 `_lecture_batch`.
-            boundary: "ignore" documents in a window, or "document": position ids begin again with each.
-            rank, world_size: this process and how many there are.
+            boundary: "ignore", or "document": position ids restart at each document.
+            rank: index of this process.
+            world_size: number of processes.
 
         Raises:
-            DataError: too little data for a window, a batch that the processes cannot share evenly, an order or
-                boundary that does not exist.
+            DataError: the shards have no window, the batch is not divisible by the number of processes, or the order
+                or boundary does not exist.
         """
         if batch_size % world_size:
-            raise DataError(f"a batch of {batch_size} windows cannot be shared evenly by {world_size} processes")
-        for name, value, known in (("order", order, ORDERS), ("boundary", boundary, BOUNDARIES)):
-            if value not in known:
-                raise DataError(f"{name} {value!r} is none of {', '.join(known)}")
+            raise DataError(f"a batch of {batch_size} windows cannot be divided evenly by {world_size} processes")
+        for name, value, choices in (("order", order, ORDERS), ("boundary", boundary, BOUNDARIES)):
+            if value not in choices:
+                raise DataError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
         self.windows = _Windows(shards, seq_len)
         if not len(self.windows):
             raise DataError(
-                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) hold no window of "
+                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) have no window of "
                 f"{seq_len} + 1 tokens; give more text or a shorter batch.seq_len"
             )
         if order == "lecture":
-            tokens, too_short = (
-                batch_size * seq_len,
-                [shard for shard in shards if len(shard) < 2 * batch_size * seq_len],
-            )
+            tokens = batch_size * seq_len
+            too_short = [shard for shard in shards if len(shard) < 2 * tokens]
             if batch_size % _LECTURE_GPUS or too_short:
                 raise DataError(
-                    f"order 'lecture' takes batches of {_LECTURE_GPUS} equal parts and shards of two batches or more: "
-                    f"a batch has {batch_size} windows, {tokens:,} tokens, and {len(too_short)} shard(s) are shorter "
-                    "than two; take order 'sequential'"
+                    f"order 'lecture' needs a batch divisible by {_LECTURE_GPUS} and shards of at least two batches: "
+                    f"the batch has {batch_size} windows ({tokens:,} tokens), and {len(too_short)} shard(s) have less "
+                    "than two batches; use order 'sequential'"
                 )
         self.batch_size, self.seed, self.order, self.boundary = batch_size, seed, order, boundary
         self.rank, self.world_size = rank, world_size
 
     @property
-    def num_windows(self):
-        """Windows in an epoch."""
+    def num_windows(self) -> int:
+        """Windows per epoch."""
         return len(self.windows)
 
     @property
-    def tokens_per_epoch(self):
-        """Tokens trained on in an epoch."""
+    def tokens_per_epoch(self) -> int:
+        """Training tokens per epoch."""
         return len(self.windows) * self.windows.seq_len
 
-    def global_batch(self, step):
-        """Window numbers of a step, [B] int64, the same on every process."""
+    def global_batch(self, step: int) -> np.ndarray:
+        """Return the window numbers of a step, [B] int64, the same on every process."""
         if self.order == "lecture":
             return self._lecture_batch(step)
-        epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), len(self.windows))
+        stream = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, windows = np.divmod(stream, len(self.windows))
         if self.order == "shuffled":
             for epoch in np.unique(epochs):
                 permutation = Permutation(len(self.windows), f"seed {self.seed}, epoch {epoch}")
-                places[epochs == epoch] = permutation(places[epochs == epoch])
-        return places
+                windows[epochs == epoch] = permutation(windows[epochs == epoch])
+        return windows
 
-    def _lecture_batch(self, step):
+    def _lecture_batch(self, step: int) -> np.ndarray:
         """
-        What the lecture's 8 GPUs read (DataLoaderLite of build-nanogpt's train_gpt2.py), whatever trains here.
+        Return the windows that the lecture's 8 GPUs read (DataLoaderLite of build-nanogpt's train_gpt2.py).
 
-        GPU g begins a shard at the g-th eighth of its first B T tokens and goes on in leaps of B T, as long as one more
-        leap and a token fit behind the place it comes to. So the last GPUs leave a shard a step before the first ones,
-        and are one more step ahead of them after each such shard.
+        GPU g starts a shard at the g-th eighth of its first B T tokens and advances by B T per step, as long as one
+        more such step and a token fit after its position. So the last GPUs finish a shard one step before the first
+        ones, and are one more step ahead of them after each such shard.
         """
         rows = self.batch_size // _LECTURE_GPUS
         parts = []
         for gpu in range(_LECTURE_GPUS):
-            stretches = [
+            steps_per_shard = [
                 (len(shard) - 1 - gpu * rows * self.windows.seq_len) // (self.batch_size * self.windows.seq_len)
                 for shard in self.windows.shards
             ]
-            ends = np.cumsum(stretches)
-            place = step % ends[-1]
-            shard = np.searchsorted(ends, place, side="right")
-            stretch = place - (ends[shard] - stretches[shard])
-            first = self.windows.starts[shard] + stretch * self.batch_size + gpu * rows
+            ends = np.cumsum(steps_per_shard)
+            step_in_epoch = step % ends[-1]
+            shard = np.searchsorted(ends, step_in_epoch, side="right")
+            step_in_shard = step_in_epoch - (ends[shard] - steps_per_shard[shard])
+            first = self.windows.starts[shard] + step_in_shard * self.batch_size + gpu * rows
             parts.append(np.arange(first, first + rows))
         return np.concatenate(parts)
 
-    def places(self, step):
+    def window_origins(self, step: int) -> list[dict[str, Any]]:
         """
-        Where this process's rows of a step come from.
+        Locate this process's windows of a step in the shards.
 
         Returns:
-            list of {"shard": file name, "first_token": its place among the shard's tokens}, a row each.
+            {"shard": file name, "first_token": offset in the shard's tokens} for each row.
         """
-        numbers, begins = self.windows.locate(self._mine(step))
+        numbers, begins = self.windows.locate(self._rank_windows(step))
         names = [shard.path and shard.path.name for shard in self.windows.shards]
         return [
             {"shard": names[number], "first_token": begin}
             for number, begin in zip(numbers.tolist(), begins.tolist(), strict=True)
         ]
 
-    def _mine(self, step):
+    places = window_origins  # the old name, until train.py has the new one
+
+    def _rank_windows(self, step: int) -> np.ndarray:
         rows = self.batch_size // self.world_size
         return self.global_batch(step)[self.rank * rows : (self.rank + 1) * rows]
 
-    def batch(self, step):
+    def batch(self, step: int) -> Batch:
         """
+        Read this process's B / world_size rows of a step.
+
         Args:
             step: optimizer steps taken so far; 0 for the first batch.
 
-        Returns:
-            Batch of this process's B / world_size rows.
-
         Raises:
-            DataError: a token that is not the one that was written, or that GPT-2 does not have.
+            DataError: a token differs from the one that was written, or is not in GPT-2's vocabulary.
         """
-        return self.windows.read(self._mine(step), self.boundary)
+        return self.windows.read(self._rank_windows(step), self.boundary)
 
-    def batches(self, first_step, last_step, *, pin_memory=False):
+    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
         """
-        The same, read ahead by a thread of its own.
+        Read the batches of several steps ahead of time in a background thread.
 
         Args:
-            first_step, last_step: the first step, and the one to stop before.
-            pin_memory: put batches where a GPU copies from without waiting.
+            first_step: the first step.
+            last_step: the step to stop before.
+            pin_memory: read into pinned memory, from which a GPU copies asynchronously.
 
         Yields:
-            Batch of each step.
+            The batch of each step.
         """
 
-        def read(step):
+        def read(step: int) -> Batch:
             batch = self.batch(step)
             return batch.map(torch.Tensor.pin_memory) if pin_memory else batch
 
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
-            coming = deque()
+            pending = deque()
             try:
                 for step in range(first_step, last_step + _STEPS_AHEAD):
                     if step < last_step:
-                        coming.append(reader.submit(read, step))
-                    if len(coming) > _STEPS_AHEAD or (step >= last_step and coming):
-                        yield coming.popleft().result()
+                        pending.append(reader.submit(read, step))
+                    if len(pending) > _STEPS_AHEAD or (step >= last_step and pending):
+                        yield pending.popleft().result()
             finally:
-                for future in coming:
+                for future in pending:
                     future.cancel()
 
 
-def validation_batches(shards, *, seq_len, batch_size, max_tokens, boundary="ignore", rank=0, world_size=1):
+def validation_batches(
+    shards: Sequence[Shard],
+    *,
+    seq_len: int,
+    batch_size: int,
+    max_tokens: int,
+    boundary: str = "ignore",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
     """
-    The first windows of the validation split, in order, each on exactly one process.
+    Read the first windows of the validation split, in order, each on exactly one process.
 
     Args:
-        batch_size: windows in one yield, at most.
-        max_tokens: stop before scoring more tokens than this (over all processes).
+        shards: the validation shards, from `data.manifest.open_split`.
+        seq_len: T, tokens in a sequence.
+        batch_size: maximum number of rows in a batch.
+        max_tokens: maximum number of tokens to score, over all processes.
         boundary: see WindowLoader.
+        rank: index of this process.
+        world_size: number of processes.
 
     Yields:
-        Batch of up to batch_size rows. Processes may get different numbers of windows: sum losses and token counts,
-        and add those up over processes at the end.
+        A batch of up to batch_size rows. Processes may get different numbers of windows: sum the losses and the token
+        counts over the processes at the end.
 
     Raises:
-        DataError: too little data for a window, max_tokens too small for one.
+        DataError: the shards have no window, or max_tokens is less than one.
     """
     windows = _Windows(shards, seq_len)
     count = min(len(windows), max_tokens // seq_len)
@@ -302,6 +331,6 @@ def validation_batches(shards, *, seq_len, batch_size, max_tokens, boundary="ign
             f"no validation window of {seq_len} + 1 tokens: the split has {sum(len(s) for s in shards):,} tokens and "
             f"eval.val_tokens is {max_tokens:,}; give more text, or more val_tokens"
         )
-    mine = np.arange(rank, count, world_size)
-    for start in range(0, len(mine), batch_size):
-        yield windows.read(mine[start : start + batch_size], boundary)
+    rank_windows = np.arange(rank, count, world_size)
+    for start in range(0, len(rank_windows), batch_size):
+        yield windows.read(rank_windows[start : start + batch_size], boundary)

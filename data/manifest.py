@@ -1,8 +1,8 @@
 """
-manifest.json: what a folder of shards holds, where it came from, and the checksums that its tokens are held against.
+manifest.json describes a folder of shards: its files, their source and their checksums.
 
-data.prepare writes it last, so a folder that has one is whole. Until then the folder has preparing.json, the same
-without shards. A folder without either holds somebody else's shards, and the names of its files decide.
+data.prepare writes it last, so a folder that has one is complete. Until then the folder has preparing.json, the same
+without shards. A folder without either has shards made by another tool; the file names give the splits.
 """
 
 import dataclasses
@@ -11,150 +11,152 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
+from typing import Any
 
 from common.cli import shell_quote
 from data import DataError
-from data.shards import REMEDY, open_shard, write_and_rename
+from data.shards import REMEDY, Shard, open_shard, write_and_rename
 from data.tokenizer import tokenizer_sha256
 
 MANIFEST = "manifest.json"
 PREPARING = "preparing.json"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val")
-_SEAL = "sha256_of_the_rest"
-_MEND = (
+_CHECKSUM_KEY = "sha256_of_the_rest"
+_REMEDY = (
     "restore it from a copy, or remove it and run `python -m data.prepare pretokenized DIR --out DIR`, which checks "
-    "the shards in DIR and writes another"
+    "the shards in DIR and writes a new one"
 )
 
 
 @dataclass(kw_only=True)
 class Manifest:
-    """What stands in manifest.json."""
+    """The content of manifest.json."""
 
     name: str
-    """the shards' names begin with it"""
-    source: dict
-    """where the documents came from, enough to fetch them again"""
-    inputs: list = field(default_factory=list)
-    """one {"path", "bytes", "part"} a file that was read, in order; parts are prepared independently of each other"""
+    """prefix of the shards' file names"""
+    source: dict[str, Any]
+    """settings and provenance of the source, enough to fetch the documents again"""
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    """{"path", "bytes", "part"} of each input file, in order; parts are prepared independently of each other"""
     split_rule: str
-    """how documents were dealt to train and val"""
+    """how documents were split into train and val"""
     val_fraction: float | None = None
-    """the share of documents asked for as val; None where somebody else dealt them"""
+    """fraction of the documents for val; None for imported shards"""
     shard_tokens: int | None = None
-    """most tokens in a shard; None where somebody else made them"""
+    """maximum number of tokens in a shard; None for imported shards"""
     max_tokens: int | None = None
-    """the documents end before they have more tokens than this together"""
+    """maximum number of tokens in all shards; the last document is the last one that fits"""
     tokenizer: str = "gpt2"
-    """its name, and below what decides whether it is the same"""
+    """name of the tokenizer; tokenizer_sha256 decides if two are the same"""
     tokenizer_sha256: str = field(default_factory=tokenizer_sha256)
     """see data.tokenizer.tokenizer_sha256"""
-    versions: dict = field(default_factory=dict)
-    """of what made it: {"python": "3.11.7", "tiktoken": ...}"""
+    versions: dict[str, str] = field(default_factory=dict)
+    """versions of the software that made the shards: {"python": "3.11.7", "tiktoken": ...}"""
     format_version: int = FORMAT_VERSION
-    """of the manifest"""
-    shards: list = field(default_factory=list)
-    """one {"file", "split", "part", "tokens", "documents", "sha256", "crc32"} a shard, in order (shards.scan_shard)"""
+    """version of the manifest's format"""
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    """{"file", "split", "part", "tokens", "documents", "sha256", "crc32"} of each, in order (see shards.scan_shard)"""
 
-    def write(self, path):
-        write_sealed(path, dataclasses.asdict(self))
+    def write(self, path: str | Path) -> None:
+        """Write the manifest with its checksum."""
+        write_json_with_checksum(path, dataclasses.asdict(self))
 
-    def total(self, split, key):
-        """Sum of "tokens" or "documents" over the shards of a split."""
+    def total(self, split: str, key: str) -> int:
+        """Sum "tokens" or "documents" over the shards of a split."""
         return sum(shard[key] for shard in self.shards if shard["split"] == split)
 
     @property
-    def num_parts(self):
+    def num_parts(self) -> int:
+        """Number of parts of the preparation."""
         return max((file["part"] for file in self.inputs), default=0) + 1
 
 
-def write_sealed(path, content):
-    """A JSON object with a checksum of itself, so that a damaged one is told from a whole one."""
-    content = {**content, _SEAL: _seal(content)}
+def write_json_with_checksum(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a JSON object with a checksum of its content, so that `read_json_with_checksum` detects damage."""
+    content = {**content, _CHECKSUM_KEY: _checksum(content)}
     write_and_rename(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def read_sealed(path, mend=_MEND):
+def read_json_with_checksum(path: str | Path, remedy: str = _REMEDY) -> dict[str, Any]:
     """
-    Args:
-        mend: what to do about a damaged one, for the message.
+    Read a JSON object and check its checksum.
 
-    Returns:
-        dict.
+    Args:
+        path: a file from `write_json_with_checksum`.
+        remedy: the end of the error message for a damaged file.
 
     Raises:
-        DataError: it cannot be read, or is not what `write_sealed` wrote.
+        DataError: the file cannot be read, or is damaged.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        seal = content.pop(_SEAL)
-        is_whole = seal == _seal(content)
+        is_intact = content.pop(_CHECKSUM_KEY) == _checksum(content)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} is damaged or no manifest ({type(error).__name__}: {reason}); {mend}") from error
-    if not is_whole:
-        raise DataError(f"{path} is damaged: its checksum is not that of its content; {mend}")
+        raise DataError(f"{path} is damaged or not a manifest ({type(error).__name__}: {reason}); {remedy}") from error
+    if not is_intact:
+        raise DataError(f"{path} is damaged: its checksum does not match its content; {remedy}")
     return content
 
 
-def _seal(content):
+def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder, name=MANIFEST):
+def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
     """
+    Read a folder's manifest; None if the folder does not have one.
+
     Args:
+        folder: a folder of shards.
         name: MANIFEST or PREPARING.
 
-    Returns:
-        Manifest, or None where there is none.
-
     Raises:
-        DataError: it cannot be read, is damaged, of another version, or speaks of another tokenizer.
+        DataError: the manifest cannot be read, is damaged, has another format version, or names another tokenizer.
     """
     path = Path(folder) / name
     if not path.exists():
         return None
-    mend = _MEND if name == MANIFEST else f"remove {folder} and prepare it again"
-    content = read_sealed(path, mend)
-    if content.get("format_version") != FORMAT_VERSION:  # first: another format may have other keys
+    remedy = _REMEDY if name == MANIFEST else f"remove {folder} and prepare it again"
+    content = read_json_with_checksum(path, remedy)
+    if content.get("format_version") != FORMAT_VERSION:  # checked first: another format may have other keys
         raise DataError(
-            f"{path}: format {content.get('format_version')!r}, this program reads {FORMAT_VERSION}; {mend}"
+            f"{path}: format {content.get('format_version')!r}, this program reads {FORMAT_VERSION}; {remedy}"
         )
     if content.get("tokenizer_sha256") != tokenizer_sha256():
-        raise DataError(f"{path}: these shards were made with another tokenizer than GPT-2's; prepare them again")
+        raise DataError(f"{path}: another tokenizer than GPT-2's made these shards; prepare them again")
     return Manifest(**content)
 
 
-def is_to_be_prepared(folder):
-    """Whether there is nothing in that place, or what an interrupted preparation left."""
+def needs_preparing(folder: str | Path) -> bool:
+    """Return True if the folder does not exist, or has only what an interrupted preparation left."""
     folder = Path(folder)
     return not folder.exists() or ((folder / PREPARING).exists() and not (folder / MANIFEST).exists())
 
 
-def open_split(folder, split):
+def open_split(folder: str | Path, split: str) -> list[Shard]:
     """
+    Open the shards of a split, in order.
+
     Args:
+        folder: a folder of shards, with or without a manifest.
         split: "train" or "val".
 
-    Returns:
-        list of data.shards.Shard, in order.
-
     Raises:
-        DataError: no such folder, one that is not finished, no shards of that split, or one of them is not whole.
+        DataError: the folder does not exist or is not finished, has no shards of the split, or one is damaged.
     """
     folder = Path(folder)
     if folder.is_file():
         raise DataError(
-            f"{folder} is a file, not a folder of shards. Make one of it with `python -m data.prepare files "
+            f"{folder} is a file, not a folder of shards. Make shards from it with `python -m data.prepare files "
             f"{shell_quote(folder)} --out {shell_quote(Path('shards') / folder.stem)}`"
         )
     if not folder.is_dir():
         raise DataError(
-            f"no data in {folder}: there is no such folder{_near(folder)} Make it with "
+            f"no data in {folder}: the folder does not exist{_similar_names(folder)} Make it with "
             f"`python -m data.prepare files YOUR_TEXT --out {shell_quote(folder)}` (or `sample`, for the offline "
             "sample)"
         )
@@ -163,11 +165,11 @@ def open_split(folder, split):
         shards = [open_entry(folder, entry) for entry in manifest.shards if entry["split"] == split]
     elif (folder / PREPARING).exists():
         raise DataError(
-            f"{folder} is not finished: its preparation was interrupted or still runs. Run the same "
-            "`python -m data.prepare` command again; it goes on where it stopped"
+            f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
+            "`python -m data.prepare` command again to resume it"
         )
     else:
-        shards = [open_shard(path) for path in foreign_shards(folder).get(split, [])]
+        shards = [open_shard(path) for path in unmanaged_shards(folder).get(split, [])]
     if not shards:
         raise DataError(
             f"no {split} shards (*_{split}_*.bin) in {folder}; make them with "
@@ -176,67 +178,66 @@ def open_split(folder, split):
     return shards
 
 
-def _near(folder: Path) -> str:
-    """Name the folders next to it that are called almost the same, for a message."""
+def _similar_names(folder: Path) -> str:
+    """Name the folders next to it that have similar names, for a message."""
     try:
         names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
         names = []
-    near = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else "."
+    similar = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(str(folder.parent / name) for name in similar)}?" if similar else "."
 
 
-def open_entry(folder, entry):
+def open_entry(folder: str | Path, entry: dict[str, Any]) -> Shard:
     """
-    Args:
-        folder: of the manifest.
-        entry: one of its shards.
+    Open a shard of a manifest.
 
-    Returns:
-        data.shards.Shard.
+    Args:
+        folder: the manifest's folder.
+        entry: one of the manifest's shards.
 
     Raises:
-        DataError: the file is missing, not a whole shard, or of another length than the manifest says.
+        DataError: the file is missing, not a complete shard, or does not have the manifest's number of tokens.
     """
-    path = Path(folder) / entry["file"]  # an absolute one stays what it is
+    path = Path(folder) / entry["file"]  # imported shards have absolute paths
     shard = open_shard(path, crc32=entry["crc32"])
     if len(shard) != entry["tokens"]:
         raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
     return shard
 
 
-def foreign_shards(folder):
+def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:
     """
-    Shards that came without a manifest: {name}_{split}_{number}.bin or .npy, as llm.c and build-nanogpt name them.
+    Find shards without a manifest: {name}_{split}_{number}.bin or .npy, as llm.c and build-nanogpt name them.
 
     Returns:
-        {split: paths in order} of what was found.
+        {split: paths in order}, without splits that have no shards.
     """
-    found = {}
+    shards: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).iterdir()):
         split = split_of(path)
         if split and not path.name.startswith("."):
-            found.setdefault(split, []).append(path)
-    return found
+            shards.setdefault(split, []).append(path)
+    return shards
 
 
-def split_of(path):
-    """ "train", "val", or None where a file's name does not say that it is a shard."""
+def split_of(path: str | PurePath) -> str | None:
+    """Return "train" or "val", or None if the file's name is not that of a shard."""
     path = PurePath(path)
-    split = (path.stem.split("_")[-2:-1] or [""])[0]  # from the right: a name may well have "_val_" in it too
+    split = (path.stem.split("_")[-2:-1] or [""])[0]  # from the right: the name may have "_val_" in it too
     return split if path.suffix in (".bin", ".npy") and split in SPLITS else None
 
 
-def identity(folder):
+def dataset_fingerprint(folder: str | Path) -> dict[str, Any]:
     """
-    What a folder of shards is, for provenance.json and the console.
+    Describe a folder of shards, for provenance.json and the console.
 
     Returns:
-        dict: train_tokens, val_tokens, shards (number of files), and, all None for shards that came without a
-        manifest: manifest_sha256, train_sha256 (of the training shards' own, in order) and source.
+        train_tokens, val_tokens and shards (number of files); manifest_sha256, train_sha256 (a hash over the training
+        shards' hashes, in order) and source, which are None without a manifest.
 
     Raises:
-        DataError: as `open_split`.
+        DataError: see `open_split`.
     """
     train, val = open_split(folder, "train"), open_split(folder, "val")
     manifest = read_manifest(folder)
@@ -249,3 +250,6 @@ def identity(folder):
         "train_sha256": manifest and hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "source": manifest and manifest.source,
     }
+
+
+identity, is_to_be_prepared = dataset_fingerprint, needs_preparing  # the old names, until train.py has the new ones

@@ -1,16 +1,15 @@
 """
-Text to shards:
-
+Make shards from text:
     python -m data.prepare sample --out shards/sample
     python -m data.prepare fineweb-edu --out shards/fineweb-edu
     python -m data.prepare hub --dataset OWNER/NAME --subset S --text_column C --out shards/theirs
     python -m data.prepare files book.txt notes/ "logs/**/*.jsonl.zst" --out shards/mine
     python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
-The input's files are gathered into parts, a large file being a part of its own. Each part is fetched, tokenised,
-written, read again and noted down in DIR/parts; when all are there, DIR/manifest.json is written and the notes go. A
-part's shards depend on nothing but the part, so that an interrupted preparation goes on with the next one, and several
-machines can share them out (--shard_index, --shard_count), with the same bytes in the end.
+The input files are grouped into parts; a large file gets its own part. Each part is fetched, tokenized, written, read
+again and recorded in DIR/parts. When all parts are recorded, DIR/manifest.json is written and the records are removed.
+The shards of a part depend only on the part. So an interrupted preparation resumes at the first missing part, and
+several machines can divide the parts (--shard_index, --shard_count); the bytes of the shards are the same.
 """
 
 import argparse
@@ -23,11 +22,13 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
+from typing import Any, Self
 
 from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, shell_quote
 
@@ -42,114 +43,139 @@ from common.locks import Lock, Timeout
 from data import DataError
 from data.encode import SPLIT_RULE, Encoder
 from data.hub import HubRepository, HubSource, in_background
-from data.manifest import MANIFEST, PREPARING, SPLITS, Manifest, read_manifest, read_sealed, write_sealed
+from data.manifest import (
+    MANIFEST,
+    PREPARING,
+    SPLITS,
+    Manifest,
+    read_json_with_checksum,
+    read_manifest,
+    write_json_with_checksum,
+)
 from data.pretokenized import HubShards, LocalShards
 from data.shards import MAX_TOKENS, ShardWriter, scan_shard
-from data.sources import FileSource, Progress, SampleSource
-from data.tokenizer import ENGINES
+from data.sources import FileSource, Progress, Record, SampleSource
+from data.tokenizer import TOKENIZER_BACKENDS
 
+Source = SampleSource | FileSource | HubSource | HubShards | LocalShards
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
-_PART_BYTES = 2**28  # small files are gathered until they are this large together
+_PART_BYTES = 2**28  # maximum size of a part of several files
 _SAMPLE_VAL_FRACTION = 0.05
 _PARTS, _DOWNLOADS, _LOCK = "parts", "downloads", ".lock"
 _SECONDS_BETWEEN_LINES = 30
 
-# Bytes of shards for a byte of input: a token is two bytes, and stands for about 4.3 of English.
+# Bytes of shards per byte of input: a token has two bytes and is about 4.3 bytes of English text.
 _SHARDS_PER_BYTE = {".txt": 0.5, ".jsonl": 0.5, ".parquet": 0.75, ".gz": 1.4, ".zst": 1.7, ".xz": 1.9}
 
 
 def prepare(
-    source,
-    out,
+    source: Source,
+    out: str | Path,
     *,
-    name,
-    val_fraction=None,
-    shard_tokens=_SHARD_TOKENS,
-    max_tokens=None,
-    num_proc=1,
-    engine="tiktoken",
-    shard_index=0,
-    shard_count=1,
-    say=lambda line: None,
-):
+    name: str,
+    val_fraction: float | None = None,
+    shard_tokens: int = _SHARD_TOKENS,
+    max_tokens: int | None = None,
+    num_proc: int = 1,
+    tokenizer_backend: str = "tiktoken",
+    shard_index: int = 0,
+    shard_count: int = 1,
+    log: Callable[[str], object] = lambda line: None,
+) -> Manifest | None:
     """
-    Makes a folder of shards with a manifest, or goes on making it.
+    Make a folder of shards with a manifest, or resume making it.
 
-    A document never crosses two shards. The shards' bytes depend on the source, `val_fraction`, `shard_tokens` and
-    `max_tokens`; not on `num_proc`, `engine`, `shard_count` or on how often this was interrupted.
+    A document is never split over two shards. The bytes of the shards depend on the source, `val_fraction`,
+    `shard_tokens` and `max_tokens`, but not on `num_proc`, `tokenizer_backend`, `shard_count` or interruptions.
 
     Args:
-        source: see data.sources; or shards to adopt, see data.pretokenized.
-        out: the folder.
-        name: the shards' names begin with it: {name}_train_00000000.bin, 5 digits for the part, 3 within it.
-        val_fraction: share of the documents that become validation; None for shards to adopt.
-        shard_tokens: most tokens in a shard (a longer document has a shard to itself).
-        max_tokens: stop before the document with which it would be more.
-        num_proc: processes that tokenise.
-        engine: see data.tokenizer.load_encoder.
-        shard_index, shard_count: prepare only every shard_count-th part, from shard_index on.
-        say: called with lines for the user.
+        source: documents, see data.sources, or shards to import, see data.pretokenized.
+        out: the folder to make.
+        name: prefix of the file names: {name}_train_00000000.bin has 5 digits for the part, 3 for the shard in it.
+        val_fraction: fraction of the documents for validation; None for imported shards.
+        shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
+        max_tokens: maximum number of tokens in all shards; the last document is the last one that fits.
+        num_proc: number of tokenizer processes.
+        tokenizer_backend: see data.tokenizer.load_encoder.
+        shard_index: index of the first part to prepare.
+        shard_count: prepare every shard_count-th part from there.
+        log: called with lines for the user.
 
     Returns:
-        Manifest; None if parts are missing that others have to prepare.
+        The manifest; None if other machines have not prepared their parts yet.
 
     Raises:
-        DataError: the folder holds something else, the source's own errors, a split without documents, a full disk,
-            a process that was killed. Finished parts are kept.
+        DataError: the folder has other content, the source failed, a split has no documents, the disk is full, or a
+            process was killed. Finished parts are kept.
     """
     out = Path(out)
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count)
     is_new = not out.exists()
     try:
-        plan = _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine)
+        plan = _open_plan(source, out, name, val_fraction, shard_tokens, max_tokens, tokenizer_backend)
         if plan.shards:
-            say(f"{out} is prepared already: nothing to do")
-            return finish(out)  # which clears up where that was interrupted
-        mine = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
-        _check_disk(plan, source, out, mine, say)
-        _prepare_parts(plan, source, out, mine, num_proc=num_proc, engine=engine, say=say)
+            log(f"{out} is already prepared: nothing to do")
+            return finish(out)  # completes an interrupted cleanup
+        own_parts = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
+        _check_disk(plan, source, out, own_parts, log)
+        _prepare_parts(plan, source, out, own_parts, num_proc=num_proc, tokenizer_backend=tokenizer_backend, log=log)
         return finish(out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or out
-            raise DataError(f"no room for {where} on its disk; make room or choose another --out") from error
-        raise DataError(f"{out} was not made: {error}; mend that or choose another --out") from error
+            raise DataError(f"no space for {where} on its disk; free some or choose another --out") from error
+        raise DataError(f"{out} was not made: {error}; fix that or choose another --out") from error
     finally:
-        if is_new and shard_count == 1 and out.is_dir() and not _holds_something(out):
+        if is_new and shard_count == 1 and out.is_dir() and not _has_finished_work(out):
             shutil.rmtree(out)
 
 
-def prepare_sample(out, *, val_fraction=_SAMPLE_VAL_FRACTION, **options):
-    """The offline sample corpus; train.py makes it when a recipe asks for it. See `prepare`."""
+def prepare_sample(out: str | Path, *, val_fraction: float = _SAMPLE_VAL_FRACTION, **options: Any) -> Manifest | None:
+    """Prepare the offline sample corpus, as train.py does for `--data.prepare_sample`; see `prepare`."""
     return prepare(SampleSource(), out, name="sample", val_fraction=val_fraction, **options)
 
 
-def _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count):
+def _check_numbers(
+    val_fraction: float | None,
+    num_proc: int,
+    shard_tokens: int,
+    max_tokens: int | None,
+    shard_index: int,
+    shard_count: int,
+) -> None:
     if val_fraction is not None and not 0 < val_fraction < 1:
         raise DataError(f"--val_fraction must be between 0 and 1, got {val_fraction}")
     if num_proc < 1:
         raise DataError(f"--num_proc must be at least 1, got {num_proc}")
     if not 1 <= shard_tokens <= MAX_TOKENS:
-        raise DataError(f"--shard_tokens must be 1 to {MAX_TOKENS:,}, got {shard_tokens}")
+        raise DataError(f"--shard_tokens must be between 1 and {MAX_TOKENS:,}, got {shard_tokens}")
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"--max_tokens must be at least 1, got {max_tokens}")
     if not 0 <= shard_index < shard_count:
-        raise DataError(f"--shard_index must be 0 to --shard_count - 1, got {shard_index} of {shard_count}")
+        raise DataError(f"--shard_index must be between 0 and --shard_count - 1, got {shard_index} of {shard_count}")
     if max_tokens is not None and shard_count > 1:
-        raise DataError("--max_tokens counts from the first document on, which --shard_count divides: give one of them")
+        raise DataError("--max_tokens needs all parts in order, and --shard_count divides them: give only one of them")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What is to be done, and what is done already.
+# The plan of a preparation and its finished parts.
 
 
-def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
-    """The folder's plan: a Manifest without shards. With shards, it is finished."""
+def _open_plan(
+    source: Source,
+    out: Path,
+    name: str,
+    val_fraction: float | None,
+    shard_tokens: int,
+    max_tokens: int | None,
+    tokenizer_backend: str,
+) -> Manifest:
+    """Return the folder's plan, a Manifest without shards, or the manifest of a finished folder."""
     if out.is_symlink() and not out.exists():
-        raise DataError(f"{out} is a link that leads nowhere; remove it or choose another --out")
+        raise DataError(f"{out} is a broken link; remove it or choose another --out")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; choose another --out")
-    asked = {
+    settings = {
         "source": source.settings,
         "val_fraction": val_fraction,
         "shard_tokens": None if val_fraction is None else shard_tokens,
@@ -159,58 +185,58 @@ def _begin(source, out, name, val_fraction, shard_tokens, max_tokens, engine):
     with _locked(out):
         plan = read_manifest(out) or read_manifest(out, PREPARING)
         if plan is not None:
-            state = "is there already" if plan.shards else "was begun"
-            _compare(plan, asked, f"{out} {state} with")
+            state = "already exists" if plan.shards else "was started"
+            _check_same_settings(plan, settings, f"{out} {state} with")
             if plan.shards:
                 return plan
             if hasattr(source, "repository"):
                 source.repository.pin(plan.source["revision"])
             else:
-                _look_again(plan, source, out)
+                _accept_changed_inputs(plan, source, out)
             return plan
-        if any(not entry.name.startswith(".") for entry in out.iterdir()) and not _lies_in(source, out):
-            raise DataError(f"{out} is there already and has something else in it; remove it or choose another --out")
+        if any(not entry.name.startswith(".") for entry in out.iterdir()) and not _is_source_folder(source, out):
+            raise DataError(f"{out} already exists and has other content; remove it or choose another --out")
         plan = Manifest(
             name=name,
-            inputs=_in_parts(source),
-            source={**source.settings, **source.note},
-            split_rule=SPLIT_RULE if val_fraction is not None else "as its maker dealt them: by the files' names",
-            versions=_versions(engine),
-            **{key: value for key, value in asked.items() if key != "source"},
+            inputs=_assign_parts(source),
+            source={**source.settings, **source.provenance},
+            split_rule=SPLIT_RULE if val_fraction is not None else "by the names of the imported files",
+            versions=_versions(tokenizer_backend),
+            **{key: value for key, value in settings.items() if key != "source"},
         )
         plan.write(out / PREPARING)
     return plan
 
 
 @contextlib.contextmanager
-def _locked(out):
-    """Where only one process is at a time. The lock's file goes when the folder is not in preparation (any more)."""
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the folder's lock, and remove its file at the end unless the folder is still in preparation."""
     path = out / _LOCK
     with Lock(path, warn=_warn):
         try:
             yield
         finally:
             if not (out / PREPARING).exists():
-                with contextlib.suppress(PermissionError):  # Windows does not remove open files; filelock does it there
+                with contextlib.suppress(PermissionError):  # Windows cannot remove open files; filelock does it there
                     path.unlink(missing_ok=True)
 
 
-def _compare(plan, asked, what):
-    """Raises where a folder's plan is not what is asked for now."""
-    was = {"val_fraction": plan.val_fraction, "shard_tokens": plan.shard_tokens, "max_tokens": plan.max_tokens}
-    was |= {key: plan.source.get(key) for key in plan.source.keys() & asked["source"].keys() | {"kind"}}
-    now = {**{key: value for key, value in asked.items() if key != "source"}, **asked["source"]}
-    for key, value in now.items():
-        if was.get(key) != value:
+def _check_same_settings(plan: Manifest, settings: Mapping[str, Any], what: str) -> None:
+    """Raise if the settings of the folder's plan are not the current ones."""
+    old = {"val_fraction": plan.val_fraction, "shard_tokens": plan.shard_tokens, "max_tokens": plan.max_tokens}
+    old |= {key: plan.source.get(key) for key in plan.source.keys() & settings["source"].keys() | {"kind"}}
+    new = {**{key: value for key, value in settings.items() if key != "source"}, **settings["source"]}
+    for key, value in new.items():
+        if old.get(key) != value:
             raise DataError(
-                f"{what} {key} {was.get(key)!r}, and not {value!r}; give the same, choose another --out, or remove it"
+                f"{what} {key} {old.get(key)!r}, got {value!r}; use the same value, choose another --out, or remove it"
             )
 
 
-def _in_parts(source):
-    """The source's files with the part each belongs to."""
+def _assign_parts(source: Source) -> list[dict[str, Any]]:
+    """Return the source's files, each with its part."""
     files, part, size = [], 0, 0
-    limit = 0 if hasattr(source, "adopt") else _PART_BYTES
+    limit = 0 if hasattr(source, "import_shard") else _PART_BYTES
     for file in source.inputs():
         if files and size + file["bytes"] > limit:
             part, size = part + 1, 0
@@ -219,65 +245,68 @@ def _in_parts(source):
     return files
 
 
-def _look_again(plan, source, out):
-    """Takes over that files have changed whose part is not done yet: as a rule, somebody mended them."""
-    now, notes = source.inputs(), _notes(out)
-    if [file["path"] for file in now] != [file["path"] for file in plan.inputs]:
-        raise DataError(f"{out} was begun with other files; choose another --out, or remove it")
-    for file, was in zip(now, plan.inputs, strict=True):
-        if file["bytes"] != was["bytes"] and was["part"] in notes:
+def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
+    """Accept changed input files if their part is not finished (the user probably fixed them)."""
+    files, part_records = source.inputs(), _part_records(out)
+    if [file["path"] for file in files] != [file["path"] for file in plan.inputs]:
+        raise DataError(f"{out} was started with other files; choose another --out, or remove it")
+    for file, old in zip(files, plan.inputs, strict=True):
+        if file["bytes"] != old["bytes"] and old["part"] in part_records:
             raise DataError(f"{file['path']} has changed since its part of {out} was made; remove {out}")
-    inputs = [{**file, "part": was["part"]} for file, was in zip(now, plan.inputs, strict=True)]
+    inputs = [{**file, "part": old["part"]} for file, old in zip(files, plan.inputs, strict=True)]
     if inputs != plan.inputs:
         plan.inputs = inputs
         plan.write(out / PREPARING)
 
 
-def _lies_in(source, out):
+def _is_source_folder(source: Source, out: Path) -> bool:
     return isinstance(source, LocalShards) and source.folder.resolve() == out.resolve()
 
 
-def _versions(engine):
-    """What the tokens depend on, for the manifest."""
+def _versions(tokenizer_backend: str) -> dict[str, str]:
+    """Return the versions of the software that makes the tokens, for the manifest."""
     versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
-    for package in ("gpt2-repro", *([engine] if engine != "tiktoken" else [])):
-        with contextlib.suppress(metadata.PackageNotFoundError):  # the rooms run from a checkout, installed or not
+    for package in ("gpt2-repro", *([tokenizer_backend] if tokenizer_backend != "tiktoken" else [])):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[package] = metadata.version(package)
     return versions
 
 
-def _notes(out):
-    """{part: note} of the finished parts; a note is {"part", "shards", "is_full"}."""
-    mend = "remove it, and its part is made again"
-    notes = [read_sealed(path, mend) for path in sorted((out / _PARTS).glob("*.json"))]
-    return {note["part"]: note for note in notes}
+def _part_records(out: Path) -> dict[int, dict[str, Any]]:
+    """Return {part: record} of the finished parts; a record is {"part", "shards", "is_full"}."""
+    remedy = "remove it, and its part is made again"
+    records = [read_json_with_checksum(path, remedy) for path in sorted((out / _PARTS).glob("*.json"))]
+    return {record["part"]: record for record in records}
 
 
-def _is_complete(plan, notes):
-    """Whether no part is missing. A part that filled max_tokens is the last."""
-    full = [part for part, note in notes.items() if note["is_full"]]
+def _is_complete(plan: Manifest, part_records: Mapping[int, dict[str, Any]]) -> bool:
+    """Return True if all parts are finished. A part that reaches max_tokens is the last one."""
+    full = [part for part, part_record in part_records.items() if part_record["is_full"]]
     last = min(full) if full else plan.num_parts - 1
-    return all(part in notes for part in range(last + 1))
+    return all(part in part_records for part in range(last + 1))
 
 
-def _holds_something(out):
+def _has_finished_work(out: Path) -> bool:
     return any(True for _ in (out / _PARTS).glob("*.json")) or any(
         (out / name).exists() for name in (MANIFEST, _DOWNLOADS)
     )
 
 
-def kept(out):
-    """Half a sentence for an error message: what a next try need not do again."""
+def kept_parts(out: str | Path) -> str:
+    """Return the end of an error message: the finished parts that the next run keeps."""
+    out = Path(out)
     with contextlib.suppress(DataError, OSError):
-        plan, notes = read_manifest(out, PREPARING), _notes(Path(out))
-        if plan is not None and notes:
-            return f". {len(notes)} of {plan.num_parts} parts are kept in {out}: the same command goes on from there"
+        plan, part_records = read_manifest(out, PREPARING), _part_records(out)
+        if plan is not None and part_records:
+            return f". {len(part_records)} of {plan.num_parts} parts are kept in {out}: run the same command to resume"
     return ""
 
 
-def _check_disk(plan, source, out, mine, say):
-    notes = _notes(out)
-    files = [file for file in plan.inputs if file["part"] in mine and file["part"] not in notes]
+def _check_disk(
+    plan: Manifest, source: Source, out: Path, own_parts: Sequence[int], log: Callable[[str], object]
+) -> None:
+    part_records = _part_records(out)
+    files = [file for file in plan.inputs if file["part"] in own_parts and file["part"] not in part_records]
     if isinstance(source, LocalShards) or not files:
         return
     sizes = sorted((file["bytes"] for file in files), reverse=True)
@@ -288,75 +317,91 @@ def _check_disk(plan, source, out, mine, say):
         if plan.max_tokens is not None:
             needed = min(needed, 2 * plan.max_tokens)
     if isinstance(source, HubSource):
-        needed += sum(sizes) if source.keep else sum(sizes[:2])  # one is read while the next comes
+        needed += sum(sizes) if source.keep else sum(sizes[:2])  # one is read while the next is downloaded
     free = shutil.disk_usage(out).free
-    say(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
+    log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
     if needed > free:
         raise DataError(
-            f"{out} needs about {needed / 1e9:,.2f} GB (an estimate), and its disk has {free / 1e9:,.2f} GB free; "
-            "make room, choose another --out, or give --max_tokens"
+            f"{out} needs about {needed / 1e9:,.2f} GB (an estimate), but its disk has only {free / 1e9:,.2f} GB free; "
+            "free some space, choose another --out, or give --max_tokens"
         )
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Doing it.
+# Making the parts.
 
 
-def _prepare_parts(plan, source, out, mine, *, num_proc, engine, say):
-    notes = _notes(out)
-    if _is_complete(plan, notes):
+def _prepare_parts(
+    plan: Manifest,
+    source: Source,
+    out: Path,
+    own_parts: Sequence[int],
+    *,
+    num_proc: int,
+    tokenizer_backend: str,
+    log: Callable[[str], object],
+) -> None:
+    part_records = _part_records(out)
+    if _is_complete(plan, part_records):
         return
-    todo = [part for part in mine if part not in notes]
+    pending = [part for part in own_parts if part not in part_records]
     (out / _PARTS).mkdir(exist_ok=True)
-    progress = Progress(sum(file["bytes"] for file in plan.inputs if file["part"] in mine))
-    progress.bytes_done = sum(file["bytes"] for file in plan.inputs if file["part"] in mine and file["part"] in notes)
+    progress = Progress(sum(file["bytes"] for file in plan.inputs if file["part"] in own_parts))
+    progress.bytes_done = sum(
+        file["bytes"] for file in plan.inputs if file["part"] in own_parts and file["part"] in part_records
+    )
     if progress.bytes_done:
-        say(f"resume    {len(mine) - len(todo)} of {len(mine)} parts are done")
-    earlier = [shard for note in notes.values() for shard in note["shards"]]
+        log(f"resume    {len(own_parts) - len(pending)} of {len(own_parts)} parts are done")
+    earlier_shards = [shard for part_record in part_records.values() for shard in part_record["shards"]]
     with (
-        _Display(progress, plan.max_tokens, say) as display,
-        _Work(plan, source, out, todo, display, earlier, num_proc=num_proc, engine=engine) as work,
+        _Display(progress, plan.max_tokens, log) as display,
+        _PartMaker(
+            plan, source, out, pending, display, earlier_shards, num_proc=num_proc, tokenizer_backend=tokenizer_backend
+        ) as part_maker,
     ):
-        for part in todo:
+        for part in pending:
             with _part_lock(out, part):
-                note = work.do(part)
-                write_sealed(out / _PARTS / f"{part:05d}.json", note)
-                work.clear_up()
-            if note["is_full"]:
+                part_record = part_maker.make(part)
+                write_json_with_checksum(out / _PARTS / f"{part:05d}.json", part_record)
+                part_maker.release_inputs()
+            if part_record["is_full"]:
                 return
 
 
-def make_part(manifest, source, part, out, *, num_proc):
+def make_part(manifest: Manifest, source: Source, part: int, out: str | Path, *, num_proc: int) -> list[dict[str, Any]]:
     """
-    One part again, for a folder that is finished.
+    Make one part of a finished folder again.
 
     Args:
-        manifest: of that folder.
-        source: as `source_of` gives it.
-        part: its number.
-        out: where the part's shards go.
-        num_proc: processes that tokenise.
+        manifest: the folder's manifest.
+        source: the folder's source, from `source_of`.
+        part: number of the part.
+        out: folder for the part's shards.
+        num_proc: number of tokenizer processes.
 
     Returns:
-        the part's shards, as in a manifest.
+        The part's shards, as in a manifest.
     """
+    out = Path(out)
     progress = Progress(sum(file["bytes"] for file in manifest.inputs if file["part"] == part))
-    earlier = [shard for shard in manifest.shards if shard["part"] < part]
+    earlier_shards = [shard for shard in manifest.shards if shard["part"] < part]
     with (
         _Display(progress, None, lambda line: None) as display,
-        _Work(manifest, source, out, [part], display, earlier, num_proc=num_proc, engine="tiktoken") as work,
+        _PartMaker(
+            manifest, source, out, [part], display, earlier_shards, num_proc=num_proc, tokenizer_backend="tiktoken"
+        ) as part_maker,
     ):
-        return work.do(part)["shards"]
+        return part_maker.make(part)["shards"]
 
 
 @contextlib.contextmanager
-def _part_lock(out, part):
+def _part_lock(out: Path, part: int) -> Iterator[None]:
     lock = Lock(out / _PARTS / f"{part:05d}.lock", warn=_warn)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise DataError(
-            f"another process is preparing part {part} of {out}; wait for it, or stop it and run this again"
+            f"another process is preparing part {part} of {out}; wait for it, or stop it and run this command again"
         ) from error
     try:
         yield
@@ -368,69 +413,86 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-class _Work:
-    """Makes parts, in order, with one pool of processes and the next file on its way."""
+class _PartMaker:
+    """Make parts in order, with one pool of processes, and download the next file while one is read."""
 
-    def __init__(self, plan, source, out, parts, display, earlier, *, num_proc, engine):
+    def __init__(
+        self,
+        plan: Manifest,
+        source: Source,
+        out: Path,
+        parts: Sequence[int],
+        display: "_Display",
+        earlier_shards: Sequence[dict[str, Any]],
+        *,
+        num_proc: int,
+        tokenizer_backend: str,
+    ) -> None:
         """
+        Set up the encoder.
+
         Args:
-            plan, source, out: see `prepare`.
-            parts: those to make.
-            display: _Display.
-            earlier: entries of the shards before them, which count for max_tokens.
+            plan: the folder's plan.
+            source: see `prepare`.
+            out: the folder.
+            parts: numbers of the parts to make.
+            display: shows the progress.
+            earlier_shards: entries of the shards before these parts, which count toward max_tokens.
+            num_proc: see `prepare`.
+            tokenizer_backend: see `prepare`.
         """
         self.plan, self.source, self.out, self.display = plan, source, out, display
         self.files = [file for file in plan.inputs if file["part"] in parts]
         self.copies, self.used = self._copies(), []
-        self.left = None  # tokens until max_tokens
-        self.encoder = None
-        if not hasattr(source, "adopt"):
+        self.tokens_left: int | None = None  # until max_tokens
+        self.encoder: Encoder | None = None
+        if not hasattr(source, "import_shard"):
             self.encoder = Encoder(
                 num_proc=num_proc,
                 val_fraction=plan.val_fraction,
                 text_column=plan.source.get("text_column", "text"),
                 errors=plan.source.get("errors", "strict"),
-                engine=engine,
+                tokenizer_backend=tokenizer_backend,
             )
             if plan.max_tokens is not None:
-                self.left = plan.max_tokens - sum(shard["tokens"] for shard in earlier)
+                self.tokens_left = plan.max_tokens - sum(shard["tokens"] for shard in earlier_shards)
         self.finisher = ThreadPoolExecutor(1)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.encoder is not None:
             self.encoder.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         if self.encoder is not None:
             self.encoder.__exit__(*error)
         self.finisher.shutdown()
 
-    def do(self, part):
-        """The part's note: {"part", "shards", "is_full"}."""
-        return self._adopt(part) if self.encoder is None else self._tokenise(part)
+    def make(self, part: int) -> dict[str, Any]:
+        """Make a part and return its record: {"part", "shards", "is_full"}."""
+        return self._import_shard(part) if self.encoder is None else self._tokenize(part)
 
-    def clear_up(self):
-        """When the part is noted down: nobody needs its files any more."""
+    def release_inputs(self) -> None:
+        """Release the part's input files, after the part was recorded."""
         while self.used and self.encoder is not None:
             self.source.done_with(self.used.pop())
 
-    def _copies(self):
-        """(file, path of a local copy) of each, the next one on its way meanwhile."""
-        coming = None
+    def _copies(self) -> Iterator[tuple[dict[str, Any], Path]]:
+        """Yield each file with the path of a local copy, and fetch the next file meanwhile."""
+        fetching = None
         for number, file in enumerate(self.files):
-            if coming is None:
-                coming = in_background(self.source.fetch, file)
+            if fetching is None:
+                fetching = in_background(self.source.fetch, file)
             self.display.waiting_for = file["path"]
-            path = coming.result()
+            path = fetching.result()
             self.display.waiting_for = None
-            coming = None
-            # With max_tokens, this one may be the last: a token is 2 to 4 bytes of most kinds of file.
-            if number + 1 < len(self.files) and (self.left is None or self.left > file["bytes"] / 4):
-                coming = in_background(self.source.fetch, self.files[number + 1])
+            fetching = None
+            # With max_tokens, this file may be the last one: a token takes 2 to 4 bytes in most kinds of files.
+            if number + 1 < len(self.files) and (self.tokens_left is None or self.tokens_left > file["bytes"] / 4):
+                fetching = in_background(self.source.fetch, self.files[number + 1])
             yield file, path
 
-    def _records(self, part):
+    def _records(self, part: int) -> Iterator[Record]:
         for _ in range(sum(file["part"] == part for file in self.files)):
             file, path = next(self.copies)
             self.used.append(path)
@@ -438,27 +500,27 @@ class _Work:
             self.display.progress.bytes_done += file["bytes"]
             self.display.progress.bytes_here = 0
 
-    def _tokenise(self, part):
+    def _tokenize(self, part: int) -> dict[str, Any]:
         writers = {}
         for split in SPLITS:
             prefix = f"{self.plan.name}_{split}_{part:05d}"
             for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
-                stale.unlink()  # of an interrupted try
+                stale.unlink()  # from an interrupted run
             writers[split] = ShardWriter(self.out, prefix, shard_tokens=self.plan.shard_tokens, executor=self.finisher)
         is_full = False
         try:
             with contextlib.closing(self.encoder.encode(self._records(part))) as batches:
                 for tokens, lengths, is_val in batches:
-                    if self.left is not None:
-                        fitting = int(np.searchsorted(np.cumsum(lengths), self.left, side="right"))
-                        is_full = fitting < len(lengths)
-                        lengths, is_val = lengths[:fitting], is_val[:fitting]
+                    if self.tokens_left is not None:
+                        count = int(np.searchsorted(np.cumsum(lengths), self.tokens_left, side="right"))
+                        is_full = count < len(lengths)
+                        lengths, is_val = lengths[:count], is_val[:count]
                         tokens = tokens[: lengths.sum()]
-                        self.left -= len(tokens)
+                        self.tokens_left -= len(tokens)
                     if is_val.any():
-                        of_val = np.repeat(is_val, lengths)
-                        writers["val"].add(tokens[of_val], lengths[is_val])
-                        writers["train"].add(tokens[~of_val], lengths[~is_val])
+                        val_mask = np.repeat(is_val, lengths)
+                        writers["val"].add(tokens[val_mask], lengths[is_val])
+                        writers["train"].add(tokens[~val_mask], lengths[~is_val])
                     else:
                         writers["train"].add(tokens, lengths)
                     self.display.update(len(tokens), len(lengths))
@@ -474,9 +536,9 @@ class _Work:
                 writer.abandon()
         return {"part": part, "shards": shards, "is_full": is_full}
 
-    def _adopt(self, part):
+    def _import_shard(self, part: int) -> dict[str, Any]:
         file, path = next(self.copies)
-        entry = self.source.adopt(file, path, self.out)
+        entry = self.source.import_shard(file, path, self.out)
         self.display.progress.bytes_done += file["bytes"]
         self.display.update(entry["tokens"], entry["documents"])
         shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
@@ -484,11 +546,11 @@ class _Work:
 
 
 class _Display:
-    """How far it is, on a terminal as a bar, into a file as lines."""
+    """Show the progress: a bar on a terminal, lines otherwise."""
 
-    def __init__(self, progress, max_tokens, say):
-        self.progress, self._max_tokens, self._say = progress, max_tokens, say
-        self.waiting_for = None
+    def __init__(self, progress: Progress, max_tokens: int | None, log: Callable[[str], object]) -> None:
+        self.progress, self._max_tokens, self._log = progress, max_tokens, log
+        self.waiting_for: str | None = None
         self._tokens = self._documents = 0
         self._at_start = progress.bytes_done
         self._started = self._last_line = time.monotonic()
@@ -498,47 +560,48 @@ class _Display:
             disable=not sys.stderr.isatty(),
         )
 
-    def __enter__(self):
-        self._over = threading.Event()
+    def __enter__(self) -> Self:
+        self._stopped = threading.Event()
         threading.Thread(target=self._show_waiting, daemon=True).start()
         return self
 
-    def __exit__(self, *error):
-        self._over.set()
+    def __exit__(self, *error: Any) -> None:
+        self._stopped.set()
         if self._tokens:
-            self._say(self._line())
+            self._log(self._line())
         self._bar.close()
 
-    def _show_waiting(self):
-        while not self._over.wait(_SECONDS_BETWEEN_LINES):
+    def _show_waiting(self) -> None:
+        while not self._stopped.wait(_SECONDS_BETWEEN_LINES):
             if self.waiting_for is not None:
-                self._say(f"download  waiting for {self.waiting_for}")
+                self._log(f"download  waiting for {self.waiting_for}")
 
-    def update(self, num_tokens, num_documents):
+    def update(self, num_tokens: int, num_documents: int) -> None:
+        """Add to the counts and show them, unless they were shown just before."""
         self._tokens += num_tokens
         self._documents += num_documents
         now = time.monotonic()
         if now - self._last_line > (_SECONDS_BETWEEN_LINES if self._bar.disable else 0.1):
             self._last_line = now
             if self._bar.disable:
-                self._say(self._line())
+                self._log(self._line())
             else:
                 self._bar.n = 100 * self._fraction()
                 self._bar.set_description_str(self._line().removeprefix("tokens    "))
 
-    def _fraction(self):
-        read = self.progress.bytes_done + min(self.progress.bytes_here, self.progress.total_bytes)
-        fraction = read / max(1, self.progress.total_bytes)
+    def _fraction(self) -> float:
+        bytes_read = self.progress.bytes_done + min(self.progress.bytes_here, self.progress.total_bytes)
+        fraction = bytes_read / max(1, self.progress.total_bytes)
         if self._max_tokens is not None:
             fraction = max(fraction, self._tokens / self._max_tokens)
         return min(1.0, fraction)
 
-    def _line(self):
+    def _line(self) -> str:
         seconds = time.monotonic() - self._started
-        done, before = self._fraction(), self._at_start / max(1, self.progress.total_bytes)
+        done, at_start = self._fraction(), self._at_start / max(1, self.progress.total_bytes)
         left = ""
-        if done > before:
-            left = f", {timedelta(seconds=round((1 - done) / (done - before) * seconds))} left"
+        if done > at_start:
+            left = f", {timedelta(seconds=round((1 - done) / (done - at_start) * seconds))} left"
         return (
             f"tokens    {self._tokens:,} of {self._documents:,} documents, {self._documents / seconds:,.0f} "
             f"documents/s, {self._tokens / seconds / 1e6:.2f}M tokens/s{left}"
@@ -546,27 +609,27 @@ class _Display:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Many parts to one whole.
+# Joining the parts.
 
 
-def finish(out):
+def finish(out: str | Path) -> Manifest | None:
     """
-    Writes the manifest when no part is missing any more, and removes the notes it is made of.
+    Write the manifest if all parts are finished, and remove their records.
 
     Returns:
-        Manifest, or None if parts are missing.
+        The manifest, or None if parts are missing.
 
     Raises:
-        DataError: a split without documents.
+        DataError: a split has no documents.
     """
     out = Path(out)
     with _locked(out):
         plan = read_manifest(out)
         if plan is None:
-            plan, notes = read_manifest(out, PREPARING), _notes(out)
-            if not _is_complete(plan, notes):
+            plan, part_records = read_manifest(out, PREPARING), _part_records(out)
+            if not _is_complete(plan, part_records):
                 return None
-            plan.shards = [shard for part in sorted(notes) for shard in notes[part]["shards"]]
+            plan.shards = [shard for part in sorted(part_records) for shard in part_records[part]["shards"]]
             for split in SPLITS:
                 if not plan.total(split, "tokens"):
                     for shard in plan.shards:
@@ -575,57 +638,54 @@ def finish(out):
                     shutil.rmtree(out / _PARTS)
                     (out / PREPARING).unlink()
                     raise DataError(
-                        f"no document fell into the {split} split (val_fraction {plan.val_fraction}): give more "
-                        "documents (--separator splits a long text into several) or another --val_fraction"
+                        f"the {split} split has no documents (val_fraction {plan.val_fraction}): give more documents "
+                        "(--separator splits a long text into several) or another --val_fraction"
                     )
             plan.write(out / MANIFEST)
         (out / PREPARING).unlink(missing_ok=True)
         shutil.rmtree(out / _PARTS, ignore_errors=True)
         downloads = out / _DOWNLOADS
-        shutil.rmtree(downloads / ".cache", ignore_errors=True)  # the client's
+        shutil.rmtree(downloads / ".cache", ignore_errors=True)  # written by huggingface_hub
         if not any(path.is_file() for path in downloads.rglob("*")):
             shutil.rmtree(downloads, ignore_errors=True)
     return plan
 
 
-def merge(folders, out):
+def merge(folders: Sequence[str | Path], out: str | Path) -> Manifest:
     """
-    Makes one folder of those in which several machines prepared their parts of the same source.
+    Merge the folders in which several machines prepared their parts of the same source.
 
     Args:
-        folders: what they made; `out` may be among them.
+        folders: the machines' folders; `out` may be one of them.
         out: the folder to make.
 
-    Returns:
-        Manifest.
-
     Raises:
-        DataError: a folder that is not one of these, parts of different preparations, a part that is missing.
+        DataError: a folder has no parts, the parts are of different preparations, or a part is missing.
     """
     out = Path(out)
     if (out / MANIFEST).exists():
-        raise DataError(f"{out} is prepared already; choose another --out")
+        raise DataError(f"{out} is already prepared; choose another --out")
     plan = None
     for folder in map(Path, folders):
-        found = read_manifest(folder, PREPARING)
-        if found is None:
-            raise DataError(f"{folder} holds no parts of a preparation (no {PREPARING} in it)")
+        folder_plan = read_manifest(folder, PREPARING)
+        if folder_plan is None:
+            raise DataError(f"{folder} has no parts of a preparation (no {PREPARING} in it)")
         if plan is None:
-            plan = found
-        elif asdict(found) | {"versions": None} != asdict(plan) | {"versions": None}:
+            plan = folder_plan
+        elif asdict(folder_plan) | {"versions": None} != asdict(plan) | {"versions": None}:
             raise DataError(f"{folder} and {folders[0]} are not parts of the same preparation")
     (out / _PARTS).mkdir(parents=True, exist_ok=True)
     if not (out / PREPARING).exists():
         plan.write(out / PREPARING)
     for folder in map(Path, folders):
         if folder.resolve() != out.resolve():
-            for part, note in _notes(folder).items():
-                for shard in note["shards"]:
+            for part, part_record in _part_records(folder).items():
+                for shard in part_record["shards"]:
                     _copy_shard(folder, shard, out)
-                write_sealed(out / _PARTS / f"{part:05d}.json", note)
+                write_json_with_checksum(out / _PARTS / f"{part:05d}.json", part_record)
     manifest = finish(out)
     if manifest is None:
-        missing = sorted(set(range(plan.num_parts)) - _notes(out).keys())
+        missing = sorted(set(range(plan.num_parts)) - _part_records(out).keys())
         raise DataError(
             f"of {plan.num_parts} parts, {len(missing)} are missing: {', '.join(map(str, missing[:20]))}"
             f"{' ...' if len(missing) > 20 else ''}; prepare them (--shard_index, --shard_count) and merge again"
@@ -633,7 +693,7 @@ def merge(folders, out):
     return manifest
 
 
-def _copy_shard(folder, shard, out):
+def _copy_shard(folder: Path, shard: dict[str, Any], out: Path) -> None:
     if Path(shard["file"]).is_absolute():
         return
     with atomic_write(out / shard["file"]) as tmp_path:
@@ -649,13 +709,15 @@ def _copy_shard(folder, shard, out):
 # The command.
 
 
-def source_of(settings, *, out, keep=False, max_tokens=None):
+def source_of(
+    settings: Mapping[str, Any], *, out: str | Path, keep: bool = False, max_tokens: int | None = None
+) -> Source:
     """
-    The source that has these settings.
+    Make the source that has these settings.
 
     Args:
-        settings: a source's own, or those in a manifest, which have the revision that was found, too.
-        out: the folder, where downloads go.
+        settings: settings of a source, or `Manifest.source`, which also has the provenance.
+        out: the folder to make; downloads go into it.
         keep: see HubSource.
         max_tokens: see data.pretokenized.
     """
@@ -680,29 +742,29 @@ def source_of(settings, *, out, keep=False, max_tokens=None):
     return LocalShards(settings["folder"], max_tokens=max_tokens)
 
 
-def _parser():
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m data.prepare",
-        description="Text to shards of GPT-2 tokens. Interrupted, the same command goes on where it stopped.",
+        description="Make shards of GPT-2 tokens from text. After an interruption, the same command resumes.",
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    def command(name, help):
-        added = commands.add_parser(name, help=help, description=help)
-        added.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
-        return added
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        subparser = commands.add_parser(name, help=help, description=help)
+        subparser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+        return subparser
 
-    sample = command("sample", "English that every Python carries; needs no network")
+    sample = command("sample", "Python's own documentation; needs no network")
     fineweb_edu = command("fineweb-edu", "HuggingFaceFW/fineweb-edu from the Hub, 10 billion tokens by default")
     fineweb = command("fineweb", "HuggingFaceFW/fineweb from the Hub, 10 billion tokens by default")
     hub = command("hub", "any text data set on the Hub")
-    files = command("files", "files of your own: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
-    pretokenized = command("pretokenized", "shards that others made, in llm.c's format or build-nanogpt's .npy")
-    merging = command("merge", "one folder of those that --shard_count made on several machines")
-    merging.add_argument("folders", nargs="+", metavar="PART_DIR", help="what each of them made")
+    files = command("files", "your own files: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
+    pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
+    merging = command("merge", "merge the folders that --shard_count made on several machines")
+    merging.add_argument("folders", nargs="+", metavar="PART_DIR", help="the folders to merge")
 
-    hub.add_argument("--dataset", required=True, metavar="OWNER/NAME", help="its name on the Hub")
-    pretokenized.add_argument("where", metavar="OWNER/NAME|FOLDER", help="a data set on the Hub, or a folder here")
+    hub.add_argument("--dataset", required=True, metavar="OWNER/NAME", help="id of the data set on the Hub")
+    pretokenized.add_argument("where", metavar="OWNER/NAME|FOLDER", help="a data set on the Hub, or a local folder")
     files.add_argument(
         "paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("notes/**/*.txt")'
     )
@@ -717,56 +779,59 @@ def _parser():
             "--errors",
             choices=("strict", "replace"),
             default="strict",
-            help="what bytes that are not UTF-8 do: stop it, or become U+FFFD (default: %(default)s)",
+            help="for bytes that are not UTF-8: stop, or replace them with U+FFFD (default: %(default)s)",
         )
     for source in (hub, files):
         source.add_argument(
             "--separator",
-            type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as one types them in a shell
-            help=r"what is between documents of a .txt file, \n for a line break (default: a file is a document)",
+            type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as typed in a shell
+            help=r"text between the documents of a .txt file, \n for a line break (default: each file is a document)",
         )
     for source in (fineweb_edu, fineweb, hub, files, pretokenized):
-        source.add_argument("--max_tokens", type=_number, help="no more tokens than this, 1e9 for example")
-        source.add_argument("--shard_index", type=int, default=0, help="of this machine, 0 to shard_count - 1")
-        source.add_argument("--shard_count", type=int, default=1, help="machines that share the files")
+        source.add_argument("--max_tokens", type=_integer, help="maximum number of tokens, for example 1e9")
+        source.add_argument("--shard_index", type=int, default=0, help="index of this machine, 0 to shard_count - 1")
+        source.add_argument("--shard_count", type=int, default=1, help="number of machines that divide the files")
     for source in (fineweb_edu, fineweb, hub, files):
-        source.add_argument("--shard_tokens", type=_number, default=_SHARD_TOKENS, help="most tokens in a shard")
+        source.add_argument(
+            "--shard_tokens", type=_integer, default=_SHARD_TOKENS, help="maximum number of tokens in a shard"
+        )
     for source, fraction in (*((s, 0.01) for s in (fineweb_edu, fineweb, hub, files)), (sample, _SAMPLE_VAL_FRACTION)):
         source.add_argument(
             "--val_fraction",
             type=float,
             default=fraction,
-            help="share of documents for validation (default: %(default)s)",
+            help="fraction of the documents for validation (default: %(default)s)",
         )
         source.add_argument(
-            "--num_proc", type=int, default=_cores(), help="processes that tokenise (default: all cores, %(default)s)"
+            "--num_proc", type=int, default=_cores(), help="tokenizer processes (default: all cores, %(default)s)"
         )
         source.add_argument(
-            "--engine",
-            choices=ENGINES,
+            "--tokenizer_backend",
+            choices=TOKENIZER_BACKENDS,
             default="tiktoken",
-            help='what tokenises; gigatoken gives the same tokens faster (pip install -e ".[fast]")',
+            help='gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")',
         )
+        source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
     return parser
 
 
-def _number(text):
-    """An int, also written 1e9 or 1_000_000."""
+def _integer(text: str) -> int:
+    """Parse an int, also written 1e9 or 1_000_000."""
     try:
         value = float(text)
         if value == int(value):
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write 1000000 or 1e6")
+    raise argparse.ArgumentTypeError(f"{text!r} is not an integer; write 1000000 or 1e6")
 
 
-def _cores():
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _settings(args):
-    """The arguments as a source's settings."""
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the source that the arguments describe."""
     if args.source == "sample":
         return {"kind": "sample"}
     if args.source == "pretokenized":
@@ -787,8 +852,11 @@ def _settings(args):
     }
 
 
-def _main(argv):
+def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
+    if getattr(args, "engine", None) is not None:
+        print("--engine is now called --tokenizer_backend", file=sys.stderr)
+        args.tokenizer_backend = args.engine
     try:
         if args.source == "merge":
             manifest = merge(args.folders, args.out)
@@ -799,30 +867,30 @@ def _main(argv):
                 keep=getattr(args, "keep_parquet", False),
                 max_tokens=getattr(args, "max_tokens", None),
             )
-            given = {
+            options = {
                 key: getattr(args, key)
                 for key in (
                     "val_fraction",
                     "shard_tokens",
                     "max_tokens",
                     "num_proc",
-                    "engine",
+                    "tokenizer_backend",
                     "shard_index",
                     "shard_count",
                 )
                 if hasattr(args, key)
             }
             name = "sample" if args.source == "sample" else Path(args.out).resolve().name
-            manifest = prepare(source, args.out, name=name, say=tqdm.write, **given)
+            manifest = prepare(source, args.out, name=name, log=tqdm.write, **options)
     except DataError as error:
-        raise DataError(f"{error}{kept(args.out)}") from error
+        raise DataError(f"{error}{kept_parts(args.out)}") from error
     except KeyboardInterrupt:
-        print_interrupted(f"interrupted{kept(args.out) or ': nothing was kept'}")
+        print_interrupted(f"interrupted{kept_parts(args.out) or ': nothing was kept'}")
         return interrupt_exit_code()
     if manifest is None:
         print(
-            f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. The last of "
-            "the machines that write there joins them all; what stands in several folders, this does:\n"
+            f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. If all "
+            "machines write to this folder, the last one merges the parts. Otherwise run:\n"
             f"python -m data.prepare merge {shell_quote(args.out)} ... --out DIR"
         )
         return 0
@@ -834,7 +902,7 @@ def _main(argv):
     return 0
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; see `common.cli.run_command`."""
     return run_command(_main, argv)
 

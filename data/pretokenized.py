@@ -1,9 +1,12 @@
-"""Shards that somebody else has made: in llm.c's format, or build-nanogpt's .npy. Checked, and used as they are."""
+"""Import shards made by other tools, in llm.c's format or build-nanogpt's .npy. They are checked and used unchanged."""
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data import DataError
-from data.manifest import foreign_shards, split_of
+from data.hub import HubRepository
+from data.manifest import split_of, unmanaged_shards
 from data.shards import HEADER_BYTES, scan_shard
 
 _NPY_HEADER_BYTES = 128
@@ -11,57 +14,67 @@ NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy)"
 
 
 class LocalShards:
-    """A folder of shards on this machine; they stay where they lie."""
+    """A folder of shards on this machine. The files are not moved."""
 
-    def __init__(self, folder, *, max_tokens=None):
+    def __init__(self, folder: str | Path, *, max_tokens: int | None = None) -> None:
         """
+        Select the shards of a folder.
+
         Args:
-            folder: where they are.
-            max_tokens: take no more training shards than hold this many tokens.
+            folder: the folder that has the shards.
+            max_tokens: use only as many training shards as are needed for this many tokens.
         """
-        self.folder, self.max_tokens, self.note = Path(folder), max_tokens, {}
+        self.folder, self.max_tokens, self.provenance = Path(folder), max_tokens, {}
         self.settings = {"kind": "pretokenized", "folder": str(folder)}
 
-    def inputs(self):
+    def inputs(self) -> list[dict[str, Any]]:
         """
+        List the shards to import.
+
         Raises:
-            DataError: no such folder, or no shards of one of the splits.
+            DataError: the folder does not exist, or has no shards of one of the splits.
         """
         if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder, and a data set's name on the Hub looks like owner/name")
-        found = foreign_shards(self.folder)
-        return _chosen(
-            [(split, {"path": path.name, "bytes": path.stat().st_size}) for split in found for path in found[split]],
+            raise DataError(f"{self.folder}: no such folder; the name of a data set on the Hub looks like owner/name")
+        shards = unmanaged_shards(self.folder)
+        return _select_shards(
+            [(split, {"path": path.name, "bytes": path.stat().st_size}) for split in shards for path in shards[split]],
             self.max_tokens,
             self.folder,
         )
 
-    def fetch(self, file):
+    def fetch(self, file: dict[str, Any]) -> Path:
+        """Return the path of a shard."""
         return self.folder / file["path"]
 
-    def adopt(self, file, path, folder):
+    def import_shard(self, file: dict[str, Any], path: Path, folder: str | Path) -> dict[str, Any]:
         """
+        Check a shard and describe it.
+
         Args:
-            path: what `fetch` gave.
-            folder: of the manifest.
+            file: one of `inputs()`.
+            path: the result of `fetch`.
+            folder: the folder of the manifest.
 
         Returns:
-            the manifest's entry of the shard, but for its part.
+            The shard's entry in the manifest, without its part.
 
         Raises:
-            DataError: it is not a whole shard.
+            DataError: the file is not a complete shard.
         """
         name = path.name if self.folder.resolve() == Path(folder).resolve() else str(path.resolve())
-        return _entry(file, path, name)
+        return _shard_entry(file, path, name)
 
 
 class HubShards:
-    """Shards on the Hub, as kjj0/fineweb10B-gpt2 has them."""
+    """Shards on the Hub, for example kjj0/fineweb10B-gpt2."""
 
-    def __init__(self, repository, *, max_tokens=None):
+    def __init__(self, repository: HubRepository, *, max_tokens: int | None = None) -> None:
         """
+        Select the shards of a data set.
+
         Args:
-            repository: data.hub.HubRepository.
+            repository: the data set.
             max_tokens: see LocalShards.
         """
         self.repository, self.max_tokens = repository, max_tokens
@@ -72,46 +85,52 @@ class HubShards:
         }
 
     @property
-    def note(self):
-        """What asked_revision meant."""
+    def provenance(self) -> dict[str, str]:
+        """The commit that the requested revision points to."""
         return {"revision": self.repository.commit}
 
-    def inputs(self):
+    def inputs(self) -> list[dict[str, Any]]:
         """
+        List the shards to import.
+
         Raises:
-            DataError: no such data set, or no shards of one of the splits in it.
+            DataError: the data set does not exist, or has no shards of one of the splits.
         """
         shards = [(split_of(file["path"]), file) for file in self.repository.files()]
-        return _chosen([(split, file) for split, file in shards if split], self.max_tokens, self.repository.dataset)
+        return _select_shards(
+            [(split, file) for split, file in shards if split], self.max_tokens, self.repository.dataset
+        )
 
-    def fetch(self, file):
-        """See HubRepository.fetch."""
+    def fetch(self, file: dict[str, Any]) -> Path:
+        """Download a shard, see HubRepository.fetch."""
         return self.repository.fetch(file)
 
-    def adopt(self, file, path, folder):
-        """See LocalShards.adopt; the shard moves into the folder."""
+    def import_shard(self, file: dict[str, Any], path: Path, folder: str | Path) -> dict[str, Any]:
+        """Check a shard and move it into the folder, see LocalShards.import_shard."""
         name = PurePosixPath(file["path"]).name
-        entry = _entry(file, path, name)
+        entry = _shard_entry(file, path, name)
         path.replace(Path(folder) / name)
         return entry
 
 
-def _chosen(shards, max_tokens, where):
-    """The files of (split, file) pairs: all of val, and of train as many as hold max_tokens."""
+def _select_shards(
+    shards: Sequence[tuple[str, dict[str, Any]]], max_tokens: int | None, where: object
+) -> list[dict[str, Any]]:
+    """Select from (split, file) pairs all of val, and as many of train as are needed for max_tokens."""
     for split in ("train", "val"):
-        if not any(split == found for found, _ in shards):
-            raise DataError(f"{where}: no {split} shards; they are recognised by their names, {NAMES}")
-    chosen, tokens = [], 0
+        if not any(split == other for other, _ in shards):
+            raise DataError(f"{where}: no {split} shards; they are recognized by their names, {NAMES}")
+    selected, tokens = [], 0
     for split, file in sorted(shards, key=lambda shard: (shard[0], shard[1]["path"])):
         if split == "val" or max_tokens is None or tokens < max_tokens:
-            chosen.append(file)
+            selected.append(file)
             if split == "train":
                 header = _NPY_HEADER_BYTES if file["path"].endswith(".npy") else HEADER_BYTES
                 tokens += (file["bytes"] - header) // 2
-    return chosen
+    return selected
 
 
-def _entry(file, path, name):
-    found = scan_shard(path)
-    del found["crc32_of_all"]
-    return {"file": name, "split": split_of(file["path"]), **found}
+def _shard_entry(file: dict[str, Any], path: Path, name: str) -> dict[str, Any]:
+    scan = scan_shard(path)
+    del scan["crc32_of_all"]
+    return {"file": name, "split": split_of(file["path"]), **scan}

@@ -1,19 +1,22 @@
 """
-Shards: files of tokens in llm.c's format, which the pretokenised FineWeb sets on the Hub have too.
+Shards: files of tokens in llm.c's format, as the pretokenized FineWeb data sets on the Hub.
 
     256 int32, little-endian    20240520 (magic), 1 (version), number of tokens, zeros
-    tokens, uint16              each document led by token 50256
+    tokens, uint16              each document begins with token 50256
 
-build-nanogpt's shards, one-dimensional uint16 arrays in NumPy's .npy format, are read as well. What a folder of them
-holds stands in its manifest (manifest.py), among it a CRC-32 of each block of BLOCK_TOKENS tokens: `Shard` checks a
-block the first time it is read from, so a token that is not the one that was written is an error and not training data.
+build-nanogpt's shards, one-dimensional uint16 arrays in NumPy's .npy format, can be read too. A folder's manifest
+(manifest.py) has a CRC-32 of each block of BLOCK_TOKENS tokens. `Shard` checks a block before its first use, so a
+damaged token is an error and never training data.
 """
 
 import hashlib
 import mmap
 import os
 import zlib
+from collections.abc import Sequence
+from concurrent.futures import Executor
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,40 +27,48 @@ from data.tokenizer import EOT, VOCAB_SIZE
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 256 * 4
-MAX_TOKENS = 2**31 - 1  # what the header's int32 can say
-BLOCK_TOKENS = 32_768  # 64 KiB: a batch of random windows touches few bytes besides its own
-REMEDY = "mend it with `python -m data.verify DIR --repair`, copy the file again, or prepare the folder again"
+MAX_TOKENS = 2**31 - 1  # the largest int32 in the header
+BLOCK_TOKENS = 32_768  # 64 KiB: checking the blocks of a batch of random windows reads little more than the batch
+REMEDY = "repair it with `python -m data.verify DIR --repair`, copy the file again, or prepare the folder again"
 
 
 class Shard:
-    """The tokens of one file, memory-mapped; slices of it are checked the first time their blocks are read."""
+    """The memory-mapped tokens of one file. Slicing checks each block before its first use."""
 
-    def __init__(self, tokens, *, path=None, offset=HEADER_BYTES, crc32=None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        *,
+        path: Path | None = None,
+        offset: int = HEADER_BYTES,
+        crc32: str | None = None,
+    ) -> None:
         """
+        Wrap an array of tokens.
+
         Args:
             tokens: [N] uint16 array, or memory map.
-            path: the file that is mapped; None where there is none.
+            path: the mapped file; None for an array in memory.
             offset: bytes of the file before the tokens.
-            crc32: hex, 8 digits a block, as `scan_shard` gives them; None where nobody wrote them down, and then
+            crc32: checksums of the blocks from `scan_shard`, 8 hex digits per block; None if there are none, and then
                 only ids that GPT-2 does not have are errors.
         """
         self.tokens, self.path, self.offset = tokens, path, offset
         self._crc32 = crc32
         self._is_checked = np.zeros(-(-len(tokens) // BLOCK_TOKENS), dtype=bool)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, window):
+    def __getitem__(self, window: slice) -> np.ndarray:
         """
-        Args:
-            window: a slice of neighbouring tokens.
+        Read a contiguous slice of tokens.
 
         Returns:
             [n] uint16 array, a view of the file.
 
         Raises:
-            DataError: the file has other tokens there than were written, or ids that GPT-2 does not have.
+            DataError: the tokens differ from those that were written, or GPT-2 does not have them.
         """
         begin, end, _ = window.indices(len(self.tokens))
         first, last = begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)
@@ -67,11 +78,11 @@ class Shard:
                     self._check(block)
         return self.tokens[begin:end]
 
-    def _check(self, block):
+    def _check(self, block: int) -> None:
         begin = block * BLOCK_TOKENS
         tokens = self.tokens[begin : begin + BLOCK_TOKENS]
         if self.path is not None:
-            # Read, and not through the map, which would take the block from the disk page by page.
+            # Not through the map, which would read the block from the disk page by page.
             try:
                 with self.path.open("rb", buffering=0) as file:
                     file.seek(self.offset + 2 * begin)
@@ -79,159 +90,171 @@ class Shard:
             except OSError as error:
                 raise DataError(f"{self.path}: {error.strerror or error}; {REMEDY}") from error
             if len(content) != 2 * len(tokens):
-                raise DataError(f"{self.path}: became shorter while it was read; {REMEDY}")
+                raise DataError(f"{self.path}: became shorter while it was being read; {REMEDY}")
             tokens = np.frombuffer(content, dtype="<u2")
         self.check_block(block, tokens, f"{zlib.crc32(tokens):08x}")
         self._is_checked[block] = True
 
-    def check_block(self, block, tokens, crc32):
+    def check_block(self, block: int, tokens: np.ndarray, crc32: str) -> None:
         """
+        Check the tokens of a block against the checksum from when they were written.
+
         Args:
-            block: its number.
-            tokens: what stands there.
-            crc32: theirs, 8 hex digits.
+            block: index of the block.
+            tokens: [n] uint16, the block's tokens as read from the file.
+            crc32: checksum of these tokens, 8 hex digits.
 
         Raises:
-            DataError: they are not what was written, or not GPT-2's.
+            DataError: the tokens differ from those that were written, or GPT-2 does not have them.
         """
         begin = block * BLOCK_TOKENS
         if self._crc32 is not None and crc32 != self._crc32[8 * block : 8 * block + 8]:
-            raise DataError(f"{self.path}: {self.byte_range(begin, len(tokens))} are not what was written; {REMEDY}")
+            byte_range = self.byte_range(begin, len(tokens))
+            raise DataError(f"{self.path}: {byte_range} do not match their checksum; {REMEDY}")
         self.check_ids(tokens, begin)
 
-    def byte_range(self, begin, count):
-        """Where `count` tokens from `begin` on stand in the file: "bytes 1,024 to 66,559"."""
+    def byte_range(self, begin: int, count: int) -> str:
+        """Return the position of `count` tokens from `begin` on in the file: "bytes 1,024 to 66,559"."""
         first = self.offset + 2 * begin
         return f"bytes {first:,} to {first + 2 * count - 1:,}"
 
-    def check_ids(self, tokens, begin):
+    def check_ids(self, tokens: np.ndarray, begin: int) -> None:
         """
+        Check that GPT-2 has all token ids.
+
         Args:
-            tokens: [n] token ids, those of the shard from `begin` on.
+            tokens: [n] token ids of the shard, from `begin` on.
+            begin: index of the first of them in the shard.
 
         Raises:
-            DataError: an id that GPT-2 does not have; names the file and the token's place in it.
+            DataError: GPT-2 does not have an id; names the file and the position.
         """
         if len(tokens) and tokens.max() >= VOCAB_SIZE:
-            place = int((tokens >= VOCAB_SIZE).argmax())
+            index = int((tokens >= VOCAB_SIZE).argmax())
             raise DataError(
-                f"{self.path or 'shard'}: token {begin + place:,} is {tokens[place]}, and GPT-2 has only {VOCAB_SIZE}: "
-                f"made with another tokenizer, or damaged at {self.byte_range(begin + place, 1)}; {REMEDY}"
+                f"{self.path or 'shard'}: token {begin + index:,} is {tokens[index]}, and GPT-2 has only {VOCAB_SIZE}: "
+                f"made with another tokenizer, or damaged at {self.byte_range(begin + index, 1)}; {REMEDY}"
             )
 
 
 class ShardWriter:
     """
-    The shards of one split, written as their documents come: {prefix}000.bin, {prefix}001.bin, ...
+    Write documents to the shards of one split: {prefix}000.bin, {prefix}001.bin, ...
 
-    A document never crosses two shards: one is closed when the next document would not fit. A file is written under
+    A document is never split over two shards: a shard ends when the next document does not fit. A file is written under
     another name, flushed to the disk, read again, and renamed.
     """
 
-    def __init__(self, folder, prefix, *, shard_tokens, executor):
+    def __init__(self, folder: str | Path, prefix: str, *, shard_tokens: int, executor: Executor) -> None:
         """
+        Prepare to write; the first document creates the first file.
+
         Args:
-            folder: where to write.
-            prefix: of the files' names.
-            shard_tokens: most tokens in a shard (a longer document has a shard to itself).
-            executor: concurrent.futures.Executor of threads, where shards are finished while others are written.
+            folder: folder of the shards.
+            prefix: prefix of the file names.
+            shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
+            executor: threads that finish shards while others are written.
         """
         self.folder, self.prefix, self.shard_tokens = Path(folder), prefix, shard_tokens
         self._executor, self._finishing = executor, []
         self._file = None
 
-    def add(self, tokens, lengths):
+    def add(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
         """
+        Write documents.
+
         Args:
-            tokens: [N] uint16, whole documents one after the other.
-            lengths: [D] int, tokens in each of them.
+            tokens: [N] uint16, the documents' tokens, concatenated.
+            lengths: [D] int, tokens in each document.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the shard cannot be written.
         """
         ends = np.cumsum(lengths)
         document = start = 0
         while document < len(lengths):
             if self._file is None:
                 self._open()
-            fitting = int(np.searchsorted(ends, start + self.shard_tokens - self._num_tokens, side="right"))
-            if fitting <= document:
+            end = int(np.searchsorted(ends, start + self.shard_tokens - self._num_tokens, side="right"))
+            if end <= document:
                 if self._num_tokens:
                     self._close()
                     continue
-                fitting = document + 1
-            part = np.ascontiguousarray(tokens[start : ends[fitting - 1]], dtype="<u2")
+                end = document + 1
+            part = np.ascontiguousarray(tokens[start : ends[end - 1]], dtype="<u2")
             self._file.write(part)
             self._crc32 = zlib.crc32(part, self._crc32)
             self._num_tokens += len(part)
-            document, start = fitting, int(ends[fitting - 1])
+            document, start = end, int(ends[end - 1])
 
-    def _open(self):
+    def _open(self) -> None:
         path = self.folder / f"{self.prefix}{len(self._finishing):03d}.bin"
-        self._file = _aside(path).open("wb")
+        self._file = _tmp_path(path).open("wb")
         self._path, self._num_tokens, self._crc32 = path, 0, 0
         self._file.write(bytes(HEADER_BYTES))
 
-    def _close(self):
+    def _close(self) -> None:
         file, self._file = self._file, None
         self._finishing.append(self._executor.submit(_finish_shard, file, self._path, self._num_tokens, self._crc32))
 
-    def finish(self):
+    def finish(self) -> list[dict[str, Any]]:
         """
+        Wait until all shards are complete and on the disk.
+
         Returns:
-            list of `scan_shard`'s dicts with "file", in order: every shard, whole and on the disk.
+            `scan_shard`'s dict of each shard, with "file", in order.
 
         Raises:
-            OSError: it cannot be written.
-            DataError: the disk gives back other bytes than were written.
+            OSError: a shard cannot be written.
+            DataError: the disk returned other bytes than were written.
         """
         if self._file is not None:
             self._close()
         return [future.result() for future in self._finishing]
 
-    def abandon(self):
-        """Closes what is open and removes what is not whole."""
+    def abandon(self) -> None:
+        """Close the open file and remove unfinished files."""
         for future in self._finishing:
-            future.cancel() or future.exception()  # waits for one that runs
+            future.cancel() or future.exception()  # waits for a running one
         if self._file is not None:
             self._file.close()
-            _aside(self._path).unlink(missing_ok=True)
+            _tmp_path(self._path).unlink(missing_ok=True)
 
 
-def _finish_shard(file, path, num_tokens, crc32):
+def _finish_shard(file: BinaryIO, path: Path, num_tokens: int, crc32: int) -> dict[str, Any]:
     with file:
         file.seek(0)
         file.write(_header(num_tokens))
         file.flush()
         os.fsync(file.fileno())
-    aside = _aside(path)
-    found = scan_shard(aside)
-    if found.pop("crc32_of_all") != crc32 or found["tokens"] != num_tokens:
-        raise DataError(f"{path}: the disk gave back other bytes than were written to it; check the disk")
-    replace_file(aside, path)
-    return {"file": path.name, **found}
+    tmp_path = _tmp_path(path)
+    scan = scan_shard(tmp_path)
+    if scan.pop("crc32_of_all") != crc32 or scan["tokens"] != num_tokens:
+        raise DataError(f"{path}: the disk returned other bytes than were written; check the disk")
+    replace_file(tmp_path, path)
+    return {"file": path.name, **scan}
 
 
-def _aside(path):
+def _tmp_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _header(num_tokens):
+def _header(num_tokens: int) -> np.ndarray:
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, num_tokens
     return header
 
 
-def write_shard(path, tokens):
+def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
     """
-    Writes one shard under another name, then renames it.
+    Write one shard under another name, then rename it.
 
     Args:
-        path: the file.
+        path: the shard's file.
         tokens: [N] token ids.
 
     Raises:
-        DataError: an id outside the vocabulary.
+        DataError: an id is outside the vocabulary.
     """
     path = Path(path)
     tokens = np.asarray(tokens)
@@ -240,24 +263,23 @@ def write_shard(path, tokens):
     write_and_rename(path, _header(len(tokens)), np.ascontiguousarray(tokens, dtype="<u2"))
 
 
-def write_and_rename(path, *parts):
-    """Bytes, or arrays as they lie in memory, to a file that is there whole or not at all."""
+def write_and_rename(path: str | Path, *parts: bytes | np.ndarray) -> None:
+    """Write bytes and the memory of arrays to a file under another name, then rename it."""
     with atomic_write(path) as tmp_path, tmp_path.open("wb") as file:
-        for part in parts:  # one after the other: joined, a shard of 200 MB would be in memory once more
+        for part in parts:  # separately: joining them would copy a shard of 200 MB
             file.write(part)
 
 
-def open_shard(path, crc32=None):
+def open_shard(path: str | Path, crc32: str | None = None) -> Shard:
     """
+    Map a shard into memory.
+
     Args:
-        path: a .bin file in llm.c's format, or a .npy file as build-nanogpt writes them.
+        path: a .bin file in llm.c's format, or a .npy file in build-nanogpt's.
         crc32: see `Shard`.
 
-    Returns:
-        Shard.
-
     Raises:
-        DataError: the file is missing, or its header and size are not those of a whole shard.
+        DataError: the file is missing, or its header and size are not those of a complete shard.
     """
     path = Path(path)
     try:
@@ -269,65 +291,66 @@ def open_shard(path, crc32=None):
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
     if hasattr(content, "madvise"):
-        # Windows are read in random order: without this, each page comes with the megabytes around it.
+        # Windows are read in random order: without this, each page fault reads the megabytes around the page.
         content.madvise(mmap.MADV_RANDOM)
     tokens = np.frombuffer(content, dtype="<u2", offset=offset, count=count)
     return Shard(tokens, path=path, offset=offset, crc32=crc32)
 
 
-def _bin_extent(path):
-    """(bytes before the tokens, number of tokens)"""
+def _bin_extent(path: Path) -> tuple[int, int]:
+    """Return the number of bytes before the tokens and the number of tokens."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header = np.frombuffer(file.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), dtype="<i4")
     magic, version, count = (int(value) for value in header[:3])
     if size < HEADER_BYTES:
         raise DataError(
-            f"{path}: {size} bytes are less than a shard's header of {HEADER_BYTES} "
+            f"{path}: {size} bytes, and the header of a shard has {HEADER_BYTES} "
             f"(bytes {size:,} to {HEADER_BYTES - 1:,} are missing); {REMEDY}"
         )
     if magic != MAGIC:
-        raise DataError(f"{path}: not a token shard (bytes 0 to 3 are {magic}, those of a shard {MAGIC}); {REMEDY}")
+        raise DataError(f"{path}: not a token shard (bytes 0 to 3 are {magic}, a shard has {MAGIC}); {REMEDY}")
     if version != VERSION:
         raise DataError(f"{path}: shard version {version} (bytes 4 to 7), this program reads {VERSION}; {REMEDY}")
     expected = HEADER_BYTES + 2 * count
     if count < 0 or size != expected:
         where = f"bytes {size:,} to {expected - 1:,} are missing" if size < expected else f"bytes from {expected:,} on"
         raise DataError(
-            f"{path}: the header (bytes 8 to 11) promises {count:,} tokens, {expected:,} bytes, and the file has "
-            f"{size:,}: torn or still being written ({where}); {REMEDY}"
+            f"{path}: {size:,} bytes, but {count:,} tokens by the header (bytes 8 to 11) need {expected:,} bytes: "
+            f"truncated or still being written ({where}); {REMEDY}"
         )
     return HEADER_BYTES, count
 
 
-def _npy_extent(path):
-    """(bytes before the tokens, number of tokens)"""
+def _npy_extent(path: Path) -> tuple[int, int]:
+    """Return the number of bytes before the tokens and the number of tokens."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{path}: not a whole .npy file ({' '.join(str(error).split())}); {REMEDY}") from error
+        raise DataError(f"{path}: not a complete .npy file ({' '.join(str(error).split())}); {REMEDY}") from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype != "<u2":
-        found = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
-        raise DataError(f"{path}: {found}, and a shard is uint16 [N]; {REMEDY}")
+        content = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
+        raise DataError(f"{path}: {content}, but a shard is uint16 [N]; {REMEDY}")
     offset = path.stat().st_size - tokens.nbytes
     if offset != getattr(tokens, "offset", offset):
         raise DataError(f"{path}: longer than its header says; {REMEDY}")
     return offset, len(tokens)
 
 
-def scan_shard(path, crc32=None):
+def scan_shard(path: str | Path, crc32: str | None = None) -> dict[str, Any]:
     """
-    Reads a whole shard.
+    Read all of a shard, check it and compute its checksums.
 
     Args:
+        path: see `open_shard`.
         crc32: see `Shard`.
 
     Returns:
-        dict: "tokens", "documents" (tokens 50256), "sha256" (of the file, hex), "crc32" (of each block of
-        BLOCK_TOKENS tokens, 8 hex digits each) and "crc32_of_all" (of all tokens, a number).
+        "tokens", "documents" (number of tokens 50256), "sha256" (of the file, hex), "crc32" (of each block of
+        BLOCK_TOKENS tokens, 8 hex digits each) and "crc32_of_all" (of all tokens, an int).
 
     Raises:
-        DataError: as `open_shard`; tokens that were not written, or that GPT-2 does not have.
+        DataError: see `open_shard` and `Shard.check_block`.
     """
     path = Path(path)
     shard = open_shard(path, crc32)

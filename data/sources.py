@@ -1,14 +1,14 @@
 """
-Where documents come from. A source has
+Sources of documents. A source has
 
-    settings            JSON-able dict: what was asked for, the same for the same documents
+    settings            JSON-able dict: the requested documents; equal settings mean equal documents
+    provenance          JSON-able dict for the manifest: facts found while fetching, for example the commit
     inputs()            the files to read, in order: {"path", "bytes"} each
-    fetch(input)        the path of a local copy
-    records(input, path, progress)      its documents as `Record`s, in order
-    done_with(path)     called when nobody needs the local copy any more
-    note                what was found out about the documents beside the settings, for the manifest: a revision
+    fetch(input)        returns the path of a local copy
+    records(input, path, progress)      yields the documents of a file as `Record`s, in order
+    done_with(path)     releases the local copy
 
-A record is bytes as they stand in the file; the processes that tokenise it decode and parse it too (`document`).
+A record has the bytes of the file; the tokenizer processes decode and parse it (`decode_record`).
 """
 
 import ast
@@ -22,78 +22,85 @@ import platform
 import sysconfig
 import zlib
 from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data import DataError
 
-# Test suites, bundled third-party code and an editor: hardly any prose, and not on every installation.
+# Test suites, bundled third-party code and an editor: little prose, and not in every installation.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip"}
-# A module with less than a paragraph of documentation is no document.
+# A module with less than a paragraph of documentation is not a document.
 _MIN_DOCSTRING_CHARACTERS = 200
 _MIN_SAMPLE_CHARACTERS = 1_000_000
 
 KINDS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _READ_BYTES = 1 << 20
-_MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above any document
-_PARQUET_ROWS = 64  # a batch of rows: few enough that long documents do not pile up
+_MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above real documents
+_PARQUET_ROWS = 64  # rows per batch: few, so that a batch of long documents fits in memory
 
 
 class Record(NamedTuple):
     """One document, not decoded yet."""
 
     content: bytes
-    """UTF-8 text, or a JSON value that holds it"""
+    """UTF-8 text, or a JSON value that has it"""
     is_json: bool
+    """True if `content` is a JSON value"""
     where: str
-    """the file, for messages"""
+    """file name for messages"""
     number: int
-    """its first line in the file, or its row"""
+    """number of the document's first line in the file, or of its row"""
 
 
 class Progress:
-    """How far reading has come; what reads writes it, what shows it reads it."""
+    """Reading progress: updated by the reader, shown by the display."""
 
-    def __init__(self, total_bytes):
+    def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
-        self.bytes_done = 0  # of inputs that are finished
-        self.bytes_here = 0  # of the one being read
+        self.bytes_done = 0  # of finished inputs
+        self.bytes_here = 0  # of the input being read
 
 
 class SampleSource:
     """
-    English prose that every Python carries: the language reference (pydoc_data.topics, a document a topic) and
-    the standard library's docstrings (a document a source file). About 2 million characters, which differ a
-    little between Python versions.
+    English prose that comes with Python, about 2 million characters; it differs slightly between Python versions.
+
+    The documents are the topics of the language reference (pydoc_data.topics) and the docstrings of each source file
+    of the standard library.
     """
 
-    def __init__(self):
-        self.note = {}
+    def __init__(self) -> None:
+        self.provenance: dict[str, Any] = {}
         self.settings = {"kind": "sample", "python": platform.python_version()}
 
-    def inputs(self):
+    def inputs(self) -> list[dict[str, Any]]:
+        """Return one input for all documents."""
         return [{"path": "the documentation of Python " + platform.python_version(), "bytes": 3_000_000}]
 
-    def fetch(self, file):
-        return None
+    def fetch(self, file: dict[str, Any]) -> None:
+        """Do nothing: the documents are installed with Python."""
 
-    def done_with(self, path):
-        pass
+    def done_with(self, path: None) -> None:
+        """Do nothing: `fetch` makes no copy."""
 
-    def records(self, file, path, progress):
+    def records(self, file: dict[str, Any], path: None, progress: Progress) -> Iterator[Record]:
+        """Yield the documents."""
         for number, text in enumerate(sample_documents(), start=1):
             yield Record(text.encode("utf-8", "replace"), False, file["path"], number)
 
 
-def sample_documents():
+def sample_documents() -> Iterator[str]:
     """
+    Yield the documents of the offline sample, see SampleSource.
+
     Raises:
-        DataError: this Python was stripped of its documentation.
+        DataError: this Python was installed without its documentation.
     """
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package it separately
+    except ImportError:  # a separate package in some distributions
         topics = {}
 
     documents = [topics[name] for name in sorted(topics)]
@@ -105,33 +112,33 @@ def sample_documents():
     characters = sum(len(text) for text in documents)
     if characters < _MIN_SAMPLE_CHARACTERS:
         raise DataError(
-            f"this Python's documentation has only {characters:,} characters ({library}): it was installed without "
-            "it. Use text of your own: `python -m data.prepare files PATH --out DIR`"
+            f"this Python's documentation has only {characters:,} characters ({library}); some packages of Python "
+            "leave it out. Use your own text: `python -m data.prepare files PATH --out DIR`"
         )
     yield from documents
 
 
-def _python_files(library):
+def _python_files(library: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(library):
-        folders[:] = set(folders) - _SKIPPED_FOLDERS  # others' packages, as many files again
+        folders[:] = set(folders) - _SKIPPED_FOLDERS
         yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
-def docstrings(path):
-    """The docstrings of a Python source file, in order, joined by blank lines; "" if it does not parse."""
+def docstrings(path: Path) -> str:
+    """Return the docstrings of a Python source file, in order, joined by blank lines; "" if it does not parse."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # some files of the standard library are broken on purpose
+    except (SyntaxError, ValueError, OSError):  # some files of the standard library are invalid on purpose
         return ""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in _statements(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # they come level by level
-    found = (ast.get_docstring(node, clean=False) for node in nodes)
-    return "\n\n".join(inspect.cleandoc(text) for text in found if text)
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # _statements yields them level by level
+    texts = (ast.get_docstring(node, clean=False) for node in nodes)
+    return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
 
 
-def _statements(tree):
-    """ast.walk without expressions, which are most of a tree and hold no docstrings."""
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Walk a tree without its expressions, which are most of it and have no docstrings."""
     parts = (ast.stmt, ast.ExceptHandler, ast.match_case)
     waiting = deque([tree])
     while waiting:
@@ -145,27 +152,36 @@ class FileSource:
     """
     Files on this machine: .txt and .jsonl, each also compressed (.gz, .xz, .zst), and .parquet.
 
-    A .txt file is a document, or several with a separator between them; a line of a .jsonl file or a row of a
-    .parquet file is one.
+    A .txt file is one document, or several with a separator between them. Each line of a .jsonl file and each row of a
+    .parquet file is a document.
     """
 
-    def __init__(self, paths, *, text_column="text", separator=None, errors="strict"):
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        text_column: str = "text",
+        separator: str | None = None,
+        errors: str = "strict",
+    ) -> None:
         """
+        Record the settings; `inputs` looks for the files.
+
         Args:
             paths: files, folders (searched for such files, in the order of their names), or patterns like
                 "notes/**/*.txt".
-            text_column: where the text stands: key of a .jsonl record (which may also be a bare string), column
-                of a .parquet file.
-            separator: what stands between the documents of a .txt file.
-            errors: what to do with bytes that are not UTF-8: "strict" stops, "replace" puts U+FFFD.
+            text_column: key of the text in a .jsonl record (which may also be just a string), or column of a .parquet
+                file.
+            separator: text between the documents of a .txt file.
+            errors: for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD.
 
         Raises:
-            DataError: an empty separator.
+            DataError: the separator is empty.
         """
         if separator == "":
-            raise DataError("the separator is empty; leave it out where a file is one document")
+            raise DataError("the separator is empty; leave it out if each file is one document")
         self.text_column, self.separator, self.errors = text_column, separator, errors
-        self.note = {}
+        self.provenance: dict[str, Any] = {}
         self.paths = [str(path) for path in paths]
         self.settings = {
             "kind": "files",
@@ -175,50 +191,55 @@ class FileSource:
             "errors": errors,
         }
 
-    def inputs(self):
+    def inputs(self) -> list[dict[str, Any]]:
         """
+        List the files.
+
         Raises:
-            DataError: a path that is not there, a file of another kind, a folder or a pattern without any.
+            DataError: a path does not exist, a file is of another kind, or a folder or pattern has no files.
         """
         files = []
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if file_kind(p) and p.is_file())
-                if not inside:
+                matches = sorted(p for p in path.rglob("*") if file_kind(p) and p.is_file())
+                if not matches:
                     raise DataError(f"{path}: no {_kinds()} file in this folder")
-                files += inside
+                files += matches
             elif path.exists():
                 files.append(_checked_kind(path))
             elif glob.has_magic(name):
-                inside = [Path(found) for found in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207  (relative or absolute)
-                inside = [_checked_kind(found) for found in inside if found.is_file()]
-                if not inside:
-                    raise DataError(f"{name}: no file has a name like this")
-                files += inside
+                matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207  (relative or absolute)
+                matches = [_checked_kind(match) for match in matches if match.is_file()]
+                if not matches:
+                    raise DataError(f"{name}: no file matches this pattern")
+                files += matches
             else:
                 raise DataError(f"{path}: no such file or folder")
         return [{"path": str(path), "bytes": path.stat().st_size} for path in files]
 
-    def fetch(self, file):
+    def fetch(self, file: dict[str, Any]) -> Path:
+        """Return the path of the file."""
         return Path(file["path"])
 
-    def done_with(self, path):
-        pass
+    def done_with(self, path: Path) -> None:
+        """Do nothing: the file is the user's."""
 
-    def records(self, file, path, progress):
+    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
         """
+        Yield the documents of a file.
+
         Raises:
-            DataError: a file that cannot be read or is damaged, a .parquet file without the column, a document of
-                more than 100 MB.
+            DataError: the file cannot be read or is damaged, a .parquet file does not have the column, or a document
+                has more than 100 MB.
         """
         return file_records(
             path, where=file["path"], text_column=self.text_column, separator=self.separator, progress=progress
         )
 
 
-def file_kind(path):
-    """One of KINDS, or None for another kind of file."""
+def file_kind(path: str | Path) -> str | None:
+    """Return one of KINDS, or None for another kind of file."""
     path = Path(path)
     plain = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
     if plain.suffix not in KINDS or (plain is not path and plain.suffix == ".parquet"):
@@ -226,36 +247,38 @@ def file_kind(path):
     return plain.suffix
 
 
-def _kinds():
+def _kinds() -> str:
     return ".txt, .jsonl (both also .gz, .xz, .zst) or .parquet"
 
 
-def _checked_kind(path):
+def _checked_kind(path: Path) -> Path:
     if file_kind(path) is None:
-        raise DataError(f"{path}: files of kind {''.join(path.suffixes[-2:])!r} are not read; give {_kinds()}")
+        raise DataError(f"{path}: files of kind {''.join(path.suffixes[-2:])!r} are not supported; give {_kinds()}")
     return path
 
 
-def file_records(path, *, where, text_column, separator, progress):
-    """`Record`s of one file; see FileSource."""
+def file_records(
+    path: Path, *, where: str, text_column: str, separator: str | None, progress: Progress
+) -> Iterator[Record]:
+    """Yield the documents of one file; see FileSource."""
     try:
         if file_kind(path) == ".parquet":
             yield from _parquet_records(path, where, text_column, progress)
             return
         is_json = file_kind(path) == ".jsonl"
-        between = "\n" if is_json else separator
+        separator = "\n" if is_json else separator
         with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
-            for number, content in _between(stream, between and between.encode(), where, raw, progress):
+            for number, content in _split_stream(stream, separator and separator.encode(), where, raw, progress):
                 if content and not content.isspace():
                     yield Record(content, is_json, where, number)
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{where}: damaged or cut short ({error}); get the file again or leave it out") from error
-    except OSError as error:  # pyarrow's, for a damaged .zst or .parquet, are OSErrors without a number
-        what = error.strerror if error.errno else f"damaged or cut short ({' '.join(str(error).split())})"
-        raise DataError(f"{where}: {what}; get the file again, make it readable, or leave it out") from error
+        raise DataError(f"{where}: damaged or truncated ({error}); copy the file again or leave it out") from error
+    except OSError as error:  # pyarrow raises one without a number for a damaged .zst or .parquet file
+        problem = error.strerror if error.errno else f"damaged or truncated ({' '.join(str(error).split())})"
+        raise DataError(f"{where}: {problem}; copy the file again, make it readable, or leave it out") from error
 
 
-def _decompressed(raw, suffix):
+def _decompressed(raw: BinaryIO, suffix: str) -> Any:
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if suffix == ".xz":
@@ -267,8 +290,10 @@ def _decompressed(raw, suffix):
     return raw
 
 
-def _between(stream, separator, where, raw, progress):
-    """(line number, bytes) of what stands between separators; without one, of the whole."""
+def _split_stream(
+    stream: BinaryIO, separator: bytes | None, where: str, raw: BinaryIO, progress: Progress
+) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, bytes) of each piece between separators, or of the entire stream without a separator."""
     number, rest = 1, b""
     lines_between = separator.count(b"\n") if separator else 0
     is_first = True
@@ -286,33 +311,30 @@ def _between(stream, separator, where, raw, progress):
         if len(rest) > _MAX_DOCUMENT_BYTES:
             raise DataError(
                 f"{where}:{number}: a document of more than {_MAX_DOCUMENT_BYTES:,} bytes begins here; "
-                "give the --separator that stands between documents, or split the file"
+                "give the --separator between documents, or split the file"
             )
     if rest:
         yield number, rest
 
 
-def _parquet_records(path, where, text_column, progress):
+def _parquet_records(path: Path, where: str, text_column: str, progress: Progress) -> Iterator[Record]:
     import pyarrow
     from pyarrow import parquet
 
     size = path.stat().st_size
     try:
-        # Buffered reading, without whole column chunks in memory.
+        # Buffered reading does not load entire column chunks into memory.
         with parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
             schema = file.schema_arrow
             if text_column not in schema.names:
                 raise DataError(
-                    f"{where}: no column {text_column!r}, its columns are {schema.names}; "
-                    "name the right one with --text_column"
+                    f"{where}: no column {text_column!r}, only {schema.names}; name the right one with --text_column"
                 )
             kind = schema.field(text_column).type
             if pyarrow.types.is_dictionary(kind):
                 kind = kind.value_type
             if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise DataError(
-                    f"{where}: column {text_column!r} holds {kind} and not text; name another --text_column"
-                )
+                raise DataError(f"{where}: column {text_column!r} has {kind}, not text; name another --text_column")
             row = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_column], use_threads=False):
                 column = batch.column(0)
@@ -325,19 +347,24 @@ def _parquet_records(path, where, text_column, progress):
                 progress.bytes_here = size * row // max(1, file.metadata.num_rows)
     except pyarrow.ArrowException as error:
         raise DataError(
-            f"{where}: damaged or no .parquet file ({' '.join(str(error).split())}); get the file again or leave it out"
+            f"{where}: damaged or not a .parquet file ({' '.join(str(error).split())}); copy the file again or leave "
+            "it out"
         ) from error
 
 
-def document(record, *, text_column="text", errors="strict"):
+def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str:
     """
-    The text of a record.
+    Return the text of a record.
 
-    Returns:
-        str. Half a surrogate pair, possible in JSON, is no Unicode text and becomes U+FFFD.
+    Half a surrogate pair, which JSON allows, is not Unicode text and becomes U+FFFD.
+
+    Args:
+        record: a document from a source.
+        text_column: see FileSource.
+        errors: see FileSource.
 
     Raises:
-        DataError: bytes that are not UTF-8, a line that is not JSON, a JSON record without text.
+        DataError: the bytes are not UTF-8, a line is not JSON, or a JSON record has no text.
     """
     where = f"{record.where}:{record.number}"
     try:
@@ -356,8 +383,8 @@ def document(record, *, text_column="text", errors="strict"):
         raise DataError(f"{where}: not JSON ({error}); each line must be one JSON value") from error
     text = value.get(text_column) if isinstance(value, dict) else value
     if not isinstance(text, str):
-        found = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
-        raise DataError(f"{where}: no text under {text_column!r}, {found}; name the right one with --text_column")
+        content = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
+        raise DataError(f"{where}: no text under {text_column!r}, {content}; name the right key with --text_column")
     try:
         text.encode()
     except UnicodeEncodeError:

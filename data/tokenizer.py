@@ -2,22 +2,27 @@
 GPT-2's byte-level BPE (50,000 merges, 256 bytes, `<|endoftext|>`), without a download.
 
 tiktoken and transformers download OpenAI's two vocabulary files, vocab.bpe and encoder.json, at first use. vocab.bpe is
-in this folder (vocab.bpe.LICENSE names its source) and holds all of it: encoder.json numbers the 256 bytes, the merges
-and `<|endoftext|>` in this order. Both tokenizers are built from it. The SHA-256 values of both files are the ones in
-tiktoken's own source (tiktoken_ext/openai_public.py).
+in this folder (vocab.bpe.LICENSE names its source), and encoder.json follows from it: it numbers the 256 bytes, the
+merges and `<|endoftext|>` in this order. Both tokenizers are built from vocab.bpe. The SHA-256 values of both files are
+those in tiktoken's source (tiktoken_ext/openai_public.py).
 """
 
 import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data import DataError
 
+if TYPE_CHECKING:
+    import tiktoken
+    from transformers import GPT2TokenizerFast
 VOCAB_SIZE = 50257
 EOT = 50256
 EOT_TEXT = "<|endoftext|>"
@@ -25,47 +30,47 @@ VOCAB_BPE = Path(__file__).with_name("vocab.bpe")
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
-# vocab.bpe writes each byte as a printable character: itself if it is printable, otherwise one from chr(256) on. In the
-# order of the bytes' ids, the printable ones come first.
+# vocab.bpe writes each byte as a printable character: itself if it is printable, otherwise one from chr(256) on. The
+# printable bytes have the first ids.
 _PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
 _NOT_PRINTABLE = [byte for byte in range(256) if byte not in _PRINTABLE]
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_NOT_PRINTABLE)}
 
-# How GPT-2 cuts text before the merges: contractions, words, numbers, other signs (each with the space before it),
-# white space. From OpenAI's encoder.py, with the possessive quantifiers that tiktoken uses for the same result.
+# GPT-2's pre-tokenization: contractions, words, numbers, other characters (each with the space before it), white space.
+# From OpenAI's encoder.py, with the possessive quantifiers that tiktoken uses for the same result.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 # tiktoken panics (StackOverflow, in Rust) on a million white-space characters before another character, since
-# `\s+(?!\S)` remembers a place to go back to for each. Unicode's White_Space, which `\s` means there and not here.
+# `\s+(?!\S)` keeps a backtracking position for each. In Rust `\s` means Unicode's White_Space, in Python it does not.
 _WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_WHITE = 100_000
 _LONG_WHITE_RUN = re.compile(rf"(?<!{_WHITE}){_WHITE}{{{_LONG_WHITE},}}+(?!\Z)")
 
-# No piece of SPLIT_PATTERN goes over the place between a letter and the white space after it.
+# No match of SPLIT_PATTERN spans a letter and the white space after it.
 _PIECE_END = re.compile(r"[A-Za-z](?=[ \n])")
 _PIECE_CHARACTERS = 1_000_000
 
-ENGINES = ("tiktoken", "gigatoken")
+TOKENIZER_BACKENDS = ("tiktoken", "gigatoken")
 _EOT_ARRAY = np.array([EOT], dtype=np.uint32)
 
 
 @cache
 def load_merges() -> list[tuple[str, str]]:
     """
-    Read vocab.bpe: the 50,000 merges as pairs, first merge first.
+    Read vocab.bpe: the 50,000 merges as pairs, in order.
 
     Raises:
-        DataError: the file is missing, or is not GPT-2's.
+        DataError: the file is missing or is not GPT-2's.
     """
     remedy = f"restore it with `git checkout {VOCAB_BPE.parent.name}/{VOCAB_BPE.name}`, or clone the project again"
     try:
         content = VOCAB_BPE.read_bytes()
     except OSError as error:
         raise DataError(f"GPT-2's vocabulary {str(VOCAB_BPE)!r} cannot be read ({error.strerror}): {remedy}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != VOCAB_BPE_SHA256:
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != VOCAB_BPE_SHA256:
         raise DataError(
-            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {found}, expected {VOCAB_BPE_SHA256}; {remedy}"
+            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {digest}, expected {VOCAB_BPE_SHA256}; {remedy}"
         )
     _version, *lines = content.decode().splitlines()
     return [tuple(line.split(" ")) for line in lines]
@@ -77,19 +82,17 @@ def load_vocabulary() -> dict[str, int]:
     return {token: number for number, token in enumerate(tokens)}
 
 
-def tokenizer_sha256():
-    """Identifies the vocabulary in manifests: a hash over the two files' hashes."""
+def tokenizer_sha256() -> str:
+    """Return the hash that identifies the vocabulary in manifests: a hash over the two files' hashes."""
     return hashlib.sha256(f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256}".encode()).hexdigest()
 
 
 @cache
-def load_tiktoken():
+def load_tiktoken() -> "tiktoken.Encoding":
     """
-    The fast one. `encode_ordinary` takes `<|endoftext|>` in a text for plain characters, as documents want it;
-    for documents of any kind see `encode_document`.
+    Build tiktoken's encoding "gpt2", equal to tiktoken.get_encoding("gpt2").
 
-    Returns:
-        tiktoken.Encoding named "gpt2", equal to tiktoken.get_encoding("gpt2").
+    Its `encode_ordinary` treats `<|endoftext|>` in a text as plain characters. Use `encode_document` for documents.
     """
     import tiktoken
 
@@ -105,38 +108,39 @@ def load_tiktoken():
     )
 
 
-def check_engine(engine):
+def check_backend(backend: str) -> None:
     """
+    Check that a tokenizer backend can be used, without loading it.
+
     Raises:
-        DataError: as `load_encoder` would, without its cost.
+        DataError: the backend does not exist or is not installed, or the vocabulary is missing.
     """
-    if engine not in ENGINES:
-        raise DataError(f"no tokenising engine {engine!r}; give one of {', '.join(ENGINES)}")
-    if importlib.util.find_spec(engine) is None:
-        raise DataError(f'the engine {engine} is not installed: pip install -e ".[fast]"')
+    if backend not in TOKENIZER_BACKENDS:
+        raise DataError(f"tokenizer_backend must be one of {', '.join(TOKENIZER_BACKENDS)}, got {backend!r}")
+    if importlib.util.find_spec(backend) is None:
+        raise DataError(f'the tokenizer backend {backend} is not installed: pip install -e ".[fast]"')
     load_merges()
 
 
 @cache
-def load_encoder(engine="tiktoken"):
+def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
     """
-    Args:
-        engine: "tiktoken", or "gigatoken" (the extra `fast`): the same ids, several times as fast.
+    Load the function that encodes text: str -> [N] token ids. It treats `<|endoftext|>` as plain characters.
 
-    Returns:
-        function str -> [N] array of token ids, for which `<|endoftext|>` is plain characters.
+    Args:
+        backend: "tiktoken", or "gigatoken" (the extra `fast`), which gives the same ids several times as fast.
 
     Raises:
-        DataError: the engine's package is missing, or there is no such engine.
+        DataError: see `check_backend`.
     """
-    check_engine(engine)
-    if engine == "tiktoken":
+    check_backend(backend)
+    if backend == "tiktoken":
         encoding = load_tiktoken()
         return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
     from gigatoken import Tokenizer
 
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    description = {  # a tokenizer.json without special tokens, which gigatoken would find in a text
+    description = {  # a tokenizer.json without special tokens, which gigatoken would recognize in a text
         "version": "1.0",
         "added_tokens": [],
         "pre_tokenizer": byte_level,
@@ -146,19 +150,18 @@ def load_encoder(engine="tiktoken"):
     return Tokenizer.from_json(json.dumps(description)).encode
 
 
-def encode_document(text, engine="tiktoken"):
+def encode_document(text: str, backend: str = "tiktoken") -> np.ndarray:
     """
-    Args:
-        text: a whole document; `<|endoftext|>` in it is plain characters.
-        engine: see `load_encoder`.
+    Encode a document of any length: EOT, then the tokens of the text, [N] uint16.
 
-    Returns:
-        [N] uint16 array of token ids that begins with EOT.
+    Args:
+        text: the document; `<|endoftext|>` in it is plain characters.
+        backend: see `load_encoder`.
     """
-    encode, parts = load_encoder(engine), [_EOT_ARRAY]
+    encode, parts = load_encoder(backend), [_EOT_ARRAY]
     for begin, end in _pieces(text):
         piece, start = text[begin:end], 0
-        # Cut before the last character of a long run, where SPLIT_PATTERN ends a piece anyway: the same tokens.
+        # Cut before the last character of a long run, where a match of SPLIT_PATTERN ends anyway: the same tokens.
         for run in _LONG_WHITE_RUN.finditer(piece) if len(piece) > _LONG_WHITE else ():
             parts.append(encode(piece[start : run.end() - 1]))
             start = run.end() - 1
@@ -166,8 +169,8 @@ def encode_document(text, engine="tiktoken"):
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
 
 
-def _pieces(text):
-    """(begin, end) of parts of a long text that have the text's own tokens, so that memory stays small."""
+def _pieces(text: str) -> Iterator[tuple[int, int]]:
+    """Split a long text, to save memory, into (begin, end) pieces whose tokens together are the tokens of the text."""
     begin = 0
     while len(text) - begin > _PIECE_CHARACTERS:
         cut = _PIECE_END.search(text, begin + _PIECE_CHARACTERS)
@@ -178,16 +181,15 @@ def _pieces(text):
     yield begin, len(text)
 
 
-def load_hf_tokenizer(model_max_length=1024):
+def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2TokenizerFast":
     """
-    The one that goes with a checkpoint. `tokenizer(text)` makes `<|endoftext|>` in a text the special token;
-    with `split_special_tokens=True` it is plain characters, as for tiktoken's `encode_ordinary`.
+    Build the Hugging Face tokenizer that is saved with checkpoints.
+
+    `tokenizer(text)` encodes `<|endoftext|>` in a text as the special token. With `split_special_tokens=True` it is
+    plain characters, as in tiktoken's `encode_ordinary`.
 
     Args:
         model_max_length: the model's n_positions.
-
-    Returns:
-        transformers.GPT2TokenizerFast.
     """
     from transformers import GPT2TokenizerFast
 

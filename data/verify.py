@@ -1,19 +1,21 @@
 """
-Checks a folder of shards, to the last byte:
+Check every byte of a folder of shards:
 
     python -m data.verify shards/fineweb-edu
     python -m data.verify shards/fineweb-edu --repair
 
-Against the manifest: that every file is there, whole, and what was written. Without one: that headers and sizes fit and
-that GPT-2 has every token. What is wrong is said with the first bad range of bytes. --repair makes damaged or missing
-shards again from their source (the same parts, and no others), and takes them only if they are what the manifest says.
+With a manifest, every file must exist and match its checksums. Without one, headers and sizes must be consistent and
+every token must be in GPT-2's vocabulary. Errors name the first bad range of bytes. --repair makes the parts with
+damaged or missing shards again from their source, and uses the new shards only if they match the manifest.
 """
 
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from common.cli import Parser, prepare_process, run_command
 
@@ -24,21 +26,23 @@ from tqdm import tqdm
 
 from common.files import replace_file
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, foreign_shards, read_manifest
+from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
 from data.prepare import make_part, source_of
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 
 _REPAIR = ".repair"
 
 
-def problem_with(folder, entry):
+def find_problem(folder: str | Path, entry: dict[str, Any]) -> str | None:
     """
+    Compare a shard with its entry in the manifest.
+
     Args:
-        folder: of the manifest.
-        entry: one of its shards.
+        folder: the manifest's folder.
+        entry: one of the manifest's shards.
 
     Returns:
-        what is wrong with the file, with the first bad range of bytes; None for a whole one.
+        An error message with the first bad range of bytes; None if the shard is intact.
     """
     path = Path(folder) / entry["file"]
     if not path.is_file():
@@ -48,29 +52,31 @@ def problem_with(folder, entry):
         if len(shard) != entry["tokens"]:
             return (
                 f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,} "
-                f"(first bad: bytes 8 to 11, the header's count)"
+                f"(first bad: bytes 8 to 11, the count in the header)"
             )
-        found = scan_shard(path, entry["crc32"])
+        scan = scan_shard(path, entry["crc32"])
     except (DataError, OSError) as error:
         return str(error)
-    if found["sha256"] != entry["sha256"]:
-        return f"{path}: bytes 0 to {HEADER_BYTES - 1:,}, the header, are not what was written"
-    if found["documents"] != entry["documents"]:
-        return f"{path}: {found['documents']:,} documents, {MANIFEST} says {entry['documents']:,}"
+    if scan["sha256"] != entry["sha256"]:
+        return f"{path}: bytes 0 to {HEADER_BYTES - 1:,}, the header, do not match their checksum"
+    if scan["documents"] != entry["documents"]:
+        return f"{path}: {scan['documents']:,} documents, {MANIFEST} says {entry['documents']:,}"
     return None
 
 
-def verify(folder, *, num_proc=1):
+def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[str, str]]:
     """
+    Check all shards of a folder.
+
     Args:
-        folder: of shards.
-        num_proc: files read at the same time.
+        folder: a folder of shards, with or without a manifest.
+        num_proc: number of files to read at the same time.
 
     Returns:
-        (list of what was checked, {file name: what is wrong with it}).
+        The names of the checked files, and {file name: error message} of the bad ones.
 
     Raises:
-        DataError: no folder of shards, one that is not finished, a damaged manifest.
+        DataError: the folder has no shards or is not finished, or its manifest is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -79,13 +85,13 @@ def verify(folder, *, num_proc=1):
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
     if manifest is None:
-        paths = [path for paths in foreign_shards(folder).values() for path in paths]
+        paths = [path for paths in unmanaged_shards(folder).values() for path in paths]
         if not paths:
             raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
-        checks = {path.name: lambda path=path: _problem_with_foreign(path) for path in paths}
+        checks = {path.name: lambda path=path: _find_problem_without_manifest(path) for path in paths}
     else:
-        checks = {entry["file"]: lambda entry=entry: problem_with(folder, entry) for entry in manifest.shards}
-    with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading leave the interpreter's lock alone
+        checks = {entry["file"]: lambda entry=entry: find_problem(folder, entry) for entry in manifest.shards}
+    with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading release the GIL
         futures = {name: pool.submit(check) for name, check in checks.items()}
         results = {
             name: future.result()
@@ -94,7 +100,7 @@ def verify(folder, *, num_proc=1):
     return list(results), {name: problem for name, problem in results.items() if problem}
 
 
-def _problem_with_foreign(path):
+def _find_problem_without_manifest(path: Path) -> str | None:
     try:
         scan_shard(path)
     except DataError as error:
@@ -102,17 +108,17 @@ def _problem_with_foreign(path):
     return None
 
 
-def repair(folder, *, num_proc=1, say=print):
+def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object] = print) -> None:
     """
-    Makes the damaged shards of a folder again, and no others.
+    Make the damaged shards of a folder again, and only those.
 
     Args:
-        folder: with a manifest.
-        num_proc: processes that tokenise, files that are read at the same time.
-        say: called with lines for the user.
+        folder: a folder of shards with a manifest.
+        num_proc: number of tokenizer processes, and of files to read at the same time.
+        log: called with lines for the user.
 
     Raises:
-        DataError: there is no manifest, the source is gone or has changed, or the shards lie elsewhere.
+        DataError: the folder has no manifest, the source is missing or has changed, or the shards were imported.
     """
     folder = Path(folder)
     _, problems = verify(folder, num_proc=num_proc)
@@ -120,45 +126,48 @@ def repair(folder, *, num_proc=1, say=print):
         return
     manifest = read_manifest(folder)
     if manifest is None:
-        raise DataError(f"{folder} has no {MANIFEST} that says where the shards came from; copy the bad files again")
+        raise DataError(f"{folder} has no {MANIFEST}, which names the source of the shards; copy the bad files again")
     if manifest.source["kind"] == "pretokenized" and "dataset" not in manifest.source:
-        raise DataError(f"the shards in {folder} were made elsewhere; copy these again: {', '.join(sorted(problems))}")
-    aside = folder / _REPAIR
-    source = source_of(manifest.source, out=aside)
+        raise DataError(f"the shards of {folder} were imported; copy these again: {', '.join(sorted(problems))}")
+    repair_folder = folder / _REPAIR
+    source = source_of(manifest.source, out=repair_folder)
     if manifest.source["kind"] == "sample" and source.settings["python"] != manifest.source["python"]:
         raise DataError(
-            f"the sample in {folder} is of Python {manifest.source['python']}, and this is "
-            f"{source.settings['python']}; repair it with that one, or prepare it again"
+            f"the sample in {folder} is from Python {manifest.source['python']}, but this is Python "
+            f"{source.settings['python']}; repair it with Python {manifest.source['python']}, or prepare it again"
         )
     damaged = [entry for entry in manifest.shards if entry["file"] in problems]
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(repair_folder, ignore_errors=True)
     try:
         for part in sorted({entry["part"] for entry in damaged}):
-            say(f"repair    making part {part} again")
-            aside.mkdir(exist_ok=True)
-            made = {entry["file"]: entry for entry in make_part(manifest, source, part, aside, num_proc=num_proc)}
+            log(f"repair    making part {part} again")
+            repair_folder.mkdir(exist_ok=True)
+            made = {
+                entry["file"]: entry for entry in make_part(manifest, source, part, repair_folder, num_proc=num_proc)
+            }
             for entry in damaged:
                 if entry["part"] != part:
                     continue
                 if made.get(entry["file"]) != entry:
                     raise DataError(
-                        f"{folder / entry['file']} cannot be made again: the source gives other documents than it did "
-                        "(its files, or the program that reads them, have changed); prepare the folder again"
+                        f"{folder / entry['file']} cannot be made again: the source's documents have changed "
+                        "(its files, or the program that reads them); prepare the folder again"
                     )
-                replace_file(aside / entry["file"], folder / entry["file"])
-                say(f"repair    {entry['file']} is as it was")
+                replace_file(repair_folder / entry["file"], folder / entry["file"])
+                log(f"repair    {entry['file']} is repaired")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(repair_folder, ignore_errors=True)
 
 
-def _main(argv):
-    parser = Parser(prog="python -m data.verify", description="Checks a folder of shards.")
-    parser.add_argument(
-        "folder", metavar="DIR", help="as `python -m data.prepare` leaves it, or of other people's shards"
-    )
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m data.verify", description="Check every byte of a folder of shards.")
+    parser.add_argument("folder", metavar="DIR", help="a folder from `python -m data.prepare`, or any folder of shards")
     parser.add_argument("--repair", action="store_true", help="make damaged or missing shards again from their source")
     parser.add_argument(
-        "--num_proc", type=int, default=os.cpu_count() or 1, help="files at a time (default: %(default)s)"
+        "--num_proc",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="files to read at the same time (default: %(default)s)",
     )
     args = parser.parse_args(argv)
     if args.num_proc < 1:
@@ -174,16 +183,13 @@ def _main(argv):
     if problems:
         print(f"error: {len(problems)} of {len(checked)} shards are bad", file=sys.stderr)
         return 1
-    what = (
-        "are what was written"
-        if (Path(args.folder) / MANIFEST).exists()
-        else f"are whole (no {MANIFEST}: no checksums)"
-    )
-    print(f"{args.folder}: {len(checked)} shards {what}")
+    has_manifest = (Path(args.folder) / MANIFEST).exists()
+    result = "match their checksums" if has_manifest else f"are complete (no {MANIFEST}: no checksums)"
+    print(f"{args.folder}: {len(checked)} shards {result}")
     return 0
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; see `common.cli.run_command`."""
     return run_command(_main, argv)
 

@@ -97,7 +97,7 @@ class Task(BaseTask):
         return items, DataInfo(description=description, sha256=digest.hexdigest())
 
     def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
-        from data.sources import FileSource, Progress, document
+        from data.sources import FileSource, Progress, decode_record
 
         source = FileSource([self.data])
         records = (
@@ -105,7 +105,7 @@ class Task(BaseTask):
             for file in source.inputs()
             for record in source.records(file, source.fetch(file), Progress(file["bytes"]))
         )
-        documents = (text for text in map(document, records) if text and not text.isspace())
+        documents = (text for text in map(decode_record, records) if text and not text.isspace())
         texts = list(itertools.islice(documents, self.limit))  # reads no further than that
         if not texts:
             raise EvalError(f"{self.data}: there is no text in it; give a file that has some")
@@ -152,10 +152,10 @@ class Task(BaseTask):
 
 def is_shards(path: str | Path) -> bool:
     """Return True if the path is a folder of shards, complete or not, rather than text."""
-    from data.manifest import PREPARING, foreign_shards
+    from data.manifest import PREPARING, unmanaged_shards
 
     folder = Path(path)
-    return folder.is_dir() and bool(foreign_shards(folder) or (folder / PREPARING).exists())
+    return folder.is_dir() and bool(unmanaged_shards(folder) or (folder / PREPARING).exists())
 
 
 def _windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""A Hub on localhost for the tests of data, and commands that ask it."""
+"""A Hub on localhost for the tests of data, and commands that use it."""
 
 import os
 import subprocess
@@ -23,9 +23,9 @@ def server():
 
 @pytest.fixture
 def client(server, monkeypatch, tmp_path):
-    """The Hub's client in this process asks the server."""
+    """Point huggingface_hub in this process at the server."""
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost is no network, whatever the caller has set
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost needs no network
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE
     monkeypatch.setattr(
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + template.removeprefix("https://huggingface.co")

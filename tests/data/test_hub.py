@@ -1,4 +1,4 @@
-"""Data sets from a Hub on localhost, with the real client, and with faults."""
+"""Data sets from a Hub on localhost, read with the real client, with and without faults."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def tokens_of(folder):
 
 @pytest.fixture
 def expected(tmp_path, monkeypatch):
-    """What the same documents give from files on this machine."""
+    """The shards that the same documents give from local files."""
     monkeypatch.setattr("data.prepare._PART_BYTES", 1)
     (tmp_path / "local").mkdir()
     for number, texts in enumerate(shares(TEXTS)):
@@ -72,7 +72,7 @@ def expected(tmp_path, monkeypatch):
     return tokens_of(tmp_path / "expected")
 
 
-def test_a_subset_file_by_file(client, expected, tmp_path):
+def test_subset_is_prepared_file_by_file(client, expected, tmp_path):
     manifest = prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert tokens_of(tmp_path / "out") == expected
     assert manifest.source["revision"] == COMMIT
@@ -82,8 +82,8 @@ def test_a_subset_file_by_file(client, expected, tmp_path):
     assert not any("CC-MAIN" in path for _, path in client.log)
 
 
-def test_keeping_the_parquet_files(client, tmp_path):
-    tmp_path = tmp_path / ".cache"  # a folder's name is no reason to throw things away
+def test_keep_leaves_the_parquet_files(client, tmp_path):
+    tmp_path = tmp_path / ".cache"  # the folder's own name must not matter
     prepare(source(tmp_path, subset="sample-10BT", keep=True), tmp_path / "out", name="out", val_fraction=0.1)
     for path, content in FINEWEB.items():
         if path.startswith("sample"):
@@ -94,8 +94,8 @@ FAULTS = [429, 500, 503, "drop", "truncate", "corrupt"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_overcome(client, expected, tmp_path, fault, capsys):
-    """Each kind at each kind of request; the last file twice in a row, but where that means a second's wait."""
+def test_transient_faults_are_retried(client, expected, tmp_path, fault, capsys):
+    """Every fault on every kind of request; the last file fails twice, except with 429, which waits a second."""
     asked = ["GET .*001_00000", "GET .*005_00000", "GET .*005_00000"][: 1 if fault == 429 else None]
     client.faults += [
         (pattern, fault) for pattern in [*asked, *(["revision", "tree"] if isinstance(fault, int) else [])]
@@ -105,24 +105,24 @@ def test_faults_are_overcome(client, expected, tmp_path, fault, capsys):
     assert tokens_of(tmp_path / "out") == expected
 
 
-def test_every_request_fails_once(client, expected, tmp_path):
+def test_each_file_fails_twice_and_is_retried(client, expected, tmp_path):
     client.faults += [(f"GET .*00{i}_00000", fault) for i in range(FILES) for fault in ("corrupt", 500)]
     client.faults += [("HEAD .*002_00000", 503)]
     prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert tokens_of(tmp_path / "out") == expected
 
 
-def test_a_server_that_does_not_answer(client, expected, tmp_path, monkeypatch, capsys):
+def test_hanging_server_times_out_and_is_retried(client, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data.hub._LISTING_SECONDS", 0.3)
     client.faults += [("revision", "hang"), ("tree", "hang")]
     prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert tokens_of(tmp_path / "out") == expected
-    assert capsys.readouterr().err.count("no answer in 0 seconds") == 2
+    assert capsys.readouterr().err.count("no response in 0 seconds") == 2
 
 
-def test_giving_up_keeps_what_is_done_and_goes_on_later(client, expected, tmp_path, capsys):
+def test_failed_download_keeps_finished_parts_and_resumes(client, expected, tmp_path, capsys):
     client.faults += [("GET .*003_00000", 500)] * 100
-    with pytest.raises(DataError, match=r"003_00000\.parquet was not to be had.*after 6 attempts \(HTTP 500\)"):
+    with pytest.raises(DataError, match=r"003_00000\.parquet: request to .* failed after 6 attempts \(HTTP 500\)"):
         prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert "trying again" in capsys.readouterr().err
     client.faults.clear()
@@ -132,12 +132,12 @@ def test_giving_up_keeps_what_is_done_and_goes_on_later(client, expected, tmp_pa
     assert not any(f"00{i}_00000" in path for i in range(3) for _, path in client.log)  # no download twice
 
 
-def test_the_revision_is_looked_up_once(client, expected, tmp_path, monkeypatch):
+def test_resume_uses_the_commit_of_the_first_lookup(client, expected, tmp_path, monkeypatch):
     client.faults += [("GET .*003_00000", 404)]
     with pytest.raises(DataError):
         prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     client.faults.clear()
-    monkeypatch.setattr("hub_server.COMMIT", "d" * 40)  # somebody pushes meanwhile
+    monkeypatch.setattr("hub_server.COMMIT", "d" * 40)  # a push in the meantime
     manifest = prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert manifest.source["revision"] == "c" * 40
 
@@ -147,19 +147,19 @@ def test_the_revision_is_looked_up_once(client, expected, tmp_path, monkeypatch)
     [
         ({"subset": "sample-9T"}, r"no subset 'sample-9T'; it has default, sample-10BT"),
         ({"subset": "only-test"}, r"no split 'train', only test"),
-        ({"dataset": "nobody/nothing"}, r"no data set nobody/nothing"),
+        ({"dataset": "missing/missing"}, r"no data set missing/missing"),
         ({"revision": "v9"}, r"no revision 'v9'"),
         ({"dataset": "a b"}, r"not the name of a data set"),
-        ({"subset": "sample-10BT", "text_column": "body"}, r"no column 'body', its columns are \['text', 'id'\]"),
+        ({"subset": "sample-10BT", "text_column": "body"}, r"no column 'body', only \['text', 'id'\]"),
     ],
 )
-def test_what_is_not_there_is_said(client, tmp_path, options, words):
+def test_missing_names_are_errors(client, tmp_path, options, words):
     with pytest.raises(DataError, match=words) as error:
         prepare(source(tmp_path, **options), tmp_path / "out", name="out", val_fraction=0.1)
     assert "\n" not in str(error.value)
 
 
-def test_data_sets_without_a_card(client, tmp_path):
+def test_training_files_without_a_card(client, tmp_path):
     client.repos["datasets/a/b"] = {
         "train.jsonl": b'"one"\n' * 300,
         "test.jsonl": b'"two"\n',
@@ -185,7 +185,7 @@ def test_max_tokens_downloads_no_more_than_it_needs(client, tmp_path):
     assert not any("003_00000" in path for _, path in client.log)
 
 
-def test_the_command(server, run_command, tmp_path):
+def test_command_prepares_a_subset(server, run_command, tmp_path):
     server.faults += [("GET .*002_00000", "drop"), ("GET .*004_00000", "truncate")]
     done = run_command("fineweb-edu", "--val_fraction", "0.1", "--num_proc", "2", HF_ENDPOINT=server.address)
     assert done.returncode == 0, done.stderr
@@ -195,7 +195,7 @@ def test_the_command(server, run_command, tmp_path):
     assert (source["dataset"], source["subset"]) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
 
 
-def test_offline_is_said_on_one_line(run_command, tmp_path):
+def test_offline_mode_is_an_error_on_one_line(run_command, tmp_path):
     done = run_command("fineweb", HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -203,14 +203,14 @@ def test_offline_is_said_on_one_line(run_command, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_no_network_is_said(client, tmp_path, monkeypatch):
+def test_no_network_is_an_error(client, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match=r"was not to be had from http://127\.0\.0\.1:9 after 6 attempts .*HF_ENDPOINT"):
+    with pytest.raises(DataError, match=r"request to http://127\.0\.0\.1:9 failed after 6 attempts .*HF_ENDPOINT"):
         prepare(source(tmp_path), tmp_path / "out", name="out", val_fraction=0.1)
     assert not (tmp_path / "out").exists()
 
 
-def test_no_token_in_any_message(client, tmp_path, monkeypatch, capsys):
+def test_messages_never_contain_the_token(client, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_" + "secret" * 6)
     client.faults += [("revision", 500), ("revision", 403)]
     with pytest.raises(DataError) as error:

@@ -16,13 +16,13 @@ SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=5).filter(lambda size
 
 
 def make(sizes):
-    """Shards whose tokens are all different, so that a window can be told from its tokens."""
+    """Make shards whose tokens are all different, so that the tokens identify a window."""
     ends = np.cumsum([0, *sizes])
     return [Shard(np.arange(a, b, dtype=np.uint16)) for a, b in itertools.pairwise(ends)]
 
 
 def windows_of(shards, seq_len):
-    """All windows, by slicing: the slow reference."""
+    """Return all windows, by slicing: the slow reference."""
     return [
         tuple(shard.tokens[i : i + seq_len + 1].tolist())
         for shard in shards
@@ -46,7 +46,7 @@ def rows(batch):
     seed=st.integers(0, 2**32 - 1),
     order=st.sampled_from(["shuffled", "sequential"]),
 )
-def test_each_window_once_an_epoch_whatever_the_processes(sizes, seq_len, accumulation, world_size, seed, order):
+def test_epoch_has_each_window_once_for_any_world_size(sizes, seq_len, accumulation, world_size, seed, order):
     shards = make(sizes)
     expected = sorted(windows_of(shards, seq_len))
     batch_size = accumulation * world_size
@@ -57,10 +57,10 @@ def test_each_window_once_an_epoch_whatever_the_processes(sizes, seq_len, accumu
     ranks = [WindowLoader(shards, **options, rank=r, world_size=world_size) for r in range(world_size)]
     stream = []
     for step in range(2 * len(expected) // batch_size + 1):
-        mine = [rank.batch(step) for rank in ranks]
-        together = [row for batch in mine for row in rows(batch)]
+        batches = [rank.batch(step) for rank in ranks]
+        together = [row for batch in batches for row in rows(batch)]
         assert together == rows(alone.batch(step))
-        assert together == [row for batch in mine for micro_batch in batch.split(1) for row in rows(micro_batch)]
+        assert together == [row for batch in batches for micro_batch in batch.split(1) for row in rows(micro_batch)]
         stream += together
     n = len(expected)
     assert sorted(stream[:n]) == expected
@@ -69,19 +69,19 @@ def test_each_window_once_an_epoch_whatever_the_processes(sizes, seq_len, accumu
         assert stream[:n] == stream[n : 2 * n] == windows_of(shards, seq_len)
 
 
-def test_any_step_can_be_asked_for_at_once():
+def test_any_step_can_be_read_directly():
     shards = make([500, 300])
     options = {"seq_len": 4, "batch_size": 12, "seed": 3}
     walked = WindowLoader(shards, **options)
     batches = [walked.batch(step) for step in range(60)]  # three and a half epochs
     for step in (59, 0, 17, 16, 33):
         assert rows(WindowLoader(shards, **options).batch(step)) == rows(batches[step])
-        ahead = list(WindowLoader(shards, **options).batches(step, min(60, step + 7)))  # restored there, read ahead
+        ahead = list(WindowLoader(shards, **options).batches(step, min(60, step + 7)))  # resumed there, read ahead
         assert [rows(batch) for batch in ahead] == [rows(batch) for batch in batches[step : step + 7]]
 
 
-def test_the_order_is_frozen():
-    """A golden: this order must never change, or resumed runs would train on other data. 2026-11-24."""
+def test_shuffled_order_never_changes():
+    """If this order changed, resumed runs would train on other data. Golden values of 2026-11-24."""
     loader = WindowLoader(make([81]), seq_len=4, batch_size=5, seed=1337)
     assert [loader.global_batch(step).tolist() for step in (0, 3, 4)] == GOLDEN
 
@@ -90,7 +90,7 @@ GOLDEN = [[17, 10, 4, 16, 19], [9, 14, 6, 8, 3], [7, 18, 4, 2, 8]]
 
 
 class LectureLoader:
-    """What the lecture's loader does, one for each GPU, written from its description as the independent reference."""
+    """The lecture's loader for one GPU, written from its description as an independent reference."""
 
     def __init__(self, shards, rows, seq_len, gpu):
         self.shards, self.unit, self.seq_len, self.gpu = shards, rows * seq_len, seq_len, gpu
@@ -98,16 +98,16 @@ class LectureLoader:
 
     def next(self):
         tokens = self.shards[self.shard].tokens
-        taken = tokens[self.position : self.position + self.unit + 1].tolist()
+        window = tokens[self.position : self.position + self.unit + 1].tolist()
         self.position += 8 * self.unit
         if self.position + 8 * self.unit + 1 > len(tokens):
             self.shard, self.position = (self.shard + 1) % len(self.shards), self.unit * self.gpu
-        return [tuple(taken[i : i + self.seq_len + 1]) for i in range(0, self.unit, self.seq_len)]
+        return [tuple(window[i : i + self.seq_len + 1]) for i in range(0, self.unit, self.seq_len)]
 
 
 @pytest.mark.parametrize("rows_of_a_gpu", [1, 3])
-def test_the_lectures_order_is_what_its_8_gpus_read(rows_of_a_gpu):
-    """Token by token, over shards that GPUs leave at different steps, and past the end of the data."""
+def test_lecture_order_equals_the_8_gpus_of_the_lecture(rows_of_a_gpu):
+    """Compare token by token, over shards that GPUs finish at different steps, and past the end of the data."""
     shards = make([1000, 1001, 850, 1337, 769])
     gpus = [LectureLoader(shards, rows_of_a_gpu, 4, gpu) for gpu in range(8)]
     options = {"seq_len": 4, "batch_size": 8 * rows_of_a_gpu, "seed": 1, "order": "lecture"}
@@ -121,20 +121,20 @@ def test_the_lectures_order_is_what_its_8_gpus_read(rows_of_a_gpu):
         apart |= len({gpu.shard for gpu in gpus}) > 1
     assert apart
     for sizes, batch_size in (([1000], 12), ([1000, 60], 8)):
-        with pytest.raises(DataError, match=r"order 'lecture' takes batches of 8 equal parts"):
+        with pytest.raises(DataError, match=r"order 'lecture' needs a batch divisible by 8"):
             WindowLoader(make(sizes), **options | {"batch_size": batch_size})
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097, 99_999])
-def test_a_permutation_has_every_place_once(size):
+def test_permutation_has_each_element_once(size):
     assert sorted(Permutation(size, "key")(np.arange(size)).tolist()) == list(range(size))
 
 
 def test_permutations_look_random():
-    """Over many keys every item comes to every place equally often, and neighbours do not stay neighbours."""
+    """Over many keys each element is at each position equally often, and neighbors are separated."""
     size, keys = 10, 4000
-    found = np.array([Permutation(size, str(key))(np.arange(size)) for key in range(keys)])  # [keys, places]
-    counts = np.array([np.bincount(found[:, place], minlength=size) for place in range(size)])
+    found = np.array([Permutation(size, str(key))(np.arange(size)) for key in range(keys)])  # [keys, positions]
+    counts = np.array([np.bincount(found[:, position], minlength=size) for position in range(size)])
     chi_squared = ((counts - keys / size) ** 2 / (keys / size)).sum()
     assert chi_squared < 81 + 5 * (2 * 81) ** 0.5  # 9 x 9 degrees of freedom, five standard deviations
     order = Permutation(100_000, "key")(np.arange(100_000))
@@ -143,8 +143,8 @@ def test_permutations_look_random():
     assert np.mean(np.abs(np.diff(order)) == 1) < 1e-3
 
 
-def test_ten_billion_tokens_cost_nothing_to_begin_with():
-    """Windows of 10B tokens: any step at once, without a list of them."""
+def test_any_step_of_ten_billion_tokens_is_read_directly():
+    """A list of all windows of 10B tokens is never made."""
     loader = WindowLoader(make([81]), seq_len=4, batch_size=512, seed=1)
     loader.windows.starts = np.array([0, 9_765_625])
     for step in (0, 19_072, 10**6):
@@ -160,19 +160,19 @@ def test_epochs_and_seeds_differ():
     assert not np.array_equal(first.global_batch(0), WindowLoader(make([401]), **options, seed=2).global_batch(0))
 
 
-def test_too_little_and_undividable():
+def test_invalid_settings_are_errors():
     with pytest.raises(DataError, match=r"10 training tokens.*16 \+ 1"):
         WindowLoader(make([10]), seq_len=16, batch_size=1, seed=0)
     with pytest.raises(DataError, match=r"10 windows.*3 processes"):
         WindowLoader(make([100]), seq_len=4, batch_size=10, seed=0, world_size=3)
-    with pytest.raises(DataError, match=r"order 'random' is none of shuffled, sequential"):
+    with pytest.raises(DataError, match=r"order must be one of shuffled, sequential, lecture, got 'random'"):
         WindowLoader(make([100]), seq_len=4, batch_size=10, seed=0, order="random")
-    with pytest.raises(DataError, match=r"boundary 'x' is none of ignore, document"):
+    with pytest.raises(DataError, match=r"boundary must be one of ignore, document, got 'x'"):
         WindowLoader(make([100]), seq_len=4, batch_size=10, seed=0, boundary="x")
 
 
 @pytest.mark.parametrize("read_ahead", [False, True])
-def test_a_foreign_token_is_named(read_ahead):
+def test_token_outside_the_vocabulary_is_an_error(read_ahead):
     tokens = np.arange(100, dtype=np.uint16)
     tokens[41] = 60000
     loader = WindowLoader([Shard(tokens)], seq_len=4, batch_size=24, seed=0)
@@ -180,7 +180,7 @@ def test_a_foreign_token_is_named(read_ahead):
         next(loader.batches(0, 3)) if read_ahead else loader.batch(0)
 
 
-def test_a_reader_that_is_given_up_stops():
+def test_closing_the_iterator_stops_the_reader_thread():
     before = threading.active_count()
     batches = WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 10**6)
     next(batches)
@@ -191,22 +191,22 @@ def test_a_reader_that_is_given_up_stops():
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), seq_len=st.integers(1, 12))
-def test_positions_begin_again_with_each_document(data, seq_len):
+def test_position_ids_restart_at_each_document(data, seq_len):
     tokens = data.draw(st.lists(st.sampled_from([EOT, 1, 2]), min_size=20, max_size=60))
     loader = WindowLoader(
         [Shard(np.array(tokens, dtype=np.uint16))], seq_len=seq_len, batch_size=1, seed=0, boundary="document"
     )
     for step in range(loader.num_windows):
         batch = loader.batch(step)
-        expected, place = [], -1
+        expected, position = [], -1
         for token in batch.inputs[0].tolist():
-            place = 0 if token == EOT else place + 1
-            expected.append(place)
+            position = 0 if token == EOT else position + 1
+            expected.append(position)
         assert batch.position_ids[0].tolist() == expected
 
 
-def test_documents_of_a_window_do_not_see_each_other():
-    """Through the model: with boundary "document", a document's logits are those it has alone."""
+def test_documents_in_a_window_do_not_attend_to_each_other():
+    """With boundary "document", the model gives a document the same logits as alone."""
     from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
     torch.manual_seed(0)
@@ -226,7 +226,7 @@ def test_documents_of_a_window_do_not_see_each_other():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_pinned_memory():
+def test_batches_are_in_pinned_memory():
     batch = next(WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 3, pin_memory=True))
     assert batch.inputs.is_pinned()
     assert batch.targets.is_pinned()
@@ -247,6 +247,6 @@ def test_each_validation_window_on_exactly_one_process(sizes, seq_len, world_siz
     assert sorted(seen) == sorted(windows_of(shards, seq_len)[: limit // seq_len])
 
 
-def test_no_validation_window():
+def test_too_few_validation_tokens_are_an_error():
     with pytest.raises(DataError, match="val_tokens is 3"):
         list(validation_batches(make([100]), seq_len=4, batch_size=2, max_tokens=3))

@@ -34,17 +34,17 @@ def slow_models():
     return unigram, bigram
 
 
-def test_equals_a_slow_count():
+def test_losses_equal_a_slow_count():
     unigram, bigram = slow_models()
     for v in range(V):
         assert sum(bigram(v, w) for w in range(V)) == pytest.approx(1)
-    asked = [(int(a), int(b)) for shard in VAL for a, b in itertools.pairwise(shard)]
+    pairs = [(int(a), int(b)) for shard in VAL for a, b in itertools.pairwise(shard)]
     result = ngram_baselines(TRAIN, VAL, vocab_size=V)
-    assert result["unigram"] == pytest.approx(-sum(math.log(unigram(w)) for _, w in asked) / len(asked))
-    assert result["bigram"] == pytest.approx(-sum(math.log(bigram(v, w)) for v, w in asked) / len(asked))
+    assert result["unigram"] == pytest.approx(-sum(math.log(unigram(w)) for _, w in pairs) / len(pairs))
+    assert result["bigram"] == pytest.approx(-sum(math.log(bigram(v, w)) for v, w in pairs) / len(pairs))
 
 
-def test_a_bigram_knows_what_a_unigram_cannot():
+def test_bigram_predicts_a_cycle_and_unigram_does_not():
     train = [np.tile(np.arange(4, dtype=np.uint16), 100)]
     result = ngram_baselines(train, [np.tile(np.arange(4, dtype=np.uint16), 10)], vocab_size=4)
     assert result["unigram"] == pytest.approx(math.log(4), abs=0.01)

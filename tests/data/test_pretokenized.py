@@ -1,4 +1,4 @@
-"""Shards of llm.c and build-nanogpt, written here by independent code."""
+"""Shards of llm.c and build-nanogpt, written by independent code."""
 
 import struct
 
@@ -13,27 +13,27 @@ from data.prepare import prepare
 from data.pretokenized import HubShards, LocalShards
 from data.verify import repair, verify
 
-CHANCE = np.random.RandomState(0)
+RNG = np.random.RandomState(0)
 TOKENS = {
-    f"fineweb_{split}_{number:06d}": CHANCE.randint(0, 50257, 700)
+    f"fineweb_{split}_{number:06d}": RNG.randint(0, 50257, 700)
     for split, number in [("val", 0), ("train", 1), ("train", 2), ("train", 3)]
 }
 
 
 def llm_c(tokens):
-    """As llm.c's dev/data/data_common.py writes them."""
+    """Encode tokens as llm.c's dev/data/data_common.py does."""
     return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 @pytest.fixture(params=["bin", "npy"])
 def folder(request, tmp_path):
-    (tmp_path / "theirs").mkdir()
+    (tmp_path / "imported").mkdir()
     for name, tokens in TOKENS.items():
         if request.param == "bin":
-            (tmp_path / "theirs" / f"{name}.bin").write_bytes(llm_c(tokens))
+            (tmp_path / "imported" / f"{name}.bin").write_bytes(llm_c(tokens))
         else:
-            np.save(tmp_path / "theirs" / f"{name}.npy", tokens.astype(np.uint16))
-    return tmp_path / "theirs"
+            np.save(tmp_path / "imported" / f"{name}.npy", tokens.astype(np.uint16))
+    return tmp_path / "imported"
 
 
 def train_tokens(folder):
@@ -43,9 +43,9 @@ def train_tokens(folder):
 EXPECTED = [tokens.tolist() for name, tokens in TOKENS.items() if "train" in name]
 
 
-@pytest.mark.parametrize("where", ["theirs", "ours"])
-def test_used_where_they_lie(folder, tmp_path, where):
-    """The manifest goes beside them, or into a folder of its own."""
+@pytest.mark.parametrize("where", ["imported", "ours"])
+def test_local_shards_are_used_in_place(folder, tmp_path, where):
+    """The manifest is written next to the shards or into another folder."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     manifest = prepare(LocalShards(folder), tmp_path / where, name="any")
     assert train_tokens(tmp_path / where) == EXPECTED
@@ -57,32 +57,32 @@ def test_used_where_they_lie(folder, tmp_path, where):
     content = bytearray(victim.read_bytes())
     content[-3] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(DataError, match=r"_train_000002\.\w+: bytes .* are not what was written"):
+    with pytest.raises(DataError, match=r"_train_000002\.\w+: bytes .* do not match their checksum"):
         train_tokens(tmp_path / where)
-    with pytest.raises(DataError, match="were made elsewhere; copy these again"):
+    with pytest.raises(DataError, match="were imported; copy these again"):
         repair(tmp_path / where)
 
 
-def test_what_is_no_shard_is_said(folder, tmp_path):
+def test_damaged_shards_are_refused(folder, tmp_path):
     victim = next(folder.glob("*_train_000002*"))
-    whole = victim.read_bytes()
-    victim.write_bytes(whole[:-2])
+    intact = victim.read_bytes()
+    victim.write_bytes(intact[:-2])
     with pytest.raises(DataError, match=r"_train_000002"):
         prepare(LocalShards(folder), tmp_path / "out", name="any")
-    victim.write_bytes(whole[:-2] + struct.pack("<H", 50257))
+    victim.write_bytes(intact[:-2] + struct.pack("<H", 50257))
     with pytest.raises(DataError, match=r"_train_000002\.\w+: token 699 is 50257"):
         prepare(LocalShards(folder), tmp_path / "out", name="any")
-    victim.write_bytes(whole)
-    prepare(LocalShards(folder), tmp_path / "out", name="any")  # goes on
+    victim.write_bytes(intact)
+    prepare(LocalShards(folder), tmp_path / "out", name="any")  # resumes
     assert train_tokens(tmp_path / "out") == EXPECTED
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no train shards; they are recognised by their names"):
+    with pytest.raises(DataError, match="no train shards; they are recognized by their names"):
         prepare(LocalShards(tmp_path / "empty"), tmp_path / "out2", name="any")
     with pytest.raises(DataError, match="no such folder"):
         prepare(LocalShards(tmp_path / "nowhere"), tmp_path / "out3", name="any")
 
 
-def test_max_tokens_takes_whole_shards(folder, tmp_path):
+def test_max_tokens_selects_complete_shards(folder, tmp_path):
     prepare(LocalShards(folder, max_tokens=800), tmp_path / "out", name="any", max_tokens=800)
     assert train_tokens(tmp_path / "out") == EXPECTED[:2]
 
@@ -98,7 +98,7 @@ def shards_on_hub(tmp_path, **options):
     return HubShards(repository, **options)
 
 
-def test_from_the_hub(hub, tmp_path):
+def test_hub_shards_survive_faults_and_repair(hub, tmp_path):
     hub.faults += [("GET .*train_000002", fault) for fault in ("drop", "corrupt", "truncate")]
     manifest = prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
     assert manifest.source["revision"] == COMMIT
@@ -110,14 +110,14 @@ def test_from_the_hub(hub, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     (tmp_path / "out" / "fineweb_train_000002.bin").unlink()
     hub.log.clear()
-    repair(tmp_path / "out", say=lambda line: None)
+    repair(tmp_path / "out", log=lambda line: None)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path for method, path in hub.log if method == "GET" and "resolve" in path} == {
         f"/datasets/kjj0/fineweb10B-gpt2/resolve/{COMMIT}/fineweb_train_000002.bin"
     }
 
 
-def test_an_interrupted_download_goes_on(hub, tmp_path):
+def test_interrupted_download_resumes(hub, tmp_path):
     hub.faults += [("GET .*train_000003", 404)]
     with pytest.raises(DataError, match="HTTP 404"):
         prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
@@ -127,18 +127,18 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
     assert not any("train_000001" in path and "resolve" in path for _, path in hub.log)
 
 
-def test_only_as_many_as_asked_for(hub, tmp_path):
+def test_max_tokens_limits_the_downloads(hub, tmp_path):
     prepare(shards_on_hub(tmp_path, max_tokens=700), tmp_path / "out", name="any", max_tokens=700)
     assert train_tokens(tmp_path / "out") == EXPECTED[:1]
     assert not any("train_000002" in path for _, path in hub.log)
 
 
-def test_the_commands(server, run_command, tmp_path):
+def test_command_imports_from_the_hub_and_from_a_folder(server, run_command, tmp_path):
     server.repos["datasets/kjj0/fineweb10B-gpt2"] = {f"{name}.bin": llm_c(tokens) for name, tokens in TOKENS.items()}
     done = run_command("pretokenized", "kjj0/fineweb10B-gpt2", HF_ENDPOINT=server.address)
     assert done.returncode == 0, done.stderr
     assert train_tokens(tmp_path / "out") == EXPECTED
-    (tmp_path / "out" / "manifest.json").unlink()  # lost: the shards themselves are enough for another
+    (tmp_path / "out" / "manifest.json").unlink()  # lost: it can be made again from the shards
     done = run_command("pretokenized", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert len(read_manifest(tmp_path / "out").shards) == 4

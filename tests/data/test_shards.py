@@ -12,7 +12,7 @@ from data.tokenizer import EOT
 
 
 def independent_read(path):
-    """llm.c's format read with struct alone."""
+    """Read llm.c's format with struct alone."""
     content = path.read_bytes()
     header = struct.unpack("<256i", content[:1024])
     assert header[:2] == (20240520, 1)
@@ -28,7 +28,7 @@ def independent_write(path, tokens):
 
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.lists(st.integers(0, 50256), min_size=1, max_size=200))
-def test_round_trip_and_exchange(tmp_path_factory, tokens):
+def test_round_trip_and_reading_by_independent_code(tmp_path_factory, tokens):
     folder = tmp_path_factory.mktemp("shards")
     write_shard(folder / "a.bin", np.array(tokens))
     assert independent_read(folder / "a.bin") == tokens
@@ -43,16 +43,16 @@ def test_round_trip_and_exchange(tmp_path_factory, tokens):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda content: content[:-2], ["promises 10 tokens", "1,042", "bytes 1,042 to 1,043 are missing"]),
-        (lambda content: content + b"\0\0", ["promises 10 tokens", "1,046", "bytes from 1,044 on"]),
+        (lambda content: content[:-2], ["10 tokens by the header", "1,042", "bytes 1,042 to 1,043 are missing"]),
+        (lambda content: content + b"\0\0", ["10 tokens by the header", "1,046", "bytes from 1,044 on"]),
         (lambda content: content[:500], ["500 bytes", "header", "bytes 500 to 1,023 are missing"]),
         (lambda content: b"", ["0 bytes"]),
         (lambda content: b"PK\x03\x04" + content[4:], ["not a token shard"]),
         (lambda content: content[:4] + struct.pack("<i", 2) + content[8:], ["version 2"]),
-        (lambda content: content[:8] + struct.pack("<i", -1) + content[12:], ["torn"]),
+        (lambda content: content[:8] + struct.pack("<i", -1) + content[12:], ["truncated"]),
     ],
 )
-def test_damaged_shards_are_named(tmp_path, damage, words):
+def test_damaged_headers_and_sizes_are_errors(tmp_path, damage, words):
     path = tmp_path / "x_train_000001.bin"
     write_shard(path, np.arange(10))
     path.write_bytes(damage(path.read_bytes()))
@@ -68,7 +68,7 @@ def test_damaged_shards_are_named(tmp_path, damage, words):
         (np.arange(10, dtype=np.int64), "int64"),
         (np.zeros((2, 5), dtype=np.uint16), r"\[2, 5\]"),
         (np.arange(10, dtype=">u2"), ">u2"),
-        (np.array([None]), "not a whole .npy"),  # would be a pickle
+        (np.array([None]), "not a complete .npy"),  # saved as a pickle
     ],
 )
 def test_other_npy_files_are_refused(tmp_path, array, words):
@@ -77,7 +77,7 @@ def test_other_npy_files_are_refused(tmp_path, array, words):
         open_shard(tmp_path / "x.npy")
 
 
-def test_torn_npy_files_are_refused(tmp_path):
+def test_truncated_npy_files_are_refused(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(100, dtype=np.uint16))
     content = (tmp_path / "x.npy").read_bytes()
     for damaged in (content[:-2], content + b"\0\0", content[:50], b"", b"PK" + content[2:]):
@@ -88,12 +88,12 @@ def test_torn_npy_files_are_refused(tmp_path):
 
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_no_mutated_header_or_length_reads_as_another_number_of_tokens(tmp_path_factory, data):
+def test_mutated_header_or_length_is_an_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("mutated") / "m.bin"
     write_shard(path, np.arange(20))
     content = bytearray(path.read_bytes())
-    place = data.draw(st.integers(0, 11))
-    content[place] ^= data.draw(st.integers(1, 255))
+    index = data.draw(st.integers(0, 11))
+    content[index] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     with pytest.raises(DataError):
         open_shard(path)
@@ -105,26 +105,26 @@ def test_ids_outside_the_vocabulary_are_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_changed_token_is_an_error_where_it_is_read_and_only_there(tmp_path):
+def test_changed_token_is_an_error_only_in_its_block(tmp_path):
     path = tmp_path / "a.bin"
     tokens = np.random.RandomState(0).randint(0, 50257, 3 * BLOCK_TOKENS + 100)
     write_shard(path, tokens)
     crc32 = scan_shard(path)["crc32"]
     assert np.array_equal(open_shard(path, crc32)[:], tokens)
     content = bytearray(path.read_bytes())
-    place = BLOCK_TOKENS + 5
-    content[1024 + 2 * place] ^= 1  # still a token of GPT-2's
+    index = BLOCK_TOKENS + 5
+    content[1024 + 2 * index] ^= 1  # still in the vocabulary
     path.write_bytes(content)
     shard = open_shard(path, crc32)
     assert np.array_equal(shard[:BLOCK_TOKENS], tokens[:BLOCK_TOKENS])
     assert np.array_equal(shard[2 * BLOCK_TOKENS :], tokens[2 * BLOCK_TOKENS :])
-    for window in (slice(place, place + 1), slice(BLOCK_TOKENS - 1, BLOCK_TOKENS + 1), slice(None)):
-        with pytest.raises(DataError, match=r"bytes 66,560 to 132,095 are not what was written.*--repair"):
+    for window in (slice(index, index + 1), slice(BLOCK_TOKENS - 1, BLOCK_TOKENS + 1), slice(None)):
+        with pytest.raises(DataError, match=r"bytes 66,560 to 132,095 do not match their checksum.*--repair"):
             shard[window]
-    assert open_shard(path)[place : place + 1] != tokens[place]  # nobody wrote a checksum down: it cannot be known
+    assert open_shard(path)[index : index + 1] != tokens[index]  # undetected without a checksum
 
 
-def test_a_foreign_token_is_named():
+def test_token_outside_the_vocabulary_is_an_error():
     tokens = np.arange(100, dtype=np.uint16)
     tokens[41] = 60000
     with pytest.raises(DataError, match=r"token 41 is 60000.*bytes 1,106 to 1,107"):
@@ -133,12 +133,12 @@ def test_a_foreign_token_is_named():
 
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), size=st.integers(1, 50), cuts=st.integers(1, 9))
-def test_the_writer_closes_a_shard_when_the_next_document_would_not_fit(tmp_path_factory, lengths, size, cuts):
+def test_shard_ends_when_the_next_document_does_not_fit(tmp_path_factory, lengths, size, cuts):
     folder = tmp_path_factory.mktemp("written")
     documents = [[EOT, *range(length - 1)] for length in lengths]
     with ThreadPoolExecutor(1) as executor:
         writer = ShardWriter(folder, "w_train_", shard_tokens=size, executor=executor)
-        for start in range(0, len(documents), cuts):  # however the documents come
+        for start in range(0, len(documents), cuts):  # in batches of any size
             batch = documents[start : start + cuts]
             writer.add(np.concatenate(batch).astype(np.uint16), [len(document) for document in batch])
         entries = writer.finish()
@@ -152,7 +152,7 @@ def test_the_writer_closes_a_shard_when_the_next_document_would_not_fit(tmp_path
     assert [entry["documents"] for entry in entries] == [tokens.count(EOT) for tokens in expected]
 
 
-def test_a_disk_that_lies_is_found_out(tmp_path, monkeypatch):
+def test_writer_detects_a_disk_that_returns_other_bytes(tmp_path, monkeypatch):
     original = shards._header
 
     def scribble(num_tokens):  # after the tokens were written, before they are read again

@@ -7,15 +7,15 @@ import pytest
 from pyarrow import parquet
 
 from data import DataError
-from data.sources import FileSource, Progress, docstrings, document, sample_documents
+from data.sources import FileSource, Progress, decode_record, docstrings, sample_documents
 
 
 def documents(paths, **options):
-    """The texts of all files."""
+    """Return the texts of all files."""
     source = FileSource(paths, **options)
     options = {"text_column": source.text_column, "errors": source.errors}
     return [
-        document(record, **options)
+        decode_record(record, **options)
         for file in source.inputs()
         for record in source.records(file, source.fetch(file), Progress(0))
     ]
@@ -32,7 +32,7 @@ def zstd(content, *, frames=1):
     return sink.getvalue().to_pybytes()
 
 
-def test_the_sample_is_english_prose_and_always_the_same():
+def test_sample_is_english_prose_and_deterministic():
     texts = list(sample_documents())
     assert texts == list(sample_documents())
     text = "\n".join(texts)
@@ -43,7 +43,7 @@ def test_the_sample_is_english_prose_and_always_the_same():
     assert sum(word.lower() in ("the", "a", "is", "of", "to", "and") for word in words) > 0.1 * len(words)
 
 
-def test_docstrings_in_order(tmp_path):
+def test_docstrings_are_in_order(tmp_path):
     path = tmp_path / "m.py"
     path.write_text(
         '"""Module."""\nclass A:\n    """Class.\n\n    More.\n    """\n    def f(self):\n        """Method."""\n'
@@ -54,7 +54,7 @@ def test_docstrings_in_order(tmp_path):
     assert docstrings(path) == ""
 
 
-def test_files_folders_patterns_records_and_separators(tmp_path):
+def test_documents_of_files_folders_and_patterns(tmp_path):
     (tmp_path / "b.txt").write_text("one\n---\ntwo\n---\n \n")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.jsonl").write_text('{"text": "three"}\n\n"four"\n{"text": ""}\n')
@@ -65,7 +65,7 @@ def test_files_folders_patterns_records_and_separators(tmp_path):
     (tmp_path / "k.jsonl").write_text('{"body": "five"}\n')
     assert documents([tmp_path / "k.jsonl"], text_column="body") == ["five"]
     (tmp_path / "[odd] name.txt").write_text("six")
-    assert documents([tmp_path / "[odd] name.txt"]) == ["six"]  # a name before a pattern
+    assert documents([tmp_path / "[odd] name.txt"]) == ["six"]  # an existing name is not a pattern
     assert documents([f"{tmp_path}/**/a.*"]) == ["three", "four", ""]
 
 
@@ -79,10 +79,10 @@ TEXTS = ["first", "zweiter: Grüße", "third\nwith lines", "x" * 3_000_000, "las
         (".gz", gzip.compress),
         (".xz", lzma.compress),
         (".zst", zstd),
-        (".zst", lambda content: zstd(content, frames=5)),  # as parallel compressors write them
+        (".zst", lambda content: zstd(content, frames=5)),  # as written by parallel compressors
     ],
 )
-def test_compressed_files_hold_the_same_documents(tmp_path, suffix, compress):
+def test_compressed_files_have_the_same_documents(tmp_path, suffix, compress):
     lines = "".join(f"{json.dumps({'text': text})}\n" for text in TEXTS)
     (tmp_path / f"a.jsonl{suffix}").write_bytes(compress(lines.encode()))
     assert documents([tmp_path / f"a.jsonl{suffix}"]) == TEXTS
@@ -91,7 +91,7 @@ def test_compressed_files_hold_the_same_documents(tmp_path, suffix, compress):
 
 
 @pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), "dictionary"])
-def test_parquet(tmp_path, kind):
+def test_parquet_string_types(tmp_path, kind):
     column = pyarrow.array([*TEXTS, None, ""])
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(kind)
     table = pyarrow.table({"id": list(range(len(column))), "body": column})
@@ -99,14 +99,14 @@ def test_parquet(tmp_path, kind):
     assert documents([tmp_path / "a.parquet"], text_column="body") == TEXTS
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_byte_order_mark_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo")
     (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf"one"\n"two"')
     assert documents([tmp_path / "a.txt"]) == ["one\ntwo"]
     assert documents([tmp_path / "b.jsonl"]) == ["one", "two"]
 
 
-def test_separators_on_the_edges_of_what_is_read_at_once(tmp_path, monkeypatch):
+def test_separators_across_read_boundaries(tmp_path, monkeypatch):
     text = "a<s>bb<s><s>ccc<s>"
     (tmp_path / "a.txt").write_text(text)
     for size in range(1, 9):
@@ -114,7 +114,7 @@ def test_separators_on_the_edges_of_what_is_read_at_once(tmp_path, monkeypatch):
         assert documents([tmp_path / "a.txt"], separator="<s>") == ["a", "bb", "ccc"]
 
 
-def test_replaced_bytes(tmp_path):
+def test_errors_replace_replaces_invalid_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"ok"\n"\xff!"\n')
     assert documents([tmp_path / "a.jsonl"], errors="replace") == ["ok", "\ufffd!"]
     table = pyarrow.table(
@@ -136,12 +136,12 @@ def test_replaced_bytes(tmp_path):
         ("a.jsonl", b'"ok"\n"\xff"\n', ["a.jsonl:2", "UTF-8", "--errors replace"]),
         ("a.txt", b"fine\nfine\n\xffbad", ["a.txt:3", "byte 10", "UTF-8"]),
         ("a.pdf", b"x", ["a.pdf", "'.pdf'", ".jsonl"]),
-        ("a.jsonl.gz", gzip.compress(b'"x"\n' * 9999, mtime=0)[:-20], ["a.jsonl.gz", "cut short"]),
-        ("a.jsonl.gz", b"no gzip", ["a.jsonl.gz", "damaged"]),
-        ("a.jsonl.xz", lzma.compress(b'"x"\n' * 9999)[:-20], ["a.jsonl.xz", "cut short"]),
-        ("a.jsonl.zst", zstd(b'"x"\n' * 9999)[:-5], ["a.jsonl.zst", "cut short"]),
-        ("a.jsonl.zst", b"no zstd", ["a.jsonl.zst", "damaged"]),
-        ("a.parquet", b"PAR1 no parquet", ["a.parquet", "damaged"]),
+        ("a.jsonl.gz", gzip.compress(b'"x"\n' * 9999, mtime=0)[:-20], ["a.jsonl.gz", "truncated"]),
+        ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz", "damaged"]),
+        ("a.jsonl.xz", lzma.compress(b'"x"\n' * 9999)[:-20], ["a.jsonl.xz", "truncated"]),
+        ("a.jsonl.zst", zstd(b'"x"\n' * 9999)[:-5], ["a.jsonl.zst", "truncated"]),
+        ("a.jsonl.zst", b"not zstd", ["a.jsonl.zst", "damaged"]),
+        ("a.parquet", b"PAR1 not parquet", ["a.parquet", "damaged"]),
         ("a.parquet", b"", ["a.parquet", "damaged"]),
     ],
 )
@@ -154,15 +154,15 @@ def test_unreadable_input_names_file_and_line(tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_parquet_file_without_the_column(tmp_path):
+def test_parquet_without_the_text_column_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"no column 'text'.*'body'.*--text_column"):
         documents([tmp_path / "a.parquet"])
-    with pytest.raises(DataError, match=r"holds int64 and not text"):
+    with pytest.raises(DataError, match=r"has int64, not text"):
         documents([tmp_path / "a.parquet"], text_column="n")
 
 
-def test_a_damaged_parquet_page(tmp_path):
+def test_damaged_parquet_page_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"text": [f"some text {n}" for n in range(9999)]}), tmp_path / "a.parquet")
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[2000:2100] = bytes(100)
@@ -171,19 +171,19 @@ def test_a_damaged_parquet_page(tmp_path):
         documents([tmp_path / "a.parquet"])
 
 
-def test_a_document_too_large_for_memory(tmp_path, monkeypatch):
+def test_too_large_document_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("data.sources._MAX_DOCUMENT_BYTES", 3_000_000)
     (tmp_path / "a.txt").write_text("x" * 9_000_000)
     with pytest.raises(DataError, match=r"a\.txt:1: a document of more than 3,000,000 bytes.*--separator"):
         documents([tmp_path / "a.txt"])
 
 
-def test_missing_and_empty_paths(tmp_path):
+def test_missing_and_empty_paths_are_errors(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.txt"):
         documents([tmp_path / "nowhere.txt"])
     with pytest.raises(DataError, match=r"no \.txt, \.jsonl"):
         documents([tmp_path])
-    with pytest.raises(DataError, match="no file has a name like this"):
+    with pytest.raises(DataError, match="no file matches this pattern"):
         documents([f"{tmp_path}/*.txt"])
     with pytest.raises(DataError, match="separator is empty"):
         documents([tmp_path], separator="")

@@ -13,7 +13,7 @@ from data import DataError, tokenizer
 from data.sources import sample_documents
 from data.tokenizer import EOT, VOCAB_SIZE, encode_document, load_encoder, load_hf_tokenizer, load_tiktoken
 
-# All of Unicode (hypothesis leaves out surrogates, which no UTF-8 text has), and what tokenizers trip over.
+# All of Unicode (hypothesis omits surrogates, which UTF-8 cannot have), and texts that are hard for tokenizers.
 PIECES = st.one_of(
     st.text(max_size=20),
     st.text(alphabet=st.characters(categories=["Cc", "Cf", "Co", "Zs", "Zl", "Zp"]), max_size=10),
@@ -31,7 +31,7 @@ def both():
 
 
 def on_any_text(max_examples):
-    """Decorator: the test runs on so many of TEXTS and on those that are known to be hard."""
+    """Run the test on this many examples of TEXTS, and on texts that are known to be hard."""
 
     def decorate(test):
         for text in ("", "<|endoftext|>", " " * 1000, "a" * 5000, "".join(map(chr, range(256)))):
@@ -55,11 +55,11 @@ def test_tiktoken_and_transformers_agree(both, text):
 @on_any_text(300)
 def test_gigatoken_agrees(both, text):
     pytest.importorskip("gigatoken")
-    text = text.encode("utf-8", "replace").decode()  # as documents come: half of a surrogate pair is no text
+    text = text.encode("utf-8", "replace").decode()  # as in decode_record
     assert load_encoder("gigatoken")(text).tolist() == both[0].encode_ordinary(text)
 
 
-def test_engines_agree_on_real_text(both):
+def test_tokenizer_backends_agree_on_real_text(both):
     pytest.importorskip("gigatoken")
     documents = list(sample_documents())
     for text in documents:
@@ -80,8 +80,8 @@ def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(both, text, w
         assert encode_document(text).tolist() == [EOT, *both[0].encode_ordinary(text)]
 
 
-def test_an_engine_that_is_not_there_is_said(monkeypatch):
-    with pytest.raises(DataError, match="no tokenising engine 'x'; give one of tiktoken, gigatoken"):
+def test_unknown_or_missing_backend_is_an_error(monkeypatch):
+    with pytest.raises(DataError, match="tokenizer_backend must be one of tiktoken, gigatoken, got 'x'"):
         load_encoder("x")
     load_encoder.cache_clear()
     monkeypatch.setattr(tokenizer.importlib.util, "find_spec", lambda name: None)
@@ -89,7 +89,7 @@ def test_an_engine_that_is_not_there_is_said(monkeypatch):
         load_encoder("gigatoken")
 
 
-def test_known_ids(both):
+def test_ids_are_the_published_ones(both):
     """GPT-2's published ids: the lecture's prompt, and the special token."""
     encoding, hf = both
     assert encoding.encode_ordinary("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
@@ -106,14 +106,14 @@ def test_saved_tokenizer_opens_with_the_same_ids(tmp_path, both):
 
 
 def test_both_vocabulary_files_are_the_published_ones():
-    """Every one of the 50,000 merges and 50,257 ids; the hashes are tiktoken's, written out once more."""
+    """Every one of the 50,000 merges and 50,257 ids; the hashes are copied from tiktoken."""
     merges = "".join(f"{a} {b}\n" for a, b in tokenizer.load_merges())
     files = ("#version: 0.2\n" + merges, json.dumps(tokenizer.load_vocabulary()))
     assert [hashlib.sha256(content.encode()).hexdigest() for content in files] == [
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     ]
-    # Manifests of prepared data have this one: another value makes `train.py` refuse their shards.
+    # Existing manifests have this value; with another one `train.py` would refuse their shards.
     assert tokenizer.tokenizer_sha256() == "816e3298739be1e8c8d5d4ad6b5bcdf8b349e10ff6daa3e9df1c0a2729dabd9d"
 
 

@@ -34,7 +34,7 @@ def content_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_whole_folder_is_whole(folder):
+def test_intact_folder_has_no_problems(folder):
     checked, problems = verify(folder)
     assert len(checked) == len(read_manifest(folder).shards) > 12
     assert problems == {}
@@ -51,7 +51,7 @@ def test_a_whole_folder_is_whole(folder):
         (None, "is missing"),
     ],
 )
-def test_damage_is_named_and_repaired(folder, damage, words):
+def test_damaged_shard_is_named_and_repaired(folder, damage, words):
     before = content_of(folder)
     entry = read_manifest(folder).shards[5]
     victim = folder / entry["file"]
@@ -64,18 +64,18 @@ def test_damage_is_named_and_repaired(folder, damage, words):
     assert words in problems[victim.name]
     others = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
     lines = []
-    repair(folder, say=lines.append)
-    assert lines == [f"repair    making part {entry['part']} again", f"repair    {victim.name} is as it was"]
+    repair(folder, log=lines.append)
+    assert lines == [f"repair    making part {entry['part']} again", f"repair    {victim.name} is repaired"]
     assert content_of(folder) == before
     assert others == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
 
 
-def test_repair_takes_no_other_tokens_than_were_there(folder, tmp_path):
+def test_repair_refuses_a_changed_source(folder, tmp_path):
     victim = folder / read_manifest(folder).shards[0]["file"]
     victim.unlink()
     text = (tmp_path / "text" / "0.jsonl").read_text()
     (tmp_path / "text" / "0.jsonl").write_text(text.replace("Document 1.", "Document I."))
-    with pytest.raises(DataError, match="the source gives other documents than it did"):
+    with pytest.raises(DataError, match="the source's documents have changed"):
         repair(folder)
     assert not victim.exists()
     assert not (folder / ".repair").exists()
@@ -84,17 +84,17 @@ def test_repair_takes_no_other_tokens_than_were_there(folder, tmp_path):
         repair(folder)
 
 
-def test_repair_stops_at_max_tokens_too(folder, tmp_path):
+def test_repair_stops_at_max_tokens(folder, tmp_path):
     out = tmp_path / "some"
     prepare(FileSource([tmp_path / "text"]), out, name="t", val_fraction=0.2, shard_tokens=400, max_tokens=2500)
     before = content_of(out)
     last = out / read_manifest(out).shards[-1]["file"]
     last.unlink()
-    repair(out, say=lambda line: None)
+    repair(out, log=lambda line: None)
     assert content_of(out) == before
 
 
-def test_other_peoples_shards(tmp_path):
+def test_shards_without_a_manifest(tmp_path):
     write_shard(tmp_path / "x_train_000001.bin", np.arange(50))
     write_shard(tmp_path / "x_val_000000.bin", np.arange(50))
     assert verify(tmp_path)[1] == {}
@@ -102,7 +102,7 @@ def test_other_peoples_shards(tmp_path):
     content[1122:1124] = b"\xff\xff"
     (tmp_path / "x_train_000001.bin").write_bytes(content)
     assert "token 49 is 65535" in verify(tmp_path)[1]["x_train_000001.bin"]
-    with pytest.raises(DataError, match=r"no manifest\.json that says where"):
+    with pytest.raises(DataError, match=r"no manifest\.json, which names the source"):
         repair(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         verify(tmp_path / "nowhere")
@@ -111,14 +111,14 @@ def test_other_peoples_shards(tmp_path):
         verify(tmp_path / "empty")
 
 
-def test_the_command(folder):
+def test_command_reports_damage_and_repairs(folder):
     def run(*arguments):
         command = [sys.executable, "-m", "data.verify", folder, *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     done = run()
     assert done.returncode == 0, done.stderr
-    assert "are what was written" in done.stdout
+    assert "match their checksums" in done.stdout
     victim = next(folder.glob("*.bin"))
     victim.write_bytes(victim.read_bytes()[:-2])
     done = run()
@@ -131,34 +131,34 @@ def test_the_command(folder):
     assert run().returncode == 0
 
 
-def mutate(chance, folder):
-    """One random damage; its description."""
+def mutate(rng, folder):
+    """Damage a random file in a random way; return the kind and the path."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    path = chance.choice([*paths, folder / "manifest.json"])
+    path = rng.choice([*paths, folder / "manifest.json"])
     content = bytearray(path.read_bytes())
-    kind = chance.choice(["flip", "flip", "bytes", "zero", "cut", "longer", "shift", "swap", "text", "gone", "double"])
-    place = chance.randrange(len(content))
+    kind = rng.choice(["flip", "flip", "bytes", "zero", "cut", "longer", "shift", "swap", "text", "missing", "double"])
+    offset = rng.randrange(len(content))
     if kind == "flip":
-        content[place] ^= 1 << chance.randrange(8)
+        content[offset] ^= 1 << rng.randrange(8)
     elif kind == "bytes":
-        for _ in range(chance.randrange(1, 20)):
-            content[chance.randrange(len(content))] = chance.randrange(256)
+        for _ in range(rng.randrange(1, 20)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
     elif kind == "zero":
-        content[place : place + chance.randrange(1, 300)] = bytes(min(chance.randrange(1, 300), len(content) - place))
+        content[offset : offset + rng.randrange(1, 300)] = bytes(min(rng.randrange(1, 300), len(content) - offset))
     elif kind == "cut":
-        del content[place:]
+        del content[offset:]
     elif kind == "longer":
-        content += bytes(chance.randrange(256) for _ in range(chance.randrange(1, 10)))
+        content += bytes(rng.randrange(256) for _ in range(rng.randrange(1, 10)))
     elif kind == "shift":
-        del content[place : place + chance.randrange(1, 5)]
+        del content[offset : offset + rng.randrange(1, 5)]
     elif kind == "swap":
-        other = chance.choice(paths).read_bytes()
+        other = rng.choice(paths).read_bytes()
         content = bytearray(other)
     elif kind == "text":
-        content = bytearray(bytes(content).replace(b"train", b"val", chance.randrange(1, 3)))
+        content = bytearray(bytes(content).replace(b"train", b"val", rng.randrange(1, 3)))
     elif kind == "double":
-        content[place:place] = content[place : place + chance.randrange(1, 100)]
-    if kind == "gone":
+        content[offset:offset] = content[offset : offset + rng.randrange(1, 100)]
+    if kind == "missing":
         path.unlink()
     else:
         path.write_bytes(content)
@@ -169,18 +169,18 @@ def all_tokens(folder):
     return {split: [shard[:].tolist() for shard in open_split(folder, split)] for split in ("train", "val")}
 
 
-def test_damage_is_never_a_crash_and_never_a_wrong_token(tmp_path, rounds=2500):
-    """Shards and manifests mutated at random: the same tokens, or one DataError; and `verify` sees what changed."""
+def test_random_damage_is_always_detected(tmp_path, rounds=2500):
+    """Reading a mutated shard or manifest gives the same tokens or a DataError; `verify` names the changed file."""
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in TEXTS))
     folder = tmp_path / "out"
     prepare(FileSource([tmp_path / "text"]), folder, name="t", val_fraction=0.2, shard_tokens=1500)
-    whole, tokens = content_of(folder), all_tokens(folder)
-    chance = random.Random(rounds)
+    intact, tokens = content_of(folder), all_tokens(folder)
+    rng = random.Random(rounds)
     refused = 0
     for _ in range(rounds):
-        kind, path = mutate(chance, folder)
-        is_changed = content_of(folder) != whole
+        kind, path = mutate(rng, folder)
+        is_changed = content_of(folder) != intact
         try:
             assert all_tokens(folder) == tokens, (kind, path)
         except DataError as error:
@@ -196,7 +196,7 @@ def test_damage_is_never_a_crash_and_never_a_wrong_token(tmp_path, rounds=2500):
             assert list(problems) == [path.name], (kind, path)
         elif not is_changed:
             assert problems == {}
-        for name, content in whole.items():
+        for name, content in intact.items():
             if not (folder / name).exists() or (folder / name).read_bytes() != content:
                 (folder / name).write_bytes(content)
     assert refused > rounds / 2
