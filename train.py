@@ -181,7 +181,7 @@ def _train(argv, held, started):
         batch=batch,
         max_steps=config.max_steps,
         dropout=config.model.dropout,
-        hardware=find_hardware(accelerator, config.dollars_an_hour),
+        hardware=find_hardware(accelerator, config.dollars_per_hour),
     )
     for line in [*plan.describe(), *check_memory(plan, accelerator, is_dry_run=config.dry_run)]:
         say(line)

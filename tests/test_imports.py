@@ -19,7 +19,7 @@ ALLOWED = {
         *("fsspec", "huggingface_hub", "pyarrow"),
     },
     "training": {
-        *("training", "torch", "accelerate", "numpy", "safetensors", "yaml", "matplotlib"),
+        *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "yaml", "matplotlib"),
         *("psutil", "tqdm"),
     },
     "eval": {

@@ -1,32 +1,35 @@
 """
-Read a run's settings: defaults of a dataclass < recipe (YAML) < command line.
+Read a run's settings with jsonargparse: defaults of a dataclass < recipe (YAML) < command line.
 
-A recipe's scalars are text until the setting's type is known, as on the command line. So 1e-3 is a number, and
-`mixed_precision: no` is "no" (YAML itself would say text, and false).
+jsonargparse checks and converts the values, describes the settings and builds the dataclass. This module collects the
+values as text from the recipe and the command line, and replaces the library's errors with one line that names the
+setting, the value and the allowed values. YAML's own types are not used: here 1e-3 is a number and "no" in
+`mixed_precision: no` is text, while YAML reads text and false.
 """
 
-import ast
+import argparse
 import dataclasses
 import difflib
 import functools
-import inspect
+import operator
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
-from itertools import pairwise
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
+from types import GenericAlias, NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse.typing import register_type
 
-from common.cli import Parser
 from training import TrainingError
-from training.setting_names import HINTS
+from training.setting_names import HINTS, RENAMED
 
 HELP = "`python train.py --help` lists the settings"
-_MAX_RECIPE_BYTES = 1_000_000  # more is not a recipe; weights, perhaps
-_BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+_MAX_RECIPE_BYTES = 1_000_000  # a larger file is not a recipe but perhaps weights
 _NULLS = ("null", "none", "~")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}
 
@@ -34,271 +37,113 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 class Setting(NamedTuple):
     """A field that is not itself a group of settings."""
 
-    kind: object
-    """its type: int, float, bool, str, None, Literal, list, tuple, a union; Annotated with an interval"""
-    default: object
+    type_hint: Any
     description: str
 
 
-def settings_of(config_class: type, prefix: str = "") -> dict[str, Setting]:
+class RawValue(NamedTuple):
+    """A value as the user wrote it: text, or lists and mappings of texts."""
+
+    value: str | list | dict
+    location: str = ""
+    """the start of a message about the value: "FILE:LINE: " if it is from a recipe"""
+
+
+def settings_of(config_class: type) -> dict[str, Setting]:
     """Return the settings of a dataclass by dotted name: `max_steps`, `optim.lr`, ..."""
-    settings, descriptions = {}, _field_docstrings(config_class)
-    for f in dataclasses.fields(config_class):
-        if dataclasses.is_dataclass(f.type):
-            settings |= settings_of(f.type, f"{prefix}{f.name}.")
-        else:
-            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-            settings[f"{prefix}{f.name}"] = Setting(f.type, default, descriptions[f.name])
-    return settings
-
-
-def build(config_class: type, values: dict[str, object], prefix: str = "") -> object:
-    """Make a dataclass from values by dotted name; defaults for the others."""
-    arguments = {}
-    for f in dataclasses.fields(config_class):
-        name = f"{prefix}{f.name}"
-        if dataclasses.is_dataclass(f.type):
-            arguments[f.name] = build(f.type, values, f"{name}.")
-        elif name in values:
-            arguments[f.name] = values[name]
-    return config_class(**arguments)
+    return _parser_and_settings(config_class)[1]
 
 
 def help_text(config_class: type) -> str:
     """Describe every setting, by group."""
-    parser = Parser(
+    return _parser_and_settings(config_class)[0].format_help()
+
+
+def build(config_class: type, raw_values: dict[str, RawValue]) -> Any:
+    """
+    Make a dataclass from values by dotted name, and defaults for the others.
+
+    Raises:
+        TrainingError: a value does not have its setting's type.
+    """
+    parser, settings = _parser_and_settings(config_class)
+    values: dict[str, object] = {}
+    name = ""
+    try:
+        for name, raw in raw_values.items():
+            values[name] = _normalize(raw.value, settings[name].type_hint)
+        parsed = parser.parse_object(values)
+        for name in values:
+            if parsed[name] is None and values[name] is not None:  # jsonargparse tries YAML, where "# 5" is null
+                raise ValueError
+    except ArgumentError as error:
+        name = str(error).split('"')[1]  # Parser key "NAME": ...
+    except (ValueError, RecursionError):
+        pass
+    else:
+        config = parser.instantiate(parsed)
+        return config_class(**{f.name: config[f.name] for f in dataclasses.fields(config_class)})
+    value, location = raw_values[name]
+    expected = describe_type(settings[name].type_hint)
+    raise TrainingError(f"{location}{name} must be {expected}, got {format_value(value)}")
+
+
+@functools.cache
+def _parser_and_settings(config_class: type) -> tuple[ArgumentParser, dict[str, Setting]]:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--config RECIPE] [--SETTING VALUE ...]",
-        description="Train a GPT-2. The command line overrides the recipe, and the recipe the defaults.",
+        description="Train a GPT-2. The command line overrides the recipe, and the recipe overrides the defaults.",
+        formatter_class=argparse.HelpFormatter,
+        parser_mode="json",  # not YAML, where the text "# c" is null
         add_help=False,
+        exit_on_error=False,
     )
     parser.add_argument("--config", metavar="RECIPE", help="a file of settings (default: recipes/sample.yaml)")
-    groups = [f for f in dataclasses.fields(config_class) if dataclasses.is_dataclass(f.type)]
-    sections = {f.name: parser.add_argument_group(f.name, inspect.getdoc(f.type)) for f in groups}
-    for name, setting in settings_of(config_class).items():
-        text = f"{setting.description} [{describe(setting.kind)}; default: {shown(setting.default)}]"
-        section = sections.get(name.rpartition(".")[0], parser)
-        section.add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
-    return parser.format_help()
-
-
-@functools.cache  # reading the source takes longer than all the rest
-def _field_docstrings(config_class: type) -> dict[str, str]:
-    """Return the strings below the fields, on one line each."""
-    body = ast.parse(inspect.getsource(config_class)).body[0].body
-    return {
-        field.target.id: " ".join(text.value.value.split())
-        for field, text in pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
+    parser.add_class_arguments(config_class)
+    settings = {}
+    action: Any
+    for action in parser._actions:
+        if hasattr(action, "_typehint"):
+            action._typehint = _with_intervals(action._typehint)
+            settings[action.dest] = Setting(action._typehint, " ".join(action.help.split()))
+            text = f"{action.help} [{describe_type(action._typehint)}; default: {format_value(action.default)}]"
+            action.option_strings, action.metavar, action.help = [f"--{action.dest}"], "", text.replace("%", "%%")
+        elif action.dest != "config":  # --optim and the other groups, which take no value here
+            action.help = argparse.SUPPRESS
+    return parser, settings
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The command line.
+# Types and values.
 
 
-def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], dict[str, object]]:
-    """
-    Return the recipes that --config names, and the values of the settings by name; the last one of a setting counts.
+def _with_intervals(type_hint: Any) -> Any:
+    """Replace Annotated[int, "[1, 10]"] by a type that jsonargparse checks."""
+    origin, options = get_origin(type_hint), get_args(type_hint)
+    if origin in (Union, UnionType):
+        return functools.reduce(operator.or_, map(_with_intervals, options))
+    if origin is tuple:
+        return GenericAlias(tuple, tuple(map(_with_intervals, options)))
+    if origin is not Annotated:
+        return type_hint
+    base, interval = options
+    low, high = (float(end) for end in interval[1:-1].split(","))
 
-    Raises:
-        TrainingError: an unknown setting, a value of another kind, an argument that belongs to no setting.
-    """
-    options = []  # [name, values]
-    for argument in argv:
-        if re.match(r"--[^-]", argument):
-            name, equals, text = argument[2:].partition("=")
-            options.append((name, [text] if equals else []))
-        elif options and _takes(*options[-1], argument, settings):
-            options[-1][1].append(argument)
-        else:
-            raise TrainingError(_unexpected(argument, settings, after=options[-1] if options else None))
-    recipes, values = [], {}
-    for name, texts in options:
-        kind = settings[name].kind if name in settings else None
-        if name != "config" and name not in settings:
-            raise TrainingError(unknown(name, settings))
-        if not texts and kind is bool:
-            texts = ["true"]
-        elif not texts:
-            what = "a recipe" if kind is None else f"{describe(kind)}: {settings[name].description}"
-            raise TrainingError(f"--{name} needs a value, {what}")
-        if name == "config":
-            recipes += texts
-            continue
-        is_cut = texts[0].startswith("[") and texts[-1].endswith("]")  # [a, b] without quotes
-        values[name] = convert(name, " ".join(texts) if is_cut or len(texts) == 1 else texts, kind)
-    return recipes, values
-
-
-def _takes(name: str, texts: list[str], argument: str, settings: dict[str, Setting]) -> bool:
-    """Return True if an argument is a value of the setting before it."""
-    kind = settings[name].kind if name in settings else None
-    if kind is bool and _is_recipe(argument):
-        return False
-    return not texts or get_origin(kind) in (list, tuple) or (kind is None and name != "config")
-
-
-def _is_recipe(argument: str) -> bool:
-    return Path(argument).suffix in (".yaml", ".yml", ".json")
-
-
-def _unexpected(argument: str, settings: dict[str, Setting], after: tuple[str, list[str]] | None) -> str:
-    name, equals, text = argument.lstrip("-\N{EN DASH}\N{EM DASH}").partition("=")
-    if not argument.strip():
-        return "an argument is blank: a variable that is not set, or a space after the backslash at a line's end?"
-    if name in settings or name == "config":
-        return f"{argument!r}: settings have two dashes in front of them: --{name} {text or 'VALUE'}"
-    if _is_recipe(argument):
-        return f"{argument!r}: a recipe needs --config in front of it: --config {argument}"
-    if equals and name:
-        return unknown(name, settings)
-    where = f" after --{after[0]} {' '.join(map(shown, after[1]))}".rstrip() if after else ""
-    return f"unexpected argument {shown(argument)}{where}; settings are given as --NAME VALUE ({HELP})"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Recipes.
-
-
-def read_recipe(path: str, settings: dict[str, Setting]) -> dict[str, object]:
-    """
-    Return the values of a YAML file (JSON is YAML too) by dotted name.
-
-    Raises:
-        TrainingError: there is no such file, it is not a recipe, a setting is unknown or of another kind.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            content = file.read(_MAX_RECIPE_BYTES + 1)
-        if len(content) > _MAX_RECIPE_BYTES:
-            raise _not_a_recipe(path, f"larger than {_MAX_RECIPE_BYTES:,} bytes")
-        root = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.BaseLoader)
-        if not isinstance(root, yaml.MappingNode):
-            raise _not_a_recipe(path, "it has no settings in it" if root is None else "its settings have no names")
-        values = {}
-        for name, node, where in _leaves(root, settings, path):
-            if name in values:
-                raise TrainingError(f"{where}: {name} is there twice")
-            values[name] = convert(name, _plain(node), settings[name].kind, where)
-    except FileNotFoundError:
-        raise TrainingError(f"--config {shown(path)}: there is no such file; {_recipes_near(path)}") from None
-    except OSError as error:
-        raise TrainingError(f"--config {shown(path)}: {error.strerror or error}; {_recipes_near(path)}") from None
-    except yaml.MarkedYAMLError as error:
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
-        line = (error.problem_mark or error.context_mark).line + 1
-        tabs = "; YAML is indented with spaces, not tabs" if "'\\t'" in problem else ""
-        raise TrainingError(f"{shown(path)}:{line}: not YAML ({problem}){tabs}") from None
-    except UnicodeDecodeError:
-        raise _not_a_recipe(path, "not text in UTF-8") from None
-    except yaml.YAMLError:  # control characters
-        raise _not_a_recipe(path, "not text") from None
-    except RecursionError:
-        raise _not_a_recipe(path, "brackets nested too deeply") from None
-    return values
-
-
-def _not_a_recipe(path: str, reason: str) -> TrainingError:
-    return TrainingError(f"--config {shown(path)}: not a recipe ({reason}); see recipes/sample.yaml for one")
-
-
-def _leaves(node: yaml.Node, settings: dict[str, Setting], path: str, prefix: str = "") -> Iterator[tuple]:
-    """Yield (dotted name, node, where it is) of each setting."""
-    for key, value in node.value:
-        name = prefix + (key.value if isinstance(key, yaml.ScalarNode) else shown(_plain(key)))
-        where = f"{shown(path)}:{key.start_mark.line + 1}"
-        members = _members(name, settings)
-        if members and isinstance(value, yaml.MappingNode):
-            yield from _leaves(value, settings, path, f"{name}.")
-        elif members and _plain(value) == "null":
-            continue  # all of its lines are commented out
-        elif members:
-            raise TrainingError(f"{where}: {name} is a group of settings ({members}), got {shown(_plain(value))}")
-        elif name not in settings:
-            raise TrainingError(f"{where}: {unknown(name, settings)}")
-        else:
-            yield name, value, where
-
-
-def _plain(node: yaml.Node) -> str | list | dict:
-    if isinstance(node, yaml.ScalarNode):
-        return node.value or ("null" if node.style is None else "")
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
-    return {shown(_plain(key)): _plain(value) for key, value in node.value}
-
-
-def _recipes_near(path: str) -> str:
-    recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-    near = difflib.get_close_matches(Path(path).stem, [recipe.stem for recipe in recipes], n=3, cutoff=0.6)
-    names = [f"recipes/{recipe.name}" for recipe in recipes if not near or recipe.stem in near]
-    return f"{'did you mean' if near else 'there are'} {', '.join(names)}{'?' if near else ''}"
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Values.
-
-
-def convert(name: str, given: str | list, kind: object, where: str = "") -> object:
-    """
-    Return a setting's value.
-
-    Args:
-        given: text, or a list of texts.
-        where: for the message, where it was given.
-
-    Raises:
-        TrainingError: it is not of that kind.
-    """
-    try:
-        value = _value(given, kind)
-        if isinstance(value, str) and (not value.strip() or "\0" in value):
-            raise ValueError
-    except (ValueError, RecursionError):
-        at = f"{where}: " if where else ""
-        raise TrainingError(f"{at}{name} must be {describe(kind)}, got {shown(given)}") from None
-    return value
-
-
-def _value(given: str | list, kind: object) -> object:
-    """Return the value, or raise ValueError."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        value = _value(given, options[0])
-        if not _is_in(value, options[1]):
+    def convert(text: str) -> int | float:
+        value = _integer(text) if base is int else float(text.lower().replace(".inf", "inf"))  # .inf is YAML's
+        if not low <= value <= high or (value == low and interval[0] == "(") or (value == high and interval[-1] == ")"):
             raise ValueError
         return value
-    if origin in (Union, UnionType):
-        for option in sorted(options, key=lambda option: option is not NoneType):
-            try:
-                return _value(given, option)
-            except ValueError:
-                continue
-        raise ValueError
-    if origin in (list, tuple):
-        texts = _split(given, is_text=options[0] is str)
-        kinds = options if origin is tuple else options * len(texts)
-        return origin(_value(text, kind) for text, kind in zip(texts, kinds, strict=True))
-    if not isinstance(given, str):
-        raise ValueError
-    if origin is Literal and given in options:
-        return given
-    if kind is NoneType and given.lower() in _NULLS:
-        return None
-    if kind is bool and given.lower() in _BOOLEANS:
-        return _BOOLEANS[given.lower()]
-    if kind is int:
-        return _integer(given)
-    if kind is float:
-        return float(given.lower().replace(".inf", "inf"))  # YAML has a dot there
-    if kind is str:
-        return given
-    raise ValueError
+
+    constrained = type(f"{_WORDS[base]} in {interval}", (base,), {})
+    register_type(constrained, base, convert, type_check=lambda value, _: type(value) is base)
+    return constrained
 
 
 def _integer(text: str) -> int:
-    """Also of 1e3, 1_000 and 5.0, which are exact."""
+    """Convert text to an integer; 1e3, 1_000 and 5.0 are exact, and so they are integers too."""
     try:
         number = Decimal(text)
         if number.is_finite() and number.adjusted() < 30 and number == number.to_integral_value():
@@ -308,50 +153,53 @@ def _integer(text: str) -> int:
     raise ValueError
 
 
-def _is_in(value: float, interval: str) -> bool:
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    return (low < value or (low == value and interval[0] == "[")) and (
-        value < high or (value == high and interval[-1] == "]")
-    )
+def _normalize(value: str | list | dict, type_hint: Any) -> object:
+    """Return a value in the form that jsonargparse takes, or raise ValueError."""
+    is_list = get_origin(type_hint) in (list, tuple)
+    if isinstance(value, str) and value.lower() in _NULLS and (is_list or NoneType in get_args(type_hint)):
+        return [] if is_list else None
+    if is_list:
+        return _split_list(value, is_text=get_args(type_hint)[0] is str)
+    if type_hint is bool and value in ("0", "1"):
+        return value == "1"
+    if isinstance(value, str) and (not value.strip() or "\0" in value):
+        raise ValueError
+    return value
 
 
-def _split(given: str | list, is_text: bool) -> list:
-    """Return the items of a list, which may also be one item, or `a,b`, `a b` and `[a, b]` on the command line."""
-    if isinstance(given, str):
-        if given.lower() in _NULLS:
-            return []
-        if is_text and given.startswith("[") and given.endswith("]"):
+def _split_list(value: str | list | dict, is_text: bool) -> list[str]:
+    """Return the items of a list, which can also be one item, or `a,b`, `a b` and `[a, b]` on the command line."""
+    if isinstance(value, str):
+        if is_text and value.startswith("[") and value.endswith("]"):
             try:
-                return yaml.load(given, Loader=yaml.BaseLoader)
+                return yaml.load(value, Loader=yaml.BaseLoader)
             except yaml.YAMLError:
                 raise ValueError from None
-        given = [given]
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ValueError
     if not is_text:
-        return [item for text in given for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
-    "".join(given).encode()  # an argument whose bytes are not UTF-8 raises
-    return given
+        return [item for text in value for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
+    "".join(value).encode()  # raises UnicodeEncodeError, a ValueError, for an argument whose bytes are not UTF-8
+    return value
 
 
-def describe(kind: object) -> str:
+def describe_type(type_hint: Any) -> str:
     """Say in words which values a setting takes."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return f"{describe(options[0])} in {options[1]}"
+    origin, options = get_origin(type_hint), get_args(type_hint)
     if origin in (Union, UnionType):
-        return " or ".join(describe(option) for option in options)
+        return " or ".join(map(describe_type, options))
     if origin is Literal:
         return ", ".join(options[:-1]) + " or " * (len(options) > 1) + options[-1]
     if origin is tuple:
-        return f"{len(options)} values such as 0.9 0.95, each {describe(options[0])}"
+        return f"{len(options)} values such as 0.9 0.95, each {describe_type(options[0])}"
     if origin is list:
-        return f"a list, of {describe(options[0])}"
-    return _WORDS[kind]
+        return f"a list of {describe_type(options[0])}"
+    return _WORDS.get(type_hint) or type_hint.__name__
 
 
-def shown(value: object) -> str:
-    """Return a value as a message shows it: short, and in quotes where it would be mistaken for something else."""
+def format_value(value: object) -> str:
+    """Format a value for a message: short, and in quotes where it could be mistaken for something else."""
     if value is None:
         return "null"
     text = value if isinstance(value, str) and re.fullmatch(r"[\w.,+/-]+", value) else repr(value)
@@ -360,28 +208,184 @@ def shown(value: object) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], dict[str, RawValue]]:
+    """
+    Return the recipes that --config names, and the values of the settings by name. If a setting is repeated, the last
+    value counts.
+
+    Raises:
+        TrainingError: an unknown setting, a setting without a value, an argument that belongs to no setting.
+    """
+    options: list[tuple[str, list[str]]] = []
+    for argument in argv:
+        if re.match(r"--[^-]", argument):
+            name, equals, text = argument[2:].partition("=")
+            options.append((_current_name(name), [text] if equals else []))
+        elif options and _takes_value(*options[-1], argument, settings):
+            options[-1][1].append(argument)
+        else:
+            raise TrainingError(_describe_unexpected(argument, settings, after=options[-1] if options else None))
+    recipes, raw_values = [], {}
+    for name, texts in options:
+        if name != "config" and name not in settings:
+            raise TrainingError(describe_unknown(name, settings))
+        if not texts and name == "config":
+            raise TrainingError("--config needs a value, a recipe")
+        if name == "config":
+            recipes += texts
+            continue
+        type_hint, description = settings[name]
+        if not texts and type_hint is not bool:
+            raise TrainingError(f"--{name} needs a value, {describe_type(type_hint)}: {description}")
+        texts = texts or ["true"]
+        is_one_list = texts[0].startswith("[") and texts[-1].endswith("]")  # [a, b] without quotes
+        raw_values[name] = RawValue(" ".join(texts) if is_one_list or len(texts) == 1 else texts)
+    return recipes, raw_values
+
+
+def _takes_value(name: str, texts: list[str], argument: str, settings: dict[str, Setting]) -> bool:
+    """Return True if an argument is a value of the setting before it, which has the values `texts` so far."""
+    type_hint = settings[name].type_hint if name in settings else None
+    if type_hint is bool and _looks_like_recipe(argument):
+        return False
+    return not texts or get_origin(type_hint) in (list, tuple) or (type_hint is None and name != "config")
+
+
+def _looks_like_recipe(argument: str) -> bool:
+    return Path(argument).suffix in (".yaml", ".yml", ".json")
+
+
+def _describe_unexpected(argument: str, settings: dict[str, Setting], after: tuple[str, list[str]] | None) -> str:
+    name, equals, text = argument.lstrip("-\N{EN DASH}\N{EM DASH}").partition("=")
+    if not argument.strip():
+        return "an argument is blank: is a variable not set, or is a space after the backslash at the end of a line?"
+    if name in settings or name == "config":
+        return f"{argument!r}: a setting starts with two dashes: --{name} {text or 'VALUE'}"
+    if _looks_like_recipe(argument):
+        return f"{argument!r}: a recipe needs --config in front of it: --config {argument}"
+    if equals and name:
+        return describe_unknown(name, settings)
+    where = f" after --{after[0]} {' '.join(map(format_value, after[1]))}".rstrip() if after else ""
+    return f"unexpected argument {format_value(argument)}{where}; write settings as --NAME VALUE ({HELP})"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Recipes.
+
+
+def read_recipe(path: str, settings: dict[str, Setting]) -> dict[str, RawValue]:
+    """
+    Return the values of a YAML file (JSON is YAML too) by dotted name.
+
+    Raises:
+        TrainingError: the file does not exist, is not a recipe, or has an unknown setting.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(_MAX_RECIPE_BYTES + 1)
+        if len(content) > _MAX_RECIPE_BYTES:
+            raise _not_a_recipe(path, f"larger than {_MAX_RECIPE_BYTES:,} bytes")
+        root = yaml.compose(content.decode("utf-8-sig"), Loader=yaml.BaseLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise _not_a_recipe(path, "it has no settings" if root is None else "its settings have no names")
+        raw_values: dict[str, RawValue] = {}
+        for name, node, location in _iterate_settings(root, settings, path):
+            if name in raw_values:
+                raise TrainingError(f"{location}{name} appears twice")
+            raw_values[name] = RawValue(_to_texts(node), location)
+    except OSError as error:
+        reason = f"{error.strerror or error}; {_suggest_recipes(path)}"
+        raise TrainingError(f"--config {format_value(path)}: {reason}") from None
+    except yaml.MarkedYAMLError as error:
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        tabs = "; indent YAML with spaces, not tabs" if "'\\t'" in problem else ""
+        line = f":{mark.line + 1}" if mark else ""
+        raise TrainingError(f"{format_value(path)}{line}: not YAML ({problem}){tabs}") from None
+    except UnicodeDecodeError:
+        raise _not_a_recipe(path, "not text in UTF-8") from None
+    except yaml.YAMLError:  # control characters
+        raise _not_a_recipe(path, "not text") from None
+    except RecursionError:
+        raise _not_a_recipe(path, "brackets nested too deeply") from None
+    return raw_values
+
+
+def _not_a_recipe(path: str, reason: str) -> TrainingError:
+    return TrainingError(f"--config {format_value(path)}: not a recipe ({reason}); see recipes/sample.yaml for one")
+
+
+def _iterate_settings(
+    node: yaml.MappingNode, settings: dict[str, Setting], path: str, prefix: str = ""
+) -> Iterator[tuple[str, yaml.Node, str]]:
+    """Yield the dotted name, the value and "FILE:LINE: " of each setting."""
+    for key, value in node.value:
+        key_text = key.value if isinstance(key, yaml.ScalarNode) else format_value(_to_texts(key))
+        name = _current_name(prefix + key_text)
+        location = f"{format_value(path)}:{key.start_mark.line + 1}: "
+        members = _group_members(name, settings)
+        if members and isinstance(value, yaml.MappingNode):
+            yield from _iterate_settings(value, settings, path, f"{name}.")
+        elif members and _to_texts(value) == "null":
+            continue  # all of its lines are commented out
+        elif members:
+            got = format_value(_to_texts(value))
+            raise TrainingError(f"{location}{name} is a group of settings ({members}), got {got}")
+        elif name not in settings:
+            raise TrainingError(f"{location}{describe_unknown(name, settings)}")
+        else:
+            yield name, value, location
+
+
+def _to_texts(node: yaml.Node) -> str | list | dict:
+    if isinstance(node, yaml.ScalarNode):
+        return node.value or ("null" if node.style is None else "")
+    if isinstance(node, yaml.SequenceNode):
+        return [_to_texts(item) for item in node.value]
+    return {format_value(_to_texts(key)): _to_texts(value) for key, value in node.value}
+
+
+def _suggest_recipes(path: str) -> str:
+    recipes = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+    near = difflib.get_close_matches(Path(path).stem, [recipe.stem for recipe in recipes], n=3, cutoff=0.6)
+    names = ", ".join(f"recipes/{recipe.name}" for recipe in recipes if not near or recipe.stem in near)
+    return f"did you mean {names}?" if near else f"the recipes are {names}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Names.
 
 
-def unknown(name: str, settings: dict[str, Setting]) -> str:
-    """Say that there is no such setting, and which one was probably meant."""
-    if members := _members(name, settings):
+@functools.cache
+def _current_name(name: str) -> str:
+    """Return a setting's name. For a name of an earlier release, return the current one and print it once."""
+    if name in RENAMED and os.environ.get("RANK", "0") == "0":
+        print(f"--{name} is now called --{RENAMED[name]}", file=sys.stderr)
+    return RENAMED.get(name, name)
+
+
+def describe_unknown(name: str, settings: dict[str, Setting]) -> str:
+    """Say that a setting does not exist, and which one was probably meant."""
+    if members := _group_members(name, settings):
         return f"{name} is a group of settings: give one of {members}"
     plain = re.sub(r"[^a-z0-9.]+", "_", name.lower())
     last = plain.rpartition(".")[2]
     by_last = {setting.rpartition(".")[2]: setting for setting in settings}
     switch = by_last.get(re.sub(r"^(no|disable)_", "", last))
-    if switch and last not in by_last and settings[switch].kind is bool:
-        return f"unknown setting {shown(name)!r}; write --{switch} false"
+    if switch and last not in by_last and settings[switch].type_hint is bool:
+        return f"unknown setting {format_value(name)!r}; write --{switch} false"
     if last not in by_last and last not in HINTS:
         near = difflib.get_close_matches(last, [*by_last, *HINTS, "config"], n=1, cutoff=0.8)
         last = near[0] if near else plain.replace(".", "_")  # `eval.every` is eval_every
     hint = by_last.get(last) or ("--config" if last == "config" else HINTS.get(last))
     if hint is None:
-        return f"unknown setting {shown(name)!r}; {HELP}"
+        return f"unknown setting {format_value(name)!r}; {HELP}"
     is_name = hint in settings or hint == "--config"
-    return f"unknown setting {shown(name)!r}; " + (f"did you mean {hint!r}?" if is_name else f"here: {hint}")
+    return f"unknown setting {format_value(name)!r}; " + (f"did you mean {hint!r}?" if is_name else f"here: {hint}")
 
 
-def _members(group: str, settings: dict[str, Setting]) -> str:
+def _group_members(group: str, settings: dict[str, Setting]) -> str:
     return ", ".join(name for name in settings if name.startswith(f"{group}."))

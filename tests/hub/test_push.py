@@ -261,7 +261,7 @@ def test_damaged_checkpoint_is_rejected(copied):
     with pytest.raises(HubError, match=r"is damaged: config.json has .* bytes and not"):
         plan_of(copied)
     (copied / "training_state" / "manifest.json").unlink()
-    with pytest.raises(HubError, match=r"is damaged: no training_state/manifest.json"):
+    with pytest.raises(HubError, match=r"is damaged: training_state/manifest.json is missing"):
         plan_of(copied)
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 import yaml
@@ -7,8 +8,8 @@ from tiny_run import ROOT
 from training import TrainingError
 from training.batch import batch_arithmetic, micro_batch_sizes
 from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config
-from training.setting_names import HINTS
-from training.settings import settings_of
+from training.setting_names import HINTS, RENAMED
+from training.settings import _current_name, settings_of
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_no_arguments_means_the_sample_recipe():
     assert load_config([]) == load_config(["--config", str(DEFAULT_RECIPE)])
 
 
-def test_the_lecture_recipe_is_the_lectures():
+def test_lecture_recipe_has_the_numbers_of_the_lecture():
     config = load_config(["--config", "recipes/gpt2_124m.yaml"])
     assert (config.model.n_layer, config.model.n_head, config.model.n_embd) == (12, 12, 768)
     assert (config.batch.tokens_per_step, config.batch.micro_batch_size, config.batch.seq_len) == (2**19, 64, 1024)
@@ -51,7 +52,7 @@ def value_of(config, name):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipe_gives_the_values_that_are_in_it_and_defaults_elsewhere(path):
+def test_recipe_sets_its_values_and_leaves_the_defaults(path):
     content = yaml.safe_load(path.read_text())
     given = {}
     for name, value in content.items():
@@ -62,7 +63,7 @@ def test_a_recipe_gives_the_values_that_are_in_it_and_defaults_elsewhere(path):
         assert value == expected and type(value) is type(expected), name
 
 
-def test_every_default_is_a_value_that_is_accepted(recipe):
+def test_defaults_are_accepted_in_a_recipe(recipe):
     defaults = dataclasses.replace(Config(), output_dir="runs/x")
     settings = dataclasses.asdict(defaults)
     settings["optim"]["betas"] = list(defaults.optim.betas)
@@ -104,25 +105,25 @@ def test_every_default_is_a_value_that_is_accepted(recipe):
         ("--seed 1", "compile", False),
         ("--data.path elsewhere --data.prepare_sample", "data.prepare_sample", True),
         ("--data.prepare_sample --data.path elsewhere", "data.prepare_sample", True),
-        # The sample is made under the recipe's own name alone.
+        # The sample is made only at the path that its recipe names.
         ("--data.path shards/sample", "data.prepare_sample", True),
         ("--data.path shards/smaple", "data.prepare_sample", False),
         (f"--config {DEFAULT_RECIPE} --config recipes/shakespeare.yaml", "data.prepare_sample", False),
     ],
 )
-def test_forms_of_the_command_line(arguments, name, expected, monkeypatch):
+def test_command_line_forms(arguments, name, expected, monkeypatch):
     monkeypatch.chdir(ROOT)
     value = value_of(load_config(arguments.split(" ")), name)
     assert value == expected and type(value) is type(expected)
 
 
-def test_a_home_folder_is_expanded_where_the_shell_does_not(monkeypatch):
+def test_home_folder_is_expanded_after_an_equals_sign(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("USERPROFILE", "/home/me")
     assert load_config(["--output_dir=~/runs/x"]).output_dir == "/home/me/runs/x"
 
 
-def test_the_command_line_counts_wherever_it_names_the_recipe(recipe):
+def test_command_line_wins_also_if_it_comes_before_config(recipe):
     path = recipe("max_steps: 50\n")
     assert load_config(["--max_steps", "7", "--config", path]).max_steps == 7
 
@@ -145,15 +146,15 @@ def test_the_command_line_counts_wherever_it_names_the_recipe(recipe):
         ("output_dir: 2024-01-01\n", "output_dir", "2024-01-01"),
     ],
 )
-def test_forms_of_a_recipe(recipe, text, name, expected):
+def test_recipe_forms(recipe, text, name, expected):
     value = value_of(load_config(["--config", recipe(text)]), name)
     assert value == expected and type(value) is type(expected)
 
 
-def test_hints_name_settings_that_are_there():
+def test_hints_name_existing_settings_and_files():
     settings = settings_of(Config)
     last = {name.rpartition(".")[2] for name in settings}
-    assert not last & set(HINTS)  # these are found by themselves
+    assert not last & set(HINTS)  # a setting without its group is found without a hint
     words = {word.strip(",;`") for hint in HINTS.values() for word in hint.split()}
     groups = {name.partition(".")[0] for name in settings if "." in name}
     assert {word for word in words if word.partition(".")[0] in groups and "." in word} - {"data.prepare"} <= set(
@@ -161,9 +162,31 @@ def test_hints_name_settings_that_are_there():
     )
     names = {hint.split(" ")[0].strip(",;") for hint in HINTS.values() if "_" in hint.split(" ")[0]}
     assert {name for name in names if "/" not in name} - {"HF_TOKEN"} <= set(settings)
+    assert all((ROOT / path).is_file() for path in re.findall(r"(?:recipes|accelerate_configs)/\w+\.yaml", str(HINTS)))
+    assert not set(RENAMED) & set(settings) and set(RENAMED.values()) <= set(settings)
 
 
-def test_every_setting_has_a_description(capsys):
+def test_old_name_works_and_prints_the_new_one_once(recipe, capsys):
+    _current_name.cache_clear()
+    path = recipe("dollars_an_hour: 2\n")
+    assert load_config(["--config", path]).dollars_per_hour == 2
+    assert load_config(["--config", path, "--dollars_an_hour", "3"]).dollars_per_hour == 3
+    assert capsys.readouterr().err == "--dollars_an_hour is now called --dollars_per_hour\n"
+
+
+def test_configs_share_no_list():
+    load_config([]).trackers.append("wandb")
+    load_config([]).eval.prompts.clear()
+    assert load_config([]) == load_config(["--trackers", "tensorboard"]) and load_config([]).eval.prompts
+
+
+def test_text_that_is_null_in_yaml_is_not_null():
+    assert load_config(["--eval.hellaswag", "# 5"]).eval.hellaswag == "# 5"
+    with pytest.raises(TrainingError, match=r"save_every must be .*, got '# 5'"):
+        load_config(["--save_every", "# 5"])
+
+
+def test_help_describes_every_setting(capsys):
     with pytest.raises(SystemExit):
         load_config(["--help"])
     text = capsys.readouterr().out
