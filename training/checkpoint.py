@@ -295,7 +295,7 @@ def find_checkpoint(resume: str | None, output_dir: str | Path, say: Callable[[s
         say: called with a line about each damaged checkpoint that is skipped.
 
     Returns:
-        The checkpoint's folder; None for a fresh start (None, or "auto" if there is no checkpoint).
+        The checkpoint's folder; None for a fresh start (None, or "auto" without any checkpoint).
 
     Raises:
         TrainingError: as `check_start`; the checkpoint is damaged; or "auto", and all checkpoints are damaged.

@@ -172,7 +172,7 @@ def isolated_accelerator_state() -> Iterator[None]:
     """
     Keep accelerate's global state of this run apart from Accelerators before and after it in the same process.
 
-    Otherwise the next Accelerator takes over this one's mixed precision, or refuses another one.
+    Otherwise the next Accelerator inherits this one's mixed precision, or refuses a different one.
     """
     states = [AcceleratorState._shared_state, GradientState._shared_state]
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # several processes still need it to leave their group

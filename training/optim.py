@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Devices with a fused AdamW kernel (torch 2.10 and newer).
 _FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")
-# Devices whose fused AdamW can skip a step by itself (`found_inf`).
+# Devices whose fused AdamW supports `found_inf`, which skips a step.
 _FOUND_INF = ("cpu", "cuda")
 
 # Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/: a quintic that maps singular values to about 1.

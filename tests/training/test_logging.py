@@ -58,7 +58,7 @@ def test_metrics_have_one_object_per_line(tmp_path):
 
 
 def test_records_after_the_checkpoint_are_dropped():
-    """So is an evaluation that was aborted or not saved with the checkpoint."""
+    """An evaluation of the checkpoint's step is dropped if it was aborted."""
     assert records_up_to(RECORDS, 2, is_evaluated=True) == RECORDS[:4]
     assert records_up_to(RECORDS, 2, is_evaluated=False) == RECORDS[:3]
     assert records_up_to(RECORDS, 0, is_evaluated=False) == []
