@@ -11,8 +11,8 @@ from torch.nn import functional as F
 CHUNK_ROWS = {"cpu": 512, None: 8192}
 # Rows of a chunk that are converted to float32 at once. Few on a CPU, so that the softmax works in its cache.
 BLOCK_ROWS = {"cpu": 8, None: None}
-# Rows of the weight gradient that are computed at once. On a CPU a slab stays in cache until it is added, and glibc
-# would unmap and map again the pages of a buffer above 32 MB each time.
+# Rows of the weight gradient that are computed at once. On a CPU a slab stays in cache until it is added. Slabs above
+# 32 MB would also cost page faults: glibc returns such a buffer to the kernel each time it is freed.
 SLAB_ROWS = {"cpu": 2048, None: None}
 # Matmuls are faster if rows start at multiples of 128 bytes (nanoGPT pads the vocabulary to 50,304). On a GPU the
 # dimensions of the matmul must be multiples too, so the matrix is padded with rows of zeros. On a CPU it is enough
