@@ -4,7 +4,6 @@ Parameter names are equal, and the weights of linear layers are transposed (tran
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ _CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight"
 
 
 def from_gpt2(
-    model_class: type[PreTrainedModel], model_or_path: GPT2LMHeadModel | str | Path, **kwargs: Any
+    model_class: type[PreTrainedModel], model_or_path: GPT2LMHeadModel | str, **kwargs: Any
 ) -> PreTrainedModel:
     """Copy a transformers GPT-2 into `model_class` (see `GPT2ReproForCausalLM.from_gpt2`)."""
     gpt2 = model_or_path

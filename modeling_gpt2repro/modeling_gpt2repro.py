@@ -8,7 +8,6 @@ Shapes:  B batch   T new tokens   S past + new tokens   D n_embd   H heads   V v
 
 import inspect
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -646,7 +645,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
 
     @classmethod
-    def from_gpt2(cls, model_or_path: GPT2LMHeadModel | str | Path, **kwargs: Any) -> PreTrainedModel:
+    def from_gpt2(cls, model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> PreTrainedModel:
         """Copy a transformers GPT-2: `GPT2ReproForCausalLM.from_gpt2("openai-community/gpt2")`.
 
         Args:
