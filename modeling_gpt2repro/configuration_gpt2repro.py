@@ -51,7 +51,7 @@ class GPT2ReproConfig(PreTrainedConfig):
 
     model_type = "gpt2repro"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (Trainer concatenates it with a list)
-    attribute_map = {  # noqa: RUF012 (transformers reads this plain class attribute)
+    attribute_map = {  # noqa: RUF012 (read by transformers)
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head",

@@ -535,7 +535,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     """GPT-2 with a language-model head, which shares the matrix of the token embedding."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers reads this plain class attribute)
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (read by transformers)
 
     def __init__(self, config: GPT2ReproConfig) -> None:
         super().__init__(config)

@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -328,33 +330,12 @@ def test_quantized_model_gives_close_logits(saved, input_ids, package):
 def test_remote_code_needs_only_torch_and_transformers(saved, input_ids, tmp_path):
     """Load in a process that cannot import this project, accelerate, datasets, tiktoken, evaluate or peft."""
     path, expected = saved
-    program = f"""
-import sys
-for name in ("modeling_gpt2repro", "accelerate", "datasets", "tiktoken", "evaluate", "peft", "torchao", "jsonargparse"):
-    sys.modules[name] = None  # makes the import fail
-import torch
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification)
-path = {str(path)!r}
-ids = torch.tensor({input_ids.tolist()!r})
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-torch.save(model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
-assert model.generate(ids[:, :4], max_new_tokens=3, pad_token_id=50256).shape[1] == 7
-loss = model.train()(ids, labels=ids).loss
-loss.backward()
-compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss
-torch.testing.assert_close(compiled, loss)
-for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
-    head = auto.from_pretrained(path, trust_remote_code=True)
-    assert type(head).__module__.startswith("transformers_modules")
-    head(ids[:1])
-model.save_pretrained({str(tmp_path / "again")!r})
-"""
+    (path / "input_ids.json").write_text(json.dumps(input_ids.tolist()))
+    command = [sys.executable, str(Path(__file__).with_name("remote_code.py")), str(path), str(tmp_path)]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert set(again["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert {"modeling_gpt2repro.py", "loss.py", "mlp.py"} <= {file.name for file in (tmp_path / "again").iterdir()}

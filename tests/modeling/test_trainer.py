@@ -46,7 +46,7 @@ def make_trainer(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind", ["ours", "transformers'", "LoRA"])
+@pytest.mark.parametrize("kind", ["gpt2repro", "gpt2", "LoRA"])
 def test_label_smoothing_shifts_the_labels(model, batch, make_trainer, kind):
     """Trainer shifts by class name. The expected loss is 0.9 of the target's and 0.1 of the vocabulary's mean."""
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_label_smoothing_shifts_the_labels(model, batch, make_trainer, kind):
     if kind == "LoRA":
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
-    elif kind == "transformers'":
+    elif kind == "gpt2":
         model = model.to_gpt2()
     trainer = make_trainer(model, label_smoothing_factor=0.1)
     loss = trainer.compute_loss(trainer.model.train(), dict(batch))
