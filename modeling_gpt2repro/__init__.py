@@ -1,14 +1,15 @@
-"""
-GPT-2 as a Hugging Face model. Importing this package makes the Auto classes know `model_type: gpt2repro`.
+"""GPT-2 as a Hugging Face model.
 
-    configuration_gpt2repro.py   GPT2ReproConfig: the shape, checked
+Importing this package registers `model_type: gpt2repro` with the Auto classes.
+
+    configuration_gpt2repro.py   GPT2ReproConfig, with checks of its fields
     modeling_gpt2repro.py        attention, MLP, block, GPT2ReproModel, GPT2ReproForCausalLM, classifiers
-    loss.py                      the head's cross-entropy, without the logits
-    mlp.py                       the MLP, with less kept for the backward pass
-    conversion.py                weights from and to transformers' GPT-2
+    loss.py                      cross-entropy of the head without the full logits
+    mlp.py                       MLP that saves fewer activations for the backward pass
+    conversion.py                conversion from and to transformers' GPT-2
 
-These files travel with every checkpoint (`trust_remote_code=True`), so they import torch, transformers and
-each other, and nothing else.
+Every checkpoint carries a copy of these files (`trust_remote_code=True`), so they import only torch, transformers
+and each other.
 """
 
 from transformers import (

@@ -1,18 +1,19 @@
-"""
-GPT-2 (Radford et al. 2019) as a Hugging Face model: attention, MLP, block, trunk, language model.
+"""GPT-2 (Radford et al. 2019) as a Hugging Face model: attention, MLP, block, trunk, language model, classifiers.
 
-The names of modules and parameters are GPT-2's own (`transformer.h.0.attn.c_attn.weight`, ...); the linear
-layers are `nn.Linear`, so a weight here is the transpose of transformers' `Conv1D` weight and nothing else.
+Modules and parameters have the names of the original GPT-2 (`transformer.h.0.attn.c_attn.weight`, ...). The linear
+layers are `nn.Linear`, so their weights are the transpose of the `Conv1D` weights in transformers' GPT-2.
 
 Shapes:  B batch   T new tokens   S past + new tokens   D n_embd   H heads   V vocabulary
 """
 
 import inspect
 import math
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, GPT2LMHeadModel, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
@@ -31,29 +32,44 @@ from .mlp import mlp
 
 logger = logging.get_logger(__name__)
 
-# transformers 5.0 calls the argument `input_embeds` and wants `cache_position`; later 5.x do neither.
+# transformers 5.0 names the argument `input_embeds` and also needs `cache_position`. Later 5.x versions do not.
 _MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-_MASK_INPUT = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
+_MASK_INPUT_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
 
-# What transformers' GPT-2 takes and this model does not; unknown arguments go to the attention kernel, unread.
-_NOT_HERE = {
+# Arguments of transformers' GPT-2 that this model does not support. Without this check they would be passed on to the
+# attention kernel, which ignores them.
+_UNSUPPORTED_ARGUMENTS = {
     "token_type_ids": "GPT-2 was trained without token types",
     "encoder_hidden_states": "GPT-2 as published has no cross-attention",
     "encoder_attention_mask": "GPT-2 as published has no cross-attention",
-    "head_mask": "transformers 5 has none either; prune or hook the attention instead",
+    "head_mask": "transformers 5 has removed it; prune the heads or use a hook on the attention instead",
 }
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """
-    Attention written out, for reading, for `output_attentions`, and as the reference of the fast kernels.
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Compute attention step by step, for `output_attentions` and as the reference for the fast kernels.
 
     Args:
-        query: [B, H, T, D/H].  key, value: [B, H, S, D/H].
+        module: The attention layer. Dropout is applied if it is in training mode.
+        query: [B, H, T, D/H].
+        key: [B, H, S, D/H].
+        value: [B, H, S, D/H].
         attention_mask: [B or 1, 1, T, S], added to the scores (0 or a very negative number).
+        scaling: Factor of the scores.
+        dropout: Dropout probability of the weights.
+        kwargs: Ignored.
 
     Returns:
-        output [B, T, H, D/H] and weights [B, H, T, S].
+        The output [B, T, H, D/H] and the attention weights [B, H, T, S].
     """
     weights = query @ key.transpose(-1, -2) * scaling
     if attention_mask is not None:
@@ -64,12 +80,12 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 class GPT2ReproAttention(nn.Module):
-    """Multi-head causal self-attention; the kernel is whatever `config._attn_implementation` names."""
+    """Multi-head causal self-attention with the kernel that `config._attn_implementation` names."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx  # which layer of a key-value cache is ours
+        self.layer_idx = layer_idx  # index of this layer in the key-value cache
         self.head_dim = config.n_embd // config.n_head
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attn_pdrop
@@ -78,21 +94,28 @@ class GPT2ReproAttention(nn.Module):
         self.c_proj = residual_projection(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, cache_position=None, **kwargs):
-        """[B, T, D] -> [B, T, D], and the weights [B, H, T, S] where the kernel gives them (eager)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        past_key_values: Cache | None = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map [B, T, D] to [B, T, D]. Also return the weights [B, H, T, S] if the kernel computes them (eager)."""
         heads_shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             part.view(heads_shape).transpose(1, 2)  # [B, H, T, D/H]
             for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )
         if past_key_values is not None:
-            # transformers 5.0's static cache must be told where to write; later ones know, and pass over it.
+            # The static cache of transformers 5.0 needs `cache_position`. Later versions ignore it.
             key, value = past_key_values.update(  # [B, H, S, D/H]
                 key, value, self.layer_idx, {"cache_position": cache_position}
             )
         attend = eager_attention
         if self.config._attn_implementation != "eager":
-            # An assignment of its own: vLLM looks for one in this source.
+            # vLLM searches this source for the assignment, so keep it a separate statement.
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend(
             self,
@@ -109,16 +132,17 @@ class GPT2ReproAttention(nn.Module):
 
 
 class GPT2ReproMLP(nn.Module):
-    """Two linear layers with the tanh approximation of GELU between, [B, T, D] -> [B, T, D]."""
+    """Two linear layers with the tanh approximation of GELU between them."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2ReproConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.n_inner)
         self.act = nn.GELU(approximate="tanh")
         self.c_proj = residual_projection(config.n_inner, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map [B, T, D] to [B, T, D]."""
         eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if eager and all(is_plain(layer) for layer in (self.c_fc, self.act, self.c_proj)):
             output = mlp(hidden_states, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
@@ -128,16 +152,23 @@ class GPT2ReproMLP(nn.Module):
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
-    """Pre-norm block: the residual stream is only ever added to."""
+    """Pre-norm block: attention and MLP each add their output to the residual stream."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: GPT2ReproConfig, layer_idx: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = GPT2ReproAttention(config, layer_idx)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPT2ReproMLP(config)
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | BlockMask | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Map [B, T, D] to [B, T, D]. Also return the attention weights if the kernel computes them."""
         attention_output, attention_weights = self.attn(
             self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -146,28 +177,27 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         return hidden_states, attention_weights
 
 
-def residual_projection(in_features, out_features):
-    """
-    A linear layer that writes into the residual stream, marked for its smaller initialisation.
+def residual_projection(in_features: int, out_features: int) -> nn.Linear:
+    """Create a linear layer whose output is added to the residual stream, with a mark for its smaller initialization.
 
-    The mark is on the leaf because transformers 5 calls `_init_weights` only with modules that own
-    parameters: GPT-2's `isinstance(module, Attention)` would never be reached here.
+    The mark is on the layer itself because transformers 5 calls `_init_weights` only for modules that own parameters,
+    not for the attention and the MLP around them.
     """
     linear = nn.Linear(in_features, out_features)
     linear.is_residual_projection = True
     return linear
 
 
-def is_plain(module):
-    """
-    Whether a linear layer or GELU is still what this file made it, so that its parameters may be used without
-    calling it. LoRA, quantisation, tensor parallelism, offloading and hooks make it something else.
+def is_plain(module: nn.Module) -> bool:
+    """Return True if the parameters of a linear layer or GELU may be used without calling the module.
+
+    LoRA, quantization, tensor parallelism, offloading and hooks replace or wrap the module, and then it must be called.
     """
     weight = getattr(module, "weight", None)
     return (
         type(module) in (nn.Linear, nn.GELU, LanguageModelHead)
         and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantised weight is a subclass
-        and "forward" not in vars(module)  # where accelerate's offloading puts its own
+        and "forward" not in vars(module)  # accelerate's offloading replaces it
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks
@@ -175,17 +205,20 @@ def is_plain(module):
 
 
 class LanguageModelHead(nn.Linear):
-    """The last linear layer; given targets, it computes their loss and not all the logits."""
+    """The last linear layer. If it is called with targets, it computes their loss without the full logits."""
 
-    def forward(self, hidden_states, targets=None, num_items=None):
-        """
+    def forward(
+        self, hidden_states: Tensor, targets: Tensor | None = None, num_items: int | Tensor | None = None
+    ) -> Tensor:
+        """Compute logits, or the loss if targets are given.
+
         Args:
             hidden_states: [..., D].
-            targets: [N] token ids, one for each hidden state; -100 is ignored.
-            num_items: what the summed loss is divided by.
+            targets: [N] token ids, one per hidden state. -100 is ignored.
+            num_items: Divisor of the summed loss.
 
         Returns:
-            logits [..., V]; with targets the loss, a scalar.
+            Logits [..., V], or the loss, a scalar.
         """
         if targets is None:
             return super().forward(hidden_states)
@@ -193,22 +226,21 @@ class LanguageModelHead(nn.Linear):
 
 
 class LogitsNotComputed:
-    """
-    The value of `outputs.logits` in training with labels: any use of it raises an error with the remedy.
+    """Placeholder for `outputs.logits` in training with labels. Any use of it raises an error that names the remedy.
 
-    Not None, so that the error is not "'NoneType' object is not subscriptable"; and without any attribute of a tensor,
-    so that accelerate, DDP and torch.compile pass it on unread.
+    With None, the error would be "'NoneType' object is not subscriptable". The placeholder has none of the attributes
+    of a tensor, so accelerate, DDP and torch.compile leave it unchanged.
     """
 
     MESSAGE = (
-        "logits are not computed in training with labels, where they would be the largest tensor of the step. To get "
-        "them: model.config.logits_in_training = True, or model(..., return_logits=True), or leave the labels out"
+        "logits are not computed in training with labels, because they would be the largest tensor of the step. To get "
+        "them, set model.config.logits_in_training = True, call model(..., return_logits=True), or omit the labels"
     )
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self.MESSAGE} (outputs.logits.{name})")
 
-    def _refuse(self, *args, **kwargs):
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(LogitsNotComputed.MESSAGE)
 
     __torch_function__ = classmethod(_refuse)
@@ -220,13 +252,13 @@ class LogitsNotComputed:
 _LOGITS_NOT_COMPUTED = LogitsNotComputed()
 
 
-def is_sharded(module):
-    """Whether FSDP2 holds the parameters: they are whole while the module is called, and it may be called as ever."""
+def is_wrapped_by_fsdp2(module: nn.Module) -> bool:
+    """Return True if FSDP2 wraps the module. Its full parameters then exist only while the module is called."""
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def hidden_state_indices(request: bool | int | list[int] | None, count: int) -> set[int]:
-    """Return which of `count` hidden states `output_hidden_states` asks for: True for all, or one or more indices."""
+    """Convert `output_hidden_states` (True for all, or one or more indices) to indices of `count` hidden states."""
     if not request:
         return set()
     if request is True:
@@ -236,7 +268,7 @@ def hidden_state_indices(request: bool | int | list[int] | None, count: int) -> 
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
-    """Initialisation and what the rest of transformers needs to know about the model."""
+    """Base class of the models: initialization, and the attributes that transformers reads."""
 
     config_class = GPT2ReproConfig
     base_model_prefix = "transformer"
@@ -250,16 +282,17 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     @classmethod
-    def _can_set_attn_implementation(cls):
-        """Yes. transformers would look for a phrase in this file, and the phrase differs between 5.x versions."""
+    def _can_set_attn_implementation(cls) -> bool:
+        """Return True. transformers would search this file for a phrase that differs between 5.x versions."""
         return True
 
     @torch.no_grad()
-    def _init_weights(self, module):
-        """
-        Normal(0, 0.02); projections into the residual stream are scaled by 1/sqrt(N) with N = 2 n_layer of
-        them (GPT-2 paper, section 2.3). Biases 0, LayerNorms at the identity. Only `nn.init` functions:
-        from_pretrained patches those to leave loaded weights alone.
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialize the parameters of one module as in the GPT-2 paper (section 2.3).
+
+        Weights are normal with standard deviation 0.02. Projections into the residual stream are scaled by 1/sqrt(N),
+        with N = 2 n_layer of them. Biases are 0 and LayerNorms are the identity. Use only `nn.init` functions here:
+        from_pretrained patches them so that they skip loaded weights.
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             std = self.config.initializer_range
@@ -272,8 +305,8 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
 
-    def save_pretrained(self, *args, **kwargs):
-        """transformers', but `auto_map` names every class: left alone it names only the one being saved."""
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Save with an `auto_map` of all classes. transformers would write only the class that is saved."""
         self.config.auto_map = {
             "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
             "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
@@ -285,9 +318,9 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
 
 class GPT2ReproModel(GPT2ReproPreTrainedModel):
-    """GPT-2 without the head: token ids in, last hidden states out."""
+    """GPT-2 without the head: maps token ids to the last hidden states."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2ReproConfig) -> None:
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -297,56 +330,63 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
+        """Return the token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, new_embeddings):
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        """Replace the token embedding."""
         self.wte = new_embeddings
 
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        is_causal=None,
-        **kwargs,
-    ):
-        """
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Compute the last hidden states.
+
         Args:
-            input_ids: [B, T] token ids, or `inputs_embeds` [B, T, D] in their place.
-            attention_mask: [B, S], 1 for a token and 0 for padding (left or right); or 4D, [B or 1, 1 or H, T, S],
-                boolean (True: attend) or floating (added to the scores), which replaces the causal mask.
-            position_ids: [B, T]; counted from `attention_mask` (padding does not count) when not given. Where they
-                restart, and there is neither mask nor cache, documents are packed: each attends to itself alone.
-            past_key_values: a transformers `Cache`.
-            use_cache: return a cache; by default only outside training.
-            output_attentions: needs `attn_implementation="eager"`, the fast kernels have no weights to give.
-            is_causal: whether tokens attend only to themselves and earlier ones; `config.is_causal` when None.
-            kwargs: passed on to the attention kernel.
+            input_ids: Token ids, [B, T].
+            attention_mask: [B, S], 1 for tokens and 0 for padding (left or right). A 4D mask [B or 1, 1 or H, T, S]
+                replaces the causal mask. It is boolean (True: attend) or floating point (added to the scores). Flex
+                attention also takes a `BlockMask`.
+            position_ids: [B, T]. By default they count the tokens of `attention_mask`, without padding. If they
+                restart within a row, and no mask and no cache is given, the row holds packed documents, which do not
+                attend to each other.
+            past_key_values: Keys and values of earlier tokens.
+            inputs_embeds: Token embeddings instead of `input_ids`, [B, T, D].
+            use_cache: Return a cache. By default only outside training.
+            output_attentions: Return the attention weights. Only `attn_implementation="eager"` computes them.
+            output_hidden_states: Return all hidden states (True), or those with these indices.
+            is_causal: Attend only to earlier tokens. The default is `config.is_causal`.
+            kwargs: Passed on to the attention kernel.
 
         Returns:
-            BaseModelOutputWithPast: last_hidden_state [B, T, D]; on request past_key_values,
-            hidden_states (n_layer + 1 of [B, T, D], the last one after ln_f), attentions ([B, H, T, S] each).
+            The last hidden states [B, T, D] and, on request, past_key_values, hidden_states (n_layer + 1 tensors
+            [B, T, D], the last one after ln_f) and attentions (n_layer tensors [B, H, T, S]).
 
         Raises:
-            ValueError: both or neither of the inputs, positions past n_positions, attentions of a kernel that
-                has none, a mask that does not fit, a cache for bidirectional attention.
+            ValueError: Both or neither of input_ids and inputs_embeds, an argument that is not supported, positions
+                beyond n_positions, a mask of the wrong shape or dtype, or a cache for bidirectional attention.
         """
         config = self.config
-        for name in _NOT_HERE:
+        for name in _UNSUPPORTED_ARGUMENTS:
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported: {_NOT_HERE[name]}")
+                raise ValueError(f"{name} is not supported: {_UNSUPPORTED_ARGUMENTS[name]}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             raise ValueError(
-                f"past_key_values is a transformers Cache (DynamicCache, StaticCache, ...), got a "
+                f"past_key_values must be a transformers Cache (DynamicCache, StaticCache, ...), got a "
                 f"{type(past_key_values).__name__}"
             )
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -363,20 +403,19 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         num_new = inputs_embeds.shape[1]
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Without a cache, a row with position ids may be longer: short texts one after the other, as vLLM gives them.
+        # Without a cache, a row with position ids may be longer: vLLM packs short texts into one row.
         is_packed = position_ids is not None and not use_cache and past_key_values is None
         if not is_packed and isinstance(num_past, int) and num_past + num_new > config.n_positions:
             raise ValueError(
                 f"a sequence of {num_past + num_new} tokens does not fit n_positions={config.n_positions}: "
-                "the model has no position embedding past that; shorten the input or ask for fewer new tokens"
+                "shorten the input or reduce max_new_tokens"
             )
-        past_and_new = kwargs.pop("cache_position", None)  # given by transformers 5.0's generate()
-        if past_and_new is None:
-            past_and_new = torch.arange(num_new, device=inputs_embeds.device) + num_past
-        # The mask is made before a cache of our own: position ids that restart (packed documents) count
-        # only where there is none yet.
+        cache_position = kwargs.pop("cache_position", None)  # passed by generate() of transformers 5.0
+        if cache_position is None:
+            cache_position = torch.arange(num_new, device=inputs_embeds.device) + num_past
+        # Create the mask before the cache: transformers detects packed documents only without a cache.
         mask = self._attention_mask(
-            attention_mask, inputs_embeds, position_ids, past_key_values, past_and_new, is_causal
+            attention_mask, inputs_embeds, position_ids, past_key_values, cache_position, is_causal
         )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -385,10 +424,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             if torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
             else:
-                position_ids = past_and_new.unsqueeze(0)
+                position_ids = cache_position.unsqueeze(0)
         self._check_positions(position_ids)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
-        del inputs_embeds  # nothing needs it any more, and a name would keep it in memory through all blocks
+        del inputs_embeds  # otherwise it would stay in memory through all blocks
 
         all_hidden_states = () if output_hidden_states else None
         all_attentions = () if output_attentions else None
@@ -401,7 +440,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 is_causal=is_causal,
-                cache_position=past_and_new,
+                cache_position=cache_position,
                 **kwargs,
             )
             if output_attentions and attention_weights is not None:
@@ -411,8 +450,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             all_hidden_states += (hidden_states if config.n_layer in kept_hidden_states else None,)
         if output_attentions and not all_attentions and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"output_attentions=True gives no attentions with attn_implementation={config._attn_implementation!r}, "
-                "whose kernel never forms the weights: load the model with attn_implementation='eager'"
+                f"attn_implementation={config._attn_implementation!r} does not compute attention weights, so "
+                "output_attentions=True returns none: load the model with attn_implementation='eager'"
             )
 
         return BaseModelOutputWithPast(
@@ -422,37 +461,40 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             attentions=all_attentions,
         )
 
-    def _check_positions(self, position_ids):
-        """Raises ValueError for positions that have no embedding."""
+    def _check_positions(self, position_ids: Tensor) -> None:
+        """Raise ValueError for positions [B, T] that have no embedding."""
         if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or not position_ids.numel():
-            return  # on a GPU looking would stop its queue at every call; there the embedding's own assertion fires
+            return  # on a GPU the check would sync at each call, and the embedding kernel has its own assertion
         first, last = position_ids.min().item(), position_ids.max().item()
         if first < 0 or last >= self.config.n_positions:
             raise ValueError(
                 f"position_ids from {first} to {last} do not fit n_positions={self.config.n_positions}: "
-                f"the model knows positions 0 to {self.config.n_positions - 1}"
+                f"they must be in 0 to {self.config.n_positions - 1}"
             )
 
-    def _attention_mask(self, attention_mask, inputs_embeds, position_ids, past_key_values, past_and_new, is_causal):
-        """
-        The mask in the form that the attention kernel wants; None where its own causal (or full) attention will do,
-        so that the flash kernels run.
+    def _attention_mask(
+        self,
+        attention_mask: Tensor | BlockMask | None,
+        inputs_embeds: Tensor,
+        position_ids: Tensor | None,
+        past_key_values: Cache | None,
+        cache_position: Tensor,
+        is_causal: bool,
+    ) -> Tensor | BlockMask | None:
+        """Convert the mask to the form that the attention kernel needs.
 
-        Args:
-            attention_mask: None, [B, S] (1 for a token), or [B or 1, 1 or H, T, S]: boolean (True: attend) or
-                floating (added to the scores).
-            position_ids: as the caller gave them. Without a mask and a cache, restarts in them mean packed
-                documents, which do not attend to each other.
+        The result is None if plain causal (or full) attention is enough, so that the flash kernels can run. All
+        arguments are those of `forward`.
         """
         kernel = self.config._attn_implementation
         if attention_mask is not None and not torch.is_tensor(attention_mask):
             return attention_mask  # flex attention's BlockMask
         if attention_mask is not None and attention_mask.ndim == 4:
             if kernel == "flex_attention" or "flash" in kernel:
-                # flex takes one as a score bias, and torch 2.13's CPU kernel then crashes the process.
+                # transformers would pass it to flex as a score bias, which crashes the CPU kernel of torch 2.13.
                 raise ValueError(
-                    f"attn_implementation={kernel!r} takes no 4D attention_mask tensor: use 'sdpa' or 'eager' "
-                    "(or, with flex_attention, give a BlockMask)"
+                    f"attn_implementation={kernel!r} does not support a 4D attention_mask tensor: use 'sdpa' or "
+                    "'eager', or pass a BlockMask to 'flex_attention'"
                 )
             if attention_mask.dtype == torch.bool:
                 if kernel == "sdpa":
@@ -462,15 +504,15 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             if attention_mask.is_floating_point():
                 return attention_mask.to(inputs_embeds.dtype)
             raise ValueError(
-                f"a 4D attention_mask is boolean (True: attend) or floating (added to the scores), "
+                f"a 4D attention_mask must be boolean (True: attend) or floating point (added to the scores), "
                 f"got {attention_mask.dtype}"
             )
         if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"attention_mask is 2D or 4D, got the shape {tuple(attention_mask.shape)}")
+            raise ValueError(f"attention_mask must be 2D or 4D, got shape {tuple(attention_mask.shape)}")
         if attention_mask is not None and past_key_values is None and attention_mask.shape != inputs_embeds.shape[:2]:
             raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} does not fit the input's "
-                f"batch and length {tuple(inputs_embeds.shape[:2])}"
+                f"attention_mask must have the shape of the input (batch size, length), got "
+                f"{tuple(attention_mask.shape)} for input {tuple(inputs_embeds.shape[:2])}"
             )
         if (
             kernel == "sdpa"
@@ -479,68 +521,75 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             and position_ids is None
             and past_key_values is None
         ):
-            # transformers would say so too, but not while torch 2.10 or 2.11 compiles: it takes that for an export.
+            # create_causal_mask returns None too, except under torch.compile in torch 2.10 and 2.11, which it
+            # mistakes for an export.
             return None
-        arguments = {"config": self.config, _MASK_INPUT: inputs_embeds, "attention_mask": attention_mask}
+        arguments = {"config": self.config, _MASK_INPUT_NAME: inputs_embeds, "attention_mask": attention_mask}
         if not is_causal:
             return create_bidirectional_mask(**arguments)
         if "cache_position" in _MASK_PARAMETERS:
-            arguments["cache_position"] = past_and_new
+            arguments["cache_position"] = cache_position
         return create_causal_mask(**arguments, past_key_values=past_key_values, position_ids=position_ids)
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
-    """GPT-2 with its language-model head, which shares the token embedding's matrix."""
+    """GPT-2 with a language-model head, which shares the matrix of the token embedding."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (transformers' form)
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 (read by transformers)
 
-    def __init__(self, config):
+    def __init__(self, config: GPT2ReproConfig) -> None:
         super().__init__(config)
         self.transformer = GPT2ReproModel(config)
         self.lm_head = LanguageModelHead(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head."""
         self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        labels=None,
-        num_items_in_batch=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        logits_to_keep=0,
-        return_logits=None,
-        **kwargs,
-    ):
-        """
-        Args (beside those of `GPT2ReproModel.forward`):
-            labels: [B, T] token ids, as a rule `input_ids` themselves: the shift by one position happens
-                here (transformers' convention). -100 is ignored.
-            shift_labels (a keyword argument): [B, T], the token that follows each position, already shifted;
-                used instead of `labels` if both are given (Trainer's context parallelism gives both).
-            num_items_in_batch: what the summed loss is divided by; by default the labels that count.
-            logits_to_keep: logits of the last so many positions only, or of the positions in an index
-                tensor; 0 keeps all. The loss is over all positions regardless.
-            return_logits: whether to compute logits. By default yes, but when training on labels, where they
-                would be the largest tensor of the step, only if `config.logits_in_training` is set.
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | BlockMask | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute the logits and, with labels, the loss.
+
+        All arguments that are not listed here are those of `GPT2ReproModel.forward`.
+
+        Args:
+            labels: Token ids, [B, T], usually equal to `input_ids`: they are shifted by one position here, as in all
+                of transformers. -100 is ignored.
+            num_items_in_batch: Divisor of the summed loss. The default is the number of labels that are not ignored.
+            use_cache: Return a cache. By default only outside training and without labels.
+            logits_to_keep: Compute logits only for this many last positions, or for the positions in an index tensor.
+                0 keeps all. The loss always covers all positions.
+            return_logits: Compute logits. The default is True, except in training with labels, where the default is
+                `config.logits_in_training`.
+            kwargs: `shift_labels` [B, T] are labels that are already shifted. They take precedence over `labels`
+                (Trainer's context parallelism passes both).
 
         Returns:
-            CausalLMOutputWithPast: loss (scalar float32) with labels; logits [B, T, V], None with
-            return_logits=False, or by default in training with labels a `LogitsNotComputed`; and past_key_values,
-            hidden_states, attentions as in `GPT2ReproModel.forward`.
+            The loss (a scalar in float32) if labels are given; logits [B, T, V], which are None with
+            return_logits=False and a `LogitsNotComputed` if the default leaves them out; past_key_values,
+            hidden_states and attentions as in `GPT2ReproModel.forward`.
         """
-        # Not in the signature: Trainer takes every argument there that is called a label for one that must be given.
+        # Not a parameter: Trainer requires every parameter with "label" in its name to be in the batch.
         shift_labels = kwargs.pop("shift_labels", None)
         has_labels = labels is not None or shift_labels is not None
         if use_cache is None and has_labels:
@@ -562,7 +611,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         loss = None
         if has_labels:
             if shift_labels is None:
-                # The last position has no next token to predict.
+                # Drop the first label and ignore the last position, which has no next token.
                 shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             shift_labels = shift_labels.flatten().to(hidden_states.device)
             if num_items_in_batch is None:
@@ -570,18 +619,18 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             elif torch.is_tensor(num_items_in_batch):
                 num_items_in_batch = num_items_in_batch.to(hidden_states.device)
             has_bias = self.lm_head.bias is not None
-            if isinstance(self.lm_head, LanguageModelHead) and is_sharded(self.lm_head) and not has_bias:
+            if isinstance(self.lm_head, LanguageModelHead) and is_wrapped_by_fsdp2(self.lm_head) and not has_bias:
                 loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch)
-            elif is_plain(self.lm_head) and not has_bias:  # also a new one, after resizing the vocabulary
+            elif is_plain(self.lm_head) and not has_bias:  # nn.Linear too: resizing the vocabulary creates one
                 loss = linear_cross_entropy(
                     hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels, num_items=num_items_in_batch
                 )
-            else:  # LoRA, quantisation, offloading, hooks: whatever the head has become, it is called
+            else:  # LoRA, quantization, offloading, hooks: the head must be called
                 all_logits = self.lm_head(hidden_states).flatten(0, 1).float()
                 loss = nn.functional.cross_entropy(all_logits, shift_labels, reduction="sum") / num_items_in_batch
         logits = None
         if return_logits is None and self.training and has_labels and not self.config.logits_in_training:
-            # nn.DataParallel gathers the outputs of its replicas, which takes tensors or None.
+            # nn.DataParallel can gather only tensors and None from its replicas.
             logits = None if getattr(self, "_is_replica", False) else _LOGITS_NOT_COMPUTED
         elif return_logits is None or return_logits:
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -596,55 +645,54 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
 
     @classmethod
-    def from_gpt2(cls, model_or_path, **kwargs):
-        """
-        A copy of transformers' GPT-2: `GPT2ReproForCausalLM.from_gpt2("openai-community/gpt2")`.
+    def from_gpt2(cls, model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> PreTrainedModel:
+        """Copy a transformers GPT-2: `GPT2ReproForCausalLM.from_gpt2("openai-community/gpt2")`.
 
         Args:
-            model_or_path: a `GPT2LMHeadModel`, or what its `from_pretrained` takes (Hub id or folder).
-            kwargs: passed to `GPT2LMHeadModel.from_pretrained` (`revision`, `dtype`, ...).
+            model_or_path: A model in memory, or a folder or Hub id for `GPT2LMHeadModel.from_pretrained`.
+            kwargs: Passed to `GPT2LMHeadModel.from_pretrained` (`revision`, `dtype`, ...).
 
         Raises:
-            ValueError: the model has something GPT-2 as published has not (cross-attention, ...).
+            ValueError: The model uses an option that the published GPT-2 does not have (cross-attention, ...).
         """
         from .conversion import from_gpt2
 
         return from_gpt2(cls, model_or_path, **kwargs)
 
-    def to_gpt2(self):
-        """The same weights as a plain `GPT2LMHeadModel`, which every engine that knows GPT-2 can open."""
+    def to_gpt2(self) -> GPT2LMHeadModel:
+        """Copy the model into a `GPT2LMHeadModel`, which all engines that support GPT-2 can open."""
         from .conversion import to_gpt2
 
         return to_gpt2(self)
 
 
 class GPT2ReproClassifier(GPT2ReproPreTrainedModel):
-    """Base of the classifiers, whose generic heads build their trunk with AutoModel.from_config."""
+    """Base class of the classifiers. The generic heads of transformers create the trunk by AutoModel.from_config."""
 
     base_model_prefix = "transformer"
 
-    def __init__(self, config):
-        # With custom code from a folder, transformers imports the configuration file twice, and `config` may be of the
-        # class that this file did not import. AutoModel has to know that one, or it asks about custom code.
+    def __init__(self, config: GPT2ReproConfig) -> None:
+        # transformers imports the configuration file of a checkpoint with custom code twice, and `config` may be an
+        # instance of the other copy. If AutoModel does not know that class, it asks whether to trust custom code.
         AutoModel.register(type(config), GPT2ReproModel, exist_ok=True)
         super().__init__(config)
 
 
 class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproClassifier):
-    """A score for the whole sequence from its last token that is not padding (transformers' generic head)."""
+    """GPT-2 with a score per sequence, from its last token that is not padding (transformers' generic head)."""
 
     base_model_prefix = "transformer"
 
 
 class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproClassifier):
-    """A score for every token (transformers' generic head)."""
+    """GPT-2 with a score per token (transformers' generic head)."""
 
     base_model_prefix = "transformer"
 
 
 AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
 
-# Trainer (label smoothing shifts the labels), pipelines and model cards look up what a class does by its name.
+# Trainer (to shift labels for label smoothing), pipelines and model cards look up the task of a model by class name.
 for names, model_class in (
     (modeling_auto.MODEL_MAPPING_NAMES, GPT2ReproModel),
     (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPT2ReproForCausalLM),
@@ -653,7 +701,7 @@ for names, model_class in (
 ):
     names[GPT2ReproConfig.model_type] = model_class.__name__
 
-# save_pretrained then copies these files next to the weights.
+# Let save_pretrained copy these files next to the weights.
 GPT2ReproModel.register_for_auto_class("AutoModel")
 GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

@@ -13,25 +13,25 @@ from tiny_run import ROOT
 TRAPS = {
     # transformers 5
     "_init_weights is called only for modules that own parameters, so projections keep the wrong std": (
-        "modeling/test_modeling.py::test_std_of_every_kind_of_weight"
+        "modeling/test_modeling.py::test_initial_std_of_all_weights"
     ),
     "in-place .data.normal_() in _init_weights leaves random weights after from_pretrained (46620)": (
-        "modeling/test_citizen.py::test_every_kind_of_load_is_tied_and_the_same"
+        "modeling/test_ecosystem.py::test_every_way_of_loading_keeps_the_tie_and_the_logits"
     ),
     "_tied_weights_keys is a dict; resizing and saving keep the tie": (
-        "modeling/test_citizen.py::test_resizing_the_vocabulary"
+        "modeling/test_ecosystem.py::test_resized_vocabulary_keeps_the_tie"
     ),
     "dtype defaults to what was saved: a bf16 checkpoint opens as bf16": (
-        "modeling/test_citizen.py::test_a_bf16_save_comes_back_as_bf16"
+        "modeling/test_ecosystem.py::test_bf16_checkpoint_loads_as_bf16"
     ),
     "attention goes through ALL_ATTENTION_FUNCTIONS, with all keyword arguments": (
-        "modeling/test_attention.py::test_a_registered_attention_function_is_called_with_everything"
+        "modeling/test_attention.py::test_registered_attention_function_gets_all_keyword_arguments"
     ),
     "position ids follow a left-padded attention mask": (
-        "modeling/test_modeling.py::test_padding_changes_no_real_token"
+        "modeling/test_modeling.py::test_padding_does_not_change_real_tokens"
     ),
     "a forward that ignores num_items_in_batch multiplies Trainer's loss (47688)": (
-        "modeling/test_citizen.py::test_trainer_trains_and_resumes"
+        "modeling/test_ecosystem.py::test_trainer_trains_and_resumes"
     ),
     "custom code files are missing after a push (29714)": (
         "hub/test_push.py::test_pushed_model_opens_without_this_project"
@@ -41,13 +41,13 @@ TRAPS = {
     ),
     "llama.cpp knows gpt2 alone": "hub/test_export.py::test_llama_cpp_writes_the_same_text_up_to_rounding",
     "a local folder of custom code is imported twice, and a head gets the config of the other copy": (
-        "modeling/test_checkpoint_cases.py::test_checkpoint_works_where_the_project_is_unknown"
+        "modeling/test_checkpoint_cases.py::test_checkpoint_works_without_the_project"
     ),
     "Trainer shifts labels for label smoothing only for names that it knows": (
         "modeling/test_trainer.py::test_label_smoothing_shifts_the_labels"
     ),
     "context and sequence parallelism pass labels and shift_labels together": (
-        "modeling/test_modeling.py::test_labels_are_shifted_inside"
+        "modeling/test_modeling.py::test_loss_shifts_the_labels"
     ),
     "AutoTokenizer loads AutoConfig first and asks about custom code": (
         "test_docs.py::test_only_trust_remote_code_keeps_the_auto_classes_from_asking"
@@ -68,7 +68,7 @@ TRAPS = {
         "test_train.py::test_two_processes_give_the_losses_of_one_and_part"
     ),
     "outputs of a prepared model are converted to float32, the logits too": (
-        "modeling/test_trainer.py::test_training_steps_make_no_tensor_of_all_logits"
+        "modeling/test_trainer.py::test_training_step_never_holds_the_full_logits"
     ),
     "resuming replays the shuffle of epoch 0 (4195)": "test_train.py::test_resume_goes_on_as_if_nothing_had_happened",
     "custom checkpoint objects are unpickled": "test_train.py::test_checkpoint_has_no_pickle_and_no_stray_file",

@@ -1,10 +1,9 @@
-"""
-What a user does with a checkpoint's folder, in a process that does not know this project.
+"""Use cases of a checkpoint folder, for a process that cannot import this project.
 
     python checkpoint_cases.py FOLDER CASE PROJECT
 
 FOLDER has the checkpoints "causal", "sequence" and "token" (see test_checkpoint_cases.py). The last line of the output
-is the result of the case as JSON: numbers or names.
+is the result of the case as JSON (numbers or names).
 """
 
 import json
@@ -46,7 +45,7 @@ def hidden_states():
 
 
 def new_head():
-    """A classifier on top of a language model: the head is new, the trunk is the checkpoint's."""
+    """Load a language model as a classifier: the head is new, the trunk comes from the checkpoint."""
     head = load("AutoModelForSequenceClassification", "causal", num_labels=3)
     return [*head(ids()).logits.shape, *head.transformer.wte.weight.flatten()[:20].tolist()]
 
@@ -61,7 +60,7 @@ def from_config():
 
 
 def label_smoothing():
-    """Trainer's loss, with custom code of a folder."""
+    """Compute Trainer's loss for a model with custom code."""
     arguments = transformers.TrainingArguments(
         tempfile.gettempdir(), label_smoothing_factor=0.1, report_to=[], use_cpu=True
     )
@@ -70,7 +69,7 @@ def label_smoothing():
 
 
 def lora():
-    """PEFT looks up its defaults by the model type, and finds GPT-2's."""
+    """Create a LoRA adapter with PEFT's defaults for GPT-2."""
     model = load("AutoModelForCausalLM", "causal")
     import peft
 
@@ -79,7 +78,7 @@ def lora():
 
 
 def project_imported_after():
-    """The folder's code and the project in one process, this one first; each opens its own."""
+    """Load a checkpoint with its own code, then import the project and load with its classes."""
     remote = logits("AutoModelForSequenceClassification", "sequence")
     sys.path.insert(0, PROJECT)
     import modeling_gpt2repro
@@ -94,6 +93,7 @@ def project_imported_after():
 
 
 def project_imported_before():
+    """Import the project, then load checkpoints with and without their own code."""
     sys.path.insert(0, PROJECT)
     import modeling_gpt2repro
 

@@ -19,7 +19,7 @@ def model(tiny_config):
 
 
 def make_gpt2(**fields):
-    """transformers' GPT-2, the reference, with weights far enough from 0 for every part to matter."""
+    """Create the reference, transformers' GPT-2, with weights large enough for all parts to change the output."""
     torch.manual_seed(0)
     config = GPT2Config(**TINY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields)
     model = GPT2LMHeadModel(config)
@@ -36,7 +36,7 @@ def gpt2():
 
 @pytest.fixture
 def small_gpt2():
-    """GPT-2 with 1,000 tokens, the last of which ends texts, for tests that the full vocabulary only makes slow."""
+    """Return a GPT-2 with 1,000 tokens (the last one is the end of text), for faster tests."""
     return make_gpt2(vocab_size=1000, bos_token_id=999, eos_token_id=999)
 
 

@@ -1,4 +1,4 @@
-"""Attention backends, masks of every kind, packed documents."""
+"""Attention backends, all kinds of masks, packed documents."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def backends():
-    """Every attention kernel that transformers finds here."""
+    """Return all attention kernels, with skips for those that need a GPU or flash-attn."""
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     gpu = DEVICE == "cuda"
@@ -37,7 +37,7 @@ def left_padding(input_ids):
 
 
 @pytest.mark.parametrize("kernel", backends())
-@pytest.mark.parametrize("masked", ["whole", "left padded", "packed"])
+@pytest.mark.parametrize("masked", ["full", "left padded", "packed"])
 def test_backends_agree_with_eager(model, input_ids, left_padding, kernel, masked):
     half = "flash_attention" in kernel
     model = model.to(DEVICE, torch.bfloat16 if half else torch.float32).eval()
@@ -54,12 +54,12 @@ def test_backends_agree_with_eager(model, input_ids, left_padding, kernel, maske
         model.set_attn_implementation(kernel)
         assert model.config._attn_implementation == kernel
         fused = model(**inputs).logits[real]
-    assert not torch.equal(eager, fused)  # another kernel did run
+    assert not torch.equal(eager, fused)  # another kernel ran
     tolerance = 0.05 if half else 1e-5
     torch.testing.assert_close(fused, eager, atol=tolerance, rtol=tolerance)
 
 
-def test_a_kernel_that_is_not_installed_is_refused_by_name(tiny_config):
+def test_missing_kernel_is_refused_by_name(tiny_config):
     from transformers.utils import is_flash_attn_2_available
 
     if is_flash_attn_2_available():
@@ -75,39 +75,39 @@ def packed_positions(*lengths):
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_documents_equal_unpacked_ones(model, input_ids, kernel, training):
-    """Also outside training, where a cache is made by default."""
+    """Compare in both modes: outside training, the model creates a cache by default."""
     model.set_attn_implementation(kernel)
     model.train(training)
     documents = [input_ids[:1, :20], input_ids[1:2, :21], input_ids[2:, :7]]
     packed = torch.cat(documents, dim=1)
     with torch.no_grad():
-        together = model(packed, position_ids=packed_positions(20, 21, 7)).logits
-        apart = torch.cat([model(document).logits for document in documents], dim=1)
+        packed_logits = model(packed, position_ids=packed_positions(20, 21, 7)).logits
+        separate = torch.cat([model(document).logits for document in documents], dim=1)
         unseparated = model(packed).logits
-    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(unseparated[:, 20:], apart[:, 20:], atol=1e-3)
+    torch.testing.assert_close(packed_logits, separate, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(unseparated[:, 20:], separate[:, 20:], atol=1e-3)
 
 
-def test_packed_documents_have_the_gradients_of_unpacked_ones(model, input_ids):
+def test_packed_documents_give_the_gradients_of_unpacked_ones(model, input_ids):
     model.train()
     documents = [input_ids[:1, :20], input_ids[1:2, :28]]
     count = 19 + 27
     for document in documents:
         model(document, labels=document, num_items_in_batch=count).loss.backward()
-    apart = {name: p.grad.clone() for name, p in model.named_parameters()}
+    separate = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     packed = torch.cat(documents, dim=1)
     labels = packed.clone()
-    labels[:, 20] = -100  # the second document's first token is not the first one's next
+    labels[:, 20] = -100  # the first document's last token must not predict the second document's first
     model(packed, position_ids=packed_positions(20, 28), labels=labels).loss.backward()
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, apart[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(parameter.grad, separate[name], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("form", ["boolean", "additive", "additive in float64"])
-def test_a_4d_mask_replaces_the_causal_one(model, input_ids, kernel, form):
-    """The tree of two continuations after one prefix: each row of it equals the sequence read alone."""
+def test_4d_mask_replaces_the_causal_mask(model, input_ids, kernel, form):
+    """A tree of two continuations of one prefix gives the logits of each sequence on its own."""
     model.set_attn_implementation(kernel)
     model.eval()
     prefix, first, second = input_ids[:1, :10], input_ids[1:2, :5], input_ids[2:, :5]
@@ -120,26 +120,26 @@ def test_a_4d_mask_replaces_the_causal_one(model, input_ids, kernel, form):
     positions = torch.cat([torch.arange(15), torch.arange(10, 15)]).unsqueeze(0)
     with torch.no_grad():
         tree = model(torch.cat([prefix, first, second], 1), attention_mask=mask, position_ids=positions).logits
-        alone = model(torch.cat([prefix, second], 1)).logits
-    torch.testing.assert_close(tree[:, :10], alone[:, :10], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tree[:, 15:], alone[:, 10:], atol=1e-5, rtol=1e-5)
+        single = model(torch.cat([prefix, second], 1)).logits
+    torch.testing.assert_close(tree[:, :10], single[:, :10], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tree[:, 15:], single[:, 10:], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("kernel", "asked_by"),
+    ("kernel", "set_by"),
     [(kernel, by) for kernel in ("sdpa", "eager", "flex_attention") for by in ("config", "call")]
     + [("sdpa", "mask"), ("eager", "mask")],
 )
-def test_bidirectional_attention(tiny_config, input_ids, left_padding, kernel, asked_by):
+def test_bidirectional_attention_sees_later_tokens_but_no_padding(tiny_config, input_ids, left_padding, kernel, set_by):
     torch.manual_seed(0)
-    tiny_config.is_causal = asked_by != "config"
+    tiny_config.is_causal = set_by != "config"
     model = GPT2ReproModel._from_config(tiny_config, attn_implementation=kernel).eval()
-    extra = {"is_causal": False} if asked_by == "call" else {}
+    extra = {"is_causal": False} if set_by == "call" else {}
     changed = input_ids.clone()
     changed[:, -1] = (changed[:, -1] + 1) % 50257
 
     def hidden(ids, rows, mask):
-        if asked_by == "mask":
+        if set_by == "mask":
             mask = mask[:, None, None, :].bool().expand(-1, 1, ids.shape[1], -1)
             return model(ids, attention_mask=mask, position_ids=positions[rows], **extra).last_hidden_state
         return model(ids, attention_mask=mask, **extra).last_hidden_state
@@ -150,14 +150,16 @@ def test_bidirectional_attention(tiny_config, input_ids, left_padding, kernel, a
         before, after = hidden(input_ids, every, left_padding), hidden(changed, every, left_padding)
         real = left_padding.bool()
         real[:, -1] = False
-        assert ((before - after).abs().amax(-1)[real] > 1e-6).all()  # every real token saw the last one
-        alone = model(input_ids[:1, 30:], **extra) if asked_by != "mask" else None
-    if alone is not None:  # and none saw padding
-        torch.testing.assert_close(before[:1, 30:], alone.last_hidden_state, atol=1e-5, rtol=1e-5)
-        assert alone.past_key_values is None
+        assert (
+            (before - after).abs().amax(-1)[real] > 1e-6
+        ).all()  # the last token changed the output of all real tokens
+        single = model(input_ids[:1, 30:], **extra) if set_by != "mask" else None
+    if single is not None:  # padding changed none of them
+        torch.testing.assert_close(before[:1, 30:], single.last_hidden_state, atol=1e-5, rtol=1e-5)
+        assert single.past_key_values is None
 
 
-def test_masks_and_positions_that_do_not_fit_are_named(model, input_ids):
+def test_invalid_masks_and_positions_are_refused(model, input_ids):
     model.eval()
     with pytest.raises(ValueError, match=r"\(3, 40\).*\(3, 48\)"):
         model(input_ids, attention_mask=torch.ones(3, 40))
@@ -177,7 +179,7 @@ def test_masks_and_positions_that_do_not_fit_are_named(model, input_ids):
             model(input_ids, attention_mask=torch.ones(3, 1, 48, 48, dtype=torch.bool))
 
 
-def test_a_block_mask_reaches_flex_attention(model, input_ids):
+def test_block_mask_reaches_flex_attention(model, input_ids):
     from torch.nn.attention.flex_attention import create_block_mask
 
     mask = create_block_mask(lambda b, h, q, k: (q >= k) & (q // 16 == k // 16), None, None, 48, 48, device="cpu")
@@ -189,16 +191,16 @@ def test_a_block_mask_reaches_flex_attention(model, input_ids):
     torch.testing.assert_close(blocks, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_interface_that_other_engines_look_for():
-    """vLLM's transformers backend and transformers itself read these."""
+def test_model_declares_the_attention_interface():
+    """vLLM's transformers backend and transformers itself read these attributes."""
     for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
         assert getattr(GPT2ReproForCausalLM, name)
     assert issubclass(GPT2ReproForCausalLM, PreTrainedModel)
     assert GPT2ReproConfig().is_causal
 
 
-def test_a_registered_attention_function_is_called_with_everything(model, input_ids):
-    """The way in for engines with kernels of their own: keyword arguments reach it."""
+def test_registered_attention_function_gets_all_keyword_arguments(model, input_ids):
+    """Inference engines register their own kernels and pass them keyword arguments through the model."""
     from transformers import AttentionInterface
 
     from modeling_gpt2repro.modeling_gpt2repro import eager_attention
@@ -215,7 +217,7 @@ def test_a_registered_attention_function_is_called_with_everything(model, input_
     with torch.no_grad():
         expected = model(input_ids).logits
         model.set_attn_implementation("recording")
-        logits = model(input_ids, page_table="theirs").logits
+        logits = model(input_ids, page_table="a table").logits
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     assert [layer for layer, _ in calls] == [0, 1, 2]
-    assert all(kwargs["page_table"] == "theirs" and kwargs["scaling"] == 0.25 for _, kwargs in calls)
+    assert all(kwargs["page_table"] == "a table" and kwargs["scaling"] == 0.25 for _, kwargs in calls)

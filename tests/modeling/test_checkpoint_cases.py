@@ -1,4 +1,4 @@
-"""Auto classes, pipelines, Trainer and PEFT on a folder, in processes that never heard of this project."""
+"""Auto classes, pipelines, Trainer and PEFT on a checkpoint, in processes without this project."""
 
 import importlib.util
 import json
@@ -20,12 +20,12 @@ from modeling_gpt2repro import (
 )
 
 if not hasattr(os, "fork"):
-    pytest.skip("the processes are forked", allow_module_level=True)
+    pytest.skip("these tests fork processes, and this system cannot", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The three models, and the folder that they were saved into."""
+    """Return the three models and the folder with their checkpoints."""
     from modeling_gpt2repro import GPT2ReproConfig
 
     folder = tmp_path_factory.mktemp("checkpoints")
@@ -50,7 +50,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(models):
-    """{case: the result}, from this process's own classes."""
+    """Return the expected result of each case, computed with the classes of this process."""
     models, _ = models
     tokenizer = load_hf_tokenizer()
     ids = checkpoint_cases.ids()
@@ -94,8 +94,8 @@ def expected(models):
 
 
 @pytest.mark.parametrize("case", checkpoint_cases.CASES)
-def test_checkpoint_works_where_the_project_is_unknown(case, models, expected, fresh, tmp_path):
-    """Each case in a process of its own; zero-shot-classification in one that is really started."""
+def test_checkpoint_works_without_the_project(case, models, expected, fresh, tmp_path):
+    """Run each case in its own process: zero-shot-classification in a new one, the others forked."""
     if case == "LoRA" and importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
     arguments = (checkpoint_cases.__file__, str(models[1]), case, str(ROOT))

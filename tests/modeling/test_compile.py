@@ -1,4 +1,4 @@
-"""torch.compile without a graph break, and torch.export."""
+"""torch.compile without graph breaks, and torch.export."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ def test_forward_compiles_to_one_graph(model, input_ids, kernel):
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_a_training_step_compiles_to_one_graph(model, input_ids, autocast):
-    """With inductor, as a user would; the parameters after three steps against the same steps without a compiler."""
+def test_training_step_compiles_to_one_graph(model, input_ids, autocast):
+    """Compare three steps with inductor, the default backend, to three eager steps."""
     plain = GPT2ReproForCausalLM(model.config)
     plain.load_state_dict(model.state_dict())
     losses = []
@@ -41,15 +41,15 @@ def test_a_training_step_compiles_to_one_graph(model, input_ids, autocast):
     assert losses[2] < losses[0] - 0.1
     assert losses[:3] == pytest.approx(losses[3:], abs=2e-3 if autocast else 1e-5)
     if not autocast:
-        for mine, reference in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-4)
+        for actual, reference in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(actual, reference, atol=1e-6, rtol=1e-4)
 
 
-def test_the_code_for_a_gpu_compiles_too(model, input_ids, monkeypatch):
-    """On a CPU the loss is one operator to the compiler; on a GPU it sees the chunks themselves."""
+def test_gpu_code_path_of_the_loss_compiles(model, input_ids, monkeypatch):
+    """On a CPU the compiled loss is one custom operator. On a GPU the compiler traces the chunks."""
     from modeling_gpt2repro import loss as loss_module
 
-    monkeypatch.setattr(loss_module, "_opaque_to_compilers", loss_module._compute)
+    monkeypatch.setattr(loss_module, "_loss_and_gradients_op", loss_module._loss_and_gradients)
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": 40})
     monkeypatch.setattr(loss_module, "PAD_MATRIX", {"cpu": True})
     model.train()
@@ -64,7 +64,7 @@ def test_the_code_for_a_gpu_compiles_too(model, input_ids, monkeypatch):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
-def test_a_compiled_model_takes_other_lengths(model, input_ids):
+def test_compiled_model_accepts_other_lengths(model, input_ids):
     model.eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.no_grad():
@@ -73,8 +73,8 @@ def test_a_compiled_model_takes_other_lengths(model, input_ids):
             torch.testing.assert_close(logits, model(input_ids[:, :length]).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_export_and_back(model, input_ids, tmp_path):
-    """Exported with a length that may change, saved, loaded, run on another length."""
+def test_exported_program_runs_on_other_lengths(model, input_ids, tmp_path):
+    """Export with a dynamic length, save, load and run on two lengths."""
     model.eval()
     length = torch.export.Dim("length", min=2, max=64)
 
@@ -95,8 +95,8 @@ def test_export_and_back(model, input_ids, tmp_path):
             torch.testing.assert_close(loaded(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_export_with_a_static_cache(model, input_ids):
-    """The form that on-device runtimes take: one token in, a cache of fixed size inside."""
+def test_export_with_static_cache_decodes_like_the_model(model, input_ids):
+    """On-device runtimes need one input token and a cache of fixed size inside the program."""
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
     model.eval()
@@ -104,16 +104,16 @@ def test_export_with_a_static_cache(model, input_ids):
     exportable = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16, device="cpu")
     exported = exportable.export(input_ids=input_ids[:1, :1], cache_position=torch.tensor([0]))
     with torch.no_grad():
-        whole = model(input_ids[:1, :6]).logits
+        full = model(input_ids[:1, :6]).logits
         steps = [
             exported.module()(input_ids=input_ids[:1, t : t + 1], cache_position=torch.tensor([t])) for t in range(6)
         ]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_compiled_attention_has_no_mask(model, input_ids, monkeypatch, is_training):
-    """CUDA's flash kernels take none. torch 2.10's and 2.11's compiler says of itself that it exports."""
+    """The flash kernels of CUDA do not accept a mask. torch 2.10 and 2.11 report an export while they compile."""
     monkeypatch.setattr("transformers.masking_utils.is_torchdynamo_exporting", lambda: True, raising=False)
     calls = []
 
@@ -148,7 +148,7 @@ def test_transformers_exporter_prefills_and_decodes_like_gpt2(gpt2, input_ids):
 
 
 @pytest.mark.parametrize("logits_in_training", [False, True])
-def test_a_compiled_training_step_returns_logits_only_if_asked_for(model, input_ids, logits_in_training):
+def test_compiled_training_step_returns_logits_only_on_request(model, input_ids, logits_in_training):
     shapes = []
 
     def backend(graph, _):

@@ -48,7 +48,7 @@ def test_round_trip_through_auto_config(tmp_path):
         ({"activation_function": "relu"}, ["activation_function", "relu"]),
     ],
 )
-def test_impossible_values_are_named(field, words):
+def test_invalid_values_are_refused_with_field_and_value(field, words):
     with pytest.raises(ValueError) as error:
         GPT2ReproConfig(**field)
     for word in words:

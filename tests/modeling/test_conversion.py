@@ -8,14 +8,14 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 def test_round_trip_is_bit_exact(gpt2):
     back = GPT2ReproForCausalLM.from_gpt2(gpt2).to_gpt2()
     assert type(back) is GPT2LMHeadModel
-    theirs, ours = gpt2.state_dict(), back.state_dict()
-    assert theirs.keys() == ours.keys()
-    for name in theirs:
-        assert torch.equal(theirs[name], ours[name]), name
+    before, after = gpt2.state_dict(), back.state_dict()
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
     assert back.lm_head.weight is back.transformer.wte.weight
 
 
-def test_conversion_copies(gpt2):
+def test_converted_model_shares_no_memory_with_the_source(gpt2):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -23,18 +23,18 @@ def test_conversion_copies(gpt2):
     assert all(p.abs().sum() > 0 for p in gpt2.parameters())
 
 
-def test_from_and_to_a_folder(gpt2, input_ids, tmp_path):
-    gpt2.eval().save_pretrained(tmp_path / "theirs")
-    model = GPT2ReproForCausalLM.from_gpt2(tmp_path / "theirs").eval()
+def test_conversion_through_folders_keeps_the_logits(gpt2, input_ids, tmp_path):
+    gpt2.eval().save_pretrained(tmp_path / "gpt2")
+    model = GPT2ReproForCausalLM.from_gpt2(tmp_path / "gpt2").eval()
     assert model.lm_head.weight is model.transformer.wte.weight
-    model.save_pretrained(tmp_path / "ours")
-    GPT2ReproForCausalLM.from_pretrained(tmp_path / "ours").to_gpt2().save_pretrained(tmp_path / "back")
+    model.save_pretrained(tmp_path / "gpt2repro")
+    GPT2ReproForCausalLM.from_pretrained(tmp_path / "gpt2repro").to_gpt2().save_pretrained(tmp_path / "back")
     back = GPT2LMHeadModel.from_pretrained(tmp_path / "back")
     with torch.no_grad():
         assert torch.equal(back(input_ids).logits, gpt2(input_ids).logits)
 
 
-def test_kernel_dtype_and_generation_settings_come_along(gpt2, input_ids):
+def test_conversion_keeps_kernel_dtype_and_generation_config(gpt2, input_ids):
     gpt2.set_attn_implementation("eager")
     gpt2.generation_config.max_new_tokens = 7
     model = GPT2ReproForCausalLM.from_gpt2(gpt2.bfloat16().eval())
@@ -48,7 +48,7 @@ def test_kernel_dtype_and_generation_settings_come_along(gpt2, input_ids):
     assert torch.equal(back(input_ids).logits, gpt2(input_ids).logits)
 
 
-def test_an_untied_gpt2_stays_untied(gpt2, input_ids):
+def test_untied_gpt2_stays_untied(gpt2, input_ids):
     gpt2.config.tie_word_embeddings = False
     gpt2.lm_head.weight = torch.nn.Parameter(gpt2.lm_head.weight.detach() + 1)
     model = GPT2ReproForCausalLM.from_gpt2(gpt2.eval())
@@ -57,14 +57,14 @@ def test_an_untied_gpt2_stays_untied(gpt2, input_ids):
         assert torch.equal(model.to_gpt2()(input_ids).logits, gpt2(input_ids).logits)
 
 
-def test_a_converted_model_trains(gpt2, input_ids):
+def test_converted_model_trains(gpt2, input_ids):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2)
     assert all(p.requires_grad and p.is_leaf for p in model.parameters())
     model.train()(input_ids, labels=input_ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_what_is_not_gpt2_is_refused(gpt2):
+def test_unsupported_models_are_refused(gpt2):
     with pytest.raises(ValueError, match="GPT2Model"):
         GPT2ReproForCausalLM.from_gpt2(GPT2Model(gpt2.config))
     bidirectional = GPT2ReproForCausalLM.from_gpt2(gpt2)

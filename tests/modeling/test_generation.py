@@ -1,4 +1,4 @@
-"""generate(): every way of decoding gives transformers' GPT-2's tokens, with the same weights."""
+"""generate() gives the tokens of transformers' GPT-2 with the same weights, for all decoding methods."""
 
 import pytest
 import torch
@@ -70,18 +70,18 @@ def texts(model, inputs, **arguments):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_decoding_gives_gpt2s_tokens(pair, prompts, way):
-    ours, theirs = (texts(model, prompts, **WAYS[way]) for model in pair)
-    assert ours.shape[1] == 24
-    assert torch.equal(ours, theirs)
+def test_every_decoding_method_gives_the_tokens_of_gpt2(pair, prompts, way):
+    tokens, reference_tokens = (texts(model, prompts, **WAYS[way]) for model in pair)
+    assert tokens.shape[1] == 24
+    assert torch.equal(tokens, reference_tokens)
 
 
 @pytest.mark.parametrize(("kernel", "num_beams"), [("sdpa", 1), ("eager", 3)])
-def test_everything_else_that_generate_returns_is_gpt2s(pair, prompts, kernel, num_beams):
+def test_generate_returns_the_scores_and_states_of_gpt2(pair, prompts, kernel, num_beams):
     names = ("scores", "logits", "hidden_states", "attentions")
     for model in pair:
         model.set_attn_implementation(kernel)
-    ours, theirs = (
+    outputs, reference_outputs = (
         texts(
             model,
             prompts,
@@ -92,15 +92,15 @@ def test_everything_else_that_generate_returns_is_gpt2s(pair, prompts, kernel, n
         )
         for model in pair
     )
-    assert ours.keys() == theirs.keys()
+    assert outputs.keys() == reference_outputs.keys()
     for name in names:
-        mine, reference = (tree_flatten(outputs[name])[0] for outputs in (ours, theirs))
-        assert len(mine) == len(reference) and (len(mine) >= 16) is (name != "attentions" or kernel == "eager")
-        for a, b in zip(mine, reference, strict=True):
+        actual, reference = (tree_flatten(each[name])[0] for each in (outputs, reference_outputs))
+        assert len(actual) == len(reference) and (len(actual) >= 16) is (name != "attentions" or kernel == "eager")
+        for a, b in zip(actual, reference, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_continuing_from_a_cache_gives_gpt2s_tokens(pair, prompts):
+def test_generation_continued_from_a_cache_gives_the_tokens_of_gpt2(pair, prompts):
     one = {name: tensor[1:2] for name, tensor in prompts.items()}
     continuations = []
     for model in pair:
@@ -112,19 +112,19 @@ def test_continuing_from_a_cache_gives_gpt2s_tokens(pair, prompts):
     assert all(torch.equal(continuation, continuations[0]) for continuation in continuations[1:])
 
 
-@pytest.mark.slow  # 10 seconds for each of the models, which transformers' manager takes
-def test_continuous_batching_gives_gpt2s_tokens(pair, prompts):
-    """transformers' server: prompts of different lengths in one row, attention over a paged cache."""
+@pytest.mark.slow  # transformers' manager takes 10 seconds per model
+def test_continuous_batching_gives_the_tokens_of_gpt2(pair, prompts):
+    """Continuous batching packs prompts of different lengths into one row and uses a paged cache."""
     if not hasattr(GPT2LMHeadModel, "generate_batch"):
         pytest.skip("this transformers has no generate_batch")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(*prompts.values(), strict=True)]
     settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=999)
-    ours, theirs = (
+    rows_of_tokens, reference_rows = (
         [result.generated_tokens for result in model.generate_batch(inputs=rows, generation_config=settings).values()]
         for model in pair
     )
-    assert len(ours) == 3 and all(len(tokens) == 5 for tokens in ours)
-    assert ours == theirs
+    assert len(rows_of_tokens) == 3 and all(len(tokens) == 5 for tokens in rows_of_tokens)
+    assert rows_of_tokens == reference_rows
 
 
 def test_padding_does_not_change_a_greedy_text(pair, prompts):
@@ -132,11 +132,11 @@ def test_padding_does_not_change_a_greedy_text(pair, prompts):
     batch = texts(model, prompts, do_sample=False)
     for row in range(3):
         real = prompts["attention_mask"][row].bool()
-        alone = {"input_ids": prompts["input_ids"][row][real][None], "attention_mask": real[real][None].long()}
-        assert torch.equal(texts(model, alone, do_sample=False)[0][real.sum() :], batch[row][8:])
+        single = {"input_ids": prompts["input_ids"][row][real][None], "attention_mask": real[real][None].long()}
+        assert torch.equal(texts(model, single, do_sample=False)[0][real.sum() :], batch[row][8:])
 
 
-def test_generating_from_embeddings(pair, prompts):
+def test_generation_from_embeddings_equals_generation_from_ids(pair, prompts):
     model, _ = pair
     embeds = model.get_input_embeddings()(prompts["input_ids"])
     mask = {"attention_mask": prompts["attention_mask"]}
@@ -145,7 +145,7 @@ def test_generating_from_embeddings(pair, prompts):
 
 
 @pytest.mark.parametrize("assistant", ["a smaller model", "the prompt itself"])
-def test_assisted_decoding_changes_nothing_but_speed(pair, prompts, assistant):
+def test_assisted_decoding_gives_the_greedy_tokens(pair, prompts, assistant):
     model, _ = pair
     one = {name: tensor[1:2] for name, tensor in prompts.items()}
     if assistant == "a smaller model":
@@ -163,20 +163,20 @@ def test_prefill_and_decode_equal_one_forward(pair, input_ids, cache_class):
     input_ids = input_ids % 1000
     cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=60)
     with torch.no_grad():
-        whole = model(input_ids).logits
+        full = model(input_ids).logits
         pieces, start = [], 0
-        for length in (30, 1, 1, 10, 1, 5):  # a prompt, single tokens, chunks
+        for length in (30, 1, 1, 10, 1, 5):  # prompt, single tokens and chunks
             piece = model(input_ids[:, start : start + length], past_key_values=cache, use_cache=True)
             pieces.append(piece.logits)
             start += length
     assert start == 48
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-5, rtol=1e-5)
 
 
-def test_a_compiled_static_cache_gives_the_same_tokens(pair, prompts):
-    """fullgraph: one graph a decoding step. On a CPU generate() compiles only when told so."""
+def test_compiled_static_cache_gives_the_same_tokens(pair, prompts):
+    """All decoding steps use one full graph. On a CPU, generate() compiles only with _compile_all_devices."""
     torch._dynamo.reset()
-    model, theirs = pair
+    model, gpt2 = pair
     graphs = []
 
     def backend(graph, inputs):
@@ -188,20 +188,20 @@ def test_a_compiled_static_cache_gives_the_same_tokens(pair, prompts):
     arguments = {"do_sample": False, "cache_implementation": "static", "compile_config": settings}
     compiled = texts(model, prompts, **arguments)
     assert len(graphs) == 1
-    assert torch.equal(compiled, texts(theirs, prompts, do_sample=False))
+    assert torch.equal(compiled, texts(gpt2, prompts, do_sample=False))
 
 
-def test_streaming_prints_what_is_returned(pair, prompts, capsys):
+def test_streamer_prints_the_returned_tokens(pair, prompts, capsys):
     from data.tokenizer import load_hf_tokenizer
 
     tokenizer = load_hf_tokenizer()
     model, _ = pair
     one = {name: tensor[1:2] for name, tensor in prompts.items()}
-    whole = texts(model, one, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
-    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(whole[0, 8:]).rstrip("\n")
+    full = texts(model, one, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(full[0, 8:]).rstrip("\n")
 
 
-def test_past_the_last_position_is_an_error_that_names_it(pair, prompts):
+def test_generation_beyond_n_positions_is_refused(pair, prompts):
     model, _ = pair
     with pytest.raises(ValueError, match="n_positions=64"):
         model.generate(**prompts, max_new_tokens=80, do_sample=False, pad_token_id=999, eos_token_id=None)

@@ -8,7 +8,7 @@ from modeling_gpt2repro.loss import linear_cross_entropy
 
 @pytest.fixture(params=[(1, 1, False), (7, 3, True), (64, 16, False), (1000, None, True)])
 def chunks(request, monkeypatch):
-    """Chunk and block sizes that divide the 50 rows and that do not; the matrix padded as on a GPU or not."""
+    """Set chunk and block sizes that do or do not divide the 50 rows, with and without the padding for GPUs."""
     monkeypatch.setattr(loss_module, "PAD_MATRIX", {"cpu": request.param[2]})
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": request.param[0]})
     monkeypatch.setattr(loss_module, "BLOCK_ROWS", {"cpu": request.param[1]})
@@ -30,12 +30,12 @@ def test_loss_and_gradients_equal_plain_cross_entropy_in_float64(chunks):
     reference = [t.clone().requires_grad_() for t in (hidden, weight)]
     expected = F.cross_entropy(reference[0] @ reference[1].T, targets)
     expected.backward()
-    ours = [t.float().requires_grad_() for t in (hidden, weight)]
-    loss = linear_cross_entropy(*ours, targets)
+    inputs = [t.float().requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*inputs, targets)
     loss.backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    for mine, exact in zip(ours, reference, strict=True):
-        error = (mine.grad.double() - exact.grad).norm() / exact.grad.norm()
+    for actual, exact in zip(inputs, reference, strict=True):
+        error = (actual.grad.double() - exact.grad).norm() / exact.grad.norm()
         assert error < 1e-5
 
 
@@ -44,11 +44,11 @@ def test_float64_stays_float64(chunks):
     reference = [t.clone().requires_grad_() for t in (hidden, weight)]
     expected = F.cross_entropy(reference[0] @ reference[1].T, targets)
     expected.backward()
-    ours = [t.requires_grad_() for t in (hidden, weight)]
-    loss = linear_cross_entropy(*ours, targets)
+    inputs = [t.requires_grad_() for t in (hidden, weight)]
+    loss = linear_cross_entropy(*inputs, targets)
     loss.backward()
-    for mine, exact in zip((loss, *(t.grad for t in ours)), (expected, *(t.grad for t in reference)), strict=True):
-        torch.testing.assert_close(mine, exact, rtol=1e-12, atol=1e-12)
+    for actual, exact in zip((loss, *(t.grad for t in inputs)), (expected, *(t.grad for t in reference)), strict=True):
+        torch.testing.assert_close(actual, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_num_items_scales_loss_and_gradients(chunks):
@@ -65,7 +65,7 @@ def test_num_items_scales_loss_and_gradients(chunks):
         torch.testing.assert_close(gradients[number][2] * scale, gradients[0][2])
 
 
-def test_backward_twice_adds_up():
+def test_second_backward_adds_the_same_gradients():
     hidden, weight, targets = problem(torch.float32)
     weight.requires_grad_()
     loss = linear_cross_entropy(hidden, weight, targets)
@@ -86,12 +86,12 @@ def test_bf16_autocast_matches_plain_autocast():
         assert h.grad.dtype == w.grad.dtype == torch.float32
         results.append((loss, h.grad, w.grad))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
-    for mine, reference in zip(results[1][1:], results[0][1:], strict=True):
-        assert (mine - reference).norm() / reference.norm() < 0.01  # bf16 has 8 bits
+    for actual, reference in zip(results[1][1:], results[0][1:], strict=True):
+        assert (actual - reference).norm() / reference.norm() < 0.01  # bf16 has 8 bits
 
 
-def test_uninitialised_memory_is_never_read(monkeypatch):
-    """torch fills what `empty` returns with NaN here; 101 columns leave padding beside the logits."""
+def test_uninitialized_memory_is_never_read(monkeypatch):
+    """torch fills new memory with NaN in this mode. With 101 columns, the buffer of the logits has padding."""
     hidden, weight, targets = problem(torch.float32)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
@@ -105,7 +105,7 @@ def test_uninitialised_memory_is_never_read(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-def test_no_gradient_work_without_a_gradient():
+def test_loss_is_correct_under_no_grad():
     hidden, weight, targets = problem(torch.float32)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden.requires_grad_(), weight, targets)

@@ -12,14 +12,14 @@ def test_forward_equals_transformers_gpt2(gpt2, input_ids):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
     gpt2.eval()
     with torch.no_grad():
-        ours = model(input_ids, labels=input_ids, output_hidden_states=True)
-        theirs = gpt2(input_ids, labels=input_ids, output_hidden_states=True)
-    assert theirs.logits.abs().max() > 1  # far from the flat logits of an untrained model
-    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-6, rtol=1e-6)
-    assert len(ours.hidden_states) == len(theirs.hidden_states) == 4
-    for mine, reference in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+        outputs = model(input_ids, labels=input_ids, output_hidden_states=True)
+        reference_outputs = gpt2(input_ids, labels=input_ids, output_hidden_states=True)
+    assert reference_outputs.logits.abs().max() > 1  # far from the flat logits of an untrained model
+    torch.testing.assert_close(outputs.logits, reference_outputs.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outputs.loss, reference_outputs.loss, atol=1e-6, rtol=1e-6)
+    assert len(outputs.hidden_states) == len(reference_outputs.hidden_states) == 4
+    for actual, reference in zip(outputs.hidden_states, reference_outputs.hidden_states, strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_equal_transformers_gpt2(gpt2, input_ids):
@@ -27,17 +27,17 @@ def test_gradients_equal_transformers_gpt2(gpt2, input_ids):
     gpt2.train()
     model(input_ids, labels=input_ids).loss.backward()
     gpt2(input_ids, labels=input_ids).loss.backward()
-    theirs = dict(gpt2.named_parameters())
+    reference_parameters = dict(gpt2.named_parameters())
     for name, parameter in model.named_parameters():
-        reference = theirs[name].grad
-        mine = parameter.grad
-        if mine.dim() == 2 and mine.shape == reference.T.shape and ".h." in name:
+        reference = reference_parameters[name].grad
+        actual = parameter.grad
+        if actual.dim() == 2 and actual.shape == reference.T.shape and ".h." in name:
             reference = reference.T
-        torch.testing.assert_close(mine, reference, atol=1e-7, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual, reference, atol=1e-7, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_twenty_training_steps_follow_a_plain_gpt2(small_gpt2):
-    """Same weights, same batches, same AdamW: transformers' GPT-2 with its own loss is the reference."""
+    """The reference is transformers' GPT-2 with its own loss and the same weights, batches and optimizer."""
     model = GPT2ReproForCausalLM.from_gpt2(small_gpt2).train()
     small_gpt2.train()
     generator = torch.Generator().manual_seed(2)
@@ -54,12 +54,12 @@ def test_twenty_training_steps_follow_a_plain_gpt2(small_gpt2):
             optimizer.zero_grad()
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
-    assert curves[0][0] - curves[0][-1] > 1  # it learned something to disagree about
+    assert curves[0][0] - curves[0][-1] > 1  # the loss decreased enough to show a difference
     torch.testing.assert_close(curves[0], curves[1], atol=1e-3, rtol=0)
 
 
-def test_std_of_every_kind_of_weight():
-    """GPT-2 paper, 2.3: 0.02 everywhere, 0.02 / sqrt(2 n_layer) into the residual stream, biases zero."""
+def test_initial_std_of_all_weights():
+    """GPT-2 paper, section 2.3: 0.02, but 0.02 / sqrt(2 n_layer) for residual projections, and biases of 0."""
     torch.manual_seed(0)
     config = GPT2ReproConfig(n_layer=6, n_head=4, n_embd=256, n_positions=256)
     model = GPT2ReproForCausalLM(config)
@@ -99,9 +99,9 @@ def test_head_is_tied_and_counted_once(model):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_flash_attention_is_what_trains(model, input_ids, device):
+def test_training_uses_flash_attention(model, input_ids, device):
     if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device: the CUDA flash kernel was not looked at")
+        pytest.skip("no CUDA device: the CUDA flash kernel was not checked")
     model = model.to(device).train()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile, torch.autocast(device, torch.bfloat16):
@@ -130,20 +130,20 @@ def test_sdpa_and_eager_agree(model, input_ids):
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 48))
 
 
-@pytest.mark.parametrize("request_", [True, [0], [1, -1], (3, 2), [-4, 7], 2, 0, [], False, None], ids=str)
-def test_hidden_states_are_those_that_gpt2_returns(gpt2, input_ids, request_):
+@pytest.mark.parametrize("requested", [True, [0], [1, -1], (3, 2), [-4, 7], 2, 0, [], False, None], ids=str)
+def test_hidden_states_equal_those_of_gpt2(gpt2, input_ids, requested):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
     with torch.no_grad():
-        theirs = gpt2.eval()(input_ids, output_hidden_states=request_).hidden_states
-        ours = model(input_ids, output_hidden_states=request_).hidden_states
-    assert (ours is None) == (theirs is None)
-    for mine, reference in zip(ours or (), theirs or (), strict=True):
-        assert (mine is None) == (reference is None)
+        reference_outputs = gpt2.eval()(input_ids, output_hidden_states=requested).hidden_states
+        outputs = model(input_ids, output_hidden_states=requested).hidden_states
+    assert (outputs is None) == (reference_outputs is None)
+    for actual, reference in zip(outputs or (), reference_outputs or (), strict=True):
+        assert (actual is None) == (reference is None)
         if reference is not None:
-            torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(actual, reference, atol=1e-5, rtol=1e-5)
 
 
-def test_attentions_under_sdpa_are_empty_and_warned_of_once(gpt2, input_ids, caplog):
+def test_attentions_under_sdpa_are_empty_with_one_warning(gpt2, input_ids, caplog):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
     arguments = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 50256}
     for candidate in (gpt2.eval(), model):
@@ -161,7 +161,7 @@ def test_attentions_under_sdpa_are_empty_and_warned_of_once(gpt2, input_ids, cap
     assert len(warnings) == 1 and "'sdpa'" in warnings[0] and "'eager'" in warnings[0]
 
 
-def test_the_future_is_not_seen(model, input_ids):
+def test_logits_do_not_depend_on_later_tokens(model, input_ids):
     model.eval()
     changed = input_ids.clone()
     changed[:, 30:] = (changed[:, 30:] + 1) % 50257
@@ -171,7 +171,7 @@ def test_the_future_is_not_seen(model, input_ids):
     assert not torch.equal(before[:, 30:], after[:, 30:])
 
 
-def test_labels_are_shifted_inside(model, input_ids):
+def test_loss_shifts_the_labels(model, input_ids):
     model.eval()
     with torch.no_grad():
         outputs = model(input_ids, labels=input_ids)
@@ -182,12 +182,12 @@ def test_labels_are_shifted_inside(model, input_ids):
         halved = model(input_ids, labels=input_ids, num_items_in_batch=2 * input_ids[:, 1:].numel()).loss
         torch.testing.assert_close(halved, expected / 2)
         other = input_ids.flip(1)
-        both = model(input_ids, labels=other, shift_labels=input_ids).loss  # as Trainer's context parallelism calls it
+        both = model(input_ids, labels=other, shift_labels=input_ids).loss  # as in Trainer's context parallelism
         torch.testing.assert_close(both, model(input_ids, shift_labels=input_ids).loss, rtol=0, atol=0)
         assert both != model(input_ids, labels=other).loss
 
 
-def test_using_logits_in_training_names_the_switch(model, input_ids):
+def test_use_of_logits_in_training_raises_with_the_remedy(model, input_ids):
     uses = {
         "slice": lambda logits: logits[..., :-1, :],
         "method": lambda logits: logits.view(-1, 50257),
@@ -208,7 +208,7 @@ def test_using_logits_in_training_names_the_switch(model, input_ids):
 
 
 @pytest.mark.parametrize("return_dict", [True, False])
-def test_logits_in_training_are_returned_if_asked_for(model, input_ids, return_dict):
+def test_logits_in_training_are_returned_on_request(model, input_ids, return_dict):
     with torch.no_grad():
         expected = model.eval()(input_ids, labels=input_ids, return_dict=return_dict)[1]
     model.train()
@@ -229,42 +229,42 @@ def test_logits_in_training_are_returned_if_asked_for(model, input_ids, return_d
     assert model(input_ids, labels=input_ids, return_logits=False).logits is None
 
 
-def test_logits_to_keep(model, input_ids):
+def test_logits_to_keep_selects_positions(model, input_ids):
     model.eval()
     with torch.no_grad():
-        everything = model(input_ids).logits
-        torch.testing.assert_close(model(input_ids, logits_to_keep=2).logits, everything[:, -2:])
+        all_logits = model(input_ids).logits
+        torch.testing.assert_close(model(input_ids, logits_to_keep=2).logits, all_logits[:, -2:])
         positions = torch.tensor([0, 5, 47])
-        torch.testing.assert_close(model(input_ids, logits_to_keep=positions).logits, everything[:, positions])
+        torch.testing.assert_close(model(input_ids, logits_to_keep=positions).logits, all_logits[:, positions])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_no_real_token(model, input_ids, side):
+def test_padding_does_not_change_real_tokens(model, input_ids, side):
     model.eval()
     lengths = [48, 20, 7]
     padded = torch.full_like(input_ids, 50256)
     mask = torch.zeros_like(input_ids)
     for row, length in enumerate(lengths):
-        where = slice(48 - length, 48) if side == "left" else slice(0, length)
-        padded[row, where] = input_ids[row, :length]
-        mask[row, where] = 1
+        columns = slice(48 - length, 48) if side == "left" else slice(0, length)
+        padded[row, columns] = input_ids[row, :length]
+        mask[row, columns] = 1
     with torch.no_grad():
         batch = model(padded, attention_mask=mask).logits
         for row, length in enumerate(lengths):
-            alone = model(input_ids[row : row + 1, :length]).logits[0]
-            torch.testing.assert_close(batch[row][mask[row].bool()], alone, atol=1e-5, rtol=1e-5)
+            single = model(input_ids[row : row + 1, :length]).logits[0]
+            torch.testing.assert_close(batch[row][mask[row].bool()], single, atol=1e-5, rtol=1e-5)
 
 
 def test_decoding_with_a_cache_equals_one_forward(model, input_ids):
     model.eval()
     with torch.no_grad():
-        whole = model(input_ids).logits
+        full = model(input_ids).logits
         prefill = model(input_ids[:, :40], use_cache=True)
-        pieces, cache = [prefill.logits], prefill.past_key_values
+        chunks, cache = [prefill.logits], prefill.past_key_values
         for position in range(40, 48):
             step = model(input_ids[:, position : position + 1], past_key_values=cache, use_cache=True)
-            pieces.append(step.logits)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
+            chunks.append(step.logits)
+    torch.testing.assert_close(torch.cat(chunks, dim=1), full, atol=1e-5, rtol=1e-5)
 
 
 def test_greedy_text_equals_transformers_gpt2(gpt2, input_ids):
@@ -274,7 +274,7 @@ def test_greedy_text_equals_transformers_gpt2(gpt2, input_ids):
     assert torch.equal(model.generate(**prompt, **arguments), gpt2.eval().generate(**prompt, **arguments))
 
 
-def test_errors_name_what_was_asked(model, input_ids):
+def test_invalid_inputs_are_refused(model, input_ids):
     with pytest.raises(ValueError, match=r"65 tokens.*n_positions=64"):
         model(torch.zeros(1, 65, dtype=torch.long))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
@@ -286,14 +286,14 @@ def test_errors_name_what_was_asked(model, input_ids):
         model(input_ids, past_key_values=((input_ids, input_ids),))
 
 
-def test_inputs_embeds_stand_for_input_ids(model, input_ids):
+def test_inputs_embeds_equal_input_ids(model, input_ids):
     model.eval()
     with torch.no_grad():
         embeds = model.get_input_embeddings()(input_ids)
         torch.testing.assert_close(model(inputs_embeds=embeds).logits, model(input_ids).logits)
 
 
-def test_dropout_is_off_by_default_and_on_when_asked(tiny_config, input_ids):
+def test_dropout_is_off_by_default_and_applied_if_set(tiny_config, input_ids):
     model = GPT2ReproForCausalLM(tiny_config).train()
     assert torch.equal(model(input_ids, labels=input_ids).loss, model(input_ids, labels=input_ids).loss)
     for field in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

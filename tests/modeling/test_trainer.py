@@ -1,4 +1,4 @@
-"""transformers' Trainer, as with transformers' own GPT-2: label smoothing, a loss of one's own, memory, DDP."""
+"""Training with transformers' Trainer: label smoothing, a custom loss, memory, DDP and DataParallel."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture
 def batch():
-    """Four rows of tokens, and labels of which some are ignored."""
+    """Return four rows of tokens, and labels with some ignored positions."""
     input_ids = torch.randint(0, VOCAB_SIZE, (4, LENGTH), generator=torch.Generator().manual_seed(1))
     labels = input_ids.clone()
     labels[0, 20:] = -100
@@ -46,9 +46,9 @@ def make_trainer(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind", ["ours", "transformers'", "LoRA"])
+@pytest.mark.parametrize("kind", ["gpt2repro", "gpt2", "LoRA"])
 def test_label_smoothing_shifts_the_labels(model, batch, make_trainer, kind):
-    """Trainer decides by the name of the class. By hand: 0.9 of the likelihood, 0.1 of the mean over the vocabulary."""
+    """Trainer shifts by class name. The expected loss is 0.9 of the target's and 0.1 of the vocabulary's mean."""
     with torch.no_grad():
         log_p = model.eval()(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
     targets = batch["labels"][:, 1:]
@@ -58,14 +58,14 @@ def test_label_smoothing_shifts_the_labels(model, batch, make_trainer, kind):
     if kind == "LoRA":
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM"))
-    elif kind == "transformers'":
+    elif kind == "gpt2":
         model = model.to_gpt2()
     trainer = make_trainer(model, label_smoothing_factor=0.1)
     loss = trainer.compute_loss(trainer.model.train(), dict(batch))
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-class OwnLoss(Trainer):
+class CustomLossTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
         loss = F.cross_entropy(outputs.logits[..., :-1, :].float().flatten(0, 1), inputs["labels"][:, 1:].flatten())
@@ -73,23 +73,23 @@ class OwnLoss(Trainer):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-def test_a_loss_of_ones_own_needs_a_switch_that_the_error_names(model, batch, make_trainer, bf16):
-    """In bf16, accelerate converts the outputs before the loss sees them."""
+def test_custom_loss_needs_logits_in_training(model, batch, make_trainer, bf16):
+    """With bf16, accelerate converts the outputs before Trainer computes the loss."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.raises(TypeError, match="logits_in_training = True"):
-        make_trainer(model, OwnLoss, batch, bf16=bf16).train()
+        make_trainer(model, CustomLossTrainer, batch, bf16=bf16).train()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     expected = model.eval()(**batch).loss.item()
     model.config.logits_in_training = True
-    trainer = make_trainer(model, OwnLoss, batch, bf16=bf16, logging_steps=1, learning_rate=1e-3)
+    trainer = make_trainer(model, CustomLossTrainer, batch, bf16=bf16, logging_steps=1, learning_rate=1e-3)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=0.1)  # of two of the four rows
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=0.1)  # two of the four rows
     assert model.eval()(**batch).loss < expected - 0.05
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < expected - 0.05
 
 
 class LargestTensor(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
+    """Record the size of the largest tensor that any operation returns."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class LargestTensor(TorchDispatchMode):
     ],
     ids=str,
 )
-def test_training_steps_make_no_tensor_of_all_logits(model, batch, make_trainer, monkeypatch, arguments, has_logits):
+def test_training_step_never_holds_the_full_logits(model, batch, make_trainer, monkeypatch, arguments, has_logits):
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": 4})
     monkeypatch.setattr(loss_module, "SLAB_ROWS", {"cpu": 64})
     model.config.logits_in_training = arguments.pop("logits_in_training", False)
@@ -122,11 +122,11 @@ def test_training_steps_make_no_tensor_of_all_logits(model, batch, make_trainer,
     assert trainer.state.global_step == 2
     num_logits = 2 * LENGTH * VOCAB_SIZE
     assert (largest.numel >= num_logits) is has_logits
-    assert largest.numel > num_logits / 10  # the operations of the step were seen
+    assert largest.numel > num_logits / 10  # the operations of the step were recorded
 
 
 @pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}], ids=str)
-def test_ddp_passes_on_what_stands_for_the_logits(model, batch, tmp_path, options):
+def test_ddp_keeps_the_logits_placeholder(model, batch, tmp_path, options):
     expected = model.train()(**batch).loss
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
@@ -144,6 +144,6 @@ def test_ddp_passes_on_what_stands_for_the_logits(model, batch, tmp_path, option
         _ = outputs.logits.shape
 
 
-def test_replicas_of_data_parallel_return_what_it_can_gather(model, batch):
+def test_data_parallel_replicas_return_only_the_loss(model, batch):
     replica = model.train()._replicate_for_data_parallel()
     assert set(replica(**batch)) == {"loss"}

@@ -1,11 +1,13 @@
-"""What people do with a transformers model: saving and loading of every kind, resizing, heads, Trainer, PEFT."""
+"""Features of a transformers model: saving and loading, resizing, heads, Trainer, PEFT, quantization."""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +34,7 @@ def assert_same_logits(model, expected, input_ids, atol=0.0):
 
 @pytest.fixture
 def saved(model, input_ids, tmp_path):
-    """A folder in shards of 3 MB, and the logits of what is in it."""
+    """Return a folder with the model in shards of 3 MB, and the logits of the model."""
     model.eval().save_pretrained(tmp_path, max_shard_size="3MB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     assert not list(tmp_path.glob("*.bin"))
@@ -52,7 +54,7 @@ def saved(model, input_ids, tmp_path):
     ],
     ids=str,
 )
-def test_every_kind_of_load_is_tied_and_the_same(saved, input_ids, arguments):
+def test_every_way_of_loading_keeps_the_tie_and_the_logits(saved, input_ids, arguments):
     path, expected = saved
     model = AutoModelForCausalLM.from_pretrained(path, **arguments)
     assert type(model) is GPT2ReproForCausalLM
@@ -62,8 +64,8 @@ def test_every_kind_of_load_is_tied_and_the_same(saved, input_ids, arguments):
     assert_same_logits(model, expected, input_ids, atol)
 
 
-def test_weights_on_disk_are_used_where_they_lie(saved, input_ids, tmp_path):
-    """device_map with offloading: the head's weight is on no device until the head is called."""
+def test_offloaded_weights_give_the_same_logits_and_loss(saved, input_ids, tmp_path):
+    """With offloading, the weight of a module is loaded only while the module is called."""
     path, expected = saved
     device_map = {
         "transformer.wte": "cpu",
@@ -83,13 +85,13 @@ def test_weights_on_disk_are_used_where_they_lie(saved, input_ids, tmp_path):
     torch.testing.assert_close(loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
 
 
-def test_a_bf16_save_comes_back_as_bf16(model, tmp_path):
+def test_bf16_checkpoint_loads_as_bf16(model, tmp_path):
     model.bfloat16().save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype is torch.bfloat16
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).dtype is torch.float32
 
 
-def test_an_untied_head_stays_untied(tiny_config, input_ids, tmp_path):
+def test_untied_head_stays_untied(tiny_config, input_ids, tmp_path):
     tiny_config.tie_word_embeddings = False
     model = GPT2ReproForCausalLM(tiny_config)
     assert model.lm_head.weight is not model.transformer.wte.weight
@@ -100,7 +102,7 @@ def test_an_untied_head_stays_untied(tiny_config, input_ids, tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [50260, 50304, 1000])
-def test_resizing_the_vocabulary(model, input_ids, vocab_size, tmp_path):
+def test_resized_vocabulary_keeps_the_tie(model, input_ids, vocab_size, tmp_path):
     before = model.transformer.wte.weight.detach().clone()
     model.resize_token_embeddings(vocab_size)
     kept = min(vocab_size, 50257)
@@ -130,16 +132,16 @@ def test_input_embeddings_can_be_replaced(model, input_ids):
 def test_return_dict_false_gives_a_tuple(model, input_ids):
     model.eval()
     with torch.no_grad():
-        named = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True)
+        output = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True)
         plain = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True, return_dict=False)
     assert isinstance(plain, tuple)
-    assert torch.equal(plain[0], named.loss)
-    assert torch.equal(plain[1], named.logits)
+    assert torch.equal(plain[0], output.loss)
+    assert torch.equal(plain[1], output.logits)
     assert len(plain[2]) == 4
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_both_kinds_of_checkpointing_give_the_same_gradients(model, input_ids, use_reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(model, input_ids, use_reentrant):
     model.train()
     expected = model(input_ids, labels=input_ids).loss
     expected.backward()
@@ -158,8 +160,8 @@ def test_both_kinds_of_checkpointing_give_the_same_gradients(model, input_ids, u
         torch.testing.assert_close(parameter.grad, gradients[name], atol=0, rtol=0)
 
 
-def test_the_mlp_keeps_little_and_has_autograds_gradients(model, input_ids):
-    """Against the same modules called one after the other, in float64, where nothing is rounded away."""
+def test_mlp_matches_autograd_and_saves_fewer_activations(model, input_ids):
+    """Compare with calls of the three modules, in float64."""
     block = model.transformer.h[0].mlp.double()
     x = torch.randn(3, 7, 64, dtype=torch.float64)
     results = []
@@ -169,8 +171,8 @@ def test_the_mlp_keeps_little_and_has_autograds_gradients(model, input_ids):
         output = block.c_proj(block.act(block.c_fc(leaf))) if plain else block(leaf)
         output.square().sum().backward()
         results.append([output, leaf.grad, *(p.grad for p in block.parameters())])
-    for reference, mine in zip(*results, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-12, atol=1e-12)
+    for reference, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
 
     with torch.autocast("cpu", torch.bfloat16):
         block.float().zero_grad()
@@ -185,7 +187,7 @@ def test_the_mlp_keeps_little_and_has_autograds_gradients(model, input_ids):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         block(x.requires_grad_())
-    # The input, c_fc's output and the two matrices; autograd itself would keep GELU's output too.
+    # Saved: the input, the output of c_fc and the two matrices. Autograd would save the output of GELU too.
     assert sum(t.numel() for t in saved) == 3 * 7 * (64 + 256) + 2 * 64 * 256
 
 
@@ -198,7 +200,7 @@ def test_frozen_parameters_get_no_gradient(model, input_ids):
 
 
 def test_hooks_on_linear_layers_are_called_in_training(model, input_ids):
-    """The head and the MLP use weights directly, but only as long as nobody looks."""
+    """The head and the MLP use the weights directly only if the layers have no hooks."""
     seen = []
     for layer in (model.lm_head, model.transformer.h[0].mlp.c_fc, model.transformer.h[1].mlp.act):
         layer.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
@@ -209,7 +211,7 @@ def test_hooks_on_linear_layers_are_called_in_training(model, input_ids):
     torch.testing.assert_close(loss, fresh.train()(input_ids, labels=input_ids).loss)
 
 
-def test_sequence_classification_head(saved, model, input_ids):
+def test_sequence_classifier_trains_and_ignores_padding(saved, model, input_ids):
     path, _ = saved
     head = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, pad_token_id=50256).train()
     assert type(head) is GPT2ReproForSequenceClassification
@@ -223,11 +225,11 @@ def test_sequence_classification_head(saved, model, input_ids):
     assert head.score.weight.grad.abs().sum() > 0
     assert head.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
     with torch.no_grad():
-        alone = head.eval()(input_ids[1:2, :20]).logits
-    torch.testing.assert_close(outputs.logits[1:2], alone, atol=1e-5, rtol=1e-5)
+        single = head.eval()(input_ids[1:2, :20]).logits
+    torch.testing.assert_close(outputs.logits[1:2], single, atol=1e-5, rtol=1e-5)
 
 
-def test_token_classification_head(saved, input_ids, tmp_path):
+def test_token_classifier_trains_and_reloads(saved, input_ids, tmp_path):
     path, _ = saved
     head = AutoModelForTokenClassification.from_pretrained(path, num_labels=5)
     assert type(head) is GPT2ReproForTokenClassification
@@ -241,7 +243,7 @@ def test_token_classification_head(saved, input_ids, tmp_path):
 
 
 def test_trainer_trains_and_resumes(tiny_config, tmp_path):
-    """Loss falls; stopped at step 20 of 40 and resumed, it ends where the whole run ends."""
+    """The loss decreases, and a run resumed at step 20 of 40 ends with the parameters of the full run."""
     tiny_config.vocab_size = 1000
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 50, (64, 1), generator=generator) + torch.arange(32)
@@ -266,14 +268,14 @@ def test_trainer_trains_and_resumes(tiny_config, tmp_path):
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
-    whole = train("run")
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert 4 < losses[0] < 7  # ln 1000 is 6.9: accumulation has not multiplied it
+    full = train("run")
+    losses = [entry["loss"] for entry in full.state.log_history if "loss" in entry]
+    assert 4 < losses[0] < 7  # ln 1000 is 6.9, so gradient accumulation did not multiply the loss
     assert losses[-1] < losses[0] / 2
-    assert whole.evaluate()["eval_loss"] < losses[0] / 2
+    assert full.evaluate()["eval_loss"] < losses[0] / 2
     resumed = train("run", resume=True)
-    for mine, reference in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-6, rtol=1e-5)
+    for actual, reference in zip(resumed.model.parameters(), full.model.parameters(), strict=True):
+        torch.testing.assert_close(actual, reference, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["c_attn", "c_proj", "c_fc"], "all-linear", ["c_attn", "lm_head"]], ids=str)
@@ -288,7 +290,7 @@ def test_lora_attaches_trains_and_merges(model, input_ids, targets):
         loss = lora.train()(input_ids, labels=input_ids).loss
         loss.backward()
         for name, parameter in lora.named_parameters():
-            assert (parameter.grad is not None) == parameter.requires_grad, name  # every adapter is reached
+            assert (parameter.grad is not None) == parameter.requires_grad, name  # all adapters get gradients
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -303,7 +305,7 @@ def test_lora_attaches_trains_and_merges(model, input_ids, targets):
 
 
 @pytest.mark.parametrize("package", ["torchao", "bitsandbytes"])
-def test_quantised_linears_load(saved, input_ids, package):
+def test_quantized_model_gives_close_logits(saved, input_ids, package):
     pytest.importorskip(package)
     path, expected = saved
     if package == "torchao":
@@ -326,40 +328,19 @@ def test_quantised_linears_load(saved, input_ids, package):
 
 
 def test_remote_code_needs_only_torch_and_transformers(saved, input_ids, tmp_path):
-    """A process that cannot import this project, nor accelerate, datasets, tiktoken, evaluate or peft."""
+    """Load in a process that cannot import this project, accelerate, datasets, tiktoken, evaluate or peft."""
     path, expected = saved
-    program = f"""
-import sys
-for name in ("modeling_gpt2repro", "accelerate", "datasets", "tiktoken", "evaluate", "peft", "torchao", "jsonargparse"):
-    sys.modules[name] = None  # as if it were not installed
-import torch
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification)
-path = {str(path)!r}
-ids = torch.tensor({input_ids.tolist()!r})
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True).eval()
-assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-torch.save(model(ids).logits.detach(), {str(tmp_path / "logits.pt")!r})
-assert model.generate(ids[:, :4], max_new_tokens=3, pad_token_id=50256).shape[1] == 7
-loss = model.train()(ids, labels=ids).loss
-loss.backward()
-compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(ids, labels=ids).loss
-torch.testing.assert_close(compiled, loss)
-for auto in (AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification):
-    head = auto.from_pretrained(path, trust_remote_code=True)
-    assert type(head).__module__.startswith("transformers_modules")
-    head(ids[:1])
-model.save_pretrained({str(tmp_path / "again")!r})
-"""
+    (path / "input_ids.json").write_text(json.dumps(input_ids.tolist()))
+    command = [sys.executable, str(Path(__file__).with_name("remote_code.py")), str(path), str(tmp_path)]
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], expected)
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert set(again["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert {"modeling_gpt2repro.py", "loss.py", "mlp.py"} <= {file.name for file in (tmp_path / "again").iterdir()}
 
 
-def test_configuration_survives_a_round_trip_with_labels(tmp_path):
+def test_config_round_trip_keeps_num_labels(tmp_path):
     GPT2ReproConfig(num_labels=4, n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path)
     assert GPT2ReproConfig.from_pretrained(tmp_path).num_labels == 4
