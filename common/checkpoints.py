@@ -130,7 +130,7 @@ def find_damage(folder: str | os.PathLike) -> str | None:
             if describe_file(path) != expected:
                 return f"{name} is not what was written (its SHA-256 differs)"
     except FileNotFoundError:
-        return "no training_state/manifest.json, so the checkpoint is incomplete"
+        return "training_state/manifest.json is missing, so the checkpoint is incomplete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"the checkpoint cannot be read ({error})"
     return None

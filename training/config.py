@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from training import TrainingError
+from training.logging import check_trackers
 from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
-from training.trackers import check_trackers
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 

@@ -34,7 +34,7 @@ def test_schedule_with_a_run_shorter_than_its_warm_up():
     assert learning_rate(0, OptimConfig(lr=1.0, warmup_steps=0), max_steps=5) == 1.0
 
 
-def test_a_straight_cooldown():
+def test_linear_cooldown():
     optim = OptimConfig(lr=1.0, warmup_steps=2, final_lr_fraction=0.2, cooldown_fraction=0.5)
     values = [learning_rate(step, optim, max_steps=10) for step in range(12)]
     assert values == pytest.approx([0.5, 1, 1, 1, 1, 1, 0.84, 0.68, 0.52, 0.36, 0.2, 0.2])
@@ -54,8 +54,8 @@ def give_gradients(model, seed):
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def prepared(optimizer):
-    """As far as stepping and saving go, what `accelerator.prepare` gives."""
+def wrap(optimizer):
+    """Return what stepping and saving need of accelerate's wrapped optimizer."""
     return SimpleNamespace(
         optimizer=optimizer,
         step=optimizer.step,
@@ -70,10 +70,11 @@ MUON = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=0.
 
 
 @pytest.mark.parametrize("batch_numel", [2**26, 1])
-def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
+def test_muon_adamw_computes_the_updates_of_torch(monkeypatch, batch_numel):
     """
-    Three steps, the second with half the learning rate; against the two by themselves, and Q, K and V too. In float32:
-    in bfloat16 not every machine's batched matmul rounds like the others.
+    Three steps, the second with half the learning rate, compared with separate optimizers and separate Q, K and V.
+
+    In float32, since batched matmuls in bfloat16 round differently on some machines.
     """
     monkeypatch.setattr("training.optim._BATCH_NUMEL", batch_numel)
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
@@ -114,8 +115,8 @@ def test_muon_and_adamw_as_torch_has_them(monkeypatch, batch_numel):
         torch.testing.assert_close(p, q, atol=1e-6, rtol=0, msg=name)
 
 
-def test_orthogonalized_is_nearly_so():
-    """Against the quintic in float64, and what its author says of the singular values."""
+def test_newton_schulz_maps_singular_values_near_1():
+    """Compared with the quintic in float64, and with its author's range of singular values."""
     matrices = torch.randn(3, 24, 64, generator=torch.Generator().manual_seed(0))
     left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
     values = values / values.norm(dim=-1, keepdim=True)
@@ -129,10 +130,10 @@ def test_orthogonalized_is_nearly_so():
 
 @pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("bad_step", [0, 2])
-def test_a_step_that_is_not_finite_changes_nothing(optim, bad_step):
-    """Parameters, moments and step counts are bit by bit those of a run without it."""
+def test_nonfinite_step_changes_nothing(optim, bad_step):
+    """Parameters, moments and step counts equal those of a run without the step bit by bit."""
     model, undisturbed = small_model(), small_model()
-    optimizer, other = (prepared(build_optimizer(each, optim, "cpu")) for each in (model, undisturbed))
+    optimizer, other = (wrap(build_optimizer(each, optim, "cpu")) for each in (model, undisturbed))
     for step in range(4):
         give_gradients(model, seed=step)
         if step == bad_step:
@@ -148,16 +149,16 @@ def test_a_step_that_is_not_finite_changes_nothing(optim, bad_step):
             assert torch.equal(optimizer.state[p][key], value), key
 
 
-def test_muons_state_is_saved_and_loaded():
+def test_muon_state_is_saved_and_loaded():
     one_process = SimpleNamespace(is_main_process=True, distributed_type=None)
     model = small_model()
-    optimizer = prepared(build_optimizer(model, MUON, "cpu"))
+    optimizer = wrap(build_optimizer(model, MUON, "cpu"))
     give_gradients(model, seed=0)
     optimizer.step()
     parameters, moments = full_state_dict(model, optimizer, one_process, copy=True)
     assert {key.partition(".")[0] for key in moments} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
     again = deepcopy(model)
-    of_again = prepared(build_optimizer(again, MUON, "cpu"))
+    of_again = wrap(build_optimizer(again, MUON, "cpu"))
     load_moments(moments, again, of_again)
     for each, its_optimizer in ((model, optimizer), (again, of_again)):
         give_gradients(each, seed=1)
@@ -165,7 +166,7 @@ def test_muons_state_is_saved_and_loaded():
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q) and not torch.equal(p, parameters[name])
     with pytest.raises(ValueError, match="no fitting moments of AdamW"):
-        load_moments(moments, again, prepared(build_optimizer(again, OptimConfig(), "cpu")))
+        load_moments(moments, again, wrap(build_optimizer(again, OptimConfig(), "cpu")))
 
 
 def test_weight_decay_on_matrices_and_embeddings_only():
