@@ -196,7 +196,7 @@ def is_plain(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return (
         type(module) in (nn.Linear, nn.GELU, LanguageModelHead)
-        and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantised weight is a subclass
+        and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantized weight is a subclass
         and "forward" not in vars(module)  # accelerate's offloading replaces it
         and not module._forward_hooks
         and not module._forward_pre_hooks
