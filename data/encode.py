@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -177,7 +177,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_to_file(path: Path, batch: list[Record], *options) -> None:
+def _encode_to_file(path: Path, batch: list[Record], *options: Any) -> None:
     encoded = _encode_batch(batch, *options)
     try:
         with path.open("wb") as file:

@@ -1,5 +1,6 @@
 """
-Make shards from text:
+Make shards from text.
+
     python -m data.prepare sample --out shards/sample
     python -m data.prepare fineweb-edu --out shards/fineweb-edu
     python -m data.prepare hub --dataset OWNER/NAME --subset S --text_column C --out shards/theirs

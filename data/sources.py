@@ -1,5 +1,7 @@
 """
-Sources of documents. A source has
+Sources of documents.
+
+A source has
 
     settings            JSON-able dict: the requested documents; equal settings mean equal documents
     provenance          JSON-able dict for the manifest: facts found while fetching, for example the commit

@@ -1,5 +1,5 @@
 """
-Check every byte of a folder of shards:
+Check every byte of a folder of shards.
 
     python -m data.verify shards/fineweb-edu
     python -m data.verify shards/fineweb-edu --repair
