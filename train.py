@@ -1,11 +1,11 @@
 """
-Trains a GPT-2. Read the loop first (`while True`): (a) evaluate and save, (b) one optimizer step, (c) log. What stands
-before it prepares what it uses, in the order in which it is needed.
+Train a GPT-2. Read the loop first (`while True`): (a) evaluate and save, (b) one optimizer step, (c) log. The code
+before the loop prepares what it uses, in the order in which it is needed.
 
     accelerate launch train.py                                        small model, offline sample corpus
     accelerate launch train.py --config recipes/gpt2_124m.yaml        the lecture's run, on all GPUs here
     accelerate launch train.py --config recipes/gpt2_124m.yaml --dry_run        the plan, nothing written
-    accelerate launch train.py --config ... --resume auto             go on from the newest checkpoint
+    accelerate launch train.py --config ... --resume auto             continue from the newest checkpoint
     accelerate launch train.py --config ... --push_to_hub USER/NAME   share the last checkpoint, privately
 
 Writes into --output_dir (runs/<recipe>):
@@ -19,8 +19,8 @@ Writes into --output_dir (runs/<recipe>):
     provenance.json            settings, code, versions, hardware, data: what made this run
     status.json                "running", "resume me", "failed" or "finished"
 
-Asked to stop (SIGTERM, SIGUSR1, Ctrl-C, --max_hours) it finishes what the device has been given, saves and exits with
-code 75: resume me.
+On SIGTERM, SIGUSR1, Ctrl-C or --max_hours it finishes the current step, saves a checkpoint and exits with code 75
+(resume with --resume auto).
 Every setting is described by `python train.py --help` and in training/config.py.
 """
 
@@ -40,6 +40,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,19 +51,16 @@ from tqdm import tqdm
 from common.checkpoints import resolve_checkpoint
 from common.errors import UserError
 from data.loader import WindowLoader, validation_batches
-from data.manifest import identity, is_to_be_prepared, open_split
+from data.manifest import dataset_fingerprint, needs_preparing, open_split
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample
 from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
-from eval import EvalError
 from eval.checkpoint import check_name, load_gpt2
 from eval.checkpoint import load_config as load_model_config
-from eval.during_training import check_prompts, sample_texts, validation_loss
+from eval.during_training import TrainingEvaluation, check_prompts
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
-from eval.task import interleave_ranks as in_order
-from eval.task import score_items as answer_items
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError
@@ -85,7 +83,7 @@ from training.estimate import Plan, find_hardware, warn_of_repetition
 from training.logging import RunLog
 from training.optim import build_optimizer, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.provenance import write_provenance
-from training.run import RunFolder, StoppedInEvaluation, StopRequest, ignore_signals, stop_exit_code
+from training.run import RunFolder, StopRequest, ignore_signals, stop_exit_code
 from training.sharding import clip_gradients, compile_and_wrap, copy_from_file, meta_copy, unsharded_model
 
 gc.freeze()
@@ -135,7 +133,7 @@ def _train(argv, held, started):
         return tensor.to(device, non_blocking=device.type == "cuda")
 
     # ------------------------------------------------------------------------------------------------------
-    # The run's folder: fresh, or with a checkpoint to go on from.
+    # The run's folder: new, or with a checkpoint to resume from.
     run_folder = held.enter_context(RunFolder(output_dir, say))
 
     def open_run_folder():
@@ -190,7 +188,11 @@ def _train(argv, held, started):
         for line in plan.describe_batch(micro_batch_size, accumulation) + plan.describe_rental():
             say(line)
         is_there = Path(config.data.path).exists()
-        tokens = f"{identity(config.data.path)['train_tokens']:,} training tokens" if is_there else "not there yet"
+        tokens = (
+            f"{dataset_fingerprint(config.data.path)['train_tokens']:,} training tokens"
+            if is_there
+            else "not there yet"
+        )
         say(f"data      {config.data.path}: {tokens}")
         say(f"run       {output_dir} (dry run: nothing was written)")
         return 0
@@ -198,10 +200,10 @@ def _train(argv, held, started):
     # ------------------------------------------------------------------------------------------------------
     # Data: windows of tokens in a seeded order, the same for any number of processes.
     def prepare_data():
-        if config.data.prepare_sample and is_to_be_prepared(config.data.path):
+        if config.data.prepare_sample and needs_preparing(config.data.path):
             say(f"data      preparing the offline sample corpus in {config.data.path}")
             prepare_sample(config.data.path)
-        return identity(config.data.path)
+        return dataset_fingerprint(config.data.path)
 
     data = run_on_main(accelerator, prepare_data)
     train_shards, val_shards = (open_split(config.data.path, split) for split in ("train", "val"))
@@ -225,18 +227,17 @@ def _train(argv, held, started):
     if baselines:
         say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats a token")
     tokenizer = load_hf_tokenizer(model_max_length=model_config.n_positions)
-    items, item_source = [], None  # HellaSwag's
+    hellaswag = None
     if config.eval.hellaswag is not None:
-        hellaswag = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
-        loaded = run_on_main(accelerator, hellaswag.load, tokenizer, model_config.n_positions)
-        items, item_source = loaded.items, loaded.data
-        say(f"hellaswag {item_source.description}")
+        task = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
+        hellaswag = run_on_main(accelerator, task.load, tokenizer, model_config.n_positions)
+        say(f"hellaswag {hellaswag.data.description}")
     check_prompts(
         tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=model_config.n_positions
     )
 
     # ------------------------------------------------------------------------------------------------------
-    # Where the loop stands. What a step number means must be the same as when the checkpoint was saved.
+    # Loop state. These settings define what step N means and must match the checkpoint.
     resume_fingerprint = {
         "seed": config.seed,
         "tokens_per_step": batch.tokens_per_step,
@@ -320,7 +321,9 @@ def _train(argv, held, started):
 
     # ------------------------------------------------------------------------------------------------------
     # The loop goes round max_steps + 1 times: the last round only evaluates and saves.
-    published_losses, published_scores = published_lines(model_config, data["source"], item_source)
+    published_losses, published_scores = published_lines(
+        model_config, data["source"], None if hellaswag is None else hellaswag.data
+    )
     log = RunLog(
         output_dir,
         say=say,
@@ -363,14 +366,17 @@ def _train(argv, held, started):
         try:
             folder = checkpoints.poll(wait)
         except SaveError as error:
-            say(f"warning: {error}. Training goes on")
+            say(f"warning: {error}. Training continues")
         else:
             if folder is not None:
                 say(f"saved     {folder}")
 
-    def evaluate_share(scored_model):
-        """This process's share: (sum of the loss, tokens, HellaSwag's answers or None, the seconds these took)."""
-        val_batches = validation_batches(
+    batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
+    held.callback(batches.close)
+    stop = held.enter_context(StopRequest(config.max_hours, started, say))
+    evaluation = TrainingEvaluation(
+        val_batches=partial(
+            validation_batches,
             val_shards,
             seq_len=batch.seq_len,
             batch_size=micro_batch_size,
@@ -378,28 +384,14 @@ def _train(argv, held, started):
             boundary=config.data.boundary,
             rank=rank,
             world_size=world_size,
-        )
-        loss_sum, num_tokens, answers, seconds = 0.0, 0, None, 0.0
-        try:
-            with accelerator.autocast():
-                loss_sum, num_tokens = validation_loss(
-                    step_model if scored_model is model else scored_model,  # compiled; a whole copy of shards is not
-                    (rows.map(to_device) for rows in val_batches),
-                    on_batch=stop.check,
-                )
-                if items:
-                    started = time.perf_counter()
-                    answers = answer_items(hellaswag, scored_model, items[rank::world_size], on_batch=stop.check)
-                    seconds = time.perf_counter() - started
-        except StoppedInEvaluation:
-            pass
-        except EvalError as error:  # a model that has diverged; its losses say so too
-            tqdm.write(encodable(f"warning: HellaSwag was not scored: {error}"))
-        return loss_sum, num_tokens, answers, seconds
-
-    batches = loader.batches(step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
-    held.callback(batches.close)
-    stop = held.enter_context(StopRequest(config.max_hours, started, say))
+        ),
+        hellaswag=hellaswag,
+        tokenizer=tokenizer,
+        prompts=config.eval.prompts,
+        sample_tokens=config.eval.sample_tokens,
+        seed=config.seed,
+        stop=stop,
+    )
     stopping = False  # agreed on by all processes
 
     while True:
@@ -407,38 +399,23 @@ def _train(argv, held, started):
 
         # (a) Evaluate every eval_every steps and at both ends; save every save_every steps and at the end.
         if is_evaluation_due(step) and not is_evaluated and not stopping:
-            started = time.perf_counter()
-            with unsharded_model(model, meta_model) as scored_model:
-                share = evaluate_share(scored_model)
-                shares = gather_object([(*share, stop.is_requested)])
-                loss_sums, counts, answers, seconds, requests = zip(*shares, strict=True)
-                stopping = any(requests)
-                is_evaluated = not stopping
-                if is_evaluated:
-                    val_loss = sum(loss_sums) / sum(counts)
-                    scores = None
-                    if items and None not in answers:
-                        scores = hellaswag.aggregate(in_order(answers)) | {"is_sample": item_source.is_sample}
-                    log.log_evaluation(
-                        {
-                            "step": step,
-                            "tokens": step * batch.tokens_per_step,
-                            "val_loss": val_loss,
-                            "hellaswag": scores,
-                            "hellaswag_seconds": max(seconds),
-                            "seconds": time.perf_counter() - started,
-                        }
-                    )
-                if is_evaluated and is_main and math.isfinite(val_loss) and (scores or not items):
-                    with accelerator.autocast():
-                        for text in sample_texts(
-                            scored_model,
-                            tokenizer,
-                            config.eval.prompts,
-                            num_tokens=config.eval.sample_tokens,
-                            seed=config.seed,
-                        ):
-                            say(f"    {text!r}")
+            with unsharded_model(model, meta_model) as eval_model, accelerator.autocast():
+                result = evaluation.run(eval_model, step_model if eval_model is model else None)
+            stopping = result is None  # a stop request came in
+            if result is not None:
+                is_evaluated, val_loss = True, result.val_loss
+                log.log_evaluation(
+                    {
+                        "step": step,
+                        "tokens": step * batch.tokens_per_step,
+                        "val_loss": val_loss,
+                        "hellaswag": result.hellaswag,
+                        "hellaswag_seconds": result.hellaswag_seconds,
+                        "seconds": result.seconds,
+                    }
+                )
+                for text in result.samples:
+                    say(f"    {text!r}")
         if (is_save_due(step) or stopping) and step != saved_at:
             report_saved(wait=True)  # the one before: at most one waits in memory for the disk
             state = {
@@ -467,7 +444,7 @@ def _train(argv, held, started):
             inputs, targets, position_ids = micro_batch.map(to_device)
             # DDP exchanges gradients once a step: accelerate lets it do so in the last micro-batch.
             with accelerator.accumulate(train_model):
-                # The model divides by the tokens of the whole global batch. DDP averages over processes and accelerate
+                # The model divides by the tokens of the global batch. DDP averages over processes and accelerate
                 # divides by the accumulation: times both, the gradient is the mean over those tokens.
                 loss = train_model(
                     input_ids=inputs,
@@ -509,14 +486,14 @@ def _train(argv, held, started):
                 "grad_norm": str(grad_norm),
                 "so_far": num_skipped,
                 "in_a_row": consecutive_skips,
-                "windows": windows_with_nonfinite_loss(losses, loader.places(step - 1)),
+                "windows": windows_with_nonfinite_loss(losses, loader.window_origins(step - 1)),
             }
         log.log_step(record)
         if consecutive_skips >= optim.max_skipped_steps:
             raise TrainingError(
                 f"step {step}: loss {train_loss}, gradient norm {grad_norm}; the last {consecutive_skips} steps were "
                 "not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or raise "
-                "optim.warmup_steps, look at the windows in metrics.jsonl, and go on with --resume auto"
+                "optim.warmup_steps, look at the windows in metrics.jsonl, and resume with --resume auto"
             )
 
     # ------------------------------------------------------------------------------------------------------
@@ -535,7 +512,7 @@ def _train(argv, held, started):
     log.close()
     say(f"saved     {folder}")
     if stopping:
-        say(f"\nstopped at step {step:,} ({reasons[0]}); go on with the same command and --resume auto")
+        say(f"\nstopped at step {step:,} ({reasons[0]}); resume with the same command and --resume auto")
         return stop_exit_code(reasons[0])
     log.print_summary(val_loss=val_loss, num_skipped=num_skipped, checkpoint=folder)
     # The others need not wait.
@@ -587,7 +564,7 @@ def shape_of(source: str) -> dict[str, int]:
 def load_weights(source: str, dropout: dict[str, float], say: Callable[[str], None]) -> GPT2ReproForCausalLM:
     """Open a checkpoint that `shape_of` accepts, in float32, with GPT-2's vocabulary. Raises EvalError."""
     model = load_gpt2(source, **dropout)
-    if added := model.config.vocab_size - VOCAB_SIZE:  # padding (nanoGPT's 50,304), or tokens that somebody added
+    if added := model.config.vocab_size - VOCAB_SIZE:  # padding (nanoGPT's 50,304), or added tokens
         say(
             f"weights   the last {added} rows of the embedding are dropped: GPT-2's tokenizer has {VOCAB_SIZE:,} tokens"
         )

@@ -247,8 +247,6 @@ class WindowLoader:
             for number, begin in zip(numbers.tolist(), begins.tolist(), strict=True)
         ]
 
-    places = window_origins  # the old name, until train.py has the new one
-
     def _rank_windows(self, step: int) -> np.ndarray:
         rows = self.batch_size // self.world_size
         return self.global_batch(step)[self.rank * rows : (self.rank + 1) * rows]

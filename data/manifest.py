@@ -250,6 +250,3 @@ def dataset_fingerprint(folder: str | Path) -> dict[str, Any]:
         "train_sha256": manifest and hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "source": manifest and manifest.source,
     }
-
-
-identity, is_to_be_prepared = dataset_fingerprint, needs_preparing  # the old names, until train.py has the new ones

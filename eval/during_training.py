@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.cli import encodable
 from eval import EvalError
 from eval.scoring import Model, Tokenizer
 from eval.task import ItemResult, LoadedTask, interleave_ranks, score_items
@@ -120,7 +121,7 @@ class TrainingEvaluation:
         except _Stopped:
             pass
         except EvalError as error:  # a diverged model, which its losses show too
-            tqdm.write(f"warning: HellaSwag was not scored: {error}")
+            tqdm.write(encodable(f"warning: HellaSwag was not scored: {error}"))
         return _Share(loss_sum, num_tokens, item_results, seconds, self.stop.is_requested)
 
     def _check_stop(self, *_: object) -> None:

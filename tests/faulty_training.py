@@ -16,13 +16,15 @@ import os
 import signal
 import sys
 
+import eval.during_training as during_training
 import train
+from eval import EvalError
 
 nothing = {"nan_losses": [], "inf_gradients": [], "nan_validations": [], "failed_scorings": [], "sigterm_at": None}
 faults = nothing | json.loads(sys.argv.pop(1))
 forward, training_passes = train.GPT2ReproForCausalLM.forward, itertools.count()
-answer_items, scorings = train.answer_items, itertools.count()
-validation_loss, validations = train.validation_loss, itertools.count()
+score_items, scorings = during_training.score_items, itertools.count()
+validation_loss, validations = during_training.validation_loss, itertools.count()
 learning_rate = train.learning_rate
 
 
@@ -37,10 +39,10 @@ def faulty_forward(self, *args, **kwargs):
     return output
 
 
-def faulty_answer_items(*args, **kwargs):
+def faulty_score_items(*args, **kwargs):
     if next(scorings) in faults["failed_scorings"]:
-        raise train.EvalError("log-likelihoods are not finite")
-    return answer_items(*args, **kwargs)
+        raise EvalError("log-likelihoods are not finite")
+    return score_items(*args, **kwargs)
 
 
 def faulty_validation_loss(*args, **kwargs):
@@ -55,8 +57,8 @@ def learning_rate_and_signal(step, *args):  # called once at the start of a step
 
 
 train.GPT2ReproForCausalLM.forward = faulty_forward
-train.answer_items = faulty_answer_items
-train.validation_loss = faulty_validation_loss
+during_training.score_items = faulty_score_items
+during_training.validation_loss = faulty_validation_loss
 train.learning_rate = learning_rate_and_signal
 if __name__ == "__main__":
     train.main()

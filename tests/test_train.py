@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from data.loader import Permutation
-from data.manifest import is_to_be_prepared, open_split, read_manifest
+from data.manifest import needs_preparing, open_split, read_manifest
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import run_folder_of
@@ -458,15 +458,15 @@ def test_order_and_boundary(launch, tiny, finished_run, tmp_path):
 def test_an_interrupted_sample_is_finished(tmp_path):
     """What a killed preparation left is no reason to stop: the sample is made whole."""
     (tmp_path / "sample").mkdir()
-    assert not is_to_be_prepared(tmp_path / "sample")
+    assert not needs_preparing(tmp_path / "sample")
     prepare_sample(tmp_path / "whole")
     plan = read_manifest(tmp_path / "whole")
     plan.shards = []
     plan.write(tmp_path / "sample" / "preparing.json")
     (tmp_path / "sample" / ".sample_train_00000000.bin.partial").write_bytes(b"half of it")
-    assert is_to_be_prepared(tmp_path / "sample")
+    assert needs_preparing(tmp_path / "sample")
     prepare_sample(tmp_path / "sample")
-    assert not is_to_be_prepared(tmp_path / "sample")
+    assert not needs_preparing(tmp_path / "sample")
     whole, again = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "sample"))
     assert whole == again
 

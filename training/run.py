@@ -154,10 +154,6 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-class StoppedInEvaluation(Exception):
-    """Raised by `StopRequest.check`, to abort an evaluation after a stop request."""
-
-
 class StopRequest:
     """
     A request to stop the run: SIGTERM, SIGUSR1, Ctrl-C, a time limit, or the launcher's death.
@@ -226,11 +222,6 @@ class StopRequest:
             elif self._launcher is not None and os.getppid() != self._launcher:
                 self.reason = "the launcher has gone"
         return self.reason is not None
-
-    def check(self, *_: object) -> None:
-        """Raise StoppedInEvaluation if this process has a request."""
-        if self.is_requested:
-            raise StoppedInEvaluation
 
 
 def stop_exit_code(reason: str) -> int:
