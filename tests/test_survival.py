@@ -258,7 +258,7 @@ def test_a_full_disk_does_not_stop_training(tiny, undisturbed, halfway, tmp_path
     assert run.wait(timeout=120) == 1
     log = output.with_suffix(".log").read_text()
     assert f"resume    from {output / 'checkpoints' / 'step_000030'}" in log
-    assert log.count("Training goes on") >= 5
+    assert log.count("Training continues") >= 5
     assert "It needs 0.0" in log and "make room on the disk" in log
     assert "error: could not write the checkpoint" in log  # the last one
     assert status(output)["status"] == "failed"
