@@ -128,6 +128,40 @@ def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny,
     assert launched == pytest.approx(losses(undisturbed)[: len(launched)], abs=1e-5)
 
 
+# Ctrl-C arrives at the first import of a package that takes long.
+INTERRUPTED_IMPORT = """
+import runpy, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name in ("torch", "numpy", "tqdm", "transformers", "accelerate"):
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+run = runpy.run_path if sys.argv[1].endswith(".py") else runpy.run_module
+run(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py", "sample.py", "data.prepare", "data.verify", "eval", "eval.miniseries", "hub.__main__"]
+)
+def test_ctrl_c_during_the_imports_ends_with_one_line(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT, command],
+        cwd=ROOT,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if command == "hub.__main__":  # imports nothing heavy before it has read its arguments
+        assert "python -m hub" in done.stderr and "Traceback" not in done.stderr
+        return
+    assert done.stderr == "interrupted\n"
+    assert done.returncode != 0
+
+
 def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
     output = tmp_path / "run"
     run = start(
