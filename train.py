@@ -225,7 +225,7 @@ def _train(argv, held, started):
         say(line)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
     if baselines:
-        say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats a token")
+        say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats per token")
     tokenizer = load_hf_tokenizer(model_max_length=model_config.n_positions)
     hellaswag = None
     if config.eval.hellaswag is not None:

@@ -1,5 +1,5 @@
 """
-What the commands share: the argument parser, the output streams, errors on one line, Ctrl-C.
+Shared by all commands: the argument parser, the output streams, errors on one line, Ctrl-C.
 
 This module imports nothing heavy, so that a command can call `prepare_process` before its own imports.
 """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under another name, flushed to the disk, renamed."""
+"""Write files atomically: under another name, flushed to the disk, then renamed."""
 
 import contextlib
 import errno

@@ -17,7 +17,7 @@ def weights_problem(folder: str | Path) -> str | None:
     files = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() and not any(path.name.startswith("model") for path in files):
         return (
-            f"a PEFT adapter of {_base_model(folder)!r}, not a whole model: merge it first, "
+            f"a PEFT adapter of {_base_model(folder)!r}, not a complete model: merge it first, "
             "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
     if not files:

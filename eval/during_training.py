@@ -1,4 +1,4 @@
-"""What train.py evaluates: validation loss, HellaSwag and samples, on all processes of the run together."""
+"""Evaluate during training: validation loss, HellaSwag and samples, on all processes of the run together."""
 
 import math
 import time
