@@ -100,7 +100,7 @@ def train(argv, *, started=None):
         started: time.monotonic() from which --max_hours counts; None: now.
 
     Returns:
-        exit code: 0, 75 (resume me), or 1 (all is trained and saved, and not on the Hub).
+        exit code: 0, 75 (resume me), or 1 (the training diverged, or the last checkpoint could not be pushed).
 
     Raises:
         UserError: an error that the user can fix.
@@ -144,8 +144,8 @@ def _train(argv, held, started):
     resume_from = None if config.dry_run else run_on_main(accelerator, open_run_folder)
 
     # ------------------------------------------------------------------------------------------------------
-    # The Hub, asked before anything is computed whether it will take what comes.
-    repository = None  # the main process's, where something is to be pushed
+    # Check that we may push to the Hub before spending compute.
+    repository = None  # only on the main process, and only with --push_to_hub
 
     def open_repository():
         nonlocal repository
@@ -161,8 +161,8 @@ def _train(argv, held, started):
         if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
             config.init_from = run_on_main(accelerator, resolve_checkpoint, config.init_from, say)
         # Once a run has begun, its own checkpoints have the shape.
-        its_shape = run_on_main(accelerator, shape_of, str(resume_from or config.init_from))
-        config.model = dataclasses.replace(config.model, **its_shape)
+        source_shape = run_on_main(accelerator, shape_of, str(resume_from or config.init_from))
+        config.model = dataclasses.replace(config.model, **source_shape)
     check_lengths(config)
     shape = {name: getattr(config.model, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
     dropout = {name: config.model.dropout for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
@@ -170,7 +170,7 @@ def _train(argv, held, started):
         model_config = GPT2ReproConfig(vocab_size=VOCAB_SIZE, **shape, **dropout)
     except ValueError as error:
         raise TrainingError(f"model: {error}") from error
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes without values
         model = GPT2ReproForCausalLM(model_config)
     model.tie_weights()  # transformers 5.0 leaves that out on the meta device
     plan = Plan(
@@ -320,7 +320,7 @@ def _train(argv, held, started):
         load_rng(resume_from, rank, device)
 
     # ------------------------------------------------------------------------------------------------------
-    # The loop goes round max_steps + 1 times: the last round only evaluates and saves.
+    # The loop runs max_steps + 1 times: the last time it only evaluates and saves.
     published_losses, published_scores = published_lines(
         model_config, data["source"], None if hellaswag is None else hellaswag.data
     )

@@ -17,8 +17,6 @@ from typing import NoReturn
 from common.errors import UserError, one_line
 from common.terminal import take_terminal
 
-USAGE_ERROR = 2  # the exit code of errors that the user can fix, as argparse has it
-
 _has_terminal = False  # taken over from accelerate's launcher
 
 

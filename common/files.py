@@ -37,7 +37,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def write_aside(path: str | os.PathLike, text: str) -> None:
+def write_text_atomically(path: str | os.PathLike, text: str) -> None:
     """Write a text file under another name, then rename it. Lines end with \\n on every system."""
     with atomic_write(path) as tmp_path:
         tmp_path.write_text(text, encoding="utf-8", newline="\n")
@@ -45,7 +45,7 @@ def write_aside(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a JSON file under another name, then rename it; null replaces numbers that are not finite."""
-    write_aside(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
+    write_text_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
 def replace_file(source: str | os.PathLike, target: str | os.PathLike) -> None:

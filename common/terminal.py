@@ -51,7 +51,13 @@ def take_terminal() -> bool:
         with contextlib.suppress(OSError):  # the launcher or the terminal is gone
             give_back()
 
-    take()
+    try:
+        take()
+    except OSError:  # a terminal that does not allow it: Ctrl-C then reaches the launcher as well
+        with contextlib.suppress(OSError):
+            os.setpgid(0, launcher)
+        os.close(terminal)
+        return False
     signal.signal(signal.SIGTSTP, on_suspend)
     atexit.register(at_exit)
     return True

@@ -20,7 +20,8 @@ import eval.__main__
 import hub.__main__
 import sample
 import train
-from common.cli import USAGE_ERROR, run_command
+from common.cli import run_command
+from common.errors import UserError
 from data import prepare, verify
 from data.tokenizer import load_hf_tokenizer
 from eval import miniseries
@@ -333,7 +334,7 @@ def test_a_mistake_ends_with_one_line_and_exit_code_2(command, words, folder, ti
     name, *argv = shlex.split(command)
     code = COMMANDS[name](argv)
     message = capsys.readouterr().err
-    assert code == USAGE_ERROR, message
+    assert code == UserError.exit_code == 2, message
     assert message.startswith("error: ") and message.count("\n") == 1 and len(message) < 700, message
     for word in words:
         assert word in message

@@ -13,7 +13,7 @@ import pytest
 from killing import assert_same_run, kill_at_random, start, status, wait_for, wait_for_step
 from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 
-from training.run import EXIT_RESUME
+from training.run import EXIT_RESUME, StopRequest
 
 LAUNCH = ("-m", "accelerate.commands.launch")
 
@@ -160,6 +160,18 @@ def test_ctrl_c_during_the_imports_ends_with_one_line(command, tmp_path):
         return
     assert done.stderr == "interrupted\n"
     assert done.returncode != 0
+
+
+def test_stop_request_survives_a_closed_stderr(monkeypatch):
+    """Ctrl-C also ends the `tee` behind a run; the run still has to save its checkpoint."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    with StopRequest(None, 0.0) as stop:
+        monkeypatch.setattr(os, "write", broken)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_requested and stop.reason == "SIGTERM"
 
 
 def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):

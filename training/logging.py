@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.checkpoints import best_of, list_checkpoints
 from common.cli import shell_quote
 from common.errors import UserError, one_line
-from common.files import finite, write_aside
+from common.files import finite, write_text_atomically
 from common.metrics import read_metrics, recover_metrics
 from training import TrainingError
 from training.curves import plot_curves
@@ -241,7 +241,7 @@ class MetricsWriter:
             warn: called with a line if the disk does not accept a record.
         """
         self.path, self._warn = path, warn
-        write_aside(self.path, "".join(json.dumps(record) + "\n" for record in history))
+        write_text_atomically(self.path, "".join(json.dumps(record) + "\n" for record in history))
         self._file = self.path.open("ab", buffering=0)
         self._pending = b""
 
@@ -442,5 +442,5 @@ def finish_tracker(tracker: GeneralTracker, *, has_failed: bool) -> None:
 def _run_id(output_dir: Path, is_fresh: bool) -> str:
     path = output_dir / "run_id"
     if is_fresh or not path.is_file():
-        write_aside(path, f"{output_dir.name}-{secrets.token_hex(4)}\n")
+        write_text_atomically(path, f"{output_dir.name}-{secrets.token_hex(4)}\n")
     return path.read_text(encoding="utf-8").strip()

@@ -211,7 +211,8 @@ class StopRequest:
                 f"\n{self.reason}: stopping after this step; then a checkpoint is saved (Ctrl-C again stops at once, "
                 "without one)\n"
             )
-            os.write(2, line.encode())
+            with contextlib.suppress(OSError):  # after Ctrl-C, `2>&1 | tee` has closed the pipe
+                os.write(2, line.encode())
 
     @property
     def is_requested(self) -> bool:

@@ -108,7 +108,7 @@ class Task(BaseTask):
         documents = (text for text in map(decode_record, records) if text and not text.isspace())
         texts = list(itertools.islice(documents, self.limit))  # reads no further than that
         if not texts:
-            raise EvalError(f"{self.data}: there is no text in it; give a file that has some")
+            raise EvalError(f"{self.data}: the file has no text; give one that has text")
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if bos is None:
             raise EvalError("the tokenizer has no beginning- or end-of-text token to start a text with; set one")

@@ -186,7 +186,7 @@ def test_text_without_content_or_matching_tokenizer_is_refused(tokenizer, shards
     (tmp_path / "text.txt").write_text("word")
     for data, text_tokenizer, message in (
         (folder, other, "shards hold GPT-2's tokens, and the model has another tokenizer"),
-        (tmp_path / "blank.txt", tokenizer, "blank.txt: there is no text in it"),
+        (tmp_path / "blank.txt", tokenizer, "blank.txt: the file has no text"),
         (tmp_path / "text.txt", other, "no beginning- or end-of-text token"),
     ):
         with pytest.raises(EvalError, match=message):
