@@ -96,6 +96,7 @@ THROUGH_OTHERS = {
     "bitsandbytes": "transformers, for models in 8 and 4 bits",
     "transformers": "transformers[serving], its own server",
     "pytest-xdist": "pytest -n",
+    "mypy": "a command",
     "ruff": "a command",
 }
 
