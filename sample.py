@@ -23,8 +23,7 @@ if __name__ == "__main__":
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
-from eval.checkpoint import check_name, load_model, load_tokenizer
-from eval.command import find_device
+from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
 from hub.sampling import SamplingParams, encode_prompt, generate
 
@@ -111,7 +110,7 @@ def _sample(arguments: Sequence[str] | None) -> None:
     args.checkpoint = check_name(args.checkpoint)
     trust = args.trust_remote_code
     tokenizer, _ = load_tokenizer(args.checkpoint, trust_remote_code=trust)
-    device, _ = find_device(args.device)
+    device = find_device(args.device)
     prompt = args.prompt
     if prompt is None and not args.interactive:
         if sys.stdin.isatty():

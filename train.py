@@ -50,13 +50,13 @@ from tqdm import tqdm
 
 from common.checkpoints import resolve_checkpoint
 from common.errors import UserError
+from common.models import check_name, load_gpt2
+from common.models import load_config as load_model_config
 from data.loader import WindowLoader, validation_batches
 from data.manifest import dataset_fingerprint, needs_preparing, open_split
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample
 from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
-from eval.checkpoint import check_name, load_gpt2
-from eval.checkpoint import load_config as load_model_config
 from eval.during_training import TrainingEvaluation, check_prompts
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag

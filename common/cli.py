@@ -114,6 +114,16 @@ def shell_quote(argument: object) -> str:
     return subprocess.list2cmdline([str(argument)]) if os.name == "nt" else shlex.quote(str(argument))
 
 
+def check_world_size(num_processes: int) -> None:
+    """Raise UserError if the launcher started more processes than the `num_processes` that work together."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes, but this one sees {num_processes}: each would do all the work "
+            "alone. Launch with one of accelerate_configs/*.yaml that fits this machine"
+        )
+
+
 def print_interrupted(text: str) -> None:
     """Print what Ctrl-C led to, on a terminal below the ^C that it shows."""
     print(f"{chr(10) if sys.stderr.isatty() else ''}{text}", file=sys.stderr)

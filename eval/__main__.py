@@ -20,12 +20,12 @@ from common.cli import Parser, prepare_process
 if __name__ == "__main__":
     prepare_process()
 
+from common.models import check_name, load_tokenizer
 from eval import EvalError
-from eval.checkpoint import check_name, load_tokenizer
 from eval.command import (
     add_task_arguments,
     check_output,
-    find_device,
+    join_processes,
     run_command,
     score_checkpoint,
     tasks_of,
@@ -102,7 +102,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
         raise EvalError("--per_item: not available for lm-eval's tasks; score those without it")
     args.model = check_name(args.model)
-    device, is_main_process = find_device(args.device)
+    device, is_main_process = join_processes(args.device)
     for name in ("output", "per_item"):
         if is_main_process and getattr(args, name) is not None:
             check_output(f"--{name}", getattr(args, name))

@@ -12,10 +12,12 @@ import torch
 from accelerate import PartialState
 
 from common import cli
+from common.cli import check_world_size
 from common.errors import one_line
 from common.files import atomic_write, finite
+from common.models import find_device, load_model, revision
+from common.weights import weights_sha256
 from eval import EvalError
-from eval.checkpoint import load_model, revision, weights_sha256
 from eval.evaluator import score
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
 from eval.published import GPT2, not_comparable_reason
@@ -106,32 +108,20 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
     return tasks
 
 
-def find_device(name: str | None) -> tuple[str, bool]:
-    """Return (the device to run on, whether this is the main process), after connecting to the other processes.
+def join_processes(device: str | None) -> tuple[str, bool]:
+    """Connect to the launcher's other processes. Return (this process's device, True on the main process).
 
     Args:
-        name: "cuda", "mps", "cpu", ...; None for the first one available.
+        device: "cuda", "mps", "cpu", ...; None for the first one available.
 
     Raises:
-        EvalError: the device is not available, or the launcher's processes are not connected.
+        UserError: the device is not available, or the launcher's processes are not connected.
     """
-    if name is None:
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
-        state = PartialState(cpu=name == "cpu")
-        if state.num_processes != launched:
-            raise EvalError(
-                f"the launcher started {launched} processes, but this one sees {state.num_processes}; launch with one "
-                "of accelerate_configs/*.yaml that fits this machine"
-            )
-        return str(state.device), state.is_main_process
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise EvalError(f"device {name!r} is not available ({one_line(error)}); try --device cpu") from error
-    return name, True
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return find_device(device), True
+    state = PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+    check_world_size(state.num_processes)
+    return str(state.device), state.is_main_process
 
 
 def check_output(option: str, path: Path) -> None:
@@ -159,7 +149,7 @@ def score_checkpoint(
         args: has dtype, tokens_per_batch and trust_remote_code, see `add_task_arguments`.
         name: the checkpoint's folder, or its id on the Hub.
         tokenizer, tasks, keep_item_results: see `eval.evaluator.score`.
-        device: see `find_device`.
+        device: see `join_processes`.
 
     Returns:
         the result of `eval.evaluate`, with the model's name, revision and weights hash in "model", and "published".

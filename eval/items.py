@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.hub import hub_error
 from eval import EvalError
-from eval.hub import hub_error
 
 T = TypeVar("T")
 _OPENERS: dict[str, Callable] = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}

@@ -28,8 +28,8 @@ if __name__ == "__main__":
 import numpy as np
 
 from common.checkpoints import resolve_checkpoints
+from common.models import check_name, load_tokenizer
 from eval import EvalError, command
-from eval.checkpoint import check_name, load_tokenizer
 from eval.evaluator import load_tasks
 from eval.published import GPT2, GPT3, find_corpus, not_comparable_reason
 from eval.task import LoadedTask
@@ -338,7 +338,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     for name in to_score:
         check_name(name)
     labels = unique_labels([results[name]["model"]["name"] if name in results else name for name in args.checkpoints])
-    device, is_main_process = command.find_device(args.device)
+    device, is_main_process = command.join_processes(args.device)
     opened = {name: load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in to_score}
     # Load all items first, so that errors in them are found before anything is scored.
     loaded = {name: load_tasks(tasks, *opened[name]) for name in to_score}

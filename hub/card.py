@@ -239,7 +239,7 @@ def read_results(path: str | Path, checkpoint: Path, weights_sha256: str | None)
     Args:
         path: the file.
         checkpoint: the scored checkpoint, for messages.
-        weights_sha256: `eval.checkpoint.weights_sha256` of the checkpoint.
+        weights_sha256: `common.weights.weights_sha256` of the checkpoint.
 
     Raises:
         HubError: the file has another form, or scores other weights.

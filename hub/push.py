@@ -21,8 +21,7 @@ from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
 from common.errors import one_line
-from common.weights import weights_problem
-from eval.checkpoint import weights_sha256
+from common.weights import weights_problem, weights_sha256
 from hub import HubError
 from hub.card import has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig

@@ -19,6 +19,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from common.cli import check_world_size
 from training import TrainingError
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -39,7 +40,7 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
         mixed_precision: "auto", "no" or "bf16".
 
     Raises:
-        TrainingError: the launcher's processes do not see each other, or its way of sharding is not supported.
+        UserError: the launcher's processes do not see each other, or its way of sharding is not supported.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         _refuse_sharding("DeepSpeed")  # accelerate would import the package first
@@ -53,12 +54,7 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise TrainingError(
-            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would "
-            "train separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
-        )
+    check_world_size(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         _refuse_sharding("fsdp_version: 1")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:

@@ -12,9 +12,11 @@ import pytest
 import torch
 from tiny_run import TWO_PROCESSES
 
-from eval import EvalError, command, evaluate
+from common.errors import UserError
+from common.models import load_model, load_tokenizer
+from common.weights import weights_sha256
 from eval import __main__ as program
-from eval.checkpoint import load_model, load_tokenizer, weights_sha256
+from eval import command, evaluate
 from eval.hellaswag import items
 from eval.hellaswag.items import SAMPLE
 from eval.hellaswag.task import Task as HellaSwag
@@ -352,7 +354,7 @@ BREAKAGES = {
 def test_own_checkpoint_without_tokenizer_is_refused(own_checkpoint, tmp_path):
     folder = tmp_path / "bare"
     shutil.copytree(own_checkpoint, folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(EvalError, match="has no tokenizer; put one there with"):
+    with pytest.raises(UserError, match="has no tokenizer; put one there with"):
         load_tokenizer(str(folder))
 
 
@@ -362,7 +364,7 @@ def test_broken_checkpoint_is_named(checkpoint, tmp_path, kind):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
     breakage(folder)
-    with pytest.raises(EvalError) as raised:
+    with pytest.raises(UserError) as raised:
         load_tokenizer(str(folder))
         load_model(str(folder), dtype="float32", device="cpu")
     assert f"checkpoint {str(folder)!r}" in str(raised.value)

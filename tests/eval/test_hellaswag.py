@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import EvalError, hub
+from common import hub
+from eval import EvalError
 from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
 from eval.hellaswag.task import Task
 from eval.task import interleave_ranks, score_items

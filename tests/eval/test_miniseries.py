@@ -416,14 +416,14 @@ def test_damaged_result_is_refused(fails, written, path, value):
 
 def test_all_folders_are_checked_before_scoring(fails, own_checkpoint, tmp_path):
     arguments = [own_checkpoint, tmp_path, "--data", "sample", "--device", "cpu"]
-    assert f"{str(tmp_path)!r} has no config.json" in fails(*arguments)
+    assert f"{str(tmp_path)!r}: no config.json" in fails(*arguments)
     (tmp_path / "config.json").write_text("{}")
     assert f"{str(tmp_path)!r}: no weights" in fails(*arguments)
     assert "items 'nowhere.jsonl': no such file" in fails(own_checkpoint, "--data", "nowhere.jsonl", "--device", "cpu")
 
 
 def test_only_the_main_process_writes(written, own_checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(miniseries.command, "find_device", lambda _: ("cpu", False))
+    monkeypatch.setattr(miniseries.command, "join_processes", lambda _: ("cpu", False))
     out = tmp_path / "out"
     assert miniseries.main([str(own_checkpoint), "--data", "sample", "--limit", "2", "--out", str(out)]) == 0
     assert not out.exists()

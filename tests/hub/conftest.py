@@ -12,8 +12,8 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 
 from common.checkpoints import describe_file
+from common.errors import UserError
 from data.tokenizer import load_hf_tokenizer
-from eval import EvalError
 from hub import push
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
@@ -174,7 +174,7 @@ def trust_requests(monkeypatch):
         def load(name, *, trust_remote_code, **_):
             requests.append(trust_remote_code)
             if len(requests) == 2:
-                raise EvalError("stop here")
+                raise UserError("stop here")
             return None, None
 
         monkeypatch.setattr(module, "load_tokenizer", load)

@@ -12,7 +12,7 @@ import torch
 from documents import commands_of, python_program
 from fresh_process import QUESTION
 from tiny_run import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from hub import HubError
 from hub import export as export_module
@@ -295,14 +295,14 @@ def test_mistakes_end_with_one_line_and_leave_no_files(checkpoint, tokenizer, tm
         def code(*_, **__):
             raise ValueError("Please pass the argument `trust_remote_code=True`")
 
-        patch.setattr("eval.checkpoint.why_unreachable", lambda: None)
-        patch.setattr(AutoTokenizer, "from_pretrained", code)
+        patch.setattr("common.models.hub_error", lambda: None)
+        patch.setattr(AutoConfig, "from_pretrained", code)
         line = fails("me/x", "--to", "gpt2", "--out", out)
-        assert "only a GPT-2 (gpt2 or gpt2repro) can be exported" in line and "--trust" not in line
+        assert "it must be a GPT-2" in line and "--trust" not in line
     with monkeypatch.context() as patch:
         adopted = GPT2ReproForCausalLM.from_pretrained(checkpoint)
         adopted.transformer.wpe.weight.data[0] = float("nan")
-        patch.setattr("eval.checkpoint.load_model", lambda *_, **__: adopted)
+        patch.setattr("common.models.load_model", lambda *_, **__: adopted)
         assert "has weights that are not finite: its training diverged" in fails(
             *(checkpoint, "--to", "gguf", "--out", out)
         )

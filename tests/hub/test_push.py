@@ -13,7 +13,7 @@ import torch
 from hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard, constants
 
-from eval.checkpoint import weights_sha256
+from common.weights import weights_sha256
 from hub import HubError, push
 from hub.__main__ import main
 from hub.push import Repository, collect_files

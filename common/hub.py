@@ -34,6 +34,3 @@ def hub_error() -> str | None:
     thread.start()
     thread.join(PROBE_SECONDS)
     return reason
-
-
-why_unreachable = hub_error  # the old name, for eval/checkpoint.py
