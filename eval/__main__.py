@@ -86,12 +86,11 @@ def _format_table(args: argparse.Namespace, device: str, result: dict[str, Any])
 
 def _write_item_results(path: Path, item_results: dict[str, list[dict[str, Any]]]) -> None:
     """Write one JSON object per item and line."""
-    text = "".join(
-        json.dumps({"task": name, "item": index, **result}, ensure_ascii=False) + "\n"
-        for name, results in item_results.items()
-        for index, result in enumerate(results)
-    )
-    write_output("--per_item", path, text)
+    lines = []
+    for name, results in item_results.items():
+        for index, result in enumerate(results):
+            lines.append(json.dumps({"task": name, "item": index, **result}, ensure_ascii=False))
+    write_output("--per_item", path, "".join(f"{line}\n" for line in lines))
 
 
 def _main(arguments: Sequence[str] | None) -> None:

@@ -1,7 +1,6 @@
 """Shared by `python -m eval` and `python -m eval.miniseries`: arguments, device and processes, result files."""
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ import torch
 from accelerate import PartialState
 
 from common import cli
-from common.cli import check_world_size
 from common.errors import one_line
 from common.files import atomic_write, finite
 from common.models import find_device, load_model, revision
@@ -77,16 +75,9 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise EvalError(f"--{name} must be at least 1, got {value}")
-    paths: dict[str, str] = {}
-    for value in args.data:
-        name, sign, path = value.partition("=")
-        if not sign and len(args.tasks) == 1:
-            name, path = args.tasks[0], value
-        if name not in args.tasks:
-            raise EvalError(f"--data {value!r} must be TASK=PATH, with TASK one of {', '.join(args.tasks)}")
-        if name in paths:
-            raise EvalError(f"--data {name}={path}: {name} already has {paths[name]!r}; give one path")
-        paths[name] = path
+    if args.stride is not None and "bits_per_byte" not in args.tasks:
+        raise EvalError(f"--stride {args.stride}: it is for bits_per_byte, which is not among --tasks")
+    paths = _paths_of(args.data, args.tasks)
     tasks: list[BaseTask | LmEvalTask] = []
     for name in args.tasks:
         if args.tasks.count(name) > 1:
@@ -95,24 +86,30 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
             if name in paths:
                 raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its own data; leave it out")
             tasks.append(LmEvalTask(name.removeprefix(PREFIX), args.limit))
-            continue
-        kind = task_class(name)
-        settings = {"limit": args.limit}
-        if name in paths:
-            settings["data"] = paths[name]
-        if "stride" in {field.name for field in dataclasses.fields(kind)}:
-            settings["stride"] = args.stride
-        tasks.append(kind(**settings))
-    if args.stride is not None and not any(hasattr(task, "stride") for task in tasks):
-        raise EvalError(f"--stride {args.stride}: it is for bits_per_byte, which is not among --tasks")
+        else:
+            settings = {"data": paths[name]} if name in paths else {}
+            settings |= {"stride": args.stride} if name == "bits_per_byte" else {}
+            tasks.append(task_class(name)(limit=args.limit, **settings))
     return tasks
+
+
+def _paths_of(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Return {task: path} for the values of --data."""
+    paths: dict[str, str] = {}
+    for value in data:
+        name, sign, path = value.partition("=")
+        if not sign and len(tasks) == 1:
+            name, path = tasks[0], value
+        if name not in tasks:
+            raise EvalError(f"--data {value!r} must be TASK=PATH, with TASK one of {', '.join(tasks)}")
+        if name in paths:
+            raise EvalError(f"--data {name}={path}: {name} already has {paths[name]!r}; give one path")
+        paths[name] = path
+    return paths
 
 
 def join_processes(device: str | None) -> tuple[str, bool]:
     """Connect to the launcher's other processes. Return (this process's device, True on the main process).
-
-    Args:
-        device: "cuda", "mps", "cpu", ...; None for the first one available.
 
     Raises:
         UserError: the device is not available, or the launcher's processes are not connected.
@@ -120,7 +117,7 @@ def join_processes(device: str | None) -> tuple[str, bool]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return find_device(device), True
     state = PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
-    check_world_size(state.num_processes)
+    cli.check_world_size(state.num_processes)
     return str(state.device), state.is_main_process
 
 
@@ -143,27 +140,15 @@ def score_checkpoint(
     *,
     keep_item_results: bool = False,
 ) -> dict[str, Any]:
-    """Load a model and score it.
-
-    Args:
-        args: has dtype, tokens_per_batch and trust_remote_code, see `add_task_arguments`.
-        name: the checkpoint's folder, or its id on the Hub.
-        tokenizer, tasks, keep_item_results: see `eval.evaluator.score`.
-        device: see `join_processes`.
+    """Load a model and score it with the settings in `args`, see `add_task_arguments`.
 
     Returns:
         the result of `eval.evaluate`, with the model's name, revision and weights hash in "model", and "published".
     """
     weights = weights_sha256(name)  # before scoring: the folder may be overwritten meanwhile
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
-    result = score(
-        model,
-        tokenizer,
-        tasks,
-        tokens_per_batch=args.tokens_per_batch,
-        progress=True,
-        keep_item_results=keep_item_results,
-    )
+    options = {"tokens_per_batch": args.tokens_per_batch, "keep_item_results": keep_item_results}
+    result = score(model, tokenizer, tasks, progress=True, **options)
     result["model"] = {"name": name, "revision": revision(name), "weights_sha256": weights} | result["model"]
     return result | {"published": _published_results(result)}
 
@@ -196,7 +181,7 @@ def write_output(option: str, path: Path, content: str | bytes) -> None:
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
-    """Run a command, with an out-of-memory error as a one-line error; see `common.cli.run_command`."""
+    """Run a command with out-of-memory errors on one line; see `common.cli.run_command`."""
 
     def run(arguments: Sequence[str] | None) -> None:
         try:

@@ -3,9 +3,8 @@
 python -m eval.miniseries CHECKPOINT... [--published] [--tasks ...] [--data TASK=PATH ...] [--out FOLDER] ...
 
 Writes miniseries.png with one panel per metric, and miniseries.md with the same numbers as a table. Each CHECKPOINT is
-a folder or an id on the Hub, which is scored now, or a .json file from `python -m eval --output`, whose results are
-used. New results are written next to the plot as such files, replacing older ones. --published adds OpenAI's GPT-2 and
-GPT-3 where they can be compared.
+a folder or an id on the Hub, which is scored now, or a .json file from `python -m eval --output`. New results are
+written next to the plot as such files. --published adds OpenAI's GPT-2 and GPT-3 where they can be compared.
 """
 
 import argparse
@@ -89,11 +88,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result file from `python -m eval --output`.
-
-    Raises:
-        EvalError: the file is missing, or is not a result file.
-    """
+    """Read a result file from `python -m eval --output`. Raises EvalError for any other file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         model, tasks = result["model"], result["tasks"]
@@ -237,11 +232,8 @@ def table(rows: Sequence[Row], result: dict[str, Any], footnotes: Sequence[str] 
 def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     """Return a matplotlib Figure with a panel per metric, and in each a line per series.
 
-    Args:
-        rows: from `rows_of` and `published_rows`.
-        result: any of the results, for the descriptions of metrics and items.
+    `rows` come from `rows_of` and `published_rows`; `result` is any of the results, for the titles.
     """
-    # Imported here because it takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
