@@ -109,7 +109,6 @@ BAD_LINES = {
     "not UTF-8": (b'{"ctx": "\xff"}', "not UTF-8 at byte 9"),
     "nested too deep": ("[" * 100_000, "not JSON"),
     "a list": ("[1, 2]", "[1, 2] is not a JSON object"),
-    "null": ("null", "None is not a JSON object"),
     **{
         f"no {field}": (
             jsonl({name: value for name, value in GOOD.items() if name != field}),
@@ -119,25 +118,22 @@ BAD_LINES = {
     },
     "no activity": (jsonl(GOOD | {"activity_label": " "}), "activity_label is empty"),
     "ctx_b a number": (jsonl(GOOD | {"ctx_b": 5}), "ctx_b must be text, got 5"),
+    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is not valid Unicode"),
+    "endings a text": (jsonl(GOOD | {"endings": "abcd"}), "list of exactly 4 texts, got 'abcd'"),
+    "five endings": (jsonl(GOOD | {"endings": ["a"] * 5}), "exactly 4 texts, got 5 of them"),
+    "an ending null": (jsonl(GOOD | {"endings": ["a", "b", None, "d"]}), "ending 2 must be text, got None"),
+    "an ending empty": (jsonl(GOOD | {"endings": ["a", "b", "c", ""]}), "ending 3 is empty"),
     "an ending all tags": (
         jsonl(GOOD | {"endings": ["a", "b", "[header]", "d"]}),
         "ending 2 without its [tags] is empty",
     ),
-    "ctx a number": (jsonl(GOOD | {"ctx": 5}), "ctx must be text, got 5"),
-    "ctx empty": (jsonl(GOOD | {"ctx": " "}), "ctx is empty"),
-    "endings a text": (jsonl(GOOD | {"endings": "abcd"}), "list of exactly 4 texts, got 'abcd'"),
-    "three endings": (jsonl(GOOD | {"endings": ["a", "b", "c"]}), "exactly 4 texts, got 3 of them"),
-    "five endings": (jsonl(GOOD | {"endings": ["a"] * 5}), "exactly 4 texts, got 5 of them"),
-    "an ending null": (jsonl(GOOD | {"endings": ["a", "b", None, "d"]}), "ending 2 must be text, got None"),
-    "an ending empty": (jsonl(GOOD | {"endings": ["a", "b", "c", ""]}), "ending 3 is empty"),
-    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is not valid Unicode"),
-    "label 4": (jsonl(GOOD | {"label": 4}), "label must be 0, 1, 2 or 3 (the correct ending), got 4"),
-    "label -1": (jsonl(GOOD | {"label": -1}), "got -1"),
-    "label text": (jsonl(GOOD | {"label": "one"}), "got 'one'"),
-    "label empty": (jsonl(GOOD | {"label": ""}), "got ''"),  # HellaSwag's test split
-    "label a fraction": (jsonl(GOOD | {"label": 1.0}), "got 1.0"),
-    "label true": (jsonl(GOOD | {"label": True}), "got True"),
-    "label a list": (jsonl(GOOD | {"label": [1]}), "got [1]"),
+    **{  # "" is HellaSwag's test split
+        f"label {label!r}": (
+            jsonl(GOOD | {"label": label}),
+            f"label must be 0, 1, 2 or 3 (the correct ending), got {label!r}",
+        )
+        for label in (4, -1, "one", "", 1.0, True, [1])
+    },
 }
 
 

@@ -65,19 +65,18 @@ def written(tmp_path):
 
 @pytest.fixture
 def fails(capsys, monkeypatch, tmp_path):
-    """Return a function that runs the command, checks that it fails on one line without loading a model or writing
-    anything, and returns the line."""
+    """Return a function that runs the command, which must fail before it loads a model or writes anything, and returns
+    the error line."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         with monkeypatch.context() as patch:
             patch.setattr(miniseries.command, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
             assert miniseries.main([str(argument) for argument in arguments]) == 2
-        output = capsys.readouterr()
-        assert output.out == ""
-        assert output.err.startswith("error: ") and output.err.count("\n") == 1
         assert not Path("miniseries").exists()
-        return output.err.strip()
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.count("\n") == 1
+        return output.err
 
     return run
 
@@ -199,8 +198,12 @@ def test_table_and_plot_of_four_sizes_with_published_results(written, drawn, tmp
             known = [(m.parameters / 1e6, values.get(name), 0.0) for m, values in zip(models, published, strict=True)]
             expected = [point for point in known if point[1] is not None]
             assert curves.get(series, []) == expected
-    assert "HellaSwag: 10,042 items" in panels[1].get_title()
+    assert panels[1].get_title().startswith("HellaSwag: 10,042 items")
     assert "validation text: 9,000 windows" in panels[-1].get_title()
+    sample = result_of(0, "hellaswag")
+    sample["tasks"]["hellaswag"]["data"]["is_sample"] = True
+    title = miniseries.draw(miniseries.rows_of([sample]), sample).axes[0].get_title()
+    assert title.startswith("own sample items, not HellaSwag: 10,042 items")
     [legend] = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         *("scored here (± standard error)", "OpenAI GPT-2, published", "GPT-3, published")
@@ -242,6 +245,7 @@ def test_values_that_are_not_finite_are_left_out(written, drawn, tmp_path, capsy
     assert sorted(cells["model"][1:]) == ["lambada acc", "lambada perplexity", "lm-eval:arc acc"]
     assert cells["gpt2_124m/step_019073 (124M)"][1:] == ["0.2905", "0.2500", ""]
     assert cells["gpt2_350m/step_019073 (350M)"][1:] == ["0.3250 ± 0.0051", "0.2500", "19.2000 ± 0.3000"]
+    assert not [name for name in cells if "published" in name]  # without --published
     [figure] = drawn
     assert [len(curves_of(axes)[miniseries.OURS]) for axes in figure.axes] == [2, 2, 1]
 
@@ -252,13 +256,6 @@ def test_values_that_are_not_finite_are_left_out(written, drawn, tmp_path, capsy
 
 
 # --------------------------------------------------------------------------------- comparability
-
-
-def test_published_results_need_the_flag(written, tmp_path):
-    assert miniseries.main([*written({"a": result_of(0, "lambada")}), "--out", str(tmp_path / "out")]) == 0
-    text = (tmp_path / "out" / "miniseries.md").read_text(encoding="utf-8")
-    assert list(cells_of(text)) == ["model", "---", "gpt2_124m/step_019073 (124M)"]
-    assert "published" not in text
 
 
 @pytest.mark.parametrize(
@@ -282,13 +279,6 @@ def test_published_results_of_a_task_need_comparable_items(task, changes, footno
     assert rows and task not in {name for row in rows for name, _ in row.metrics}
     assert [line for line in footnotes if footnote in line and line.startswith(f"{task}: ")]
     assert f"- {footnotes[0]}\n" in miniseries.table(miniseries.rows_of([result]), result, footnotes)
-
-
-def test_plot_titles_name_the_sample():
-    result = result_of(0, "hellaswag")
-    result["tasks"]["hellaswag"]["data"]["is_sample"] = True
-    for axes in miniseries.draw(miniseries.rows_of([result]), result).axes:
-        assert axes.get_title().startswith("own sample items, not HellaSwag: 10,042 items\n")
 
 
 @pytest.mark.parametrize(("settings", "is_same"), [({"stride": 1024}, True), ({}, False), ({"limit": 1}, False)])
@@ -354,35 +344,24 @@ def test_repeated_model_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: CHECKPOINT (see python -m eval.miniseries --help)"),
-        (
-            ["nowhere.json"],
-            "'nowhere.json' cannot be read (No such file or directory); give a file",
-        ),
+        (["nowhere.json"], "'nowhere.json' cannot be read (No such file or directory); give a file"),
         (["a.json", "runs/of/mine"], "'runs/of/mine': no such folder, nor a Hub id"),
         (["a.json", "--tasks", "helaswag"], "'a.json' has no helaswag; score that model on it too"),
         (["a.json", "--limit", "5"], "--limit: all inputs are results, so nothing is scored; leave it out"),
         (["a.json", "--data", "sample"], "--data: all inputs are results"),
         (["me/nowhere", "--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
         (["a.json", "me/nowhere", "--tasks", "bits_per_byte"], "'a.json' has no bits_per_byte"),
-        (["a.json", "--out", "a.json"], "--out 'a.json' cannot be created (File exists); choose another"),
         (["a.json", "--out", "a.json/in"], "--out 'a.json/in' cannot be created (Not a directory); choose another"),
         (["a.json", "a.json"], "is listed twice"),
-        (["a.json", "--device", "abacus"], "device 'abacus' is not available"),
-        (["a.json", "--output", "x"], "unrecognized arguments: --output x"),
     ],
 )
 def test_invalid_arguments_are_named(fails, arguments, message):
-    result = result_of(0, "hellaswag", "lambada")
-    Path("a.json").write_text(json.dumps(result), encoding="utf-8")
+    Path("a.json").write_text(json.dumps(result_of(0, "hellaswag", "lambada")), encoding="utf-8")
     assert message in fails(*arguments)
     assert [path.name for path in Path().iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"\xff", b"[]", b"3", b"{}", b'{"model": {"name": "a"}, "results": {}, "tasks": {}}', b"[" * 100_000],
-)
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b"[" * 100_000])
 def test_json_that_is_not_a_result_is_refused(fails, content):
     Path("a.json").write_bytes(content)
     assert "'a.json' is not a result file of `python -m eval --output`; give such a file" in fails("a.json")
@@ -393,12 +372,9 @@ def test_json_that_is_not_a_result_is_refused(fails, content):
     [
         (("model", "parameters"), None),
         (("model", "name"), None),
-        (("model", "n_layer"), ...),
-        (("results", "lambada"), ...),
         (("results", "lambada", "acc"), "0.3"),
-        (("results", "lambada", "n"), ...),
-        (("tasks", "lambada", "version"), ...),
-        (("tasks", "lambada", "data", "sha256"), ...),
+        (("results", "lambada", "n"), None),
+        (("tasks", "lambada", "data"), {}),
         (("tasks", "lambada", "figures"), ["acc"]),
         (("tasks",), {}),
     ],
@@ -407,18 +383,13 @@ def test_damaged_result_is_refused(fails, written, path, value):
     result = place = result_of(0)
     for key in path[:-1]:
         place = place[key]
-    if value is ...:
-        del place[path[-1]]
-    else:
-        place[path[-1]] = value
+    place[path[-1]] = value
     assert "is not a result file of `python -m eval --output`" in fails(*written({"a": result}))
 
 
 def test_all_folders_are_checked_before_scoring(fails, own_checkpoint, tmp_path):
     arguments = [own_checkpoint, tmp_path, "--data", "sample", "--device", "cpu"]
     assert f"{str(tmp_path)!r}: no config.json" in fails(*arguments)
-    (tmp_path / "config.json").write_text("{}")
-    assert f"{str(tmp_path)!r}: no weights" in fails(*arguments)
     assert "items 'nowhere.jsonl': no such file" in fails(own_checkpoint, "--data", "nowhere.jsonl", "--device", "cpu")
 
 
@@ -428,19 +399,3 @@ def test_only_the_main_process_writes(written, own_checkpoint, tmp_path, monkeyp
     assert miniseries.main([str(own_checkpoint), "--data", "sample", "--limit", "2", "--out", str(out)]) == 0
     assert not out.exists()
     assert capsys.readouterr().out == ""
-
-
-def test_full_disk_keeps_the_older_file(written, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "miniseries.md").write_text("older", encoding="utf-8")
-
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    paths = written({"a": result_of(0, "lambada")})
-    monkeypatch.setattr(Path, "replace", full)
-    assert miniseries.main([*paths, "--out", str(out)]) == 2
-    assert "cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ["miniseries.md"]
-    assert (out / "miniseries.md").read_text(encoding="utf-8") == "older"
