@@ -17,7 +17,6 @@ from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 # A task of lm-eval with items from a file.
@@ -29,11 +28,6 @@ dataset_name: null
 dataset_kwargs: {{data_files: {{{split}: '{path}'}}}}
 training_split: null
 """
-
-
-@pytest.fixture(scope="module")
-def model(tiny_gpt2):
-    return GPT2ReproForCausalLM.from_gpt2(tiny_gpt2).eval()
 
 
 @pytest.fixture(scope="module")

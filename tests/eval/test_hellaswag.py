@@ -171,11 +171,6 @@ def test_unreadable_file_is_named(tmp_path, name, content, message):
     assert message in str(raised.value)
 
 
-def test_limit_below_one_is_refused():
-    with pytest.raises(EvalError, match="hellaswag: limit must be at least 1, got 0"):
-        Task(data="sample", limit=0)
-
-
 # ------------------------------------------------------------------------------------------------ the Hub
 
 LOAD = """
