@@ -16,7 +16,7 @@ from common.files import atomic_write, finite
 from common.models import find_device, load_model, revision
 from common.weights import weights_sha256
 from eval import EvalError
-from eval.evaluator import score
+from eval.evaluator import evaluate
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
 from eval.published import GPT2, not_comparable_reason
 from eval.scoring import Tokenizer
@@ -147,8 +147,12 @@ def score_checkpoint(
     """
     weights = weights_sha256(name)  # before scoring: the folder may be overwritten meanwhile
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
-    options = {"tokens_per_batch": args.tokens_per_batch, "keep_item_results": keep_item_results}
-    result = score(model, tokenizer, tasks, progress=True, **options)
+    result = evaluate(
+        *(model, tokenizer, tasks),
+        tokens_per_batch=args.tokens_per_batch,
+        progress=True,
+        keep_item_results=keep_item_results,
+    )
     result["model"] = {"name": name, "revision": revision(name), "weights_sha256": weights} | result["model"]
     return result | {"published": _published_results(result)}
 

@@ -24,6 +24,8 @@ from common.cli import Parser, prepare_process
 if __name__ == "__main__":
     prepare_process()
 
+import numpy as np
+
 from common.checkpoints import resolve_checkpoints
 from common.models import check_name, load_tokenizer
 from eval import EvalError, command
@@ -288,9 +290,10 @@ def _label_points(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> N
     taken = []  # in pixels, at first what the lines cover
     for line in axes.get_lines():
         path = line.get_transform().transform_path(line.get_path()).interpolated(30)
-        taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in path.vertices]
+        taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in np.asarray(path.vertices)]
     centers = axes.transData.transform([(x, y) for x, y, _ in points])
-    offsets = sorted(itertools.product(range(-400, 401, 8), repeat=2), key=lambda offset: math.hypot(*offset))
+    distances = range(-400, 401, 8)
+    offsets = sorted(itertools.product(distances, distances), key=lambda offset: math.hypot(*offset))
     arrow = {"arrowstyle": "-", "lw": 0.5, "color": "C0"}
     style: dict[str, Any] = {"fontsize": 7, "color": "C0", "ha": "center", "va": "center", "arrowprops": arrow}
     for (x, y, label), center in zip(points, centers, strict=True):

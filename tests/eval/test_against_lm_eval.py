@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 
 from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
-from eval.evaluator import load_tasks, score
+from eval.evaluator import load_tasks
 from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
@@ -137,7 +137,7 @@ def test_bridge_returns_lm_evals_metrics_and_restores_training_mode(model, token
     loaded = load_tasks([name], tokenizer, model.config)
     model.train()
     try:
-        result = score(model, tokenizer, loaded)
+        result = evaluate(model, tokenizer, loaded)
         assert model.training
     finally:
         model.eval()

@@ -368,14 +368,14 @@ def test_interrupt_writes_nothing(in_process, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "score", stop)
+    monkeypatch.setattr(command, "evaluate", stop)
     code, printed = in_process("--data", "sample", "--output", tmp_path / "result.json")
     assert (code, printed.err.splitlines()[-1]) == (130, "interrupted; nothing was written")
     assert not list(tmp_path.iterdir())
 
 
 def test_bug_keeps_its_traceback(in_process, monkeypatch):
-    monkeypatch.setattr(command, "score", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         in_process("--data", "sample")
 
