@@ -43,18 +43,15 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Score a language model. Several GPUs share the items: accelerate launch -m eval --model ...",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="CHECKPOINT",
-        help="a checkpoint folder, or the id of a model on the Hub. Modeling code in the folder is run "
-        "(train.py saves it with the weights), modeling code from the Hub only with --trust_remote_code",
+    about = (
+        "a checkpoint folder, or the id of a model on the Hub. Modeling code in the folder is run (train.py saves it "
+        "with the weights), modeling code from the Hub only with --trust_remote_code"
     )
+    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help=about)
     add_task_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE, as JSON")
-    parser.add_argument(
-        "--per_item", type=Path, metavar="FILE", help="write each item's log-likelihoods to FILE, a .jsonl file"
-    )
+    about = "write each item's log-likelihoods to FILE, a .jsonl file"
+    parser.add_argument("--per_item", type=Path, metavar="FILE", help=about)
     return parser.parse_args(arguments)
 
 

@@ -25,44 +25,24 @@ from eval.task import BaseTask, LoadedTask, task_class, task_names
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that select and configure tasks."""
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["hellaswag"],
-        metavar="TASK",
-        help=f"one or more of {', '.join(task_names())}; or lm-eval:NAME for any task of the package lm-eval "
-        "(default: hellaswag)",
+    add, names = parser.add_argument, ", ".join(task_names())
+    about = f"one or more of {names}; or lm-eval:NAME for any task of the package lm-eval (default: hellaswag)"
+    add("--tasks", nargs="+", default=["hellaswag"], metavar="TASK", help=about)
+    about = (
+        "where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the default), "
+        "'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz) file; lambada: "
+        "'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of shards, or text as "
+        "`python -m data.prepare files` reads it"
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="TASK=PATH",
-        help="where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the "
-        "default), 'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz) file; "
-        "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of "
-        "shards, or text as `python -m data.prepare files` reads it",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N items of each task")
-    parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="bits_per_byte: tokens per window after the first (default: half the context)",
-    )
-    parser.add_argument(
-        "--tokens_per_batch",
-        type=int,
-        metavar="N",
-        help="tokens per forward pass; fewer need less memory (default: depends on the device)",
-    )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the weights (default: float32)"
-    )
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first one available)")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
-    )
+    add("--data", nargs="+", default=[], metavar="TASK=PATH", help=about)
+    add("--limit", type=int, metavar="N", help="score only the first N items of each task")
+    about = "bits_per_byte: tokens per window after the first (default: half the context)"
+    add("--stride", type=int, metavar="N", help=about)
+    about = "tokens per forward pass; fewer need less memory (default: depends on the device)"
+    add("--tokens_per_batch", type=int, metavar="N", help=about)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: float32)")
+    add("--device", help="cuda, mps or cpu (default: the first one available)")
+    add("--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub")
 
 
 def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:

@@ -66,24 +66,16 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "accelerate launch -m eval.miniseries ...",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="before the options: a checkpoint folder, a quoted pattern such as 'runs/*/checkpoints/best' or the id of "
-        "a model on the Hub, to be scored; or a .json file from `python -m eval --output`. If all are such files, all "
-        "their tasks are shown, or only --tasks",
+    about = (
+        "before the options: a checkpoint folder, a quoted pattern such as 'runs/*/checkpoints/best' or the id of a "
+        "model on the Hub, to be scored; or a .json file from `python -m eval --output`. If all are such files, all "
+        "their tasks are shown, or only --tasks"
     )
-    parser.add_argument(
-        "--published", action="store_true", help="also show OpenAI's GPT-2 and GPT-3, where they can be compared"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("miniseries"),
-        metavar="FOLDER",
-        help="folder for miniseries.png, miniseries.md and a .json file per scored model (default: miniseries)",
-    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help=about)
+    about = "also show OpenAI's GPT-2 and GPT-3, where they can be compared"
+    parser.add_argument("--published", action="store_true", help=about)
+    about = "folder for miniseries.png, miniseries.md and a .json file per scored model (default: miniseries)"
+    parser.add_argument("--out", type=Path, default=Path("miniseries"), metavar="FOLDER", help=about)
     command.add_task_arguments(parser)
     parser.set_defaults(tasks=None)  # None if the user did not give --tasks
     return parser.parse_args(arguments)
