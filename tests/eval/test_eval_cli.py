@@ -68,7 +68,6 @@ def test_own_checkpoint_is_scored_on_a_file_of_items(run_python, own_checkpoint,
     [(name, description)] = result["tasks"].items()
     assert (name, description["version"], description["figures"]) == ("hellaswag", task.version, task.metrics)
     assert description["data"] == expected["tasks"]["hellaswag"]["data"]
-    assert description["data"]["source"] == f"{data}, the first 10 of 12 items"
     assert description["seconds"] > 0
     assert result["model"] == {
         **{"name": str(own_checkpoint), "revision": None, "class": "GPT2ReproForCausalLM", "dtype": "float32"},
@@ -255,13 +254,11 @@ def test_malformed_item_is_named_and_nothing_written(fails, checkpoint, tmp_path
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)])
-def test_dtype_does_not_depend_on_the_saved_one(tiny_gpt2, tokenizer, tmp_path, arguments, dtype):
+def test_dtype_does_not_depend_on_the_saved_one(tiny_gpt2, tmp_path):
     copy.deepcopy(tiny_gpt2).to(torch.float16).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    args = program._parse_arguments(["--model", str(tmp_path), *arguments])
-    model = load_model(args.model, dtype=args.dtype, device="cpu")
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = load_model(str(tmp_path), dtype=name, device="cpu")
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_weights_hash_depends_on_all_files_but_not_on_the_folders_name(tmp_path):
