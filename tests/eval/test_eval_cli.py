@@ -138,13 +138,13 @@ def test_published_results_are_shown_for_the_full_set_only(in_process, monkeypat
 
 
 def test_truncated_items_are_reported(in_process, tmp_path):
-    item = json.loads(GOOD)
+    item, words = json.loads(GOOD), "word " * 200  # too long for one prompt, for the other, for neither
+    items, output = [item | {"ctx": words}, item | {"ctx_a": words}, item], tmp_path / "result.json"
     data = tmp_path / "items.jsonl"
-    data.write_text(json.dumps(item | {"ctx": "word " * 200}) + "\n" + GOOD, encoding="utf-8")
-    output = tmp_path / "result.json"
+    data.write_text("\n".join(map(json.dumps, items)))
     _, printed = in_process("--data", data, "--output", output)
-    assert "hellaswag: 1 of 2 items did not fit the model's context and lost their beginning" in printed.out
-    assert json.loads(output.read_text())["results"]["hellaswag"]["num_truncated"] == 1
+    assert "hellaswag: 2 of 3 items did not fit the model's context and lost their beginning" in printed.out
+    assert json.loads(output.read_text())["results"]["hellaswag"]["num_truncated"] == 2
 
 
 def test_per_item_file_has_the_results_of_all_tasks(in_process, tmp_path):

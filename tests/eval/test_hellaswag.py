@@ -66,15 +66,6 @@ def test_sample_labels_cannot_be_guessed_from_length_or_position():
         assert num_correct <= 17, rule
 
 
-def test_sample_is_described_as_a_sample():
-    items, source = load_items("sample", 7)
-    assert len(items) == 7
-    assert source.is_sample
-    assert source.description == (
-        "SAMPLE of 7 items written for this project, NOT HellaSwag: not comparable with published numbers"
-    )
-
-
 # ------------------------------------------------------------------------------------------------- files
 
 
@@ -365,10 +356,3 @@ def test_special_tokens_in_items_are_encoded_as_text(tokenizer, tmp_path):
     item = BARE | {"ctx": "He types <|endoftext|> and", "endings": ["<|endoftext|>", "a", "b", "c"]}
     _, [result] = score_records(UnigramModel([0]), tokenizer, [item], prompts=("lecture",), path=tmp_path)
     assert result["lecture_num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
-
-
-def test_truncated_items_are_counted(tiny_gpt2, tokenizer, tmp_path):
-    items = [GOOD, GOOD | {"ctx": "word " * 200}, GOOD | {"ctx_a": "word " * 200}]
-    task, item_results = score_records(tiny_gpt2, tokenizer, items, path=tmp_path)
-    assert [result["tokens_truncated"] > 0 for result in item_results] == [False, True, True]
-    assert task.aggregate(item_results)["num_truncated"] == 2

@@ -191,12 +191,6 @@ def test_other_models_get_right_padding_a_mask_and_logits_to_keep():
     assert logits_to_keep == 5  # position 2, after which 4 is scored, is the fifth from the end
 
 
-def test_longest_sequences_are_scored_first():
-    model = BigramModel()
-    loglikelihoods(model, [Request([1] * n, [[2]]) for n in (2, 9, 4, 7)], tokens_per_batch=1)
-    assert [input_ids.shape[1] for input_ids, *_ in model.calls] == [9, 7, 4, 2]
-
-
 def test_long_contexts_are_truncated_on_the_left_and_counted(any_model, reference):
     context, continuation = [t % VOCABULARY for t in range(40)], [7, 3, 11]
     fits = context[-(CONTEXT + 1 - 3) :]  # the last token is never an input, so one more than CONTEXT
