@@ -85,24 +85,15 @@ def read_result(path: str | Path) -> dict[str, Any]:
     """Read a result file from `python -m eval --output`. Raises EvalError for any other file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        model, tasks = result["model"], result["tasks"]
-        is_valid = bool(tasks) and isinstance(model["name"], str) and model["parameters"] >= 1
-        is_valid &= {"n_layer", "n_embd"} <= set(model)
-        for name, task in tasks.items():
-            metrics = result["results"][name]
-            is_valid &= all(isinstance(value, int | float | None) for value in metrics.values())
-            is_valid &= task["full_size"] is None or isinstance(metrics["n"], int)
-            is_valid &= "version" in task and {"source", "sha256", "is_sample"} <= set(task["data"])
-            is_valid &= all(isinstance(description, str) for description in task["figures"].values())
+        _, footnotes = published_rows(result)
+        table(rows_of([result]), result, footnotes)  # fails if anything is missing or of another type
     except OSError as error:
         raise EvalError(f"{path!r} cannot be read ({error.strerror}); give a file from python -m eval") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_valid = False
-    if not is_valid:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvalError(
             f"{path!r} is not a result file of `python -m eval --output`; give such a file, or the checkpoint's "
             "folder to score it now"
-        )
+        ) from error
     return result
 
 
@@ -177,7 +168,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
 def published_rows(result: dict[str, Any]) -> tuple[list[Row], list[str]]:
     """Return rows of OpenAI's models for results with `result`'s items, and footnotes on what cannot be compared."""
     models, footnotes = GPT2 + GPT3, []
-    rows = [Row(f"{m.name} (published)", f"{m.family}, published", m.parameters, {}) for m in models]
+    rows = [Row(f"{m.name} (published)", f"{m.name.rpartition(' ')[0]}, published", m.parameters, {}) for m in models]
     for name, task in result["tasks"].items():
         source = task["data"]["source"]
         reason = not_comparable_reason(task["data"], result["results"][name].get("n"), task["full_size"])
@@ -238,22 +229,15 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     figure = Figure(figsize=(5.6 * width, 4.6 * height + 0.4), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(height, width, squeeze=False).ravel()
-    styles = dict(zip(dict.fromkeys(row.series for row in rows), ("o-C0", "s--C3", "^:C2"), strict=False))
     legend = {}
     for axes, column in zip(panels, columns, strict=False):
-        for series, style in styles.items():
+        for series, style in zip(dict.fromkeys(row.series for row in rows), ("o-C0", "s--C3", "^:C2"), strict=False):
             if points := _points(rows, series, column):
                 x, y, errors, _ = zip(*points, strict=True)
                 yerr = [error or 0.0 for error in errors] if any(errors) else None
                 legend[series] = axes.errorbar(x, y, yerr=yerr, fmt=style, ms=5, lw=1.2, capsize=3, label=series)
-        (name, metric), task = column, result["tasks"][column[0]]
-        title = TITLES.get(name, name)
-        if task["data"]["is_sample"]:
-            title = f"own sample items, not {title}"
-        if n := result["results"][name].get("n"):
-            title += f": {n:,} {'windows' if name == 'bits_per_byte' else 'items'}"
-        axes.set_title(f"{title}\n{textwrap.fill(task['figures'][metric], 80)}", fontsize=8.5)
-        axes.set(xscale="log", xlabel="parameters, millions", ylabel=metric)
+        axes.set_title(_title(column, result), fontsize=8.5)
+        axes.set(xscale="log", xlabel="parameters, millions", ylabel=column[1])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.minorticks_off()
@@ -266,6 +250,14 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     for axes, column in zip(panels, columns, strict=False):
         _label_points(axes, [(x, y, label) for x, y, _, label in _points(rows, OURS, column)])
     return figure
+
+
+def _title(column: Column, result: dict[str, Any]) -> str:
+    name, metric = column
+    task, n = result["tasks"][name], result["results"][name].get("n")
+    title = f"{'own sample items, not ' if task['data']['is_sample'] else ''}{TITLES.get(name, name)}"
+    count = f": {n:,} {'windows' if name == 'bits_per_byte' else 'items'}" if n else ""
+    return f"{title}{count}\n{textwrap.fill(task['figures'][metric], 80)}"
 
 
 def _points(rows: Sequence[Row], series: str, column: Column) -> list[tuple[float, float, float | None, str]]:

@@ -21,11 +21,6 @@ class PublishedModel(NamedTuple):
     losses: dict[str, float]
     """validation loss in nats per token, by corpus"""
 
-    @property
-    def family(self) -> str:
-        """The name without the size."""
-        return self.name.rpartition(" ")[0]
-
 
 # HellaSwag, the lecture's and lm-eval's: build-nanogpt hellaswag.py and play.ipynb, llm.c dev/vislog.ipynb. LAMBADA:
 # lm-eval, lambada_openai. Losses: FineWeb-Edu in build-nanogpt's split (its train_gpt2.py's log), FineWeb in llm.c's

@@ -368,7 +368,6 @@ def test_json_that_is_not_a_result_is_refused(fails, content):
         (("results", "lambada", "n"), None),
         (("tasks", "lambada", "data"), {}),
         (("tasks", "lambada", "figures"), ["acc"]),
-        (("tasks",), {}),
     ],
 )
 def test_damaged_result_is_refused(fails, written, path, value):
