@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def resolve_checkpoints(names: Iterable[str]) -> list[str]:
     resolved: list[str] = []
     for name in names:
         is_pattern = glob.has_magic(name) and not Path(name).exists()
-        matches = _matches(Path(name)) if is_pattern else [Path(name)]
+        matches: Sequence[str | Path] = _matches(Path(name)) if is_pattern else [name]
         if not matches:
             raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
         resolved += map(resolve_checkpoint, matches)
