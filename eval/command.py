@@ -128,7 +128,9 @@ def score_checkpoint(
     weights = weights_sha256(name)  # before scoring: the folder may be overwritten meanwhile
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
     result = evaluate(
-        *(model, tokenizer, tasks),
+        model,
+        tokenizer,
+        tasks,
         tokens_per_batch=args.tokens_per_batch,
         progress=True,
         keep_item_results=keep_item_results,
