@@ -14,7 +14,7 @@ of processes or on a crash.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -47,9 +47,13 @@ class Batch(NamedTuple):
         parts = [[None] * len(self.inputs) if x is None else x.split(rows) for x in self]
         return [Batch(*part) for part in zip(*parts, strict=False)]
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """Apply a function to each tensor."""
-        return Batch(*(None if x is None else function(x) for x in self))
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device; from pinned memory to a GPU, the host does not wait."""
+        return Batch(*(None if x is None else x.to(device, non_blocking=device.type == "cuda") for x in self))
+
+    def pin_memory(self) -> "Batch":
+        """Copy to pinned memory."""
+        return Batch(*(None if x is None else x.pin_memory() for x in self))
 
 
 class Permutation:
@@ -263,7 +267,7 @@ class WindowLoader:
         """
         return self.windows.read(self._rank_windows(step), self.boundary)
 
-    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
         """
         Read the batches of several steps ahead of time in a background thread.
 
@@ -278,7 +282,7 @@ class WindowLoader:
 
         def read(step: int) -> Batch:
             batch = self.batch(step)
-            return batch.map(torch.Tensor.pin_memory) if pin_memory else batch
+            return batch.pin_memory() if pin_memory else batch
 
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
             pending = deque()
@@ -291,6 +295,18 @@ class WindowLoader:
             finally:
                 for future in pending:
                     future.cancel()
+
+    def val_batches(self, shards: Sequence[Shard], batch_size: int, max_tokens: int) -> Iterator[Batch]:
+        """Read windows of the validation split, of the same length and boundary; see `validation_batches`."""
+        return validation_batches(
+            shards,
+            seq_len=self.windows.seq_len,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            boundary=self.boundary,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
 
 def validation_batches(

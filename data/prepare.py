@@ -49,6 +49,7 @@ from data.manifest import (
     PREPARING,
     SPLITS,
     Manifest,
+    needs_preparing,
     read_json_with_checksum,
     read_manifest,
     write_json_with_checksum,
@@ -129,6 +130,13 @@ def prepare(
     finally:
         if is_new and shard_count == 1 and out.is_dir() and not _has_finished_work(out):
             shutil.rmtree(out)
+
+
+def prepare_sample_if_missing(out: str | Path) -> None:
+    """Prepare the offline sample corpus if nothing is there, or only what an interrupted preparation left."""
+    if needs_preparing(out):
+        print(f"data      preparing the offline sample corpus in {out}")
+        prepare_sample(out)
 
 
 def prepare_sample(out: str | Path, *, val_fraction: float = _SAMPLE_VAL_FRACTION, **options: Any) -> Manifest | None:

@@ -230,7 +230,7 @@ def test_batches_are_in_pinned_memory():
     batch = next(WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 3, pin_memory=True))
     assert batch.inputs.is_pinned()
     assert batch.targets.is_pinned()
-    assert batch.map(lambda x: x.cuda(non_blocking=True)).inputs.is_cuda
+    assert batch.to(torch.device("cuda")).inputs.is_cuda
 
 
 @settings(max_examples=50, deadline=None)
