@@ -34,7 +34,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object, set_seed
 
 from common.models import load_gpt2
-from data.loader import WindowLoader
+from data.loader import Batch, WindowLoader
 from data.manifest import dataset_fingerprint, open_split
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample_if_missing
@@ -135,7 +135,11 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         cleanup.enter_context(stop)
         run.mark_running()
         say(f"training  from step {state.step:,} to {config.max_steps:,}, into {run.path}")
-        is_stopped = train_steps(config, accelerator, models, state, loader, evaluation, checkpoints, log, stop)
+        batches = loader.batches(state.step, config.max_steps, pin_memory=accelerator.device.type == "cuda")
+        cleanup.callback(batches.close)  # ends the thread that reads ahead
+        is_stopped = train_steps(
+            config, accelerator, models, state, loader, batches, evaluation, checkpoints, log, stop
+        )
         return finish(run, state, stop, repository, log=log, is_stopped=is_stopped)
 
 
@@ -145,6 +149,7 @@ def train_steps(
     models: TrainingModels,
     state: LoopState,
     loader: WindowLoader,
+    batches: Iterator[Batch],
     evaluation: TrainingEvaluation,
     checkpoints: CheckpointWriter,
     log: RunLog,
@@ -154,7 +159,6 @@ def train_steps(
     optim, device, world_size = config.optim, accelerator.device, accelerator.num_processes
     accumulation = accelerator.gradient_accumulation_steps
     micro_batch_size = loader.batch_size // world_size // accumulation
-    batches = loader.batches(state.step, config.max_steps, pin_memory=device.type == "cuda")  # read ahead by a thread
     stopping = False  # agreed on by all processes
     while True:
         is_last = state.step >= config.max_steps  # the loop runs max_steps + 1 times, to evaluate and save at the end
@@ -175,8 +179,7 @@ def train_steps(
         if (is_due or stopping) and not state.saved:
             checkpoints.save(state)
         if is_last or stopping:
-            batches.close()
-            checkpoints.finish()
+            run_on_main(checkpoints.finish)
             return stopping
         checkpoints.report()
 

@@ -390,6 +390,7 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any]) -> LoopState:
         )
     state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
     names = [field.name for field in fields(LoopState) if field.name != "saved"]
+    say(f"resume    from {folder}, step {state['step']:,}")
     return LoopState(**{name: state[name] for name in names})
 
 
