@@ -9,8 +9,6 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from data import hub
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,7 +29,7 @@ def client(server, monkeypatch, tmp_path):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + template.removeprefix("https://huggingface.co")
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("common.hub.FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("data.prepare._PART_BYTES", 1)
     return server
 
