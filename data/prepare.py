@@ -39,6 +39,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
+from common.errors import UserError
 from common.files import atomic_write
 from common.locks import Lock, Timeout
 from data import DataError
@@ -883,7 +884,7 @@ def _main(argv: Sequence[str] | None) -> int:
             }
             name = "sample" if args.source == "sample" else Path(args.out).resolve().name
             manifest = prepare(source, args.out, name=name, log=tqdm.write, **options)
-    except DataError as error:
+    except UserError as error:
         raise DataError(f"{error}{kept_parts(args.out)}") from error
     except KeyboardInterrupt:
         print_interrupted(f"interrupted{kept_parts(args.out) or ': nothing was kept'}")

@@ -6,6 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from common.errors import UserError
 from data import DataError
 from data.sources import FileSource, Progress, decode_record, docstrings, sample_documents
 
@@ -147,7 +148,7 @@ def test_errors_replace_replaces_invalid_bytes(tmp_path):
 )
 def test_unreadable_input_names_file_and_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         documents([tmp_path / name])
     for word in words:
         assert word in str(error.value)
@@ -167,7 +168,7 @@ def test_damaged_parquet_page_is_an_error(tmp_path):
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[2000:2100] = bytes(100)
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.parquet: damaged"):
+    with pytest.raises(UserError, match=r"a\.parquet: damaged"):
         documents([tmp_path / "a.parquet"])
 
 
