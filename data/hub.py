@@ -5,6 +5,7 @@ huggingface_hub downloads (so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the prox
 failed requests (common/hub.py), and checks each file's size and SHA-256 against those that the Hub lists.
 """
 
+import functools
 import hashlib
 import re
 import sys
@@ -30,25 +31,14 @@ class HubRepository:
     def __init__(
         self, dataset: str, *, revision: str = "main", commit: str | None = None, download_folder: str | Path
     ) -> None:
-        """
-        Record the names; the first request looks up the commit.
-
-        Args:
-            dataset: id of the data set, "owner/name".
-            revision: branch, tag or commit.
-            commit: the commit of an earlier lookup of the revision.
-            download_folder: folder for the downloaded files.
-        """
+        """Record the names, `commit` if an earlier lookup found it, and the folder for downloaded files."""
         self.dataset, self.revision, self._commit = dataset, revision, commit
         self.download_folder = Path(download_folder)
-        self._card: dict[str, Any] | None = None
 
     @property
     def commit(self) -> str:
         """The commit hash of the revision."""
-        if self._commit is None:
-            self._look_up()
-        return self._commit
+        return self._commit or self._info.sha
 
     def pin(self, commit: str) -> None:
         """Use the commit of an earlier lookup; the branch may have moved since."""
@@ -57,27 +47,17 @@ class HubRepository:
     @property
     def card(self) -> dict[str, Any]:
         """The data set's metadata: the YAML at the top of its README."""
-        if self._card is None:
-            self._look_up()
-        return self._card
+        return self._info.card_data.to_dict() if self._info.card_data else {}
 
-    def _look_up(self) -> None:
+    @functools.cached_property
+    def _info(self) -> Any:
         def request(api: "HfApi") -> Any:
             return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
 
-        info = self._with_retries(with_timeout(request), f"the data set {self.dataset}")
-        self._commit, self._card = self._commit or info.sha, info.card_data.to_dict() if info.card_data else {}
+        return self._with_retries(with_timeout(request), f"the data set {self.dataset}")
 
     def files(self, folder: str = "") -> list[dict[str, Any]]:
-        """
-        List the files of a folder and its subfolders.
-
-        Args:
-            folder: path in the repository; "" for all files.
-
-        Returns:
-            {"path", "bytes", "sha256" (None for a small file)} of each file, sorted by path.
-        """
+        """List {"path", "bytes", "sha256" (None for a small file)} of each file in a folder, sorted by path."""
         from huggingface_hub.hf_api import RepoFile
 
         def request(api: "HfApi") -> list[RepoFile]:
@@ -91,15 +71,7 @@ class HubRepository:
         return sorted(files, key=lambda file: file["path"])
 
     def fetch(self, file: dict[str, Any]) -> Path:
-        """
-        Download a file, check it, and return the path of the copy.
-
-        Args:
-            file: one of `files()`.
-
-        Raises:
-            DataError: the download failed.
-        """
+        """Download one of `files()`, check it, and return the path of the copy."""
 
         def request(api: "HfApi") -> Path:
             path = Path(
@@ -213,14 +185,14 @@ class HubSource:
         keep: bool = False,
     ) -> None:
         """
-        Record the settings; `inputs` looks for the files.
+        Record the settings; `inputs` looks for the files. See data.sources.FileSource.
 
         Args:
             repository: the data set.
             subset: subset of the data set (a "config" in its card); None for the default.
-            text_column: see data.sources.FileSource.
-            separator: see data.sources.FileSource.
-            errors: see data.sources.FileSource.
+            text_column: column or key of the text.
+            separator: text between documents of a .txt file.
+            errors: for bytes that are not UTF-8.
             keep: keep the downloaded files.
         """
         self.repository, self.subset, self.keep = repository, subset, keep
@@ -241,12 +213,7 @@ class HubSource:
         return {"revision": self.repository.commit}
 
     def inputs(self) -> list[dict[str, Any]]:
-        """
-        List the files of the training split.
-
-        Raises:
-            DataError: the data set or the subset does not exist, or has no supported files.
-        """
+        """List the files of the training split."""
         from fsspec.utils import glob_translate  # `datasets` translates these patterns with it
 
         patterns = self._patterns()

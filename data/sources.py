@@ -78,25 +78,21 @@ class SampleSource:
         """Return one input for all documents."""
         return [{"path": "the documentation of Python " + platform.python_version(), "bytes": 3_000_000}]
 
-    def fetch(self, file: dict[str, Any]) -> None:
-        """Do nothing: the documents are installed with Python."""
+    def fetch(self, file: dict[str, Any]) -> Path:
+        """Return the folder of the standard library."""
+        return Path(sysconfig.get_paths()["stdlib"])
 
-    def done_with(self, path: None) -> None:
+    def done_with(self, path: Path) -> None:
         """Do nothing: `fetch` makes no copy."""
 
-    def records(self, file: dict[str, Any], path: None, progress: Progress) -> Iterator[Record]:
+    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
         """Yield the documents."""
         for number, text in enumerate(sample_documents(), start=1):
             yield Record(text.encode("utf-8", "replace"), False, file["path"], number)
 
 
 def sample_documents() -> Iterator[str]:
-    """
-    Yield the documents of the offline sample, see SampleSource.
-
-    Raises:
-        DataError: this Python was installed without its documentation.
-    """
+    """Yield the documents of the offline sample. Raises DataError if Python was installed without documentation."""
     documents = []
     with contextlib.suppress(ImportError):  # a separate package in some distributions
         from pydoc_data.topics import topics
@@ -190,13 +186,8 @@ class FileSource:
         }
 
     def inputs(self) -> list[dict[str, Any]]:
-        """
-        List the files.
-
-        Raises:
-            DataError: a path does not exist, a file is of another kind, or a folder or pattern has no files.
-        """
-        files = []
+        """List the files."""
+        files: list[Path] = []
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
@@ -224,13 +215,7 @@ class FileSource:
         """Do nothing: the file is the user's."""
 
     def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
-        """
-        Yield the documents of a file.
-
-        Raises:
-            DataError: the file cannot be read or is damaged, a .parquet file does not have the column, or a document
-                has more than 100 MB.
-        """
+        """Yield the documents of a file."""
         return file_records(
             path, where=file["path"], text_column=self.text_column, separator=self.separator, progress=progress
         )
@@ -335,17 +320,9 @@ def _parquet_records(path: Path, where: str, text_column: str, progress: Progres
 
 def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str:
     """
-    Return the text of a record.
+    Return the text of a record, see FileSource.
 
     Half a surrogate pair, which JSON allows, is not Unicode text and becomes U+FFFD.
-
-    Args:
-        record: a document from a source.
-        text_column: see FileSource.
-        errors: see FileSource.
-
-    Raises:
-        DataError: the bytes are not UTF-8, a line is not JSON, or a JSON record has no text.
     """
     where = f"{record.where}:{record.number}"
     try:

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from common.files import replace_file
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
-from data.prepare import make_part, source_of
+from data.parts import make_part
+from data.prepare import source_of
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 
 _REPAIR = ".repair"

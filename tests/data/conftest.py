@@ -30,7 +30,7 @@ def client(server, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("common.hub.FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
+    monkeypatch.setattr("data.plan.PART_BYTES", 1)
     return server
 
 

@@ -64,7 +64,7 @@ def tokens_of(folder):
 @pytest.fixture
 def expected(tmp_path, monkeypatch):
     """The shards that the same documents give from local files."""
-    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
+    monkeypatch.setattr("data.plan.PART_BYTES", 1)
     (tmp_path / "local").mkdir()
     for number, texts in enumerate(shares(TEXTS)):
         (tmp_path / "local" / f"{number}.parquet").write_bytes(parquet_file(texts))

@@ -50,7 +50,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(prepare_module, "_PART_BYTES", 1)
+    monkeypatch.setattr("data.plan.PART_BYTES", 1)
 
 
 def content_of(folder):
@@ -202,7 +202,7 @@ def test_interrupted_cleanup_is_completed(run, small_parts, tmp_path, monkeypatc
     monkeypatch.undo()
     assert (tmp_path / "out" / "manifest.json").exists()
     assert (tmp_path / "out" / "parts").exists()
-    monkeypatch.setattr(prepare_module, "_PART_BYTES", 1)
+    monkeypatch.setattr("data.plan.PART_BYTES", 1)
     run(files=3)
     assert content_of(tmp_path / "out") == content_of(tmp_path / "uninterrupted")
 
@@ -297,9 +297,16 @@ def lock_of_part(out, part):
         size = -(-len(DOCUMENTS) // 3)
         jsonl(out.parent / "text" / f"{number}.jsonl", DOCUMENTS[number * size : (number + 1) * size])
     (out / "parts").rmdir()
-    prepare_module._open_plan(source, out, "t", 0.1, prepare_module._SHARD_TOKENS, None, "tiktoken")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "_check_disk", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, out, name="t", val_fraction=0.1)
     (out / "parts").mkdir()
     return path
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 def command(*arguments):
@@ -359,9 +366,9 @@ def exit_early():
 PROGRAM = """
 if __name__ == "__main__":
     import signal, sys
-    from data import encode, prepare
+    from data import encode, plan, prepare
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    prepare._PART_BYTES, encode._BATCH_BYTES = 1, 20_000
+    plan.PART_BYTES, encode._BATCH_BYTES = 1, 20_000
     code = prepare.main(sys.argv[1:])
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data import DataError
 from data.manifest import open_split, read_manifest
 from data.prepare import prepare
@@ -21,7 +22,7 @@ TEXTS = [f"Document {i}. " + "Some words of it, again and again. " * (i % 9) for
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Six parts of one or two shards."""
-    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
+    monkeypatch.setattr("data.plan.PART_BYTES", 1)
     (tmp_path / "text").mkdir()
     for number in range(6):
         lines = (f"{json.dumps(text)}\n" for text in TEXTS[number * 20 : number * 20 + 20])
@@ -80,7 +81,7 @@ def test_repair_refuses_a_changed_source(folder, tmp_path):
     assert not victim.exists()
     assert not (folder / ".repair").exists()
     (tmp_path / "text" / "0.jsonl").unlink()
-    with pytest.raises(DataError, match=r"0\.jsonl"):
+    with pytest.raises(UserError, match=r"0\.jsonl"):
         repair(folder)
 
 
