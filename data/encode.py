@@ -23,6 +23,8 @@ from data import DataError
 from data.sources import Record, decode_record
 from data.tokenizer import check_backend, encode_document, load_encoder
 
+SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
+
 # Bytes in a batch of records: enough to make the cost of sending it negligible, little enough for memory.
 _BATCH_BYTES = 1_000_000
 
@@ -56,17 +58,14 @@ class Encoder:
         tokenizer_backend: str = "tiktoken",
     ) -> None:
         """
-        Check the tokenizer backend; `__enter__` starts the processes.
+        Check the tokenizer backend; `__enter__` starts the processes. See data.sources.decode_record.
 
         Args:
             num_proc: worker processes; 1 tokenizes in the current process.
             val_fraction: fraction of the documents that go to validation.
-            text_column: see data.sources.decode_record, as `errors`.
+            text_column: key or column of the text.
             errors: for bytes that are not UTF-8.
             tokenizer_backend: see data.tokenizer.load_encoder.
-
-        Raises:
-            DataError: the tokenizer backend or the vocabulary is missing.
         """
         self._options = (val_fraction, text_column, errors, tokenizer_backend)
         self._num_proc, self._numbers = num_proc, itertools.count()
@@ -94,12 +93,7 @@ class Encoder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def encode(self, records: Iterable[Record]) -> Generator[Encoded, None, None]:
-        """
-        Tokenize records in batches.
-
-        Raises:
-            UserError: a record has no text, or a worker process was killed.
-        """
+        """Tokenize records in batches. Raises UserError for a record without text, or if a worker was killed."""
         if self._pool is None:
             yield from (_encode_batch(batch, *self._options) for batch in _batches(records))
             return
@@ -207,6 +201,3 @@ def _encode_batch(
 def _hash_fraction(content: bytes) -> float:
     """Hash the text to a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
-
-
-SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"

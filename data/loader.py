@@ -114,16 +114,15 @@ class WindowLoader:
             shards: the training shards, from `data.manifest.open_split`.
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows per step over all processes.
-            seed: seed of the shuffled order.
+            seed: of the shuffled order.
             order: "shuffled"; "sequential", the order in the shards, the same in each epoch; or "lecture", see
                 `_lecture_batch`.
             boundary: "ignore", or "document": position ids restart at each document.
-            rank: index of this process.
+            rank: index of this process, of `world_size`.
             world_size: number of processes.
 
         Raises:
-            DataError: the shards have no window, the batch is not divisible by the number of processes, or the order
-                or boundary does not exist.
+            DataError: the shards have no window, or the settings do not fit.
         """
         if batch_size % world_size:
             raise DataError(f"a batch of {batch_size} windows cannot be divided evenly by {world_size} processes")
@@ -212,10 +211,7 @@ class WindowLoader:
         """
         Read the batches of the steps first_step ... last_step - 1 ahead of time, in a background thread.
 
-        Args:
-            first_step: the first step.
-            last_step: the step to stop before.
-            pin_memory: read into pinned memory, from which a GPU copies asynchronously.
+        With `pin_memory` they are in pinned memory, from which a GPU copies asynchronously.
         """
 
         def read(step: int) -> Batch:
@@ -257,21 +253,18 @@ def validation_batches(
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """
-    Read the first windows of the validation split, in order, each on exactly one process.
+    Read the first windows of the validation split, in order, each on exactly one process; see WindowLoader.
 
     Processes may get different numbers of windows: sum the losses and the token counts over the processes at the end.
 
     Args:
-        shards: the validation shards, from `data.manifest.open_split`.
+        shards: the validation shards.
         seq_len: T, tokens in a sequence.
         batch_size: maximum number of rows in a batch.
         max_tokens: maximum number of tokens to score, over all processes.
-        boundary: see WindowLoader.
+        boundary: "ignore" or "document".
         rank: index of this process.
         world_size: number of processes.
-
-    Raises:
-        DataError: the shards have no window, or max_tokens is less than one.
     """
     windows = _Windows(shards, seq_len)
     count = min(len(windows), max_tokens // seq_len)

@@ -9,7 +9,7 @@ import glob
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from data.sources import Progress, Record
 _SECONDS_BETWEEN_LINES = 30
 
 
-class Display:
+class _Display:
     """Show the progress: a bar on a terminal, lines otherwise."""
 
     def __init__(self, progress: Progress, max_tokens: int | None, log: Callable[[str], object]) -> None:
@@ -97,113 +97,80 @@ class Display:
 
 
 class PartMaker:
-    """Make parts, in order, in a `with` block. The next input file is fetched while one is read."""
-
-    def __init__(self, plan: Manifest, source: Source, out: Path, parts: Sequence[int], display: Display) -> None:
-        self.plan, self.out, self.display = plan, out, display
-        self.tokens_left: int | None = None  # until max_tokens
-        self._fetch = source.fetch
-        self._files = [file for file in plan.inputs if file["part"] in parts]
-        self.inputs = self._fetch_ahead()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-    def make(self, part: int) -> dict[str, Any]:
-        """Make a part and return its record: {"part", "shards", "is_full"}."""
-        raise NotImplementedError
-
-    def release_inputs(self) -> None:
-        """Release the part's input files, after the part was recorded."""
-
-    def _fetch_ahead(self) -> Iterator[tuple[dict[str, Any], Path]]:
-        """Yield each file with the path of a local copy."""
-        fetching = None
-        for file, next_file in zip(self._files, [*self._files[1:], None], strict=True):
-            fetching = fetching or in_background(self._fetch, file)
-            self.display.waiting_for = file["path"]
-            path = fetching.result()
-            self.display.waiting_for = fetching = None
-            # With max_tokens, this file may be the last one: a token takes 2 to 4 bytes in most kinds of files.
-            if next_file is not None and (self.tokens_left is None or self.tokens_left > file["bytes"] / 4):
-                fetching = in_background(self._fetch, next_file)
-            yield file, path
-
-
-class ShardImporter(PartMaker):
-    """Parts that are shards of others, one each."""
-
-    def __init__(self, plan: Manifest, source: ShardSource, out: Path, parts: Sequence[int], display: Display) -> None:
-        super().__init__(plan, source, out, parts, display)
-        self.source = source
-
-    def make(self, part: int) -> dict[str, Any]:
-        """Import the part's shard."""
-        file, path = next(self.inputs)
-        entry = self.source.import_shard(file, path, self.out)
-        self.display.file_done(file)
-        self.display.update(entry["tokens"], entry["documents"])
-        shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
-        return {"part": part, "shards": [shard], "is_full": False}
-
-
-class Tokenizer(PartMaker):
-    """Parts that are made of documents, with one pool of processes."""
+    """Make parts, in order, with one pool of processes. The next input file is fetched while one is read."""
 
     def __init__(
         self,
         plan: Manifest,
-        source: TextSource,
+        source: Source,
         out: Path,
         parts: Sequence[int],
-        display: Display,
         *,
-        tokens_before: int,
+        finished: Collection[int] = (),
+        tokens_before: int = 0,
         num_proc: int,
-        tokenizer_backend: str,
+        tokenizer_backend: str = "tiktoken",
+        log: Callable[[str], object] = lambda line: None,
     ) -> None:
-        super().__init__(plan, source, out, parts, display)
-        assert plan.val_fraction is not None and plan.shard_tokens is not None  # only imported shards have none
-        self.source, self.shard_tokens = source, plan.shard_tokens
-        if plan.max_tokens is not None:
-            self.tokens_left = plan.max_tokens - tokens_before
-        self.encoder = Encoder(
-            num_proc=num_proc,
-            val_fraction=plan.val_fraction,
-            text_column=plan.source.get("text_column", "text"),
-            errors=plan.source.get("errors", "strict"),
-            tokenizer_backend=tokenizer_backend,
-        )
+        """
+        Set up the encoder, unless the source has shards.
+
+        Args:
+            plan: the folder's plan, or its manifest.
+            source: documents, or shards to import.
+            out: folder for the shards.
+            parts: the parts of this machine.
+            finished: parts that will not be made.
+            tokens_before: tokens in other parts, which count toward max_tokens.
+            num_proc: number of tokenizer processes.
+            tokenizer_backend: see data.tokenizer.load_encoder.
+            log: called with lines for the user.
+        """
+        self.plan, self.source, self.out = plan, source, out
+        files = [file for file in plan.inputs if file["part"] in parts]
+        self._files = [file for file in files if file["part"] not in finished]
+        self._inputs = self._fetch_ahead()
         self._read: list[Path] = []  # the part's input files
+        self._tokens_left = None if plan.max_tokens is None else plan.max_tokens - tokens_before
+        progress = Progress(sum(file["bytes"] for file in files))
+        progress.bytes_done = sum(file["bytes"] for file in files if file["part"] in finished)
+        self._display = _Display(progress, plan.max_tokens, log)
         self._finisher = ThreadPoolExecutor(1)
+        self._stack = contextlib.ExitStack()
+        self._encoder: Encoder | None = None
+        if plan.val_fraction is not None:
+            self._encoder = Encoder(
+                num_proc=num_proc,
+                val_fraction=plan.val_fraction,
+                text_column=plan.source.get("text_column", "text"),
+                errors=plan.source.get("errors", "strict"),
+                tokenizer_backend=tokenizer_backend,
+            )
 
     def __enter__(self) -> Self:
-        self.encoder.__enter__()
+        self._stack.enter_context(self._display)
+        self._stack.enter_context(self._finisher)
+        if self._encoder is not None:
+            self._stack.enter_context(self._encoder)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.encoder.__exit__(*error)
-        self._finisher.shutdown()
-
-    def release_inputs(self) -> None:
-        """Remove downloaded files."""
-        while self._read:
-            self.source.done_with(self._read.pop())
+        self._stack.close()
 
     def make(self, part: int) -> dict[str, Any]:
-        """Tokenize the documents of the part's files, and write them to shards."""
-        writers = {split: self._writer(split, part) for split in SPLITS}
+        """Make a part and return its record: {"part", "shards", "is_full"}."""
+        if isinstance(self.source, ShardSource):
+            return self._import_shard(self.source, part)
+        assert self._encoder is not None and self.plan.shard_tokens is not None
+        writers = {split: self._writer(split, part, self.plan.shard_tokens) for split in SPLITS}
         is_full = False
         try:
-            with contextlib.closing(self.encoder.encode(self._records(part))) as batches:
+            with contextlib.closing(self._encoder.encode(self._records(self.source, part))) as batches:
                 for batch in batches:
                     kept = self._up_to_max_tokens(batch)
                     for split, mask in (("val", kept.is_val), ("train", ~kept.is_val)):
                         writers[split].add(kept.tokens[np.repeat(mask, kept.lengths)], kept.lengths[mask])
-                    self.display.update(len(kept.tokens), len(kept.lengths))
+                    self._display.update(len(kept.tokens), len(kept.lengths))
                     is_full = len(kept.lengths) < len(batch.lengths)
                     if is_full:
                         break
@@ -217,74 +184,53 @@ class Tokenizer(PartMaker):
                 writer.abandon()
         return {"part": part, "shards": shards, "is_full": is_full}
 
-    def _writer(self, split: str, part: int) -> ShardWriter:
+    def release_inputs(self) -> None:
+        """Remove downloaded files of documents, after their part was recorded."""
+        while self._read:
+            path = self._read.pop()
+            if not isinstance(self.source, ShardSource):
+                self.source.done_with(path)
+
+    def _import_shard(self, source: ShardSource, part: int) -> dict[str, Any]:
+        file, path = next(self._inputs)
+        entry = source.import_shard(file, path, self.out)
+        self._display.file_done(file)
+        self._display.update(entry["tokens"], entry["documents"])
+        shard = {"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry}
+        return {"part": part, "shards": [shard], "is_full": False}
+
+    def _fetch_ahead(self) -> Iterator[tuple[dict[str, Any], Path]]:
+        """Yield each file with the path of a local copy."""
+        fetching = None
+        for file, next_file in zip(self._files, [*self._files[1:], None], strict=True):
+            fetching = fetching or in_background(self.source.fetch, file)
+            self._display.waiting_for = file["path"]
+            path = fetching.result()
+            self._display.waiting_for = fetching = None
+            # With max_tokens, this file may be the last one: a token takes 2 to 4 bytes in most kinds of files.
+            if next_file is not None and (self._tokens_left is None or self._tokens_left > file["bytes"] / 4):
+                fetching = in_background(self.source.fetch, next_file)
+            yield file, path
+
+    def _writer(self, split: str, part: int, shard_tokens: int) -> ShardWriter:
         prefix = f"{self.plan.name}_{split}_{part:05d}"
         for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
             stale.unlink()  # from an interrupted run
-        return ShardWriter(self.out, prefix, shard_tokens=self.shard_tokens, executor=self._finisher)
+        return ShardWriter(self.out, prefix, shard_tokens=shard_tokens, executor=self._finisher)
 
-    def _records(self, part: int) -> Iterator[Record]:
+    def _records(self, source: TextSource, part: int) -> Iterator[Record]:
         for _ in range(sum(file["part"] == part for file in self._files)):
-            file, path = next(self.inputs)
+            file, path = next(self._inputs)
             self._read.append(path)
-            yield from self.source.records(file, path, self.display.progress)
-            self.display.file_done(file)
+            yield from source.records(file, path, self._display.progress)
+            self._display.file_done(file)
 
     def _up_to_max_tokens(self, batch: Encoded) -> Encoded:
         """Cut a batch after the last document that fits."""
-        if self.tokens_left is None:
+        if self._tokens_left is None:
             return batch
-        count = int(np.searchsorted(np.cumsum(batch.lengths), self.tokens_left, side="right"))
+        count = int(np.searchsorted(np.cumsum(batch.lengths), self._tokens_left, side="right"))
         lengths = batch.lengths[:count]
         tokens = batch.tokens[: lengths.sum()]
-        self.tokens_left -= len(tokens)
+        self._tokens_left -= len(tokens)
         return Encoded(tokens, lengths, batch.is_val[:count])
-
-
-def part_maker(
-    plan: Manifest,
-    source: Source,
-    out: Path,
-    parts: Sequence[int],
-    display: Display,
-    *,
-    earlier_shards: Sequence[dict[str, Any]],
-    num_proc: int,
-    tokenizer_backend: str = "tiktoken",
-) -> PartMaker:
-    """
-    Return what makes these parts.
-
-    Args:
-        plan: the folder's plan, or its manifest.
-        source: documents, or shards to import.
-        out: folder for the shards.
-        parts: numbers of the parts to make, in order.
-        display: shows the progress.
-        earlier_shards: entries of shards that count toward max_tokens.
-        num_proc: number of tokenizer processes.
-        tokenizer_backend: see data.tokenizer.load_encoder.
-    """
-    if isinstance(source, ShardSource):
-        return ShardImporter(plan, source, out, parts, display)
-    return Tokenizer(
-        plan,
-        source,
-        out,
-        parts,
-        display,
-        tokens_before=sum(shard["tokens"] for shard in earlier_shards),
-        num_proc=num_proc,
-        tokenizer_backend=tokenizer_backend,
-    )
-
-
-def make_part(manifest: Manifest, source: Source, part: int, out: Path, *, num_proc: int) -> list[dict[str, Any]]:
-    """Make one part of a finished folder again, in the folder `out`; return its shards, as in a manifest."""
-    progress = Progress(sum(file["bytes"] for file in manifest.inputs if file["part"] == part))
-    earlier_shards = [shard for shard in manifest.shards if shard["part"] < part]
-    with (
-        Display(progress, None, lambda line: None) as display,
-        part_maker(manifest, source, out, [part], display, earlier_shards=earlier_shards, num_proc=num_proc) as maker,
-    ):
-        return maker.make(part)["shards"]

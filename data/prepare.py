@@ -8,9 +8,9 @@ Make shards from text.
     python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
 The input files are grouped into parts; a large file gets its own part. Each part is fetched, tokenized, written, read
-again and recorded in DIR/parts. When all parts are recorded, DIR/manifest.json is written and the records are removed.
-The shards of a part depend only on the part. So an interrupted preparation resumes at the first missing part, and
-several machines can divide the parts (--shard_index, --shard_count); the bytes of the shards are the same.
+again and recorded (plan.py, parts.py). The shards of a part depend only on the part. So an interrupted preparation
+resumes at the first missing part, and several machines can divide the parts (--shard_index, --shard_count); the bytes
+of the shards are the same.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from data import DataError
 from data.encode import SPLIT_RULE
 from data.hub import HubRepository, HubSource
 from data.manifest import SPLITS, Manifest
-from data.parts import Display, part_maker
+from data.parts import PartMaker
 from data.plan import (
     DOWNLOADS,
     Source,
@@ -53,7 +53,7 @@ from data.plan import (
 )
 from data.pretokenized import HubShards, LocalShards
 from data.shards import MAX_TOKENS
-from data.sources import FileSource, Progress, SampleSource
+from data.sources import FileSource, SampleSource
 from data.tokenizer import TOKENIZER_BACKENDS
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
@@ -92,8 +92,8 @@ def prepare(
         max_tokens: maximum number of tokens in all shards; the last document is the last one that fits.
         num_proc: number of tokenizer processes.
         tokenizer_backend: see data.tokenizer.load_encoder.
-        shard_index: index of the first part to prepare.
-        shard_count: prepare every shard_count-th part from there.
+        shard_index: index of the first part to prepare, of every shard_count-th.
+        shard_count: number of machines that divide the parts.
         log: called with lines for the user.
 
     Returns:
@@ -207,24 +207,19 @@ def _prepare_parts(
     if is_complete(plan, finished):
         return
     pending = [part for part in parts if part not in finished]
-    files = [file for file in plan.inputs if file["part"] in parts]
-    progress = Progress(sum(file["bytes"] for file in files))
-    progress.bytes_done = sum(file["bytes"] for file in files if file["part"] in finished)
-    if progress.bytes_done:
+    if len(pending) < len(parts):
         log(f"resume    {len(parts) - len(pending)} of {len(parts)} parts are done")
-    with (
-        Display(progress, plan.max_tokens, log) as display,
-        part_maker(
-            plan,
-            source,
-            out,
-            pending,
-            display,
-            earlier_shards=[shard for record in finished.values() for shard in record["shards"]],
-            num_proc=num_proc,
-            tokenizer_backend=tokenizer_backend,
-        ) as maker,
-    ):
+    with PartMaker(
+        plan,
+        source,
+        out,
+        parts,
+        finished=finished.keys(),
+        tokens_before=sum(shard["tokens"] for record in finished.values() for shard in record["shards"]),
+        num_proc=num_proc,
+        tokenizer_backend=tokenizer_backend,
+        log=log,
+    ) as maker:
         for part in pending:
             with part_lock(out, part):
                 record = maker.make(part)
@@ -273,9 +268,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, help=help, description=help)
-        subparser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
-        return subparser
+        return commands.add_parser(name, help=help, description=help)
 
     sample = command("sample", "Python's own documentation; needs no network")
     fineweb_edu = command("fineweb-edu", "HuggingFaceFW/fineweb-edu from the Hub, 10 billion tokens by default")
@@ -284,65 +277,45 @@ def _parser() -> Parser:
     files = command("files", "your own files: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
     pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
     merging = command("merge", "merge the folders that --shard_count made on several machines")
-    merging.add_argument("folders", nargs="+", metavar="PART_DIR", help="the folders to merge")
+    datasets, text = (fineweb_edu, fineweb, hub), (fineweb_edu, fineweb, hub, files)
 
-    hub.add_argument("--dataset", required=True, metavar="OWNER/NAME", help="id of the data set on the Hub")
-    pretokenized.add_argument("where", metavar="OWNER/NAME|FOLDER", help="a data set on the Hub, or a local folder")
-    files.add_argument(
-        "paths", nargs="+", metavar="PATH", help='files, folders of them, or patterns ("notes/**/*.txt")'
-    )
-    for source, subset in ((fineweb_edu, "sample-10BT"), (fineweb, "sample-10BT"), (hub, None)):
-        source.add_argument("--subset", default=subset, help="subset of the data set (default: %(default)s)")
-        source.add_argument("--keep_parquet", action="store_true", help="keep the downloaded files, in DIR/downloads")
-    for source in (fineweb_edu, fineweb, hub, pretokenized):
-        source.add_argument("--revision", default="main", help="branch, tag or commit (default: %(default)s)")
-    for source in (hub, files):
-        source.add_argument(
-            "--separator",
-            type=lambda text: text.replace(r"\n", "\n").replace(r"\t", "\t"),  # as typed in a shell
-            help=r"text between the documents of a .txt file, \n for a line break (default: each file is a document)",
-        )
-    for source in (fineweb_edu, fineweb, hub, files, pretokenized):
-        source.add_argument("--max_tokens", type=_integer, help="maximum number of tokens, for example 1e9")
-        source.add_argument("--shard_index", type=int, default=0, help="index of this machine, 0 to shard_count - 1")
-        source.add_argument("--shard_count", type=int, default=1, help="number of machines that divide the files")
-    for source in (fineweb_edu, fineweb, hub, files):
-        _add_text_options(source)
-        _add_tokenizing_options(source, val_fraction=0.01)
-    _add_tokenizing_options(sample, val_fraction=_SAMPLE_VAL_FRACTION)
+    def add(sources: Sequence[argparse.ArgumentParser], flag: str, help: str, **options: Any) -> None:
+        shown = " (default: %(default)s)" if options.get("default") is not None else ""
+        for source in sources:
+            source.add_argument(flag, help=f"{help}{shown}", **options)
+
+    add([*text, sample, pretokenized, merging], "--out", "the folder to make", required=True, metavar="DIR")
+    add([merging], "folders", "the folders to merge", nargs="+", metavar="PART_DIR")
+    add([pretokenized], "where", "a data set on the Hub, or a local folder", metavar="OWNER/NAME|FOLDER")
+    add([files], "paths", 'files, folders of them, or patterns ("notes/**/*.txt")', nargs="+", metavar="PATH")
+    add([hub], "--dataset", "id of the data set on the Hub", required=True, metavar="OWNER/NAME")
+    add([fineweb_edu, fineweb], "--subset", "subset of the data set", default="sample-10BT")
+    add([hub], "--subset", "subset of the data set")
+    add(datasets, "--keep_parquet", "keep the downloaded files, in DIR/downloads", action="store_true")
+    add([*datasets, pretokenized], "--revision", "branch, tag or commit", default="main")
+    add(text, "--text_column", "column or key of the text", default="text")
+    replace = "for bytes that are not UTF-8: stop, or replace them with U+FFFD"
+    add(text, "--errors", replace, choices=("strict", "replace"), default="strict")
+    separator = r"text between the documents of a .txt file, \n for a line break; without it, each file is a document"
+    add([hub, files], "--separator", separator, type=_unescape)
+    add([*text, pretokenized], "--max_tokens", "maximum number of tokens, for example 1e9", type=_integer)
+    add([*text, pretokenized], "--shard_index", "index of this machine, below --shard_count", type=int, default=0)
+    add([*text, pretokenized], "--shard_count", "number of machines that divide the files", type=int, default=1)
+    add(text, "--shard_tokens", "maximum number of tokens in a shard", type=_integer, default=_SHARD_TOKENS)
+    fraction = "fraction of the documents for validation"
+    add(text, "--val_fraction", fraction, type=float, default=0.01)
+    add([sample], "--val_fraction", fraction, type=float, default=_SAMPLE_VAL_FRACTION)
+    add([*text, sample], "--num_proc", "tokenizer processes, one per core by default", type=int, default=_cores())
+    backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
+    add([*text, sample], "--tokenizer_backend", backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
+    for source in (*text, sample):
+        source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
     return parser
 
 
-def _add_text_options(source: argparse.ArgumentParser) -> None:
-    source.add_argument("--text_column", default="text", help="column or key of the text (default: %(default)s)")
-    source.add_argument(
-        "--errors",
-        choices=("strict", "replace"),
-        default="strict",
-        help="for bytes that are not UTF-8: stop, or replace them with U+FFFD (default: %(default)s)",
-    )
-    source.add_argument(
-        "--shard_tokens", type=_integer, default=_SHARD_TOKENS, help="maximum number of tokens in a shard"
-    )
-
-
-def _add_tokenizing_options(source: argparse.ArgumentParser, *, val_fraction: float) -> None:
-    source.add_argument(
-        "--val_fraction",
-        type=float,
-        default=val_fraction,
-        help="fraction of the documents for validation (default: %(default)s)",
-    )
-    source.add_argument(
-        "--num_proc", type=int, default=_cores(), help="tokenizer processes (default: all cores, %(default)s)"
-    )
-    source.add_argument(
-        "--tokenizer_backend",
-        choices=TOKENIZER_BACKENDS,
-        default="tiktoken",
-        help='gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")',
-    )
-    source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
+def _unescape(text: str) -> str:
+    """Replace backslash-n and backslash-t, as typed in a shell, by a line break and a tab."""
+    return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def _integer(text: str) -> int:

@@ -90,17 +90,18 @@ class Shard:
             if len(content) != 2 * len(tokens):
                 raise DataError(f"{self.path}: became shorter while it was being read; {REMEDY}")
             tokens = np.frombuffer(content, dtype="<u2")
-        self.check_block(block, tokens, f"{zlib.crc32(tokens.data):08x}")
+        self.check_block(block, tokens)
         self._is_checked[block] = True
 
-    def check_block(self, block: int, tokens: np.ndarray, crc32: str) -> None:
+    def check_block(self, block: int, tokens: np.ndarray) -> str:
         """
-        Check a block's tokens, as read from the file, and their checksum, 8 hex digits.
+        Check a block's tokens, as read from the file; return their CRC-32, 8 hex digits.
 
         Raises:
             DataError: the tokens differ from those that were written, or GPT-2 does not have them.
         """
         begin = block * BLOCK_TOKENS
+        crc32 = f"{zlib.crc32(tokens.data):08x}"
         if self._crc32 is not None and crc32 != self._crc32[8 * block : 8 * block + 8]:
             byte_range = self._byte_range(begin, len(tokens))
             raise DataError(f"{self.path}: {byte_range} do not match their checksum; {REMEDY}")
@@ -110,6 +111,7 @@ class Shard:
                 f"{self.path or 'shard'}: token {begin + index:,} is {tokens[index]}, and GPT-2 has only {VOCAB_SIZE}: "
                 f"made with another tokenizer, or damaged at {self._byte_range(begin + index, 1)}; {REMEDY}"
             )
+        return crc32
 
     def _byte_range(self, begin: int, count: int) -> str:
         """Return where in the file `count` tokens from `begin` on are: "bytes 1,024 to 66,559"."""
@@ -314,8 +316,7 @@ def scan_shard(path: str | Path, crc32: str | None = None) -> dict[str, Any]:
                 content = file.read(min(block_bytes, 2 * (len(shard) - begin)))
                 block = np.frombuffer(content, dtype="<u2")
                 sha256.update(content)
-                crcs.append(f"{zlib.crc32(content):08x}")
-                shard.check_block(begin // BLOCK_TOKENS, block, crcs[-1])
+                crcs.append(shard.check_block(begin // BLOCK_TOKENS, block))
                 crc32_of_all = zlib.crc32(content, crc32_of_all)
                 documents += int(np.count_nonzero(block == EOT))
     except OSError as error:
