@@ -74,6 +74,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     manifest = read_manifest(folder)
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
+    entries: dict[str, dict[str, Any] | None]
     if manifest is not None:
         entries = {entry["file"]: entry for entry in manifest.shards}
     else:
