@@ -71,7 +71,7 @@ def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
     for _ in range(30):
         process = start(files, out)
         try:
-            if kills < 6:
+            if kills < 4:
                 goal = rng.randrange(0, 4) + num_parts(out)
                 while process.poll() is None and num_parts(out) < goal:
                     time.sleep(0.01)

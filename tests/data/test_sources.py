@@ -33,10 +33,9 @@ def zstd(content, *, frames=1):
     return sink.getvalue().to_pybytes()
 
 
-def test_sample_is_english_prose_and_deterministic():
-    texts = list(sample_documents())
-    assert texts == list(sample_documents())
-    text = "\n".join(texts)
+def test_sample_is_english_prose_and_deterministic(sample):
+    assert sample == list(sample_documents())
+    text = "\n".join(sample)
     assert 1_000_000 < len(text) < 5_000_000
     assert 'The "with" statement' in text  # the language reference
     assert "Return a list of" in text  # docstrings
