@@ -81,7 +81,7 @@ def write_json_with_checksum(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def read_json_with_checksum(path: str | Path, remedy: str = _REMEDY) -> dict[str, Any]:
-    """Read a file of `write_json_with_checksum`. Raises DataError if that is impossible, or it is damaged: `remedy`."""
+    """Read a file of `write_json_with_checksum`. Raises DataError, with the remedy, if it is damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         is_intact = content.pop(_CHECKSUM_KEY) == _checksum(content)

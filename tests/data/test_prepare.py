@@ -71,12 +71,6 @@ def test_bytes_do_not_depend_on_the_number_of_processes(run, tmp_path, monkeypat
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
 
 
-def test_tokenizer_backends_write_the_same_shards(run):
-    pytest.importorskip("gigatoken")
-    tiktoken, gigatoken = (run(backend, tokenizer_backend=backend).shards for backend in ("tiktoken", "gigatoken"))
-    assert tiktoken == gigatoken
-
-
 def test_duplicates_are_in_one_split(run, small_parts, tmp_path):
     run(documents=DOCUMENTS * 3, files=7, val_fraction=0.3)  # in other files, too
     train, val = (documents_of(tmp_path / "out", split) for split in ("train", "val"))

@@ -110,36 +110,30 @@ def test_command_reports_damage_and_repairs(folder, run_module, capsys):
     assert main([str(folder)]) == 0
 
 
+MUTATIONS = {
+    "flip": lambda rng, content, at: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :],
+    "bytes": lambda rng, content, at: content[:at] + rng.randbytes(rng.randrange(1, 20)) + content[at + 20 :],
+    "zero": lambda rng, content, at: content[:at] + bytes(len(content[at : at + 100])) + content[at + 100 :],
+    "cut": lambda rng, content, at: content[:at],
+    "longer": lambda rng, content, at: content + rng.randbytes(rng.randrange(1, 10)),
+    "shift": lambda rng, content, at: content[:at] + content[at + rng.randrange(1, 5) :],
+    "double": lambda rng, content, at: content[: at + rng.randrange(1, 100)] + content[at:],
+    "text": lambda rng, content, at: content.replace(b"train", b"val", rng.randrange(1, 3)),
+}
+
+
 def mutate(rng, folder):
     """Damage a random file in a random way; return the kind and the path."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    paths = sorted(folder.iterdir())
     path = rng.choice([*paths, folder / "manifest.json"])
-    content = bytearray(path.read_bytes())
-    kind = rng.choice(["flip", "flip", "bytes", "zero", "cut", "longer", "shift", "swap", "text", "missing", "double"])
-    offset = rng.randrange(len(content))
-    if kind == "flip":
-        content[offset] ^= 1 << rng.randrange(8)
-    elif kind == "bytes":
-        for _ in range(rng.randrange(1, 20)):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-    elif kind == "zero":
-        content[offset : offset + rng.randrange(1, 300)] = bytes(min(rng.randrange(1, 300), len(content) - offset))
-    elif kind == "cut":
-        del content[offset:]
-    elif kind == "longer":
-        content += rng.randbytes(rng.randrange(1, 10))
-    elif kind == "shift":
-        del content[offset : offset + rng.randrange(1, 5)]
-    elif kind == "swap":
-        content = rng.choice(paths).read_bytes()
-    elif kind == "text":
-        content = content.replace(b"train", b"val", rng.randrange(1, 3))
-    elif kind == "double":
-        content[offset:offset] = content[offset : offset + rng.randrange(1, 100)]
+    kind = rng.choice([*MUTATIONS, "flip", "swap", "missing"])
     if kind == "missing":
         path.unlink()
+    elif kind == "swap":
+        path.write_bytes(rng.choice(paths).read_bytes())
     else:
-        path.write_bytes(content)
+        content = path.read_bytes()
+        path.write_bytes(MUTATIONS[kind](rng, content, rng.randrange(len(content))))
     return kind, path
 
 
