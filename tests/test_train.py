@@ -17,8 +17,8 @@ from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
-from data.loader import Permutation
 from data.manifest import needs_preparing, open_split, read_manifest
+from data.permutation import Permutation
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import run_folder_of
