@@ -119,16 +119,15 @@ def load_gpt2(name: str, *, vocab_size: int | None = None, **fields: Any) -> "GP
 
     is_gpt2 = load_gpt2_config(name, vocab_size=vocab_size or 0).model_type == "gpt2"
     model_class = GPT2LMHeadModel if is_gpt2 else GPT2ReproForCausalLM
-    model = load_model(name, dtype="float32", device="cpu", model_class=model_class, **fields)
-    try:
-        if vocab_size is not None and vocab_size < model.config.vocab_size:
-            gpt2 = model if is_gpt2 else model.to_gpt2()
-            gpt2.resize_token_embeddings(vocab_size)
-            model = GPT2ReproForCausalLM.from_gpt2(gpt2)
-        elif is_gpt2:
+    model: Any = load_model(name, dtype="float32", device="cpu", model_class=model_class, **fields)
+    if vocab_size is not None and vocab_size < model.config.vocab_size:
+        model = model if is_gpt2 else model.to_gpt2()
+        model.resize_token_embeddings(vocab_size)
+    if isinstance(model, GPT2LMHeadModel):
+        try:
             model = GPT2ReproForCausalLM.from_gpt2(model)
-    except ValueError as error:
-        raise UserError(f"checkpoint {name!r} cannot be converted: {error}") from error
+        except ValueError as error:
+            raise UserError(f"checkpoint {name!r} cannot be converted: {error}") from error
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UserError(
             f"checkpoint {name!r} has weights that are not finite: its training diverged; take an earlier checkpoint"

@@ -11,8 +11,7 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def weights_problem(folder: str | Path) -> str | None:
-    """
-    Return what is wrong with the weights in a folder, and what to do about it; None if every file is complete.
+    """Return what is wrong with the weights in a folder, and what to do about it; None if every file is complete.
 
     Weights that are pickles (pytorch_model.bin) are never opened, since opening one can run any code.
     """

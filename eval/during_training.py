@@ -26,7 +26,7 @@ class StopRequest(Protocol):
 
     @property
     def is_requested(self) -> bool:
-        """True if this process was asked to stop; other processes may not have been."""
+        """True after a request to this process, whatever the others got."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class TrainingEvaluation:
     stop: StopRequest
 
     def run(self, model: Model, batch_size: int, loss_model: nn.Module | None = None) -> EvaluationResult | None:
-        """Evaluate a model and return the results, or None if any process was asked to stop.
+        """Evaluate a model and return the results, or None after a stop request to any process.
 
         Call it on every process, within the run's autocast.
 
@@ -137,10 +137,7 @@ def validation_loss(
 ) -> tuple[float, int]:
     """Return (sum of -ln p(target) in nats, number of targets), which can be added up over processes.
 
-    Args:
-        model: a GPT2ReproForCausalLM in eval mode, wrapped or not. An autocast around the call is respected.
-        batches: on any device.
-        on_batch: called after each batch.
+    `model` is a GPT2ReproForCausalLM in eval mode, wrapped or not; the batches may be on any device.
     """
     device = next(model.parameters()).device
     loss_sum, num_tokens = 0.0, 0
@@ -176,12 +173,9 @@ def check_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: i
 def sample_texts(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: int, seed: int
 ) -> list[str]:
-    """Return each prompt with a continuation, sampled from the 50 most probable tokens as in the lecture.
+    """Return each prompt with a continuation of `num_tokens`, from the 50 most probable tokens as in the lecture.
 
-    Args:
-        model: a causal language model with `generate`, in eval mode.
-        num_tokens: tokens per continuation.
-        seed: the same seed and weights give the same texts. The global random state is not changed.
+    The same seed and weights give the same texts. The global random state is not changed.
     """
     device = model.device
     own_rng = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}

@@ -1,7 +1,8 @@
-"""Who may import whom (CONTRIBUTING.md): read from the source, so that a lazy import counts too."""
+"""Test which room imports which (CONTRIBUTING.md), lazy imports included, and that setup.cfg declares all packages."""
 
 import ast
 import configparser
+import itertools
 import re
 import subprocess
 import sys
@@ -21,11 +22,11 @@ LOWER_ROOMS = {
 }
 MODEL = ROOT / "modeling_gpt2repro"
 FILES = {room: sorted((ROOT / room).rglob("*.py")) for room in LOWER_ROOMS}
-PRODUCT = [*MODEL.glob("*.py"), *sum(FILES.values(), []), ROOT / "train.py", ROOT / "sample.py"]
+PRODUCT = [*MODEL.glob("*.py"), *itertools.chain(*FILES.values()), ROOT / "train.py", ROOT / "sample.py"]
 
 
 def imports(path):
-    """(module, is_relative) of every import in the file, wherever it stands."""
+    """Yield (module, relative level) for every import in the file, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:

@@ -11,15 +11,9 @@ from eval import EvalError, during_training
 from eval.during_training import TrainingEvaluation, check_prompts, sample_texts, validation_loss
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 NUM_ITEMS = 5
 PROMPTS = ["Hello, I", "The"]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_gpt2):
-    return GPT2ReproForCausalLM.from_gpt2(tiny_gpt2).eval()
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "Accelerator", alone)
-    with isolated_accelerator_state(), pytest.raises(UserError, match="started 2 processes"):
+    with isolated_accelerator_state(), pytest.raises(UserError, match="started 2 processes, but this one sees 1"):
         start_accelerator("no")
     accelerate.state.PartialState._reset_state()
 
