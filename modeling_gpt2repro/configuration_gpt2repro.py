@@ -3,6 +3,15 @@
 import sys
 from typing import Any, Self
 
+import transformers
+
+# Checked before the import below, since transformers 4 has no PreTrainedConfig.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(
+        f"the code of gpt2repro models needs transformers 5.4 or newer, this is {transformers.__version__}: run "
+        "`pip install -U transformers`"
+    )
+
 from transformers import PreTrainedConfig
 
 # Layers, heads and width of the four models (GPT-2 paper, table 2). The names are the correct parameter counts: the
@@ -98,18 +107,12 @@ class GPT2ReproConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.is_causal = is_causal
         self.logits_in_training = logits_in_training
-        self._check_fields()
-        # Set here *and* passed on: transformers 5.0 and 5.23 differ in which of the two they need.
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        self.tie_word_embeddings = tie_word_embeddings
+        self._check_fields()
+        super().__init__(**kwargs)
 
     @classmethod
     def from_size(cls, size: str, **fields: Any) -> Self:
