@@ -4,6 +4,7 @@ Parameter names are equal, and the weights of linear layers are transposed (tran
 """
 
 import copy
+import inspect
 from typing import Any, TypeVar
 
 import torch
@@ -11,26 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrain
 
 from .configuration_gpt2repro import GPT2ReproConfig
 
-# Fields that have the same name and meaning in both configs.
-_SHARED_FIELDS = (
-    "vocab_size",
-    "n_positions",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_inner",
-    "activation_function",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "layer_norm_epsilon",
-    "initializer_range",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-)
+# All other fields of GPT2ReproConfig have the same name and meaning in GPT2Config.
+_OWN_FIELDS = ("is_causal", "logits_in_training", "kwargs")
+_SHARED_FIELDS = [name for name in inspect.signature(GPT2ReproConfig).parameters if name not in _OWN_FIELDS]
 # Options of transformers' GPT2Config that this model does not have, with the value of the published GPT-2.
 _REQUIRED_OPTIONS = {
     "scale_attn_weights": True,

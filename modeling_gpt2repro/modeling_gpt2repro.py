@@ -45,15 +45,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention step by step, for `output_attentions` and as the reference for the fast kernels.
 
-    Args:
-        module: The attention layer. Dropout is applied if it is in training mode.
-        query: [B, H, T, D/H].
-        key: [B, H, S, D/H].
-        value: [B, H, S, D/H].
-        attention_mask: [B or 1, 1, T, S], added to the scores (0 or a very negative number).
-        scaling: Factor of the scores.
-        dropout: Dropout probability of the weights.
-        kwargs: Ignored.
+    Query is [B, H, T, D/H], key and value are [B, H, S, D/H]. The mask [B or 1, 1, T, S] is added to the scores.
 
     Returns:
         The output [B, T, H, D/H] and the attention weights [B, H, T, S].
@@ -252,7 +244,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Return True. transformers would search this file for a phrase that differs between 5.x versions."""
+        """Return True. transformers would search this file for `get_interface(`, which vLLM does not recognize."""
         return True
 
     @torch.no_grad()
@@ -276,13 +268,9 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save with an `auto_map` of all classes. transformers would write only the class that is saved."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
-            "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
-            "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
-        }
+        self.config.auto_map = {"AutoConfig": "configuration_gpt2repro.GPT2ReproConfig"}
+        for auto_class, (model_class, _) in AUTO_CLASSES.items():
+            self.config.auto_map[auto_class] = f"modeling_gpt2repro.{model_class.__name__}"
         return super().save_pretrained(*args, **kwargs)
 
 
@@ -326,7 +314,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             use_cache: Return a cache. By default only outside training.
             is_causal: Attend only to earlier tokens. The default is `config.is_causal`.
             kwargs: Passed on to the attention kernel. `output_hidden_states=True` returns the n_layer + 1 hidden
-                states [B, T, D], the last one after ln_f (or those with the indices in a list). With
+                states [B, T, D], the last one after ln_f (newer transformers: or those with the given indices). With
                 `output_attentions=True`, kernels that compute the attention weights [B, H, T, S] (eager) return them.
 
         Raises:
@@ -514,12 +502,8 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
     def from_gpt2(cls, model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> Self:
         """Copy a transformers GPT-2: `GPT2ReproForCausalLM.from_gpt2("openai-community/gpt2")`.
 
-        Args:
-            model_or_path: A model in memory, or a folder or Hub id for `GPT2LMHeadModel.from_pretrained`.
-            kwargs: Passed to `GPT2LMHeadModel.from_pretrained` (`revision`, `dtype`, ...).
-
-        Raises:
-            ValueError: The model uses an option that the published GPT-2 does not have (cross-attention, ...).
+        The keyword arguments are those of `GPT2LMHeadModel.from_pretrained`. A model in memory takes none. Options that
+        the published GPT-2 does not have (cross-attention, ...) raise a ValueError.
         """
         from .conversion import from_gpt2
 
@@ -555,21 +539,23 @@ class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproCl
 
 
 AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
-
-# Trainer (to shift labels for label smoothing), pipelines and model cards look up the task of a model by class name.
-for names, model_class in (
-    (modeling_auto.MODEL_MAPPING_NAMES, GPT2ReproModel),
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPT2ReproForCausalLM),
-    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GPT2ReproForSequenceClassification),
-    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPT2ReproForTokenClassification),
-):
+AUTO_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
+    "AutoModel": (GPT2ReproModel, modeling_auto.MODEL_MAPPING_NAMES),
+    "AutoModelForCausalLM": (GPT2ReproForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "AutoModelForSequenceClassification": (
+        GPT2ReproForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "AutoModelForTokenClassification": (
+        GPT2ReproForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+for auto_class, (model_class, names) in AUTO_CLASSES.items():
+    # Let save_pretrained copy these files next to the weights.
+    model_class.register_for_auto_class(auto_class)
+    # Trainer (to shift labels for label smoothing), pipelines and model cards look up a model's task by class name.
     names[GPT2ReproConfig.model_type] = model_class.__name__
-
-# Let save_pretrained copy these files next to the weights.
-GPT2ReproModel.register_for_auto_class("AutoModel")
-GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-GPT2ReproForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
     "GPT2ReproForCausalLM",

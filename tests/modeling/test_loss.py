@@ -11,8 +11,8 @@ def chunks(request, monkeypatch):
     """Set chunk and block sizes that do or do not divide the 50 rows, with and without the padding for GPUs."""
     monkeypatch.setattr(loss_module, "PAD_MATRIX", {"cpu": request.param[2]})
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": request.param[0]})
-    monkeypatch.setattr(loss_module, "BLOCK_ROWS", {"cpu": request.param[1]})
-    monkeypatch.setattr(loss_module, "SLAB_ROWS", {"cpu": request.param[0] + 12})
+    monkeypatch.setattr(loss_module, "SOFTMAX_ROWS", {"cpu": request.param[1]})
+    monkeypatch.setattr(loss_module, "GRADIENT_ROWS", {"cpu": request.param[0] + 12})
 
 
 def problem(dtype=torch.float64, ignored=True):
