@@ -5,6 +5,8 @@ This module imports nothing heavy, so that a command can call `prepare_process` 
 
 import argparse
 import contextlib
+import errno
+import gc
 import os
 import shlex
 import signal
@@ -35,6 +37,7 @@ def prepare_process() -> None:
     """
     global _has_terminal
     _use_utf8_for_paths()
+    gc.disable()  # until run_command: looking for garbage among the imported modules takes half a second
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
             stream.reconfigure(errors="backslashreplace")
@@ -90,6 +93,9 @@ def run_command(
         command: takes the arguments (None: those of the command line), returns an exit code (None: 0).
         on_interrupt: the line for Ctrl-C.
     """
+    if not gc.isenabled():  # see prepare_process
+        gc.freeze()
+        gc.enable()
     try:
         return command(arguments) or 0
     except UserError as error:
@@ -102,6 +108,11 @@ def run_command(
         with contextlib.suppress(OSError):  # where standard output is not a file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + 13  # SIGPIPE, which Windows does not name
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print_error(f"no space left on the disk for {error.filename or 'the output'}: make room there")
+        return 1
 
 
 def shell_quote(argument: object) -> str:

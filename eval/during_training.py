@@ -63,8 +63,8 @@ class _Stopped(Exception):
 class TrainingEvaluation:
     """The evaluations of a run. Every process creates one and calls `run` at the same steps."""
 
-    val_batches: Callable[[], Iterable[Batch]]
-    """returns this process's share of the validation batches; called by each evaluation"""
+    val_batches: Callable[[int], Iterable[Batch]]
+    """called with a batch size, returns this process's share of the validation batches"""
     hellaswag: LoadedTask | None
     """HellaSwag with all its items; None to leave it out"""
     tokenizer: Tokenizer
@@ -76,17 +76,19 @@ class TrainingEvaluation:
     """of the samples"""
     stop: StopRequest
 
-    def run(self, model: Model, loss_model: nn.Module | None = None) -> EvaluationResult | None:
+    def run(self, model: Model, batch_size: int, loss_model: nn.Module | None = None) -> EvaluationResult | None:
         """Evaluate a model and return the results, or None after a stop request to any process.
 
         Call it on every process, within the run's autocast.
 
         Args:
             model: the unwrapped and unsharded model, in eval mode.
+            batch_size: of the validation loss.
             loss_model: the same model, compiled, for the validation loss; by default `model`.
         """
         start = time.perf_counter()
-        shares: list[_Share] = gather_object([self._score_share(model, model if loss_model is None else loss_model)])
+        loss_model = model if loss_model is None else loss_model
+        shares: list[_Share] = gather_object([self._score_share(model, batch_size, loss_model)])
         if any(share.is_stop_requested for share in shares):
             return None
         val_loss = sum(share.loss_sum for share in shares) / sum(share.num_tokens for share in shares)
@@ -108,10 +110,10 @@ class TrainingEvaluation:
             samples=samples,
         )
 
-    def _score_share(self, model: Model, loss_model: nn.Module) -> _Share:
+    def _score_share(self, model: Model, batch_size: int, loss_model: nn.Module) -> _Share:
         loss_sum, num_tokens, item_results, seconds = 0.0, 0, None, 0.0
         try:
-            loss_sum, num_tokens = validation_loss(loss_model, self.val_batches(), on_batch=self._check_stop)
+            loss_sum, num_tokens = validation_loss(loss_model, self.val_batches(batch_size), on_batch=self._check_stop)
             if self.hellaswag is not None:
                 state = PartialState()
                 items = self.hellaswag.items[state.process_index :: state.num_processes]

@@ -1,4 +1,4 @@
-"""Start this process's Accelerator, run functions on the main process alone, and leave the process group."""
+"""Start this process's Accelerator, run and print on the main process alone, and leave the process group."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
@@ -18,8 +19,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
+from tqdm import tqdm
 
-from common.cli import check_world_size
+from common.cli import check_world_size, encodable
 from training import TrainingError
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -68,6 +70,7 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in float32
+    transformers.utils.logging.disable_progress_bar()
     return accelerator
 
 
@@ -139,18 +142,27 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def run_on_main(accelerator: Accelerator, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+def say(line: str = "") -> None:
+    """Print a line on the main process, above the progress bar. A full disk or a closed pipe does not end the run."""
+    if is_main_process():
+        with contextlib.suppress(OSError):
+            tqdm.write(encodable(line))
+
+
+def is_main_process() -> bool:
+    """Return True on the first process of the run, also before an Accelerator exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_on_main(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     """
-    Call `function(*args, **kwargs)` on the main process and return its result on every process.
+    Call `function(*args, **kwargs)` on the main process and return its result, which is pickled, on every process.
 
     If the function raises an error, every process exits: if only one process exited, the others would hang until the
     process-group timeout.
-
-    Args:
-        function: returns a value that can be sent to other processes.
     """
     result, error = None, None
-    if accelerator.is_main_process:
+    if is_main_process():
         try:
             result = function(*args, **kwargs)
         except Exception as raised:

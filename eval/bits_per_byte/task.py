@@ -50,12 +50,12 @@ class Task(BaseTask):
         stride = self.stride if self.stride is not None else max(1, max_length // 2)
         if not 1 <= stride <= max_length:
             raise EvalError(f"stride must be between 1 and the model's context of {max_length}, got {stride}")
-        from data import DataError
+        from common.errors import UserError
 
         try:
             read = self._read_shards if is_shards(self.data) else self._read_text
             return read(tokenizer, max_length, stride)
-        except DataError as error:
+        except UserError as error:
             # --errors is an option of data.prepare, not of this command.
             raise EvalError(str(error).replace(", or give --errors replace", "")) from error
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common import hub
-from eval import EvalError
+from common.errors import UserError
 from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
 from eval.hellaswag.task import Task
 from eval.task import interleave_ranks, score_items
@@ -133,7 +133,7 @@ def test_malformed_line_is_named(tmp_path, kind):
     line, message = BAD_LINES[kind]
     line = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "items.jsonl", jsonl(GOOD, GOOD).encode() + line.rstrip(b"\n") + b"\n")
-    with pytest.raises(EvalError) as raised:
+    with pytest.raises(UserError) as raised:
         load_items(path, 1)  # lines past the limit are checked too
     assert str(raised.value).startswith(f"{path}:3: ")
     assert message in str(raised.value)
@@ -146,17 +146,17 @@ def test_malformed_line_is_named(tmp_path, kind):
         ("absent.jsonl", None, "no such file; give 'hub', 'sample', or"),
         ("items.csv", "a,b", "cannot read files ending in '.csv'; give"),
         ("empty.jsonl", "\n \n", "has no items"),
-        ("not.jsonl.gz", "plain", "check that the file is complete"),
-        ("not.jsonl.xz", "plain", "check that the file is complete"),
-        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99, mtime=0)[:-20], "check that the file is complete"),
-        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "check that the file is complete"),
+        ("not.jsonl.gz", "plain", "damaged or truncated"),
+        ("not.jsonl.xz", "plain", "damaged or truncated"),
+        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99, mtime=0)[:-20], "damaged or truncated"),
+        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "damaged or truncated"),
     ],
 )
 def test_unreadable_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         write(path, content)
-    with pytest.raises(EvalError) as raised:
+    with pytest.raises(UserError) as raised:
         load_items(str(path))
     assert str(path) in str(raised.value)
     assert message in str(raised.value)

@@ -14,7 +14,6 @@ from huggingface_hub import constants
 from common.checkpoints import describe_file
 from common.errors import UserError
 from data.tokenizer import load_hf_tokenizer
-from hub import push
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -137,7 +136,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not on localhost
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(push, "_FIRST_PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr("common.hub.FIRST_PAUSE_SECONDS", 0.01)
         yield server
 
 

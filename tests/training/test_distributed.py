@@ -66,7 +66,7 @@ def test_accelerator_settings():
         accelerator = start_accelerator("no")
         assert accelerator.ddp_handler.gradient_as_bucket_view
         assert accelerator.init_handler.timeout.total_seconds() == 30 * 60
-        assert run_on_main(accelerator, int, "11", base=2) == 3
+        assert run_on_main(int, "11", base=2) == 3
 
 
 @pytest.mark.usefixtures("_not_launched")
