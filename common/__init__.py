@@ -5,7 +5,8 @@ cli.py          what the commands share: argument parser, output streams, errors
 terminal.py     Ctrl-C under `accelerate launch`
 models.py       open a checkpoint, or a GPT-2 in particular, with its tokenizer; the device for it
 weights.py      incomplete, missing or unsafe weights, found without loading them; their hash
-hub.py          the Hugging Face Hub: can it be reached?
+hub.py          the Hugging Face Hub: find out whether it can be reached; repeat requests that fail
+jsonl.py        files of JSON lines, plain or compressed
 files.py        atomic writes, JSON, flushing to the disk, permissions
 locks.py        one process at a time, also on disks without locks
 checkpoints.py  a run's checkpoints by name: `best`, and what a run's folder holds; damage in them

@@ -331,7 +331,7 @@ def decode_record(record: Record, *, text_column: str = "text", errors: str = "s
         line = record.number + record.content.count(b"\n", 0, error.start)
         raise DataError(
             f"{record.where}:{line}: not UTF-8 (byte {error.start} of the document: {error.reason}); "
-            "convert the file to UTF-8, or give --errors replace"
+            "convert the file to UTF-8 (or let data.prepare replace them: --errors replace)"
         ) from error
     if not record.is_json:
         return text

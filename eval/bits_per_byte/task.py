@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.manifest import PREPARING, open_split, unmanaged_shards
+from data.sources import FileSource, Progress, decode_record
+from data.tokenizer import EOT, VOCAB_SIZE, encode_document
 from eval import EvalError
 from eval.items import DataInfo, first_items, sha256_of
 from eval.scoring import Request, Tokenizer
@@ -50,19 +53,10 @@ class Task(BaseTask):
         stride = self.stride if self.stride is not None else max(1, max_length // 2)
         if not 1 <= stride <= max_length:
             raise EvalError(f"stride must be between 1 and the model's context of {max_length}, got {stride}")
-        from common.errors import UserError
-
-        try:
-            read = self._read_shards if is_shards(self.data) else self._read_text
-            return read(tokenizer, max_length, stride)
-        except UserError as error:
-            # --errors is an option of data.prepare, not of this command.
-            raise EvalError(str(error).replace(", or give --errors replace", "")) from error
+        read = self._read_shards if is_shards(self.data) else self._read_text
+        return read(tokenizer, max_length, stride)
 
     def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
-        from data.manifest import open_split
-        from data.tokenizer import EOT, VOCAB_SIZE, encode_document
-
         probe = "GPT-2 wrote 1,024 tokens."
         if encode(tokenizer, [probe]) != [encode_document(probe)[1:].tolist()]:
             raise EvalError(
@@ -70,9 +64,8 @@ class Task(BaseTask):
                 "they were made from"
             )
         # A byte-level tokenizer spells each byte of a token as one character.
-        lengths = np.array(
-            [len(text) for text in tokenizer.convert_ids_to_tokens(list(range(VOCAB_SIZE)))], dtype=np.uint8
-        )
+        texts = tokenizer.convert_ids_to_tokens(list(range(VOCAB_SIZE)))
+        lengths = np.array([len(text) for text in texts], dtype=np.uint8)
         lengths[EOT] = 0
         windows = [
             (shard, start, stop)
@@ -95,8 +88,6 @@ class Task(BaseTask):
         return items, DataInfo(description=description, sha256=digest.hexdigest())
 
     def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
-        from data.sources import FileSource, Progress, decode_record
-
         source = FileSource([self.data])
         records = (
             record
@@ -150,8 +141,6 @@ class Task(BaseTask):
 
 def is_shards(path: str | Path) -> bool:
     """Return True if the path is a folder of shards, complete or not, rather than text."""
-    from data.manifest import PREPARING, unmanaged_shards
-
     folder = Path(path)
     return folder.is_dir() and bool(unmanaged_shards(folder) or (folder / PREPARING).exists())
 

@@ -18,6 +18,7 @@ from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
 from eval.hellaswag.task import Task
 from eval.task import interleave_ranks, score_items
 
+LOAD_ITEMS = ("-m", "tests.eval.load_hellaswag")
 GOOD = {
     "activity_label": "Rain",
     "ctx_a": "A man opens an umbrella",
@@ -164,24 +165,13 @@ def test_unreadable_file_is_named(tmp_path, name, content, message):
 
 # ------------------------------------------------------------------------------------------------ the Hub
 
-LOAD = """
-import json, sys, time
-from eval.hellaswag.items import load_items
-start = time.perf_counter()
-items, source = load_items("hub")
-print(json.dumps({
-    "seconds": time.perf_counter() - start, "n": len(items), "label": items[-1].label,
-    "is_sample": source.is_sample, "description": source.description, "sha256": source.sha256,
-}))
-"""
-
 
 @pytest.mark.parametrize(
     ("env", "reason"),
     [({}, "http://127.0.0.1:9 cannot be reached"), ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set")],
 )
 def test_sample_replaces_the_hub_quickly_without_a_network(run_python, env, reason):
-    result = json.loads(run_python("-c", LOAD, **env).stdout)
+    result = json.loads(run_python(*LOAD_ITEMS, **env).stdout)
     assert result["is_sample"]
     assert result["n"] == 40
     assert result["description"].startswith("SAMPLE of 40 items written for this project, NOT HellaSwag")
@@ -205,7 +195,7 @@ def test_hub_dataset_is_loaded_and_cached(run_python, local_hub, tmp_path):
     }
     address = local_hub({"datasets/Rowan/hellaswag": files})
     online, unreachable, offline = (
-        json.loads(run_python("-c", LOAD, **env).stdout)
+        json.loads(run_python(*LOAD_ITEMS, **env).stdout)
         for env in ({"HF_ENDPOINT": address}, {}, {"HF_HUB_OFFLINE": "1"})
     )
     for result in (online, unreachable, offline):
@@ -219,7 +209,7 @@ def test_hub_dataset_is_loaded_and_cached(run_python, local_hub, tmp_path):
 
 
 def test_missing_hub_dataset_is_named(run_python, local_hub):
-    result = json.loads(run_python("-c", LOAD, HF_ENDPOINT=local_hub({})).stdout)
+    result = json.loads(run_python(*LOAD_ITEMS, HF_ENDPOINT=local_hub({})).stdout)
     assert result["is_sample"]
     assert "is not available: Dataset 'Rowan/hellaswag' doesn't exist" in result["description"]
 
