@@ -8,33 +8,29 @@ token embedding.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import gguf
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from gguf import GGMLQuantizationType, LlamaFileType, TokenType
+from transformers import PreTrainedTokenizerBase
 
 from hub import HubError
 from hub.checks import byte_level_bpe
-
-if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, LlamaFileType, TokenType
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str, license: str | None
+    model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str, license: str | None
 ) -> None:
     """
     Write NAME-F16.gguf and NAME-Q8_0.gguf and read them back.
 
     Args:
-        name: name of the model.
         license: license of the weights, by the Hub's name for it; None if it is not known.
 
     Raises:
         HubError: a file read back differs from the model by more than its rounding.
     """
-    from gguf import GGMLQuantizationType, LlamaFileType
-
     for file_type, kind in (
         (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
         (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
@@ -46,15 +42,13 @@ def write_gguf(
 
 def _write(
     path: Path,
-    model: PreTrainedModel,
+    model: GPT2ReproForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     license: str | None,
-    file_type: "LlamaFileType",
-    kind: "GGMLQuantizationType",
+    file_type: LlamaFileType,
+    kind: GGMLQuantizationType,
 ) -> None:
-    import gguf
-
     config = model.config
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
     writer.add_type("model")
@@ -92,7 +86,7 @@ def _write(
 
     for tensor_name, array in _tensors(model):
         tensor_kind = _tensor_kind(tensor_name, array, kind)
-        data = array if tensor_kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(array, tensor_kind)
+        data = array if tensor_kind == GGMLQuantizationType.F32 else gguf.quants.quantize(array, tensor_kind)
         writer.add_tensor(tensor_name, data, raw_dtype=tensor_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -100,43 +94,36 @@ def _write(
     writer.close()
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(model: GPT2ReproForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (GGUF's name, float32 array) of every parameter. Linear layers are [out, in], as GGUF has them."""
-    import gguf
-
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
-        mapped = names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
-        yield mapped or names.get_name(name, try_suffixes=(".weight", ".bias")), parameter.detach().numpy()
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        yield gguf_name, parameter.detach().numpy()
 
 
-def _tensor_kind(name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> "GGMLQuantizationType":
-    import gguf
-
+def _tensor_kind(name: str, array: np.ndarray, kind: GGMLQuantizationType) -> GGMLQuantizationType:
     if array.ndim == 1 or name.startswith("position_embd"):
-        return gguf.GGMLQuantizationType.F32
+        return GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kind if array.shape[1] % block == 0 else gguf.GGMLQuantizationType.F16
+    return kind if array.shape[1] % block == 0 else GGMLQuantizationType.F16
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list["TokenType"], list[str]]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[TokenType], list[str]]:
     """Return (tokens, their types, merges). Ids that the tokenizer lacks (resized models) become unused tokens."""
-    import gguf
-
     vocabulary, merges = byte_level_bpe(tokenizer)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [gguf.TokenType.UNUSED] * vocab_size
+    types = [TokenType.UNUSED] * vocab_size
     for token, i in vocabulary.items():
-        tokens[i], types[i] = token, gguf.TokenType.NORMAL
+        tokens[i], types[i] = token, TokenType.NORMAL
     for i, added in tokenizer.added_tokens_decoder.items():
-        types[i] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+        types[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     return tokens, types, [f"{a} {b}" for a, b in merges]
 
 
-def _check(path: Path, model: PreTrainedModel) -> None:
+def _check(path: Path, model: GPT2ReproForCausalLM) -> None:
     """Read the file back. Raises HubError if a tensor is missing or differs by more than the rounding of its type."""
-    import gguf
-
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     expected = dict(_tensors(model))
     if written.keys() != expected.keys():
@@ -144,10 +131,10 @@ def _check(path: Path, model: PreTrainedModel) -> None:
     for name, array in expected.items():
         kind = written[name].tensor_type
         values = gguf.quants.dequantize(written[name].data, kind).reshape(array.shape)
-        if kind == gguf.GGMLQuantizationType.Q8_0:  # 8 bits per value, and a scale in F16 per 32 values
+        if kind == GGMLQuantizationType.Q8_0:  # 8 bits per value, and a scale in F16 per 32 values
             largest = np.abs(array).reshape(-1, 32).max(axis=1, keepdims=True)
             limit = np.repeat(largest * (0.5 / 127 + 2.0**-10), 32, axis=1).reshape(array.shape) + 2.0**-18
-        elif kind == gguf.GGMLQuantizationType.F16:
+        elif kind == GGMLQuantizationType.F16:
             limit = np.abs(array) * 2.0**-11 + 2.0**-24  # half a unit in the last place
         else:
             limit = np.zeros(())
