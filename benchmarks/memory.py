@@ -58,8 +58,8 @@ def main() -> None:
             settings = SETTINGS.format(*shape, tokens=tokens, folder=folder, number=number).split()
             command = [sys.executable, "-c", PROGRAM, *settings]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            estimate = float(re.search(r"memory +about ([\d.]+) GB", done.stdout)[1])
-            peak = int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1e9
+            [estimate] = map(float, re.findall(r"memory +about ([\d.]+) GB", done.stdout))
+            [peak] = (int(size) / 1e9 for size in re.findall(r"PEAK (\d+)", done.stdout))
             rows.append([name, f"{estimate:.2f}", f"{peak:.2f}", f"{estimate / peak:.2f}"])
             print(*rows[-1], flush=True)
     print(f"\n{table(('shape', 'estimate', 'real', 'ratio'), rows)}")

@@ -7,11 +7,12 @@ Prints a table of the milliseconds per step and the milliseconds that training w
 """
 
 import tempfile
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 
-from benchmarks.harness import make_parser, report, take_turns, timed, with_range
+from benchmarks.harness import make_parser, print_report, take_turns, timed, with_range
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import CheckpointWriter
@@ -71,18 +72,18 @@ def main() -> None:
 
             for number in range(args.steps):
                 if written != "never" and number % args.every == 0:
-                    waits.append(timed(lambda number=number: save(number), device)[1])
+                    waits.append(timed(partial(save, number), device)[1])
                 steps.append(timed(step, device)[1])
             writer.poll(wait=True)
         return 1000 * sum(steps) / len(steps), 1000 * sum(waits) / max(1, len(waits))
 
     for _ in range(3):
         step()
-    candidates = {written: lambda written=written: train(written) for written in ("never", "foreground", "background")}
+    candidates = {written: partial(train, written) for written in ("never", "foreground", "background")}
     results = take_turns(candidates, args.rounds, lambda ms: f"{ms[0]:,.0f} ms per step, {ms[1]:,.0f} ms per save")
     rows = [[name, *(with_range(ms, ",.0f") for ms in zip(*turns, strict=True))] for name, turns in results.items()]
     title = f"{args.layers} layers, width {args.width}, {args.rows * SEQ_LEN} tokens per step"
-    print(report(title, args.rounds, COLUMNS, rows))
+    print_report(title, args.rounds, COLUMNS, rows)
 
 
 if __name__ == "__main__":

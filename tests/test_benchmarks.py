@@ -70,11 +70,11 @@ def test_candidates_take_turns_and_ratios_are_within_a_round(capsys):
         turns.append(name)
         return next(speeds[name])
 
-    results = harness.take_turns({name: lambda name=name: measure(name) for name in speeds}, 3)
+    results = harness.take_turns({name: partial(measure, name) for name in speeds}, 3, str)
     assert turns == ["a", "b"] * 3
     assert harness.with_range(results["b"], ",.1f") == "8.0 (2.0 to 40.0)"
     assert harness.median_ratio(results["b"], results["a"]) == "2.00"
-    assert harness.median_ratio(results["b"], None) == "-"
+    assert harness.median_ratio(results["b"], []) == "-"
     assert harness.table(("x", "y"), [(1, "a"), (2, "b")]) == "| x | y |\n|---|---|\n| 1 | a |\n| 2 | b |"
 
 
