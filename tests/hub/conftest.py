@@ -1,10 +1,7 @@
 """A checkpoint in a run, as train.py writes it, and a Hub on localhost to push it to."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -136,26 +133,9 @@ def server(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def python(tmp_path):
-    """python(arguments, server, **environment) runs Python in another process that knows only the server."""
-
-    def run(arguments, server, **environment):
-        own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=tmp_path,
-            env=own
-            | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
-            | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        assert TOKEN not in done.stdout + done.stderr
-        return done.stdout
-
-    return run
+def environment(server):
+    """Variables for other processes, which then know only this Hub."""
+    return {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture

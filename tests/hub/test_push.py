@@ -50,7 +50,9 @@ def change(path, *keys, **values):
 
 
 @torch.no_grad()
-def test_pushed_model_opens_without_this_project(server, checkpoint, model, tokenizer, python, tmp_path, capsys):
+def test_pushed_model_opens_without_this_project(
+    server, checkpoint, model, tokenizer, launch, environment, tmp_path, capsys
+):
     """Pushed by the command, and by transformers' own push_to_hub: other processes get the same logits."""
     assert main(["push", str(checkpoint), "me/model"]) == 0
     assert "me/model (private)" in capsys.readouterr().out
@@ -60,11 +62,12 @@ def test_pushed_model_opens_without_this_project(server, checkpoint, model, toke
     assert server.private == {"models/me/model"}
     assert [title for _, title in server.commits["models/me/model"]] == ["Step 20"]
 
-    python([FOLDER / "push_alone.py", checkpoint, "me/alone"], server, HF_TOKEN=TOKEN)
+    launch(checkpoint, "me/alone", script=FOLDER / "push_alone.py", environment=environment)
     assert server.repos["models/me/alone"].keys() >= FILES - {"LICENSE", "curves.png"}
 
-    arguments = [FOLDER / "pull.py", tmp_path / "logits-", "me/model", "me/alone"]
-    python(arguments, server, HF_TOKEN=TOKEN, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    names = ("me/model", "me/alone")
+    done = launch(tmp_path / "logits-", *names, script=FOLDER / "pull.py", environment=environment)
+    assert TOKEN not in done.stdout + done.stderr
     expected = model(tokenizer("Hello, I'm a language model,", return_tensors="pt").input_ids).logits
     for name in ("me-model", "me-alone"):
         assert torch.equal(torch.load(tmp_path / f"logits-{name}"), expected)

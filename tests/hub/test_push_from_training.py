@@ -15,11 +15,6 @@ from hub.push import push_last_checkpoint
 from training.config import TrainingError, load_config
 
 
-@pytest.fixture
-def environment(server):
-    return {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-
-
 def test_run_is_pushed(launch, tiny, server, environment, tmp_path, monkeypatch):
     run = tmp_path / "run"
     options = ("--config", tiny, "--output_dir", run, "--keep_last", 1, "--keep_best", "false")
