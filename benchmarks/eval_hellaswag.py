@@ -128,16 +128,11 @@ def print_table(args: argparse.Namespace, num_items: int, results: dict[str, lis
     metrics = {name: rounds[-1][0] for name, rounds in results.items()}
     lm_eval = {name: values for name, values in rates.items() if name.startswith("lm-eval")}
     best = max(lm_eval.values(), key=statistics.median, default=[])
-    rows = [
-        [
-            name,
-            harness.with_range(values, ".2f"),
-            harness.median_ratio(values, best),
-            harness.median_ratio(values, rates.get(THE_LECTURE, [])),
-            ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items()),
-        ]
-        for name, values in rates.items()
-    ]
+    rows = []
+    for name, values in rates.items():
+        ratios = (harness.median_ratio(values, reference) for reference in (best, rates.get(THE_LECTURE, [])))
+        text = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items())
+        rows.append([name, harness.with_range(values, ".2f"), *ratios, text])
     harness.print_report(f"{args.size}, {args.dtype}, {num_items} items", args.rounds, COLUMNS, rows)
     ours = metrics["ours, both"]
     different = [

@@ -50,7 +50,6 @@ import unittest
 import transformers
 
 import modeling_gpt2repro
-from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproBlock
 
 from .generation.test_utils import GenerationTesterMixin
@@ -108,7 +107,7 @@ class TestStock(Tests, unittest.TestCase):
 
 
 class TestOurs(Tests, unittest.TestCase):
-    config_class = GPT2ReproConfig
+    config_class = modeling_gpt2repro.GPT2ReproConfig
     all_model_classes = (
         modeling_gpt2repro.GPT2ReproModel,
         modeling_gpt2repro.GPT2ReproForCausalLM,

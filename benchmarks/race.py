@@ -161,7 +161,7 @@ def outcome(folder: Path, config: Config) -> bool | None:
 
 
 def validation_curve(records: Iterable[dict[str, Any]], has_finished: bool) -> Curve:
-    """Return the evaluations in the records of metrics.jsonl. An infinite loss ends the curve of a run that diverged."""
+    """Return the evaluations in the records of metrics.jsonl. An infinite loss ends a diverged run's curve."""
     curve, tokens, seconds = [], 0, 0.0
     for record in records:
         tokens = record["tokens"]
@@ -196,22 +196,17 @@ def compare(curves: Curves) -> list[dict[str, Any]]:
     reference = next(iter(curves.values()))
     rows = []
     for name, by_seed in curves.items():
-        goals = [reference[seed][-1] for seed in by_seed]
-        ends = [curve[-1] for curve in by_seed.values()]
-        reached = [reach(curve, goal.loss) for curve, goal in zip(by_seed.values(), goals, strict=True)]
-        if by_seed is reference:
-            reached = list(goals)
-        pairs = list(zip(reached, goals, strict=True))
-        rows.append(
-            {
-                "name": name,
-                "loss": [end.loss for end in ends],
-                "difference": [end.loss - goal.loss for end, goal in zip(ends, goals, strict=True)],
-                "tokens": [end.tokens for end in ends],
-                "token_ratio": [point and point.tokens / goal.tokens for point, goal in pairs],
-                "time_ratio": [point and point.seconds / goal.seconds for point, goal in pairs],
-            }
-        )
+        row: dict[str, Any] = {"name": name, "loss": [], "difference": [], "tokens": []}
+        row |= {"token_ratio": [], "time_ratio": []}
+        for seed, curve in by_seed.items():
+            end, goal = curve[-1], reference[seed][-1]
+            reached = goal if by_seed is reference else reach(curve, goal.loss)
+            row["loss"].append(end.loss)
+            row["difference"].append(end.loss - goal.loss)
+            row["tokens"].append(end.tokens)
+            row["token_ratio"].append(reached and reached.tokens / goal.tokens)
+            row["time_ratio"].append(reached and reached.seconds / goal.seconds)
+        rows.append(row)
     return rows
 
 
@@ -229,18 +224,11 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     above = f"above {rows[0]['name']}'s"
     columns = ("runner", "n", "tokens", "last validation loss", above, "tokens to it", "seconds to it")
     formats = {"loss": ".4f", "difference": ".4f", "token_ratio": ".2f", "time_ratio": ".2f"}
-    return table(
-        columns,
-        (
-            [
-                row["name"],
-                len(row["loss"]),
-                f"{max(row['tokens']):,}",
-                *(mean(row[key], f) for key, f in formats.items()),
-            ]
-            for row in rows
-        ),
-    )
+    cells = []
+    for row in rows:
+        means = (mean(row[key], number_format) for key, number_format in formats.items())
+        cells.append([row["name"], len(row["loss"]), f"{max(row['tokens']):,}", *means])
+    return table(columns, cells)
 
 
 def mean(values: Sequence[float | None], number_format: str) -> str:
