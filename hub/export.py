@@ -17,6 +17,8 @@ from eval.checkpoint import NeedsCodeError, check_name, load_gpt2, load_tokenize
 from hub import HubError
 from hub.card import license_id, read_run
 from hub.checks import compare_logits, save_tokenizer
+from hub.to_gguf import write_gguf
+from hub.to_onnx import write_onnx
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 # Packages that a format needs in addition to those of training. The extras of setup.cfg have the same names.
@@ -58,12 +60,8 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
         if to == "gpt2":
             write_gpt2(model, tokenizer, tmp_path)
         elif to == "onnx":
-            from hub.to_onnx import write_onnx
-
             write_onnx(model, tokenizer, tmp_path)
         else:
-            from hub.to_gguf import write_gguf
-
             write_gguf(model, tokenizer, tmp_path, name=_model_name(checkpoint), license=_license(checkpoint))
         apply_umask(tmp_path)
         if out.exists():

@@ -8,15 +8,17 @@ token embedding.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 from transformers import PreTrainedTokenizerBase
 
 from hub import HubError
 from hub.checks import byte_level_bpe
 from modeling_gpt2repro import GPT2ReproForCausalLM
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
 
 def write_gguf(
@@ -31,9 +33,11 @@ def write_gguf(
     Raises:
         HubError: a file read back differs from the model by more than its rounding.
     """
+    import gguf
+
     for file_type, kind in (
-        (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
-        (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
+        (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+        (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
     ):
         path = folder / f"{name}-{kind.name}.gguf"
         _write(path, model, tokenizer, name, license, file_type, kind)
@@ -46,9 +50,11 @@ def _write(
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     license: str | None,
-    file_type: LlamaFileType,
-    kind: GGMLQuantizationType,
+    file_type: "LlamaFileType",
+    kind: "GGMLQuantizationType",
 ) -> None:
+    import gguf
+
     config = model.config
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
     writer.add_type("model")
@@ -86,7 +92,7 @@ def _write(
 
     for tensor_name, array in _tensors(model):
         tensor_kind = _tensor_kind(tensor_name, array, kind)
-        data = array if tensor_kind == GGMLQuantizationType.F32 else gguf.quants.quantize(array, tensor_kind)
+        data = array if tensor_kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(array, tensor_kind)
         writer.add_tensor(tensor_name, data, raw_dtype=tensor_kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -96,6 +102,8 @@ def _write(
 
 def _tensors(model: GPT2ReproForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (GGUF's name, float32 array) of every parameter. Linear layers are [out, in], as GGUF has them."""
+    import gguf
+
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -103,27 +111,33 @@ def _tensors(model: GPT2ReproForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
         yield gguf_name, parameter.detach().numpy()
 
 
-def _tensor_kind(name: str, array: np.ndarray, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+def _tensor_kind(name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> "GGMLQuantizationType":
+    import gguf
+
     if array.ndim == 1 or name.startswith("position_embd"):
-        return GGMLQuantizationType.F32
+        return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kind if array.shape[1] % block == 0 else GGMLQuantizationType.F16
+    return kind if array.shape[1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list[TokenType], list[str]]:
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list["TokenType"], list[str]]:
     """Return (tokens, their types, merges). Ids that the tokenizer lacks (resized models) become unused tokens."""
+    import gguf
+
     vocabulary, merges = byte_level_bpe(tokenizer)
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
-    types = [TokenType.UNUSED] * vocab_size
+    types = [gguf.TokenType.UNUSED] * vocab_size
     for token, i in vocabulary.items():
-        tokens[i], types[i] = token, TokenType.NORMAL
+        tokens[i], types[i] = token, gguf.TokenType.NORMAL
     for i, added in tokenizer.added_tokens_decoder.items():
-        types[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+        types[i] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
     return tokens, types, [f"{a} {b}" for a, b in merges]
 
 
 def _check(path: Path, model: GPT2ReproForCausalLM) -> None:
     """Read the file back. Raises HubError if a tensor is missing or differs by more than the rounding of its type."""
+    import gguf
+
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     expected = dict(_tensors(model))
     if written.keys() != expected.keys():
@@ -131,10 +145,10 @@ def _check(path: Path, model: GPT2ReproForCausalLM) -> None:
     for name, array in expected.items():
         kind = written[name].tensor_type
         values = gguf.quants.dequantize(written[name].data, kind).reshape(array.shape)
-        if kind == GGMLQuantizationType.Q8_0:  # 8 bits per value, and a scale in F16 per 32 values
+        if kind == gguf.GGMLQuantizationType.Q8_0:  # 8 bits per value, and a scale in F16 per 32 values
             largest = np.abs(array).reshape(-1, 32).max(axis=1, keepdims=True)
             limit = np.repeat(largest * (0.5 / 127 + 2.0**-10), 32, axis=1).reshape(array.shape) + 2.0**-18
-        elif kind == GGMLQuantizationType.F16:
+        elif kind == gguf.GGMLQuantizationType.F16:
             limit = np.abs(array) * 2.0**-11 + 2.0**-24  # half a unit in the last place
         else:
             limit = np.zeros(())

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx_ir
-import onnxruntime
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -114,6 +112,8 @@ def write_onnx(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _write(path: Path, model: GPT2ReproForCausalLM, arguments: tuple, **options: Any) -> None:
+    import onnx_ir
+
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         program = torch.onnx.export(
             _Graph(model).eval(), arguments, opset_version=OPSET, dynamo=True, verbose=False, **options
@@ -126,6 +126,8 @@ def _write(path: Path, model: GPT2ReproForCausalLM, arguments: tuple, **options:
 
 def _run(path: Path, ids: torch.Tensor, past: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the logits [B, T, V] of a graph. With `past`, the first token alone, then the others with its keys."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     batch, length = ids.shape
     parts, cache = [], {name: tensor.numpy() for name, tensor in past.items()}

@@ -333,15 +333,17 @@ def test_export_into_the_empty_current_folder(checkpoint, tmp_path, monkeypatch)
 def write_onnx_again(exported, model, tokenizer, tmp_path, monkeypatch):
     """write_onnx_again(wrong) writes the graphs of an earlier export; the one named `wrong` gets other numbers."""
     folder, names = exported("onnx") / "onnx", iter(("model.onnx", "model_without_past.onnx"))
+    import onnx_ir
+
     from hub import to_onnx
 
     def write(wrong):
         def written_before(*_, **__):
             name = next(names)
-            graph = to_onnx.onnx_ir.load(folder / name)
+            graph = onnx_ir.load(folder / name)
             if name == wrong:
                 weights = graph.graph.initializers["model.transformer.wpe.weight"]
-                weights.const_value = to_onnx.onnx_ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
+                weights.const_value = onnx_ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
             return SimpleNamespace(model=graph)
 
         monkeypatch.setattr(torch.onnx, "export", written_before)
