@@ -47,6 +47,8 @@ def main() -> None:
     only = parser.parse_args().only
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        prepare = [sys.executable, "-m", "data.prepare", "sample", "--out", f"{folder}/sample"]
+        subprocess.run(prepare, stdout=subprocess.DEVNULL, check=True)
         for number, shape in enumerate(SHAPES):
             layers, width, _, seq_len, size, accumulation, precision, dropout = shape
             name = (
