@@ -159,7 +159,8 @@ def read_report(report: Path) -> Outcomes:
             if child.tag in ("failure", "error", "skipped"):
                 outcome = {"failure": "FAILED", "error": "ERROR", "skipped": "skipped"}[child.tag]
                 reason = (child.get("message") or "").strip().partition("\n")[0]
-        outcomes[case.attrib["classname"].rpartition(".")[2]][case.attrib["name"]] = outcome, reason
+        class_name = case.attrib["classname"].rpartition(".")[2]
+        outcomes.setdefault(class_name, {})[case.attrib["name"]] = outcome, reason
     return outcomes
 
 
@@ -170,8 +171,8 @@ def main() -> None:
     args = parser.parse_args()
     version = importlib.metadata.version("transformers")
     with tempfile.TemporaryDirectory() as folder:
-        stock, ours = run_tests(Path(folder), version, args.k).values()
-
+        outcomes = run_tests(Path(folder), version, args.k)
+    stock, ours = outcomes["TestStock"], outcomes["TestOurs"]
     missing = ("not run", "")
     rows, num_worse = [], 0
     for test in sorted(stock.keys() | ours.keys()):
