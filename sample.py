@@ -1,5 +1,5 @@
 """
-Print text from a checkpoint while the model writes it:
+Print text from a checkpoint while the model writes it.
 
     python sample.py runs/sample/checkpoints/best "Return a list of"
     python sample.py openai-community/gpt2 "Hello, I'm a language model," --n 3 --temperature 0.8
@@ -29,46 +29,38 @@ from hub.sampling import SamplingParams, encode_prompt, generate
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    defaults = SamplingParams()
     parser = Parser(prog="sample.py", description="Continue a text with a language model.", allow_abbrev=False)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or the id of a model on the Hub")
-    parser.add_argument("prompt", nargs="?", help="text to continue (default: read standard input)")
-    parser.add_argument("--temperature", type=float, default=defaults.temperature, help="0: greedy (default: 1)")
-    parser.add_argument("--top_k", type=int, default=defaults.top_k, help="most probable tokens; 0: all (default: 50)")
-    parser.add_argument("--top_p", type=float, default=defaults.top_p, help="their total probability (default: 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=defaults.max_new_tokens, help="(default: 100)")
-    parser.add_argument("--n", type=int, default=1, help="number of continuations")
-    parser.add_argument(
-        "--seed", type=int, default=defaults.seed, help="of the first continuation; the next has seed+1"
-    )
-    parser.add_argument(
-        "--interactive",
-        action="store_true",
-        help="read lines and continue them as one text; an empty line starts again",
-    )
-    parser.add_argument("--chatty", action="store_true", help=argparse.SUPPRESS)  # the name before 2026-12
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is available)")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
-    )
+    add = parser.add_argument
+    add("checkpoint", help="a checkpoint's folder, or the id of a model on the Hub")
+    add("prompt", nargs="?", help="text to continue (default: read standard input)")
+    add("--temperature", type=float, default=SamplingParams.temperature, help="0: greedy (default: 1)")
+    add("--top_k", type=int, default=SamplingParams.top_k, help="most probable tokens; 0: all (default: 50)")
+    add("--top_p", type=float, default=SamplingParams.top_p, help="their total probability (default: 1)")
+    add("--max_new_tokens", type=int, default=SamplingParams.max_new_tokens, help="(default: 100)")
+    add("--n", type=int, default=1, help="number of continuations")
+    add("--seed", type=int, default=SamplingParams.seed, help="of the first continuation; the next has seed+1")
+    add("--interactive", action="store_true", help="continue lines as one text; an empty line starts again")
+    add("--chatty", action="store_true", help=argparse.SUPPRESS)  # the name before 2026-12
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    add("--device", help="cuda, mps or cpu (default: the first that is available)")
+    add("--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub")
     args = parser.parse_args(arguments)
     if args.chatty:
         print("--chatty is now called --interactive", file=sys.stderr)
-    args.interactive |= args.chatty
+        args.interactive = True
+    if args.n < 1:
+        raise HubError(f"n must be at least 1, got {args.n}")
+    if args.interactive and (args.prompt is not None or args.n > 1):
+        raise HubError("--interactive reads prompts itself, one at a time: leave out the prompt and --n")
     return args
-
-
-def make_streamer(tokenizer: PreTrainedTokenizerBase) -> TextStreamer:
-    """Return a streamer that prints new text without the end-of-text token, and a line break at the end."""
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], params: SamplingParams
 ) -> list[int]:
-    """Print a continuation while it is generated, and return its tokens."""
-    new_ids = generate(model, prompt_ids, params, make_streamer(tokenizer))
+    """Print a continuation while it is generated, and a line break at its end. Return its tokens."""
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    new_ids = generate(model, prompt_ids, params, streamer)
     context = model.config.max_position_embeddings
     if len(prompt_ids) + len(new_ids) == context:
         print(f"(the model's context of {context:,} tokens is full)", file=sys.stderr)
@@ -78,7 +70,7 @@ def write(
 def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
     """Continue the user's lines as one text, until the end of the input or Ctrl-C at the prompt."""
     context = model.config.max_position_embeddings
-    ids = []
+    ids: list[int] = []
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -89,7 +81,7 @@ def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params:
             ids = []
             continue
         try:
-            ids += encode_prompt(tokenizer, line if not ids else f"\n{line}", model.config)
+            ids += encode_prompt(tokenizer, f"\n{line}" if ids else line, model.config)
         except HubError as error:  # the line is too long: keep the text so far
             print(f"({error})", file=sys.stderr)
             continue
@@ -101,30 +93,24 @@ def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params:
 
 def _sample(arguments: Sequence[str] | None) -> None:
     args = _parse_arguments(arguments)
-    fields = [field.name for field in dataclasses.fields(SamplingParams)]
-    params = SamplingParams(**{name: getattr(args, name) for name in fields})
-    if args.n < 1:
-        raise HubError(f"n must be at least 1, got {args.n}")
-    if args.interactive and (args.prompt is not None or args.n > 1):
-        raise HubError("--interactive reads prompts itself, one at a time: leave out the prompt and --n")
-    args.checkpoint = check_name(args.checkpoint)
-    trust = args.trust_remote_code
-    tokenizer, _ = load_tokenizer(args.checkpoint, trust_remote_code=trust)
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplingParams)}
+    params = SamplingParams(**settings)
+    name, trust = check_name(args.checkpoint), args.trust_remote_code
+    tokenizer, _ = load_tokenizer(name, trust_remote_code=trust)
     device = find_device(args.device)
-    prompt = args.prompt
-    if prompt is None and not args.interactive:
+    if args.prompt is None and not args.interactive:
         if sys.stdin.isatty():
             print("text to continue? (Ctrl-D ends it)", file=sys.stderr)
-        prompt = sys.stdin.read().removesuffix("\n")
-    model = load_model(args.checkpoint, dtype=args.dtype, device=device, trust_remote_code=trust).eval()
+        args.prompt = sys.stdin.read().removesuffix("\n")
+    model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=trust).eval()
     if args.interactive:
         interact(model, tokenizer, params)
         return
-    prompt_ids = encode_prompt(tokenizer, prompt, model.config)
+    prompt_ids = encode_prompt(tokenizer, args.prompt, model.config)
     for i in range(args.n):
         if args.n > 1:
             print(f"--- {i + 1}")
-        print(prompt, end="", flush=True)
+        print(args.prompt, end="", flush=True)
         write(model, tokenizer, prompt_ids, dataclasses.replace(params, seed=params.seed + i))
 
 
@@ -143,5 +129,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)  # the libraries' warnings; the checks of the command report what matters
+    logging.disable(logging.WARNING)  # the libraries' warnings; the checks of the commands report what matters
     sys.exit(main())

@@ -23,6 +23,7 @@ import re
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
 THE_LECTURE = "the lecture's loop"
-COLUMNS = ("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "figures")
+COLUMNS = ("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "metrics")
 METRICS = ("acc", "acc_norm", "lm_eval_acc", "lm_eval_acc_norm")
 Metrics = dict[str, float]
 
@@ -56,8 +57,8 @@ def main() -> None:
 
     device = harness.pick_device()
     torch.manual_seed(0)
-    model = GPT2ReproForCausalLM(GPT2ReproConfig.from_size(args.size))
-    model.to(device, torch.bfloat16 if args.dtype == "bf16" else torch.float32).eval()
+    model = GPT2ReproForCausalLM(GPT2ReproConfig.from_size(args.size)).eval()
+    torch.nn.Module.to(model, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     tokenizer = load_hf_tokenizer()
     all_items, _ = load_items(args.data)
     items = random.Random(0).sample(all_items, min(args.items, len(all_items)))
@@ -69,13 +70,13 @@ def main() -> None:
 
     candidates: dict[str, Callable[[], Metrics]] = {}
     if args.lecture:
-        candidates[THE_LECTURE] = lambda: score_with_lecture(args.lecture, model, items)
-        candidates["ours, the lecture's prompt"] = lambda: score_with_ours(LECTURE)
+        candidates[THE_LECTURE] = partial(score_with_lecture, args.lecture, model, items)
+        candidates["ours, the lecture's prompt"] = partial(score_with_ours, LECTURE)
     for size in args.lm_eval_batch_size:
-        candidates[f"lm-eval, batches of {size}"] = lambda size=size: score_with_lm_eval(model, tokenizer, items, size)
-    candidates["ours, lm-eval's prompt"] = lambda: score_with_ours(LM_EVAL)
-    candidates["ours, both"] = lambda: score_with_ours(LECTURE, LM_EVAL)
-    timers = {name: lambda score=score: harness.timed(score, device) for name, score in candidates.items()}
+        candidates[f"lm-eval, batches of {size}"] = partial(score_with_lm_eval, model, tokenizer, items, size)
+    candidates["ours, lm-eval's prompt"] = partial(score_with_ours, LM_EVAL)
+    candidates["ours, both"] = partial(score_with_ours, LECTURE, LM_EVAL)
+    timers = {name: partial(harness.timed, score, device) for name, score in candidates.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.jsonl"  # read by our evaluation within its timed part
         path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
@@ -125,18 +126,14 @@ def print_table(args: argparse.Namespace, num_items: int, results: dict[str, lis
     """Print the table, and the metrics that are not equal."""
     rates = {name: [num_items / seconds for _, seconds in rounds] for name, rounds in results.items()}
     metrics = {name: rounds[-1][0] for name, rounds in results.items()}
-    lm_eval = [name for name in rates if name.startswith("lm-eval")]
-    best = max(lm_eval, key=lambda name: statistics.median(rates[name]), default=None)
-    rows = [
-        [
-            name,
-            harness.with_range(values, ".2f"),
-            *(harness.median_ratio(values, rates.get(reference)) for reference in (best, THE_LECTURE)),
-            ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items()),
-        ]
-        for name, values in rates.items()
-    ]
-    print(harness.report(f"{args.size}, {args.dtype}, {num_items} items", args.rounds, COLUMNS, rows))
+    lm_eval = {name: values for name, values in rates.items() if name.startswith("lm-eval")}
+    best = max(lm_eval.values(), key=statistics.median, default=[])
+    rows = []
+    for name, values in rates.items():
+        ratios = (harness.median_ratio(values, reference) for reference in (best, rates.get(THE_LECTURE, [])))
+        text = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items())
+        rows.append([name, harness.with_range(values, ".2f"), *ratios, text])
+    harness.print_report(f"{args.size}, {args.dtype}, {num_items} items", args.rounds, COLUMNS, rows)
     ours = metrics["ours, both"]
     different = [
         f"{name}: {metric} {value:.4f}, ours {ours[metric]:.4f}"
@@ -144,7 +141,7 @@ def print_table(args: argparse.Namespace, num_items: int, results: dict[str, lis
         for metric, value in of_name.items()
         if value != ours[metric]
     ]
-    print("", *(different or ["All figures are equal."]), sep="\n")
+    print("", *(different or ["All metrics are equal."]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ bf16 a different order of summation can change a token. Prints a Markdown table.
 """
 
 import argparse
+from functools import partial
+from typing import Any
 
 import torch
-from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from benchmarks import harness
@@ -38,15 +40,15 @@ def main() -> None:
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     config = GPT2ReproConfig.from_size(args.size)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd))
-    gpt2 = gpt2.to(device, dtype).eval()
-    ours = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
+    torch.nn.Module.to(gpt2, device, dtype)
+    ours = GPT2ReproForCausalLM.from_gpt2(gpt2.eval()).eval()
 
     rows = []
     for batch in args.batch:
         prompts = torch.randint(0, 50257, (batch, args.prompt), device=device)
         candidates = {
-            "ours": lambda prompts=prompts: decode(ours, prompts, args),
-            "transformers": lambda prompts=prompts: decode(gpt2, prompts, args),
+            "ours": partial(decode, ours, prompts, args),
+            "transformers": partial(decode, gpt2, prompts, args),
         }
         results = harness.take_turns(candidates, args.rounds + 1, lambda result: f"{result[1]:,.1f} tokens/s")
         speeds = [[speed for _, speed in rounds[1:]] for rounds in results.values()]  # the first round is the warm-up
@@ -56,28 +58,20 @@ def main() -> None:
         rows.append([batch, *ranges, harness.median_ratio(*speeds), f"{num_different} of {batch}"])
     cache = "compiled static" if args.static else "dynamic"
     title = f"{args.size}, {args.prompt} + {args.new} tokens, {args.dtype}, {cache} cache"
-    print(harness.report(title, args.rounds, COLUMNS, rows))
+    harness.print_report(title, args.rounds, COLUMNS, rows)
 
 
-def decode(model: PreTrainedModel, prompts: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, float]:
+def decode(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, float]:
     """Continue the prompts [B, T]. Return the texts [B, T + args.new] and the speed in tokens/s."""
-    settings = {}
+    settings: dict[str, Any] = {"max_new_tokens": args.new, "min_new_tokens": args.new, "do_sample": False}
     if args.static:
-        compile_config = CompileConfig(fullgraph=True, mode=None)
+        compile_config: Any = CompileConfig(fullgraph=True)
+        compile_config.mode = None  # not "reduce-overhead", the default
         compile_config._compile_all_devices = True  # by default generate() compiles on GPUs only
-        settings = {"cache_implementation": "static", "compile_config": compile_config}
-    texts, seconds = harness.timed(
-        lambda: model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=args.new,
-            min_new_tokens=args.new,
-            do_sample=False,
-            pad_token_id=50256,
-            **settings,
-        ),
-        prompts.device,
-    )
+        settings |= {"cache_implementation": "static", "compile_config": compile_config}
+    mask = torch.ones_like(prompts)
+    decode_prompts = partial(model.generate, prompts, attention_mask=mask, pad_token_id=50256, **settings)
+    texts, seconds = harness.timed(decode_prompts, prompts.device)
     return texts, len(prompts) * args.new / seconds
 
 

@@ -22,7 +22,7 @@ import torch
 Result = TypeVar("Result")
 
 
-def make_parser(doc: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
+def make_parser(doc: str | None, *, rounds: int | None = None) -> argparse.ArgumentParser:
     """Return a benchmark's argument parser, with the option --rounds if it has a default."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{Path(sys.argv[0]).stem}",
@@ -36,25 +36,20 @@ def make_parser(doc: str, *, rounds: int | None = None) -> argparse.ArgumentPars
 
 
 def take_turns(
-    candidates: Mapping[str, Callable[[], Result]], rounds: int, describe: Callable[[Result], str] | None = None
+    candidates: Mapping[str, Callable[[], Result]], rounds: int, describe: Callable[[Result], str]
 ) -> dict[str, list[Result]]:
     """
-    Measure each candidate once per round.
+    Measure each candidate once per round, and return the results of each candidate in the order of the rounds.
 
     Args:
         candidates: functions that measure, by name.
-        rounds: number of turns of each candidate.
-        describe: turns a result into text for the progress line; None prints nothing.
-
-    Returns:
-        The results of each candidate, in the order of the rounds.
+        describe: turns a result into text for a progress line.
     """
     results: dict[str, list[Result]] = {name: [] for name in candidates}
     for number in range(rounds):
         for name, measure in candidates.items():
             results[name].append(measure())
-            if describe is not None:
-                print(f"round {number + 1}  {name:<24} {describe(results[name][-1])}", flush=True)
+            print(f"round {number + 1}  {name:<24} {describe(results[name][-1])}", flush=True)
     return results
 
 
@@ -84,9 +79,9 @@ def with_range(values: Sequence[float], number_format: str) -> str:
     return f"{middle} ({lowest} to {highest})"
 
 
-def median_ratio(values: Sequence[float], reference: Sequence[float] | None) -> str:
+def median_ratio(values: Sequence[float], reference: Sequence[float]) -> str:
     """Return the median of the ratios within a round, or "-" without a reference."""
-    if reference is None:
+    if not reference:
         return "-"
     return f"{statistics.median(value / other for value, other in zip(values, reference, strict=True)):.2f}"
 
@@ -97,9 +92,9 @@ def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join([header, "|---" * len(columns) + "|", *lines])
 
 
-def report(title: str, rounds: int, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a table below one line with the title, the hardware, the versions and the number of rounds."""
-    return f"\n{title}; {machine_name()}; median of {rounds} rounds (lowest to highest)\n\n{table(columns, rows)}"
+def print_report(title: str, rounds: int, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table below one line with the title, the hardware, the versions and the number of rounds."""
+    print(f"\n{title}; {machine_name()}; median of {rounds} rounds (lowest to highest)\n\n{table(columns, rows)}")
 
 
 def machine_name() -> str:
@@ -117,11 +112,10 @@ def machine_name() -> str:
 
 def load_definitions(path: str) -> dict[str, Any]:
     """Return a script's imports, classes and functions by name, without running the rest of the script."""
-    tree = ast.parse(Path(path).read_text(), filename=path)
     module = types.ModuleType("lecture_script")
     sys.modules["lecture_script"] = module  # dataclasses and the compiler look the module up
     sys.path.insert(0, str(Path(path).resolve().parent))
-    for node in tree.body:
+    for node in ast.parse(Path(path).read_text(), filename=path).body:
         if isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef):
             # The script may import packages that are not installed and that the functions used here do not need.
             with contextlib.suppress(ImportError):

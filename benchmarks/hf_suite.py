@@ -23,9 +23,10 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from benchmarks.harness import make_parser
+from benchmarks.harness import make_parser, table
 
 ROOT = Path(__file__).resolve().parents[1]
+Outcomes = dict[str, dict[str, tuple[str, str]]]
 
 # Files that the source distribution's tests import and does not have.
 STAND_INS = {
@@ -49,7 +50,6 @@ import unittest
 import transformers
 
 import modeling_gpt2repro
-from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.modeling_gpt2repro import GPT2ReproBlock
 
 from .generation.test_utils import GenerationTesterMixin
@@ -107,7 +107,7 @@ class TestStock(Tests, unittest.TestCase):
 
 
 class TestOurs(Tests, unittest.TestCase):
-    config_class = GPT2ReproConfig
+    config_class = modeling_gpt2repro.GPT2ReproConfig
     all_model_classes = (
         modeling_gpt2repro.GPT2ReproModel,
         modeling_gpt2repro.GPT2ReproForCausalLM,
@@ -117,16 +117,13 @@ class TestOurs(Tests, unittest.TestCase):
 """
 
 
-def pip(*arguments: str | Path) -> None:
-    """Run pip quietly."""
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], check=True)
-
-
 def fetch_tests(folder: Path, version: str) -> Path:
     """Download the tests of transformers `version` into `folder`, with `parameterized`, which they need."""
-    pip("install", "--target", folder / "packages", "parameterized")
-    only_source = ("--no-deps", "--no-binary", "transformers", "--no-build-isolation")
-    pip("download", *only_source, "--dest", folder, f"transformers=={version}")
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "install", "--target", str(folder / "packages"), "parameterized"], check=True)
+    only_source = ["--no-deps", "--no-binary", "transformers", "--no-build-isolation"]
+    download = [*pip, "download", *only_source, "--dest", str(folder), f"transformers=={version}"]
+    subprocess.run(download, check=True)
     with tarfile.open(folder / f"transformers-{version}.tar.gz") as archive:
         prefix = f"transformers-{version}/tests/"
         members = [member for member in archive.getmembers() if member.name.startswith(prefix)]
@@ -134,17 +131,37 @@ def fetch_tests(folder: Path, version: str) -> Path:
     return folder / f"transformers-{version}" / "tests"
 
 
-def outcomes(report: Path) -> dict[str, dict[str, tuple[str, str]]]:
+def run_tests(folder: Path, version: str, expression: str) -> Outcomes:
+    """Run the tests that the pytest expression selects. Return {"TestStock": outcomes, "TestOurs": outcomes}."""
+    tests = fetch_tests(folder, version)
+    for path, text in STAND_INS.items():
+        (tests / path).parent.mkdir(exist_ok=True)
+        (tests / path).write_text(text)
+    (tests / "test_pair.py").write_text(TEST_FILE)
+    for package in (tests, *(path for path in tests.iterdir() if path.is_dir())):
+        (package / "__init__.py").touch()
+    report = folder / "report.xml"
+    options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", "-k", expression]
+    environment = os.environ | {"PYTHONPATH": f"{folder / 'packages'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "pytest", *options, "tests/test_pair.py"]
+    done = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True)
+    if not report.exists() or done.returncode not in (0, 1):
+        sys.exit(f"{done.stdout[-4000:]}{done.stderr[-4000:]}\npytest ended with exit code {done.returncode}")
+    return read_report(report)
+
+
+def read_report(report: Path) -> Outcomes:
     """Read {"TestStock" or "TestOurs": {test: (outcome, reason)}} from a JUnit file."""
-    read = collections.defaultdict(dict)
+    outcomes: Outcomes = {"TestStock": {}, "TestOurs": {}}
     for case in ET.parse(report).iter("testcase"):
         outcome, reason = "passed", ""
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
                 outcome = {"failure": "FAILED", "error": "ERROR", "skipped": "skipped"}[child.tag]
                 reason = (child.get("message") or "").strip().partition("\n")[0]
-        read[case.get("classname").rpartition(".")[2]][case.get("name")] = outcome, reason
-    return read
+        class_name = case.attrib["classname"].rpartition(".")[2]
+        outcomes.setdefault(class_name, {})[case.attrib["name"]] = outcome, reason
+    return outcomes
 
 
 def main() -> None:
@@ -153,38 +170,22 @@ def main() -> None:
     parser.add_argument("-k", default="", help="run the tests that this pytest expression selects")
     args = parser.parse_args()
     version = importlib.metadata.version("transformers")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tests = fetch_tests(folder, version)
-        for path, text in STAND_INS.items():
-            (tests / path).parent.mkdir(exist_ok=True)
-            (tests / path).write_text(text)
-        (tests / "test_pair.py").write_text(TEST_FILE)
-        for package in (tests, *(path for path in tests.iterdir() if path.is_dir())):
-            (package / "__init__.py").touch()
-        report = folder / "report.xml"
-        options = ["-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={report}", "-k", args.k]
-        environment = os.environ | {"PYTHONPATH": f"{folder / 'packages'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "pytest", *options, "tests/test_pair.py"]
-        done = subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True)
-        if not report.exists() or done.returncode not in (0, 1):
-            sys.exit(f"{done.stdout[-4000:]}{done.stderr[-4000:]}\npytest ended with exit code {done.returncode}")
-        read = outcomes(report)
-
-    stock, ours = read["TestStock"], read["TestOurs"]
+    with tempfile.TemporaryDirectory() as folder:
+        outcomes = run_tests(Path(folder), version, args.k)
+    stock, ours = outcomes["TestStock"], outcomes["TestOurs"]
     missing = ("not run", "")
-    print(f"transformers {version}\n\n| test | stock | ours | reason |\n| --- | --- | --- | --- |")
-    worse = 0
+    rows, num_worse = [], 0
     for test in sorted(stock.keys() | ours.keys()):
         (stock_outcome, stock_reason), (our_outcome, our_reason) = stock.get(test, missing), ours.get(test, missing)
-        worse += stock_outcome == "passed" and our_outcome in ("FAILED", "ERROR")
+        num_worse += stock_outcome == "passed" and our_outcome in ("FAILED", "ERROR")
         if stock_outcome != our_outcome or "FAILED" in (stock_outcome, our_outcome):
-            print(f"| {test} | {stock_outcome} | {our_outcome} | {(our_reason or stock_reason)[:200]} |")
+            rows.append([test, stock_outcome, our_outcome, (our_reason or stock_reason)[:200]])
+    print(f"transformers {version}\n\n{table(('test', 'stock', 'ours', 'reason'), rows)}")
     for label, tests in (("stock", stock), ("ours", ours)):
         counts = collections.Counter(outcome for outcome, _ in tests.values())
         print(f"\n{label}: {', '.join(f'{number} {outcome}' for outcome, number in sorted(counts.items()))}")
-    print(f"\n{worse} that stock passes and ours fails")
-    sys.exit(worse > 0)
+    print(f"\n{num_worse} that stock passes and ours fails")
+    sys.exit(num_worse > 0)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,19 @@ import sys
 import tempfile
 import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import make_parser, report, table, take_turns, with_range
+from benchmarks.harness import make_parser, print_report, table, take_turns, with_range
 from data.loader import WindowLoader
 from data.manifest import Manifest, open_split
 from data.shards import BLOCK_TOKENS, HEADER_BYTES, MAGIC, VERSION
 
 SEQ_LEN, WINDOWS = 1024, 512
+COLUMNS = ("boundary", "page cache", "M tokens/s", "MB more at the end")
+FIRST_BATCH_COLUMNS = ("first step", "imports, s", "open 100 shards, s", "first batch, s", "open and first batch, s")
 # In a fresh process: seconds for the imports, to open the shards, and to the first batch.
 FIRST_BATCH = f"""
 import json, sys, time
@@ -54,26 +57,23 @@ def main() -> None:
             write_sparse_shards(Path(folder))
             # A new run, one resumed at its end, and one after 50 epochs.
             rows = [first_batch(folder, step) for step in (0, 19_000, 1_000_000)]
-        print(
-            table(("first step", "imports, s", "open 100 shards, s", "first batch, s", "open and first batch, s"), rows)
-        )
+        print(table(FIRST_BATCH_COLUMNS, rows))
     if args.folder:
-        kinds = [(boundary, cache) for boundary in ("ignore", "document") for cache in ("warm", "cold")]
         candidates = {
-            " ".join(kind): lambda kind=kind: deliver(args.folder, args.seconds, kind[0], kind[1] == "cold")
-            for kind in kinds
+            f"{boundary} {cache}": partial(deliver, args.folder, args.seconds, boundary, cache == "cold")
+            for boundary in ("ignore", "document")
+            for cache in ("warm", "cold")
         }
-        results = take_turns(candidates, args.rounds, lambda result: f"{result[0] / 1e6:.1f}M tokens/s")
-        rows = []
-        for kind, turns in zip(kinds, results.values(), strict=True):
-            rates, megabytes = zip(*turns, strict=True)
-            rows.append([*kind, with_range([rate / 1e6 for rate in rates], ".1f"), with_range(megabytes, ".1f")])
-        columns = ("boundary", "page cache", "M tokens/s", "MB more at the end")
-        print(report(f"T = {SEQ_LEN:,}, {WINDOWS} windows per step", args.rounds, columns, rows))
+        results = take_turns(candidates, args.rounds, lambda result: f"{result[0]:.1f}M tokens/s")
+        rows = [
+            [*name.split(), *(with_range(values, ".1f") for values in zip(*turns, strict=True))]
+            for name, turns in results.items()
+        ]
+        print_report(f"T = {SEQ_LEN:,}, {WINDOWS} windows per step", args.rounds, COLUMNS, rows)
 
 
 def deliver(folder: Path, seconds: float, boundary: str, is_cold: bool) -> tuple[float, float]:
-    """Read batches, at most one epoch if `is_cold`. Return (tokens/s, MB that memory grew after the first steps)."""
+    """Read batches, at most one epoch if `is_cold`. Return (M tokens/s, MB that memory grew after the first steps)."""
     if is_cold:
         drop_from_page_cache(folder)
     loader = WindowLoader(
@@ -87,7 +87,7 @@ def deliver(folder: Path, seconds: float, boundary: str, is_cold: bool) -> tuple
         if time.perf_counter() - start > seconds or (is_cold and steps * WINDOWS > loader.num_windows):
             break
     rate = steps * WINDOWS * SEQ_LEN / (time.perf_counter() - start)
-    return rate, own_megabytes() - (before or own_megabytes())
+    return rate / 1e6, own_megabytes() - (before or own_megabytes())
 
 
 def own_megabytes() -> float:

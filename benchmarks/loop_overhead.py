@@ -8,11 +8,9 @@ For a CPU, where a call returns when its work is done. (On a GPU the host runs a
 any other and prints the milliseconds of each part: medians over all steps but the first ten.
 """
 
-import json
 import statistics
 import time
-from collections import Counter
-from pathlib import Path
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from benchmarks.harness import make_parser
+from common.metrics import read_metrics
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 PARTS = {
@@ -40,9 +39,10 @@ def main() -> None:
     steps = time_parts()
     if code := train.train(settings):
         raise SystemExit(code)
-    lines = (Path(load_config(settings).output_dir) / "metrics.jsonl").read_text().splitlines()
-    totals = [record["ms"] for record in map(json.loads, lines) if "ms" in record][-len(steps) :]
-    for step, total in zip(steps, totals, strict=True):
+    totals = [
+        record["ms"] for record in read_metrics(f"{load_config(settings).output_dir}/metrics.jsonl") if "ms" in record
+    ]
+    for step, total in zip(steps, totals[-len(steps) :], strict=True):
         step |= {"rest": total - sum(step.values()), "step": total}
     steps = steps[WARM_UP_STEPS:] or steps
     for part in ("step", *PARTS):
@@ -55,7 +55,7 @@ def main() -> None:
 def time_parts() -> list[dict[str, float]]:
     """Patch the functions in PARTS. Return a list that gets each training step's milliseconds by part."""
     steps: list[dict[str, float]] = []
-    milliseconds: Counter[str] = Counter()
+    milliseconds: dict[str, float] = defaultdict(float)
 
     def add_timer(owner: type, name: str, part: str) -> None:
         function = getattr(owner, name)

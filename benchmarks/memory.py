@@ -47,6 +47,8 @@ def main() -> None:
     only = parser.parse_args().only
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        prepare = [sys.executable, "-m", "data.prepare", "sample", "--out", f"{folder}/sample"]
+        subprocess.run(prepare, stdout=subprocess.DEVNULL, check=True)
         for number, shape in enumerate(SHAPES):
             layers, width, _, seq_len, size, accumulation, precision, dropout = shape
             name = (
@@ -58,8 +60,8 @@ def main() -> None:
             settings = SETTINGS.format(*shape, tokens=tokens, folder=folder, number=number).split()
             command = [sys.executable, "-c", PROGRAM, *settings]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            estimate = float(re.search(r"memory +about ([\d.]+) GB", done.stdout)[1])
-            peak = int(re.search(r"PEAK (\d+)", done.stdout)[1]) / 1e9
+            [estimate] = map(float, re.findall(r"memory +about ([\d.]+) GB", done.stdout))
+            [peak] = (int(size) / 1e9 for size in re.findall(r"PEAK (\d+)", done.stdout))
             rows.append([name, f"{estimate:.2f}", f"{peak:.2f}", f"{estimate / peak:.2f}"])
             print(*rows[-1], flush=True)
     print(f"\n{table(('shape', 'estimate', 'real', 'ratio'), rows)}")

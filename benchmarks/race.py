@@ -5,11 +5,10 @@ Train the same model by several recipes, and compare the tokens and seconds each
     python -m benchmarks.race adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \
         wd0=benchmarks/race_small_fast.yaml,optim.muon_weight_decay=0 --seeds 1 2 3 --out runs/race_small
 
-NAME=RECIPE[,SETTING=VALUE...] is a runner. The last validation loss of the first one, the reference, is the goal. With
-the same seed all runners see the same batches if their batches have the same size. Each run is `accelerate launch
-train.py`. The runners take turns for each seed, so that a slow hour of the machine affects all of them. Started again,
-the race resumes an interrupted run and keeps those that finished or diverged. A run that diverges has not reached the
-goal; a run that fails for another reason ends the race.
+NAME=RECIPE[,SETTING=VALUE...] is a runner. The last validation loss of the first one, the reference, is the goal. Each
+run is `accelerate launch train.py`. The runners take turns for each seed, and see the same batches with the same seed
+if their batches have the same size. Started again, the race resumes an interrupted run and keeps those that finished or
+diverged. A run that diverges has not reached the goal; a run that fails for another reason ends the race.
 
 Writes one folder per run (NAME/SEED), race.json and race.png (loss over tokens and over seconds). Prints a Markdown
 table: mean and standard deviation over the seeds. Ratios compare runs of the same seed and are read off straight lines
@@ -22,12 +21,11 @@ import dataclasses
 import itertools
 import json
 import math
-import operator
 import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +52,8 @@ def main() -> None:
     """Parse the arguments, train and compare."""
     args = parse_args()
     folders = {(name, seed): args.out / name / str(seed) for seed in args.seeds for name in args.runners}
-    configs = {key: check(folder, args.runners[key[0]], key[1]) for key, folder in folders.items()}
+    configs = {(name, seed): check(path, args.runners[name], seed) for (name, seed), path in folders.items()}
     check_comparable(configs.values())  # before hours of training
-    reference = next(iter(args.runners))
     curves: Curves = {name: {} for name in args.runners}
     for (name, seed), folder in folders.items():
         has_finished = train(folder, args.runners[name], args.launch, configs[name, seed])
@@ -64,7 +61,7 @@ def main() -> None:
         curves[name][seed] = curve
         tokens, seconds, loss = curve[-1]
         print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
-        if name == reference and not math.isfinite(loss):
+        if name == next(iter(args.runners)) and not math.isfinite(loss):
             raise SystemExit(f"error: {folder}: the reference run diverged; see console.log there")
     origins = {origin(folder) for folder in folders.values()}
     if len(origins) > 1:
@@ -121,18 +118,19 @@ def check(folder: Path, settings: list[str], seed: int) -> Config:
 
 def check_comparable(configs: Iterable[Config]) -> None:
     """Exit if the configs' validation losses do not measure the same thing."""
-    values_to_match: dict[str, Callable[[Config], Any]] = {
-        "model": lambda config: dataclasses.replace(config.model, dropout=0.0),
-        "data.path": lambda config: config.data.path,
-        "data.boundary": lambda config: config.data.boundary,
-        "batch.seq_len": lambda config: config.batch.seq_len,
-        "eval.val_tokens": lambda config: config.eval.val_tokens,
-        "init_from": lambda config: config.init_from,
+    configs = list(configs)
+    values_to_match: dict[str, Iterable[object]] = {
+        "model": (dataclasses.replace(config.model, dropout=0.0) for config in configs),
+        "data.path": (config.data.path for config in configs),
+        "data.boundary": (config.data.boundary for config in configs),
+        "batch.seq_len": (config.batch.seq_len for config in configs),
+        "eval.val_tokens": (config.eval.val_tokens for config in configs),
+        "init_from": (config.init_from for config in configs),
     }
-    for name, value_of in values_to_match.items():
-        values = sorted({str(value_of(config)) for config in configs})
-        if len(values) > 1:
-            raise SystemExit(f"error: the runners differ in {name} ({', '.join(values)}): use one value for all")
+    for name, values in values_to_match.items():
+        different = sorted({str(value) for value in values})
+        if len(different) > 1:
+            raise SystemExit(f"error: the runners differ in {name} ({', '.join(different)}): use one value for all")
 
 
 def train(folder: Path, settings: list[str], launch: str, config: Config) -> bool:
@@ -163,13 +161,7 @@ def outcome(folder: Path, config: Config) -> bool | None:
 
 
 def validation_curve(records: Iterable[dict[str, Any]], has_finished: bool) -> Curve:
-    """
-    Return a run's evaluations.
-
-    Args:
-        records: the lines of metrics.jsonl.
-        has_finished: False if the run diverged; the curve then ends with an infinite loss.
-    """
+    """Return the evaluations in the records of metrics.jsonl. An infinite loss ends a diverged run's curve."""
     curve, tokens, seconds = [], 0, 0.0
     for record in records:
         tokens = record["tokens"]
@@ -181,19 +173,15 @@ def validation_curve(records: Iterable[dict[str, Any]], has_finished: bool) -> C
 
 
 def reach(curve: Curve, loss: float) -> Point | None:
-    """
-    Return the first point with at most this loss, on straight lines between evaluations.
-
-    Returns:
-        None if the curve does not reach the loss or ends above it.
-    """
+    """Return the first point with this loss, on straight lines between evaluations; None if the curve ends above it."""
     if curve[-1].loss > loss:
         return None
     if curve[0].loss <= loss:
         return curve[0]
     before, after = next(pair for pair in itertools.pairwise(curve) if pair[1].loss <= loss)
     share = (before.loss - loss) / (before.loss - after.loss) if math.isfinite(before.loss) else 1.0
-    return Point(*(start + share * (end - start) for start, end in zip(before[:2], after[:2], strict=True)), loss)
+    tokens = before.tokens + share * (after.tokens - before.tokens)
+    return Point(tokens, before.seconds + share * (after.seconds - before.seconds), loss)
 
 
 def compare(curves: Curves) -> list[dict[str, Any]]:
@@ -208,8 +196,8 @@ def compare(curves: Curves) -> list[dict[str, Any]]:
     reference = next(iter(curves.values()))
     rows = []
     for name, by_seed in curves.items():
-        lists = ("loss", "difference", "tokens", "token_ratio", "time_ratio")
-        row: dict[str, Any] = {"name": name, **{key: [] for key in lists}}
+        row: dict[str, Any] = {"name": name, "loss": [], "difference": [], "tokens": []}
+        row |= {"token_ratio": [], "time_ratio": []}
         for seed, curve in by_seed.items():
             end, goal = curve[-1], reference[seed][-1]
             reached = goal if by_seed is reference else reach(curve, goal.loss)
@@ -236,9 +224,11 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     above = f"above {rows[0]['name']}'s"
     columns = ("runner", "n", "tokens", "last validation loss", above, "tokens to it", "seconds to it")
     formats = {"loss": ".4f", "difference": ".4f", "token_ratio": ".2f", "time_ratio": ".2f"}
-    cells = [[mean(row[key], number_format) for key, number_format in formats.items()] for row in rows]
-    heads = [[row["name"], len(row["loss"]), f"{max(row['tokens']):,}"] for row in rows]
-    return table(columns, map(operator.add, heads, cells))
+    cells = []
+    for row in rows:
+        means = (mean(row[key], number_format) for key, number_format in formats.items())
+        cells.append([row["name"], len(row["loss"]), f"{max(row['tokens']):,}", *means])
+    return table(columns, cells)
 
 
 def mean(values: Sequence[float | None], number_format: str) -> str:
@@ -258,16 +248,13 @@ def plot(curves: Curves, path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     goal = statistics.fmean(curve[-1].loss for curve in next(iter(curves.values())).values())
     lowest = min(point.loss for by_seed in curves.values() for curve in by_seed.values() for point in curve)
-    for axis, column, label in zip(
-        axes, ("tokens", "seconds"), ("training tokens", "seconds of training"), strict=True
-    ):
+    for axis, column in zip(axes, ("tokens", "seconds"), strict=True):
         for number, (name, by_seed) in enumerate(curves.items()):
-            for seed, curve in by_seed.items():
+            for i, curve in enumerate(by_seed.values()):
                 x, y = [getattr(point, column) for point in curve], [point.loss for point in curve]
-                label_once = name if seed == next(iter(by_seed)) else None
-                axis.plot(x, y, "o-", ms=3, lw=1, alpha=0.7, color=f"C{number % 10}", label=label_once)
+                axis.plot(x, y, "o-", ms=3, lw=1, alpha=0.7, color=f"C{number % 10}", label=name if i == 0 else None)
         axis.axhline(goal, color="gray", ls="--", lw=1, label=f"the first one's last ({goal:.3f})")
-        axis.set(xlabel=label, ylim=(lowest - 0.1, goal + 1.5 * math.log(4)))
+        axis.set(xlabel=f"{column} of training", ylim=(lowest - 0.1, goal + 1.5 * math.log(4)))
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="validation loss, nats per token")
     axes[0].legend()

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import make_parser, median_ratio, report, take_turns, with_range
+from benchmarks.harness import make_parser, median_ratio, print_report, take_turns, with_range
 from data.sources import FileSource, Progress, decode_record
 from data.tokenizer import EOT, load_hf_tokenizer, load_tiktoken
 
@@ -56,25 +56,21 @@ def main() -> None:
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, {num_tokens:,} tokens", flush=True)
 
-    seconds: dict[str, Callable[[], float]] = {
+    measures: dict[str, Callable[[], float]] = {
         "tiktoken": lambda: tiktoken_alone(documents, args.num_proc),
         "lecture": lambda: lecture(documents, args.num_proc, num_tokens),
         "tokenizers": lambda: tokenizers_batch(documents),
         "prepare": lambda: prepare(args.paths, args.separator, args.num_proc, "tiktoken"),
         "prepare-giga": lambda: prepare(args.paths, args.separator, args.num_proc, "gigatoken"),
     }
-    candidates = {name: lambda measure=seconds[name]: num_tokens / measure() / 1e6 for name in args.candidates}
-    results = take_turns(candidates, args.rounds, lambda rate: f"{rate:.2f}M tokens/s")
-    rows = [
-        [
-            name,
-            with_range(rates, ".2f"),
-            f"{statistics.median(rates) / args.num_proc:.2f}",
-            median_ratio(rates, results.get("tiktoken")),
-        ]
-        for name, rates in results.items()
-    ]
-    print(report(f"{num_tokens:,} tokens, {args.num_proc} processes", args.rounds, COLUMNS, rows))
+    candidates = {name: measures[name] for name in args.candidates}
+    seconds = take_turns(candidates, args.rounds, lambda seconds: f"{num_tokens / seconds / 1e6:.2f}M tokens/s")
+    results = {name: [num_tokens / value / 1e6 for value in values] for name, values in seconds.items()}
+    rows = []
+    for name, rates in results.items():
+        per_core = f"{statistics.median(rates) / args.num_proc:.2f}"
+        rows.append([name, with_range(rates, ".2f"), per_core, median_ratio(rates, results.get("tiktoken", []))])
+    print_report(f"{num_tokens:,} tokens, {args.num_proc} processes", args.rounds, COLUMNS, rows)
 
 
 def tiktoken_alone(documents: list[str], num_proc: int) -> float:
@@ -123,7 +119,7 @@ def _encode_share(number: int) -> None:
 
 
 def _encode_one(text: str) -> np.ndarray:
-    """Encode a document as build-nanogpt's tokenize() does."""
+    """Encode a document as build-nanogpt's tokenize() does, with its check of the range."""
     tokens = np.array([EOT, *load_tiktoken().encode_ordinary(text)])
     if not ((tokens >= 0).all() and (tokens < 2**16).all()):
         raise ValueError("token id does not fit into uint16")

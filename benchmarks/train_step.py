@@ -2,9 +2,8 @@
 Time one optimizer step (forward, backward, AdamW) of GPT-2: this model, transformers', and any lecture-like script.
 
     python -m benchmarks.train_step                                  # 124M, 4 x 1024 tokens, bf16, eager and compiled
-    python -m benchmarks.train_step --script build-nanogpt/train_gpt2.py --no-compiled
+    python -m benchmarks.train_step --no-compiled --candidates ours transformers script:build-nanogpt/train_gpt2.py
     python -m benchmarks.train_step --candidates ours ours-50304     # what a 50,257-row vocabulary costs
-    python -m benchmarks.train_step --candidates ours --profile      # where one step's time goes
 
 Every turn is a fresh process, so that peak memory is its own. Each turn also measures the machine's ceiling: the best
 of a few matmuls of the model's shapes and of square shapes, in the same dtype. Prints a Markdown table.
@@ -19,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,31 +39,30 @@ def main() -> None:
         print(json.dumps(measure_turn(argparse.Namespace(**json.loads(sys.argv[2])))))
         return
     args = parse_args()
-    names = args.candidates or ["ours", "transformers", *(f"script:{path}" for path in args.script)]
-    modes = (["eager"] if args.eager else []) + (["compiled"] if args.compiled else [])
-    turns = {f"{name} {mode}": vars(args) | {"candidate": name, "mode": mode} for mode in modes for name in names}
-    candidates = {key: lambda turn=turn: run_turn(turn) for key, turn in turns.items()}
-    results = harness.take_turns(candidates, args.rounds, progress_line)
+    modes = [mode for mode in ("eager", "compiled") if getattr(args, mode)]
+    turns = {(name, mode): vars(args) | {"candidate": name, "mode": mode} for mode in modes for name in args.candidates}
+    candidates = {" ".join(key): partial(run_turn, turn) for key, turn in turns.items()}
+    results = harness.take_turns(candidates, args.rounds, describe)
 
-    def values(key: str, name: str) -> list[float] | None:
-        return [result[name] for result in results[key]] if key in results else None
+    def values(name: str, mode: str, what: str) -> list[float]:
+        return [result[what] for result in results.get(f"{name} {mode}", [])]
 
     rows = []
-    for key, turn in turns.items():
-        speeds, shares, peaks = (values(key, name) for name in ("tokens_per_second", "share_of_ceiling", "peak_gb"))
+    for name, mode in turns:
+        speeds, peaks = values(name, mode, "tokens_per_second"), values(name, mode, "peak_gb")
         rows.append(
             [
-                turn["candidate"],
-                turn["mode"],
+                name,
+                mode,
                 harness.with_range(speeds, ",.0f"),
-                f"{statistics.median(shares):.2f}",
+                f"{statistics.median(values(name, mode, 'share_of_ceiling')):.2f}",
                 f"{statistics.median(peaks):.2f}",
-                harness.median_ratio(speeds, values(f"transformers {turn['mode']}", "tokens_per_second")),
-                harness.median_ratio(peaks, values("transformers eager", "peak_gb")),
+                harness.median_ratio(speeds, values("transformers", mode, "tokens_per_second")),
+                harness.median_ratio(peaks, values("transformers", "eager", "peak_gb")),
             ]
         )
     title = f"{args.size}, {args.batch} x {args.seq_len} tokens, {args.dtype}, AdamW"
-    print(harness.report(title, args.rounds, COLUMNS, rows))
+    harness.print_report(title, args.rounds, COLUMNS, rows)
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,21 +76,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences per step")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of the matmuls (autocast)")
-    parser.add_argument("--candidates", nargs="+", help="ours, ours-50304, transformers, script:PATH")
-    parser.add_argument("--script", nargs="+", default=[], help="files that define GPT and GPTConfig")
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=["ours", "transformers"],
+        help="ours, ours-50304, transformers, script:PATH of a file that defines GPT and GPTConfig",
+    )
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=5, help="timed steps per turn; the median is reported")
-    parser.add_argument("--profile", action="store_true", help="also print the profile of one step")
     args = parser.parse_args()
-    for script in args.script:
-        if not Path(script).is_file():
-            parser.error(f"--script {script}: file not found")
     args.layers, args.heads, args.width = sizes[args.size]
     return args
 
 
-def run_turn(turn: dict[str, Any]) -> dict[str, Any]:
+def run_turn(turn: dict[str, Any]) -> dict[str, float]:
     """Measure a turn in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.train_step", "--turn", json.dumps(turn)]
     process = subprocess.run(command, capture_output=True, text=True)
@@ -101,18 +99,17 @@ def run_turn(turn: dict[str, Any]) -> dict[str, Any]:
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def progress_line(result: dict[str, Any]) -> str:
-    """Return a turn's results as text, followed by its profile if there is one."""
-    line = f"{result['tokens_per_second']:>9,.0f} tokens/s  {result['peak_gb']:5.2f} GB  "
-    line += f"ceiling {result['ceiling_tflops']:.2f} TFLOP/s"
-    return "\n".join(filter(None, (line, result["profile"])))
+def describe(result: dict[str, float]) -> str:
+    """Return a turn's results as text."""
+    speed, peak, ceiling = result["tokens_per_second"], result["peak_gb"], result["ceiling_tflops"]
+    return f"{speed:>9,.0f} tokens/s  {peak:5.2f} GB  ceiling {ceiling:.2f} TFLOP/s"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # One turn, in a process of its own.
 
 
-def measure_turn(turn: argparse.Namespace) -> dict[str, Any]:
+def measure_turn(turn: argparse.Namespace) -> dict[str, float]:
     """Train for a few steps. Return speed, peak memory and the machine's ceiling."""
     device = harness.pick_device()
     torch.manual_seed(0)
@@ -136,7 +133,6 @@ def measure_turn(turn: argparse.Namespace) -> dict[str, Any]:
     # Read before the ceiling is measured, whose matrices are not the model's. The compiler's memory is included, as it
     # is for a user.
     peak_gb = peak_memory_gb(device)
-    profile = profile_of(step, device) if turn.profile else None
     ceiling = matmul_ceiling(turn, device)
     num_tokens = turn.batch * turn.seq_len
     # 6 FLOPs per parameter and token, without the position embedding (looked up) and with 50,257 rows of the token
@@ -148,7 +144,6 @@ def measure_turn(turn: argparse.Namespace) -> dict[str, Any]:
         "share_of_ceiling": flops / seconds / ceiling,
         "ceiling_tflops": ceiling / 1e12,
         "peak_gb": peak_gb,
-        "profile": profile,
     }
 
 
@@ -160,22 +155,19 @@ def build(turn: argparse.Namespace) -> tuple[torch.nn.Module, LossFunction]:
         from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
         vocab_size = int(turn.candidate.partition("-")[2] or 50257)
-        model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, n_positions=n_positions, vocab_size=vocab_size))
-        return model, lambda model, tokens, targets: model(tokens, shift_labels=targets).loss
+        ours = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, n_positions=n_positions, vocab_size=vocab_size))
+        return ours, lambda model, tokens, targets: model(tokens, shift_labels=targets).loss
     if turn.candidate == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(**shape, n_positions=n_positions, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-        model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+        gpt2 = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
         # This loss shifts the labels itself, so it has one target less per sequence.
-        return model, lambda model, tokens, targets: model(tokens, labels=tokens, use_cache=False).loss
+        return gpt2, lambda model, tokens, targets: model(tokens, labels=tokens, use_cache=False).loss
     if turn.candidate.startswith("script:"):
-        path = turn.candidate.partition(":")[2]
-        names = harness.load_definitions(path)
-        if not {"GPT", "GPTConfig"} <= names.keys():
-            raise SystemExit(f"{path} does not define GPT and GPTConfig")
-        model = names["GPT"](names["GPTConfig"](**shape, block_size=n_positions, vocab_size=50304))
-        return model, lambda model, tokens, targets: model(tokens, targets)[1]
+        names = harness.load_definitions(turn.candidate.partition(":")[2])
+        gpt = names["GPT"](names["GPTConfig"](**shape, block_size=n_positions, vocab_size=50304))
+        return gpt, lambda model, tokens, targets: model(tokens, targets)[1]
     raise SystemExit(f"unknown candidate {turn.candidate!r}: use ours, ours-50304, transformers or script:PATH")
 
 
@@ -199,20 +191,9 @@ def matmul_ceiling(turn: argparse.Namespace, device: torch.device) -> float:
         a = torch.randn(m, k, device=device).to(dtype)
         b = torch.randn(n, k, device=device).to(dtype)
         out = torch.empty(m, n, device=device, dtype=dtype)
-        seconds = min(harness.timed(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), device)[1] for _ in range(10))
+        seconds = min(harness.timed(partial(torch.mm, a, b.T, out=out), device)[1] for _ in range(10))
         best = max(best, 2 * m * k * n / seconds)
     return best
-
-
-def profile_of(step: Callable[[], None], device: torch.device) -> str:
-    """Return the profiler's table of one step, sorted by the device's time."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-        harness.synchronize(device)
-    return profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """
-python -m hub push CHECKPOINT USER/NAME               push to the Hub with a model card, in one commit
-python -m hub export CHECKPOINT --to gpt2|onnx|gguf --out DIR
-python -m hub demo CHECKPOINT [CHECKPOINT]            try a checkpoint in the browser, or compare two
+Publish, export and try checkpoints.
+
+    python -m hub push CHECKPOINT USER/NAME               push to the Hub with a model card, in one commit
+    python -m hub export CHECKPOINT --to gpt2|onnx|gguf --out DIR
+    python -m hub demo CHECKPOINT [CHECKPOINT]            try a checkpoint in the browser, or compare two
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from common.checkpoints import resolve_checkpoint
 from common.cli import Parser, prepare_process, run_command
@@ -25,8 +27,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="push|export|demo")
 
-    push = commands.add_parser("push", help="push a checkpoint to the Hub", allow_abbrev=False)
-    push.set_defaults(run=_push)
+    def add_command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    push = add_command("push", _push, "push a checkpoint to the Hub")
     push.add_argument("checkpoint", help="folder of a checkpoint (runs/x/checkpoints/...) or of a plain GPT-2")
     push.add_argument("repository", metavar="USER/NAME", help="created if it does not exist")
     push.add_argument("--public", action="store_true", help="make it public (default: private)")
@@ -35,14 +41,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     push.add_argument("--dry_run", action="store_true", help="print the model card and the files, without the network")
 
-    export = commands.add_parser("export", help="write a checkpoint for other engines", allow_abbrev=False)
-    export.set_defaults(run=_export)
+    export = add_command("export", _export, "write a checkpoint for other engines")
     export.add_argument("checkpoint", help="folder of a checkpoint or of a plain GPT-2, or its id on the Hub")
     export.add_argument("--to", required=True, choices=["gpt2", "onnx", "gguf"], help="format")
     export.add_argument("--out", required=True, metavar="DIR", help="new folder")
 
-    demo = commands.add_parser("demo", help="try a checkpoint in the browser", allow_abbrev=False)
-    demo.set_defaults(run=_demo)
+    demo = add_command("demo", _demo, "try a checkpoint in the browser")
     demo.add_argument("checkpoint", nargs="+", help="one, or two to compare: folders, or ids on the Hub")
     demo.add_argument("--port", type=int, default=7860, help="port on this machine (default: 7860)")
     demo.add_argument("--device", help="cuda, mps or cpu (default: the first that is available)")

@@ -1,5 +1,5 @@
 """
-The model card of a checkpoint: its facts, gathered in dataclasses, and card.md.jinja, which shows them.
+The model card of a checkpoint: its facts, gathered here, and card.md.jinja, which shows them.
 
 The facts come from the checkpoint, from the run it belongs to (provenance.json, metrics.jsonl) and from the files that
 `python -m eval --output` wrote. The card leaves out what is not known.
@@ -8,6 +8,7 @@ The facts come from the checkpoint, from the run it belongs to (provenance.json,
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,90 +36,27 @@ _NOT_SHOWN = ("output_dir", "resume", "dry_run", "push_to_hub", "push_every_save
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """Training data, as the run recorded it."""
-
-    train_tokens: int
-    val_tokens: int
-    manifest_sha256: str | None
-    dataset: str | None
-    """id on the Hub"""
-    subset: str | None
-    revision: str | None
-    sample_python: str | None
-    """Python version of the offline sample corpus, if that is the data"""
-    files: list[str]
-    """names of the files that were tokenized, without their folders"""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Run:
     """A training run's own records about one of its checkpoints."""
 
-    name: str
-    """name of the run's folder"""
     step: int
-    max_steps: int
-    tokens: int
-    """tokens trained on up to this step"""
-    tokens_per_step: int
-    seed: int
-    device: str
-    num_processes: int
-    mixed_precision: str
-    dollars_per_hour: float | None
-    """price of one device"""
-    seconds: float | None
-    """time spent on training and evaluation up to this step"""
-    commit: str | None
-    """commit of gpt2-repro"""
-    is_dirty: bool
-    """True if the code had uncommitted changes"""
-    versions: dict[str, str]
-    """{package: version} of the last launch"""
-    num_resumes: int
-    settings: str
-    """all settings as YAML, without folders of the training machine"""
-    data: TrainingData
     is_evaluated: bool
-    """True if the run evaluated this step"""
-    val_loss: float | None
-    """nats per token; None if the step was not evaluated or its loss was not finite"""
-    val_loss_tokens: int
-    """validation tokens that an evaluation scores"""
-    hellaswag: dict[str, Any] | None
-    """HellaSwag scores of this step: acc_norm, acc_norm_stderr, n, is_sample"""
-    is_from_scratch: bool
-    """True if the run is known to have started from random weights"""
-    init_from: str | None
-    """model whose weights the run started from: a Hub id or a folder's name"""
-    base_model: str | None
-    """`init_from`, if it is a Hub id"""
-    curves: Path | None
-    """curves.png of the run"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One row of the card's table of results."""
-
-    metric: str
-    value: float
-    stderr: float | None = None
-    published: str = ""
-    """a published value of the same metric"""
-    protocol: str
-    entry: EvalResult | None = None
-    """for the card's metadata, if the value is comparable with those of other models"""
+    val_loss: float | None  # nats per token; None if this step was not evaluated or its loss was not finite
+    is_from_scratch: bool  # the run is known to have started from random weights
+    base_model: str | None  # id on the Hub of the model whose weights the run started from
+    dataset: str | None  # id on the Hub
+    revision: str | None  # of the data set
+    curves: Path | None  # curves.png
+    facts: dict[str, Any]  # that only the template reads
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """Content of a file written by `python -m eval --output`."""
 
-    scores: list[Score]
-    footnotes: list[str]
-    """one line per task: its version and items"""
+    scores: list[dict[str, Any]]  # rows for the template
+    footnotes: list[str]  # one per task: its version and items
+    metadata: list[EvalResult]  # the scores that are comparable with those of other models
 
 
 def read_run(checkpoint: Path) -> Run | None:
@@ -129,10 +67,8 @@ def read_run(checkpoint: Path) -> Run | None:
         HubError: the run's files exist but cannot be read.
     """
     checkpoint = checkpoint.resolve()
-    if len(checkpoint.parents) < 2 or checkpoint.parent.name != "checkpoints":
-        return None
-    folder = checkpoint.parents[1]
-    if not (folder / "provenance.json").is_file():
+    folder = checkpoint.parent.parent
+    if checkpoint.parent.name != "checkpoints" or not (folder / "provenance.json").is_file():
         return None
     try:
         return _parse_run(folder, checkpoint)
@@ -145,76 +81,82 @@ def read_run(checkpoint: Path) -> Run | None:
 
 
 def _parse_run(folder: Path, checkpoint: Path) -> Run:
-    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    state = json.loads((checkpoint / "training_state" / "state.json").read_text(encoding="utf-8"))
+    provenance = _read_json(folder / "provenance.json")
+    state = _read_json(checkpoint / "training_state" / "state.json")
     config, hardware, data = provenance["config"], provenance["hardware"], provenance["data"]
-    source, code = data.get("source") or {}, provenance.get("code")
+    code, source = provenance.get("code"), data.get("source") or {}
     step = int(state["step"])
 
     records = [record for record in read_metrics(folder / "metrics.jsonl") if record["step"] <= step]
     evaluation = next((r for r in records if r["step"] == step and "val_loss" in r), None)
-    seconds = sum(r["ms"] / 1000 if "ms" in r else r.get("seconds", 0) for r in records) if records else None
+    seconds = sum(r["ms"] / 1000 if "ms" in r else r.get("seconds", 0) for r in records)
 
     earlier = list(provenance.get("earlier_launches", []))
     launches = [*earlier, provenance]
-    initialized = next((launch for launch in launches if launch["config"].get("init_from")), None)
-    init_from = initialized and initialized["config"]["init_from"]
-    base_model = None if initialized is None or _is_folder(initialized, folder) else init_from
-
+    init_from, base_model = _initial_weights(launches, folder)
     items = config["eval"].get("hellaswag")
     settings = {key: value for key, value in config.items() if key not in _NOT_SHOWN} | {
         "data": config["data"] | {"path": _file_name(config["data"]["path"])},
         "eval": config["eval"] | {"hellaswag": items and _file_name(items)},
-        "init_from": base_model or (init_from and _file_name(init_from)),
+        "init_from": init_from,
+    }
+    facts = {
+        "name": folder.name,
+        "tokens": int(state["tokens"]),
+        "max_steps": int(config["max_steps"]),
+        "tokens_per_step": int(config["batch"]["tokens_per_step"]),
+        "seed": config["seed"],
+        "device": hardware["device"],
+        "num_processes": hardware["processes"],
+        "mixed_precision": hardware["mixed_precision"],
+        "dollars_per_hour": hardware.get("dollars_per_hour", hardware.get("dollars_an_hour")),
+        "hours": seconds / 3600 if records else None,
+        "commit": code["commit"] if code else None,
+        "is_dirty": code and code["dirty"],
+        "versions": {name: version for name, version in provenance["versions"].items() if version},
+        "num_resumes": len(earlier),
+        "settings": yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True),
+        "train_tokens": int(data["train_tokens"]),
+        "val_tokens": int(data["val_tokens"]),
+        "val_loss_tokens": min(int(data["val_tokens"]), int(config["eval"]["val_tokens"])),
+        "manifest_sha256": data.get("manifest_sha256"),
+        "subset": source.get("subset"),
+        "sample_python": source["python"] if source.get("kind") == "sample" else None,
+        "files": [_file_name(path) for path in source.get("paths") or []],
+        "hellaswag": evaluation["hellaswag"] if evaluation else None,
+        "init_from": init_from,
     }
     return Run(
-        name=folder.name,
         step=step,
-        max_steps=int(config["max_steps"]),
-        tokens=int(state["tokens"]),
-        tokens_per_step=int(config["batch"]["tokens_per_step"]),
-        seed=config["seed"],
-        device=hardware["device"],
-        num_processes=hardware["processes"],
-        mixed_precision=hardware["mixed_precision"],
-        dollars_per_hour=hardware.get("dollars_per_hour", hardware.get("dollars_an_hour")),
-        seconds=seconds,
-        commit=code["commit"] if code else None,
-        is_dirty=bool(code and code["dirty"]),
-        versions={name: version for name, version in provenance["versions"].items() if version},
-        num_resumes=len(earlier),
-        settings=yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True),
-        data=TrainingData(
-            train_tokens=int(data["train_tokens"]),
-            val_tokens=int(data["val_tokens"]),
-            manifest_sha256=data.get("manifest_sha256"),
-            dataset=source.get("dataset"),
-            subset=source.get("subset"),
-            revision=source.get("revision"),
-            sample_python=source["python"] if source.get("kind") == "sample" else None,
-            files=[_file_name(path) for path in source.get("paths") or []],
-        ),
         is_evaluated=evaluation is not None,
         val_loss=evaluation["val_loss"] if evaluation else None,
-        val_loss_tokens=min(int(data["val_tokens"]), int(config["eval"]["val_tokens"])),
-        hellaswag=evaluation["hellaswag"] if evaluation else None,
         # Unknown if the first launch is not listed: the run continued the checkpoint of another run.
-        is_from_scratch=initialized is None and not launches[0].get("from_step"),
-        init_from=settings["init_from"],
+        is_from_scratch=init_from is None and not launches[0].get("from_step"),
         base_model=base_model,
+        dataset=source.get("dataset"),
+        revision=source.get("revision"),
         curves=path if (path := folder / "curves.png").is_file() else None,
+        facts=facts,
     )
 
 
-def _is_folder(launch: dict[str, Any], folder: Path) -> bool:
-    """Return True if the weights of `init_from` came from a folder, not from the Hub."""
-    if "init_from_is_folder" in launch:
-        return launch["init_from_is_folder"]
-    init_from = launch["config"]["init_from"]
-    # Older runs did not record this. A folder's path may look like a Hub id, relative to where the run was started.
-    return not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) or any(
-        (start / init_from).exists() for start in (Path.cwd(), *folder.parents)
-    )
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _initial_weights(launches: Sequence[dict[str, Any]], folder: Path) -> tuple[str | None, str | None]:
+    """Return (Hub id or folder's name of the weights that a run started from, the same if it is a Hub id)."""
+    for launch in launches:
+        if init_from := launch["config"].get("init_from"):
+            # Older runs did not record whether it was a folder. A path, relative to where the run was started, may look
+            # like a Hub id.
+            looks_like_folder = not re.fullmatch(r"[\w.-]+/[\w.-]+", init_from) or any(
+                (start / init_from).exists() for start in (Path.cwd(), *folder.parents)
+            )
+            if launch.get("init_from_is_folder", looks_like_folder):
+                return _file_name(init_from), None
+            return init_from, init_from
+    return None, None
 
 
 def _file_name(text: str) -> str:
@@ -234,99 +176,60 @@ def license_id(run: Run | None, checkpoint: Path) -> str | None:
 
 def read_results(path: str | Path, checkpoint: Path, weights_sha256: str | None) -> Results:
     """
-    Read a file written by `python -m eval --output`.
-
-    Args:
-        path: the file.
-        checkpoint: the scored checkpoint, for messages.
-        weights_sha256: `common.weights.weights_sha256` of the checkpoint.
+    Read a file written by `python -m eval --output`, about the weights with this hash.
 
     Raises:
         HubError: the file has another form, or scores other weights.
     """
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = _read_json(Path(path))
         results = _parse_results(result)
-        scored, found = result["model"]["name"], result["model"].get("weights_sha256")
+        name, scored_sha256 = result["model"]["name"], result["model"].get("weights_sha256")
     except _UNREADABLE as error:
         raise HubError(
             f"--results {str(path)!r} is not a file of `python -m eval --output` ({type(error).__name__}: {error})"
         ) from error
-    if found is None:
+    if scored_sha256 is None:
         raise HubError(f"--results {str(path)!r} does not record the scored weights: score {str(checkpoint)!r} again")
-    if found != weights_sha256:  # compare weights, not names: links move and folders are overwritten
-        raise HubError(f"--results {str(path)!r} scores other weights ({scored}): score {str(checkpoint)!r} again")
+    if scored_sha256 != weights_sha256:  # compare weights, not names: links move and folders are overwritten
+        raise HubError(f"--results {str(path)!r} scores other weights ({name}): score {str(checkpoint)!r} again")
     return results
 
 
 def _parse_results(result: dict[str, Any]) -> Results:
     reference, published = next(iter((result.get("published") or {}).items()), ("", {}))
-    scores, footnotes = [], []
+    results = Results(scores=[], footnotes=[], metadata=[])
     for task, values in result["results"].items():
         about, n = result["tasks"][task], values.get("n")
-        source = about["data"]["source"]
-        dataset, split, name = _PUBLIC_DATASETS.get(task, ("", "", ""))
+        version, source = about["version"], about["data"]["source"]
+        dataset, split, dataset_name = _PUBLIC_DATASETS.get(task, ("", "", ""))
         is_public = bool(dataset) and source.startswith(f"{dataset} (")
-        for metric, protocol in (about["metrics"] if "metrics" in about else about["figures"]).items():
+        for metric, protocol in about.get("metrics", about.get("figures")).items():  # "figures" before 2026-12
             value, stderr = values.get(metric), values.get(f"{metric}_stderr")
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            args = {"n": n, "stderr": stderr, "task_version": about["version"]}
-            entry = _entry(
-                *(dataset, name, metric, protocol, value),
-                dataset_split=split,
-                metric_args={key: arg for key, arg in args.items() if arg is not None},
-            )
-            theirs = published.get(task, {}).get(metric)
-            scores.append(
-                Score(
-                    metric=f"{task} {metric}",
-                    value=value,
-                    stderr=stderr,
-                    published="" if theirs is None else f"{theirs:.4f} ({reference})",
-                    protocol=protocol,
-                    entry=entry if is_public and n is not None and n == about["full_size"] else None,
+            other = published.get(task, {}).get(metric)
+            row = {"task": task, "metric": metric, "value": value, "stderr": stderr, "protocol": protocol}
+            results.scores.append(row | {"published": "" if other is None else f"{other:.4f} ({reference})"})
+            if is_public and n is not None and n == about["full_size"]:
+                args = {"n": n, "stderr": stderr, "task_version": version}
+                entry = EvalResult(
+                    task_type="text-generation",
+                    dataset_type=dataset,
+                    dataset_name=dataset_name,
+                    dataset_split=split,
+                    metric_type=metric,
+                    metric_name=protocol,
+                    metric_value=value,
+                    metric_args={name: arg for name, arg in args.items() if arg is not None},
                 )
-            )
+                results.metadata.append(entry)
         if about["data"]["is_sample"]:
             source = source.partition(" (")[0]  # in parentheses: why the Hub could not be reached
         elif not is_public:
             source = _file_name(source)
-        footnotes.append(f"{task}, version {about['version']}: {source}" + (f", {n:,} items" if n else ""))
-    return Results(scores=scores, footnotes=footnotes)
-
-
-def _run_scores(run: Run, results: list[Results]) -> list[Score]:
-    """Return what the run itself measured at this step; its HellaSwag only if no file of results has that task."""
-    if run.val_loss is None:
-        return []
-    dataset, s = run.data.dataset, run.hellaswag
-    entry = dataset and _entry(
-        *(dataset, f"{dataset}, gpt2-repro's validation split", "loss", "validation loss, nats per token"),
-        run.val_loss,
-        dataset_revision=run.data.revision,
-    )
-    protocol = f"nats per token, over {run.val_loss_tokens:,} tokens of the validation split"
-    scores = [Score(metric="validation loss", value=run.val_loss, protocol=protocol, entry=entry)]
-    if s and not any(score.metric.startswith("hellaswag ") for r in results for score in r.scores):
-        items = "items of gpt2-repro's own sample, NOT HellaSwag" if s["is_sample"] else "items of HellaSwag"
-        protocol = f"most probable ending by mean log-likelihood per token, {s['n']:,} {items}"
-        scores.append(
-            Score(metric="HellaSwag acc_norm", value=s["acc_norm"], stderr=s["acc_norm_stderr"], protocol=protocol)
-        )
-    return scores
-
-
-def _entry(dataset: str, name: str, metric: str, description: str, value: float, **more: Any) -> EvalResult:
-    return EvalResult(
-        task_type="text-generation",
-        dataset_type=dataset,
-        dataset_name=name,
-        metric_type=metric,
-        metric_name=description,
-        metric_value=value,
-        **more,
-    )
+        results.footnotes.append(f"{task}, version {version}: {source}" + (f", {n:,} items" if n else ""))
+    return results
 
 
 def model_card(
@@ -337,7 +240,7 @@ def model_card(
     run: Run | None = None,
     license: str | None = None,
     has_license_file: bool = False,
-    results: list[Results] | None = None,
+    results: Sequence[Results] = (),
 ) -> str:
     """
     Return the text of README.md.
@@ -349,20 +252,29 @@ def model_card(
         has_license_file: True if the checkpoint brings a LICENSE file of its own.
         results: scores of these weights.
     """
-    results = results or []
-    scores = [*(_run_scores(run, results) if run else []), *(score for r in results for score in r.scores)]
     name = repo_id.partition("/")[2]
-    dataset = run.data.dataset if run else None
+    metadata = [entry for r in results for entry in r.metadata]
+    if run is not None and run.dataset is not None and run.val_loss is not None:
+        val_loss = EvalResult(
+            task_type="text-generation",
+            dataset_type=run.dataset,
+            dataset_name=f"{run.dataset}, gpt2-repro's validation split",
+            dataset_revision=run.revision,
+            metric_type="loss",
+            metric_name="validation loss, nats per token",
+            metric_value=run.val_loss,
+        )
+        metadata.insert(0, val_loss)
     data = ModelCardData(
         language="en",
         license=license,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2-repro", "causal-lm"],
-        datasets=[dataset] if dataset else None,
+        datasets=[run.dataset] if run and run.dataset else None,
         base_model=run.base_model if run else None,
         model_name=name,
-        eval_results=[score.entry for score in scores if score.entry] or None,
+        eval_results=metadata or None,
     )
     card = ModelCard.from_template(
         data,
@@ -373,10 +285,11 @@ def model_card(
         has_gpt2_vocabulary=config.vocab_size == GPT2Config().vocab_size,
         num_parameters=num_parameters,
         run=run,
-        license=license,
-        has_license_file=has_license_file,
-        scores=scores,
+        facts=run.facts if run else {},
+        is_license_unknown=license is None and not has_license_file,
+        scores=[score for r in results for score in r.scores],
         footnotes=[footnote for r in results for footnote in r.footnotes],
         number="{:,}".format,  # 1234567 -> 1,234,567
+        four_places="{:,.4f}".format,
     )
     return f"{str(card).strip()}\n"

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hub import HubError
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 _CHECKED_TOKENS = 16
 
@@ -26,23 +27,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 
 
 def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """
-    Return ({token: id}, merges in order of priority) of GPT-2's byte-level BPE.
-
-    Raises:
-        HubError: the tokenizer is of another kind.
-    """
+    """Return ({token: id}, merges in order of priority). Raises HubError if it is not GPT-2's byte-level BPE."""
     with contextlib.suppress(AttributeError, KeyError, ValueError):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         if state["model"]["type"] == "BPE" and state["pre_tokenizer"]["type"] == "ByteLevel":
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in state["model"]["merges"]]
-            return dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])), merges
+            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in state["model"]["merges"])
+            vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+            return vocabulary, [(first, second) for first, second in pairs]
     raise HubError(f"the checkpoint's tokenizer, a {type(tokenizer).__name__}, is not GPT-2's byte-level BPE")
 
 
 @torch.no_grad()
 def compare_logits(
-    model: PreTrainedModel, exported_logits: Callable[[torch.Tensor], torch.Tensor], *, tolerance: float
+    model: GPT2ReproForCausalLM, exported_logits: Callable[[torch.Tensor], torch.Tensor], *, tolerance: float
 ) -> None:
     """
     Compare the logits of an exported model with those of the original on random tokens.

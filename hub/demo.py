@@ -1,10 +1,9 @@
 """A Gradio page on this machine to try a checkpoint, or to compare two side by side."""
 
-import html
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,19 +18,14 @@ if TYPE_CHECKING:
 
 _REDRAW_SECONDS = 0.05  # most of the time would go into drawing if every token did
 _CANDIDATES = 10
-_CSS = """
-.token-bars {font-family: monospace; font-size: 0.9em}
-.token-bars .row {display: flex; align-items: center; gap: 0.6em; margin: 2px 0}
-.token-bars .text {width: 9em; white-space: pre; overflow: hidden; text-overflow: ellipsis; text-align: right}
-.token-bars .bar {height: 0.9em; background: #4f7cac; border-radius: 2px}
-.token-bars .chosen .bar {background: #d9822b}
-.continued {white-space: pre-wrap; overflow-wrap: anywhere; min-height: 12em; font-size: 1.05em; line-height: 1.5}
-.continued .prompt {opacity: 0.6}
-.failed {color: #b3261e}
-"""
 
 
-Writer = tuple[str, PreTrainedModel, PreTrainedTokenizerBase]  # name, model, tokenizer of one checkpoint
+class Writer(NamedTuple):
+    """A checkpoint on the page."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
 
 
 def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, trust_remote_code: bool = False) -> None:
@@ -61,14 +55,12 @@ def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, t
     for name in checkpoints:
         tokenizer, _ = load_tokenizer(name, trust_remote_code=trust_remote_code)
         model = load_model(name, dtype="float32", device=device, trust_remote_code=trust_remote_code)
-        writers.append((name, model.eval(), tokenizer))
+        writers.append(Writer(name, model.eval(), tokenizer))
     page = build_page(writers)
     # Gradio's default fonts would be loaded from the network.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
-        page.launch(
-            server_name="127.0.0.1", server_port=port, css=_CSS, theme=theme, quiet=True, prevent_thread_lock=True
-        )
+        page.launch(server_name="127.0.0.1", server_port=port, theme=theme, quiet=True, prevent_thread_lock=True)
     except OSError as error:
         raise HubError(f"--port {port}: {error}; give another one") from None
     print(f"the demo is at http://127.0.0.1:{port} (Ctrl-C ends it)", flush=True)
@@ -98,24 +90,21 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
                 gr.Slider(1, 500, defaults.max_new_tokens, step=1, label="new tokens"),
                 gr.Number(defaults.seed, precision=0, minimum=0, label="seed"),
             ]
-        outputs = []
+        outputs: list[gr.Component] = []
         with gr.Row():
-            for i, (name, *_) in enumerate(writers):
+            for i, writer in enumerate(writers):
                 with gr.Column():
-                    gr.Markdown(f"**{name}**")
-                    with gr.Row():
-                        with gr.Column(scale=3, min_width=200):
-                            outputs.append(gr.HTML(elem_id=f"text-{i}"))
-                        with gr.Column(scale=2, min_width=200):
-                            outputs.append(gr.HTML(elem_id=f"next-{i}"))
+                    outputs.append(gr.Textbox(label=writer.name, lines=12, max_lines=40, elem_id=f"text-{i}"))
+                    title = "the last token (in brackets), and its alternatives"
+                    outputs.append(gr.Label(label=title, show_heading=False, elem_id=f"next-{i}"))
 
-        def write(prompt: str, *values: float) -> Iterator[list[str]]:
-            """Yield the HTML of all outputs. One checkpoint writes after the other: they share a random state."""
-            shown = [""] * len(outputs)
+        def write(prompt: str, *values: float) -> Iterator[list[object]]:
+            """Yield the values of all outputs. One checkpoint writes after the other: they share a random state."""
+            shown: list[object] = [None] * len(outputs)
             for i, writer in enumerate(writers):
                 drawn = 0.0
-                for text_and_bars in _continue(writer, prompt, *values):
-                    shown[2 * i : 2 * i + 2] = text_and_bars
+                for text_and_candidates in _continue(writer, prompt, *values):
+                    shown[2 * i : 2 * i + 2] = text_and_candidates
                     if time.monotonic() - drawn > _REDRAW_SECONDS:
                         yield [*shown]
                         drawn = time.monotonic()
@@ -128,43 +117,33 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
 
 def _continue(
     writer: Writer, prompt: str, temperature: float, top_k: float, top_p: float, max_new_tokens: float, seed: float
-) -> Iterator[tuple[str, str]]:
-    """Yield (text so far, candidates for its last token) as HTML, after each token and at the end."""
+) -> Iterator[tuple[str, dict[str, float] | None]]:
+    """Yield (prompt and text so far, candidates for the last token), after each token and at the end."""
     _, model, tokenizer = writer
-    tokens, bars = [], ""
-
-    def draw(text: str) -> tuple[str, str]:
-        return (
-            f'<div class="continued"><span class="prompt">{html.escape(prompt)}</span>{html.escape(text)}</div>',
-            bars,
-        )
-
+    tokens: list[int] = []
+    candidates = None
     try:
         params = SamplingParams(
             temperature=temperature, top_k=int(top_k), top_p=top_p, max_new_tokens=int(max_new_tokens), seed=int(seed)
         )
         for token, probabilities in stream_tokens(model, encode_prompt(tokenizer, prompt, model.config), params):
             tokens.append(token)
-            bars = _bars(tokenizer, probabilities, token)
+            candidates = _candidates(tokenizer, probabilities, token)
             # A character whose bytes are spread over several tokens is shown once it is complete.
-            yield draw(tokenizer.decode(tokens).rstrip("\N{REPLACEMENT CHARACTER}"))
-        yield draw(tokenizer.decode(tokens) if tokens else " (ends here)")
+            yield prompt + str(tokenizer.decode(tokens)).rstrip("\N{REPLACEMENT CHARACTER}"), candidates
+        yield prompt + (str(tokenizer.decode(tokens)) if tokens else " (ends here)"), candidates
     except HubError as error:
-        yield f'<div class="continued failed">{html.escape(str(error))}</div>', ""
+        yield f"error: {error}", None
 
 
-def _bars(tokenizer: PreTrainedTokenizerBase, probabilities: torch.Tensor, chosen: int) -> str:
-    """Return a bar chart of the most probable tokens and the chosen one as HTML. probabilities: [V]."""
-    rows = ["<div>the last token, and its alternatives</div>"]
-    candidates = probabilities.topk(min(_CANDIDATES, len(probabilities))).indices.tolist()
-    for token in candidates if chosen in candidates else [*candidates, chosen]:
-        text = tokenizer.decode([token])
+def _candidates(tokenizer: PreTrainedTokenizerBase, probabilities: torch.Tensor, chosen: int) -> dict[str, float]:
+    """Return {text: probability} of the most probable tokens and of the chosen one, in brackets. probabilities: [V]."""
+    candidates = {}
+    top = probabilities.topk(min(_CANDIDATES, len(probabilities))).indices.tolist()
+    for token in top if chosen in top else [*top, chosen]:
+        text = str(tokenizer.decode([token]))
         if "\N{REPLACEMENT CHARACTER}" in text:  # part of a character: show the token's name in the vocabulary
-            text = tokenizer.convert_ids_to_tokens(token)
-        text = html.escape(text.replace("\n", "\u21b5").replace(" ", "\u00b7"))
-        percent = 100 * probabilities[token].item()
-        rows.append(
-            f'<div class="{"row chosen" if token == chosen else "row"}"><span class="text">{text}</span>'
-            f'<span class="bar" style="width: {percent:.1f}px"></span><span>{percent:.1f}%</span></div>'
-        )
-    return f'<div class="token-bars">{"".join(rows)}</div>'
+            text = str(tokenizer.convert_ids_to_tokens(token))
+        text = text.replace("\n", "\u21b5").replace(" ", "\u00b7")
+        candidates[f"[{text}]" if token == chosen else text] = probabilities[token].item()
+    return candidates

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from common.files import apply_umask
 from common.models import check_name, load_gpt2, load_gpt2_config, load_tokenizer
@@ -19,10 +19,14 @@ from hub.card import license_id, read_run
 from hub.checks import compare_logits, save_tokenizer
 from hub.to_gguf import write_gguf
 from hub.to_onnx import write_onnx
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 # Packages that a format needs in addition to those of training. The extras of setup.cfg have the same names.
-_PACKAGES = {"gpt2": (), "onnx": ("onnx", "onnxscript", "onnxruntime"), "gguf": ("gguf",)}
-FORMATS = tuple(_PACKAGES)
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    "gpt2": (),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "gguf": ("gguf",),
+}
 
 
 def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
@@ -31,7 +35,7 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
 
     Args:
         checkpoint: folder of a checkpoint or of a plain GPT-2, or its id on the Hub.
-        to: one of FORMATS.
+        to: "gpt2", "onnx" or "gguf".
         out: new folder. It appears only when all files are written and checked.
 
     Raises:
@@ -70,7 +74,7 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
     return sorted(path for path in out.rglob("*") if path.is_file())
 
 
-def _load(checkpoint: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(checkpoint: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
     """Open a GPT-2 of this project or of transformers, without running other code."""
     config = load_gpt2_config(checkpoint)
     tokenizer, _ = load_tokenizer(checkpoint)
@@ -98,7 +102,7 @@ def _license(checkpoint: str) -> str | None:
     return None
 
 
-def write_gpt2(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_gpt2(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write transformers' own GPT2LMHeadModel in float32, with the vocabulary in both forms that engines read."""
     model.to_gpt2().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)

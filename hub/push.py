@@ -14,22 +14,23 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
+from common.errors import UserError
 from common.hub import HubRequestError, with_retries
 from common.weights import weights_problem, weights_sha256
 from hub import HubError
 from hub.card import has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig
 
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
-
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
-_CONFIGS = {"gpt2repro": GPT2ReproConfig, "gpt2": GPT2Config}
 # Not pushed: what only resuming reads (the Trainer's state also names local folders), hidden files, and pickles, which
 # can run code when they are opened.
 _IGNORED = (
@@ -47,8 +48,7 @@ Result = TypeVar("Result")
 class CommitPlan(NamedTuple):
     """Content of a commit."""
 
-    files: dict[str, Path | bytes]
-    """{path in the repository: file or content}"""
+    files: dict[str, Path | bytes]  # {path in the repository: file or content}
     message: str
 
 
@@ -65,12 +65,7 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
         HubError: the folder is not a complete checkpoint, or the results are not about its weights.
     """
     folder = Path(resolve_checkpoint(checkpoint))
-    _check_checkpoint(folder)
-    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
-    files = {name: folder / name for name in names if not any(fnmatch.fnmatch(name, p) for p in _IGNORED)}
-    _check_shards(folder, files)
-    if "tokenizer_config.json" not in files:
-        raise HubError(f"checkpoint {str(folder)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
+    files = _checkpoint_files(folder)
     run, config = read_run(folder), _read_json(folder / "config.json")
     if run is not None and run.is_evaluated and run.val_loss is None:
         raise HubError(
@@ -80,13 +75,8 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
     num_parameters = _count_parameters(folder)
     if config.get("model_type") == "gpt2repro" and not has_license_file(folder):
         files["LICENSE"] = _LICENSE  # of the modeling files
-    if (readme := folder / "README.md").is_file():
-        try:
-            readme.read_text(encoding="utf-8")
-        except ValueError:
-            raise HubError(f"{str(readme)!r} is not UTF-8 text: convert it first") from None
-        if results:
-            raise HubError(f"--results: {str(readme)!r} is the card already; remove it to have one written")
+    if "README.md" in files:
+        _check_readme(folder / "README.md", results)
     else:
         weights = weights_sha256(folder) if results else None
         card = model_card(
@@ -104,7 +94,8 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
     return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run.step:,}")
 
 
-def _check_checkpoint(folder: Path) -> None:
+def _checkpoint_files(folder: Path) -> dict[str, Path | bytes]:
+    """Return the files of a checkpoint that are pushed. Raises HubError if some are missing or damaged."""
     try:
         if folder.is_dir() and (problem := weights_problem(folder)):
             raise HubError(f"checkpoint {str(folder)!r}: {problem}")
@@ -115,20 +106,34 @@ def _check_checkpoint(folder: Path) -> None:
     if (folder / "training_state").is_dir() and (damage := find_damage(folder)):
         raise HubError(f"checkpoint {str(folder)!r} is damaged: {damage}; push another one")
 
-
-def _check_shards(folder: Path, files: dict[str, Path]) -> None:
-    """Raise HubError if the index of sharded weights and the files do not fit."""
+    names = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
+    files: dict[str, Path | bytes] = {
+        name: folder / name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _IGNORED)
+    }
+    if "tokenizer_config.json" not in files:
+        raise HubError(f"checkpoint {str(folder)!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return
-    if "model.safetensors" in files:
-        raise HubError(f"checkpoint {str(folder)!r} has model.safetensors and {index.name}: remove the stale one")
+    if index.is_file():
+        if "model.safetensors" in files:
+            raise HubError(f"checkpoint {str(folder)!r} has model.safetensors and {index.name}: remove the stale one")
+        try:
+            shards = set(_read_json(index)["weight_map"].values())
+        except (KeyError, AttributeError, TypeError):
+            raise HubError(f"{str(index)!r} has no weight_map that names files") from None
+        if missing := sorted(shards - files.keys()):
+            raise HubError(
+                f"checkpoint {str(folder)!r} is incomplete: {index.name} names {missing[0]}, which is missing"
+            )
+    return files
+
+
+def _check_readme(readme: Path, results: Sequence[str | Path]) -> None:
     try:
-        shards = set(_read_json(index)["weight_map"].values())
-    except (KeyError, AttributeError, TypeError):
-        raise HubError(f"{str(index)!r} has no weight_map that names files") from None
-    if missing := sorted(shards - files.keys()):
-        raise HubError(f"checkpoint {str(folder)!r} is incomplete: {index.name} names {missing[0]}, which is missing")
+        readme.read_text(encoding="utf-8")
+    except ValueError:
+        raise HubError(f"{str(readme)!r} is not UTF-8 text: convert it first") from None
+    if results:
+        raise HubError(f"--results: {str(readme)!r} is the card already; remove it to have one written")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -144,32 +149,30 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _gpt2_config(path: Path, content: dict[str, Any]) -> PreTrainedConfig:
     """Return the config object, with its class's defaults for what config.json leaves out."""
     kind = content.get("model_type")
-    if kind not in _CONFIGS:
+    if kind not in ("gpt2", "gpt2repro"):
         raise HubError(
             f"{str(path)!r} is the config of a {kind!r} model, and model cards are written only for GPT-2: put a "
             "README.md next to it, or push with `hf upload`"
         )
     try:
-        return _CONFIGS[kind].from_dict(content)
+        return (GPT2ReproConfig if kind == "gpt2repro" else GPT2Config).from_dict(content)
     except Exception as error:  # transformers raises errors of any kind for a broken config
         raise HubError(f"{str(path)!r} is not the config of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
 def _count_parameters(folder: Path) -> int:
     """Count the parameters in a folder's weights. Raises HubError if one is not finite: the training diverged."""
-    from safetensors import SafetensorError, safe_open
-
     count = 0
     for path in folder.glob("*.safetensors"):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     tensor = file.get_tensor(name)
+                    count += tensor.numel()
                     if not tensor.isfinite().all():
                         raise HubError(
                             f"{str(path)!r}: {name} is not finite, the training diverged; push an earlier checkpoint"
                         )
-                    count += tensor.numel()
         except (OSError, SafetensorError) as error:
             raise HubError(f"{str(path)!r} cannot be read ({error}); push another checkpoint") from error
     return count
@@ -177,9 +180,6 @@ def _count_parameters(folder: Path) -> int:
 
 def check_repo_id(repo_id: str) -> None:
     """Raise HubError unless the name is that of a repository, USER/NAME."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -202,9 +202,6 @@ class Repository:
         Raises:
             HubError: not logged in, no write access, a public repository but private=True, or no network.
         """
-        from huggingface_hub import HfApi, constants, get_token
-        from huggingface_hub.errors import RepositoryNotFoundError
-
         check_repo_id(repo_id)
         if constants.HF_HUB_OFFLINE:
             raise HubError("HF_HUB_OFFLINE is set: unset it to push")
@@ -223,7 +220,7 @@ class Repository:
             raise HubError(f"{repo_id} exists and is public: give --public to push there, or choose another name")
         self.is_private = not is_public
 
-    def _info(self, raises: type[Exception] | tuple[()] = ()) -> "ModelInfo":
+    def _info(self, raises: type[Exception] | tuple[()] = ()) -> ModelInfo:
         return _with_retries(lambda: self._api.model_info(self.repo_id), self.repo_id, raises=raises)
 
     def push(self, plan: CommitPlan) -> tuple[str, list[str]]:
@@ -236,12 +233,10 @@ class Repository:
         Raises:
             HubError: the commit was not made.
         """
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
         api, repo_id = self._api, self.repo_id
         _with_retries(lambda: api.create_repo(repo_id, private=self.is_private, exist_ok=True), repo_id)
         info = self._info()
-        remote = _with_retries(lambda: api.list_repo_files(repo_id, revision=info.sha), repo_id)
+        remote = [sibling.rfilename for sibling in info.siblings or []]
         stale = [path for path in remote if path not in plan.files and _WEIGHTS.fullmatch(path)]
         push_id = f"gpt2-repro push {uuid.uuid4().hex}"
 
@@ -288,14 +283,11 @@ def push_last_checkpoint(
     Push the last checkpoint of a run. A push that fails or is stopped is a warning with the command to push by hand.
 
     Args:
-        say: called with each line of output.
         is_stopped: polled during the push, which ends if it returns True.
 
     Returns:
         True if the checkpoint is on the Hub.
     """
-    from huggingface_hub.utils import disable_progress_bars
-
     disable_progress_bars()
     problem, done = "the program ended before the push did", threading.Event()
 
@@ -306,7 +298,7 @@ def push_last_checkpoint(
             say(f"pushed    {folder} to {url}")
             problem = ""
         except Exception as error:  # of any kind: the run itself has succeeded
-            problem = str(error) if isinstance(error, HubError) else type(error).__name__
+            problem = str(error) if isinstance(error, UserError) else type(error).__name__
         finally:
             done.set()
 

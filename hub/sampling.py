@@ -15,15 +15,11 @@ from hub import HubError
 class SamplingParams:
     """Sampling settings of `generate`. Raises HubError for a value out of range."""
 
-    temperature: float = 1.0
-    """divides the logits; 0 always takes the most probable token"""
-    top_k: int = 50
-    """sample from the k most probable tokens; 0: from all"""
-    top_p: float = 1.0
-    """sample from the most probable tokens whose probabilities add up to p (nucleus, Holtzman et al. 2020)"""
+    temperature: float = 1.0  # divides the logits; 0 always takes the most probable token
+    top_k: int = 50  # sample from the k most probable tokens; 0: from all
+    top_p: float = 1.0  # sample from the most probable tokens whose probabilities add up to p (Holtzman et al. 2020)
     max_new_tokens: int = 100
-    seed: int = 1337
-    """the same seed, weights and settings give the same text"""
+    seed: int = 1337  # the same seed, weights and settings give the same text
 
     def __post_init__(self) -> None:
         for name, is_valid, valid_range in (
@@ -92,9 +88,7 @@ def generate(
     """
     torch.manual_seed(params.seed)
     ids = torch.tensor([prompt_ids], device=model.device)
-    output = model.generate(
-        ids, max_new_tokens=_max_new_tokens(model, ids, params), streamer=streamer, **_options(ids, params)
-    )
+    output = _generate(model, ids, params, max_new_tokens=_max_new_tokens(model, ids, params), streamer=streamer)
     new_ids = output[0, len(prompt_ids) :].tolist()
     return new_ids[:-1] if new_ids[-1] in _end_of_text(model) else new_ids
 
@@ -110,42 +104,31 @@ def stream_tokens(
 
     Yields:
         (token id, probabilities [V] before temperature, top_k and top_p)
-
-    Raises:
-        HubError: the model's logits are not finite.
     """
     torch.manual_seed(params.seed)
     ids, cache = torch.tensor([prompt_ids], device=model.device), None
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
     for _ in range(_max_new_tokens(model, ids, params)):
-        output = model.generate(
-            ids,
-            max_new_tokens=1,
-            past_key_values=cache,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **_options(ids, params),
-        )
+        output = _generate(model, ids, params, past_key_values=cache, **options)
         ids, cache = output.sequences, output.past_key_values
-        if (token := ids[0, -1].item()) in _end_of_text(model):
+        token = int(ids[0, -1])
+        if token in _end_of_text(model):
             return
         yield token, output.logits[0][0].softmax(-1)
 
 
-def _options(ids: torch.Tensor, params: SamplingParams) -> dict[str, Any]:
-    """Return arguments of `model.generate`."""
-    options = {
-        "attention_mask": torch.ones_like(ids),
-        "num_beams": 1,
-        "logits_processor": LogitsProcessorList([_check_finite]),
-        "do_sample": params.temperature > 0,
-    }
-    if options["do_sample"]:
-        options |= {
-            "temperature": float(params.temperature),
-            "top_k": params.top_k,
-            "top_p": float(params.top_p),
-        }
-    return options
+def _generate(model: Any, ids: torch.Tensor, params: SamplingParams, **options: Any) -> Any:
+    """Call `model.generate`, which a PreTrainedModel has if it is a causal language model, with its options."""
+    if params.temperature > 0:
+        options |= {"temperature": float(params.temperature), "top_k": params.top_k, "top_p": float(params.top_p)}
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        num_beams=1,
+        logits_processor=LogitsProcessorList([_check_finite]),
+        do_sample=params.temperature > 0,
+        **options,
+    )
 
 
 def _check_finite(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

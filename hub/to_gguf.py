@@ -11,33 +11,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hub import HubError
 from hub.checks import byte_level_bpe
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, LlamaFileType, TokenType
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str, license: str | None
+    model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str, license: str | None
 ) -> None:
     """
     Write NAME-F16.gguf and NAME-Q8_0.gguf and read them back.
 
     Args:
-        name: name of the model.
         license: license of the weights, by the Hub's name for it; None if it is not known.
 
     Raises:
         HubError: a file read back differs from the model by more than its rounding.
     """
-    from gguf import GGMLQuantizationType, LlamaFileType
+    import gguf
 
     for file_type, kind in (
-        (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
-        (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
+        (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
+        (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
     ):
         path = folder / f"{name}-{kind.name}.gguf"
         _write(path, model, tokenizer, name, license, file_type, kind)
@@ -46,7 +46,7 @@ def write_gguf(
 
 def _write(
     path: Path,
-    model: PreTrainedModel,
+    model: GPT2ReproForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     name: str,
     license: str | None,
@@ -100,14 +100,15 @@ def _write(
     writer.close()
 
 
-def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(model: GPT2ReproForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (GGUF's name, float32 array) of every parameter. Linear layers are [out, in], as GGUF has them."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     for name, parameter in model.named_parameters():  # lists a tied head once, as the embedding
-        mapped = names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
-        yield mapped or names.get_name(name, try_suffixes=(".weight", ".bias")), parameter.detach().numpy()
+        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert gguf_name is not None, name
+        yield gguf_name, parameter.detach().numpy()
 
 
 def _tensor_kind(name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> "GGMLQuantizationType":
@@ -133,7 +134,7 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     return tokens, types, [f"{a} {b}" for a, b in merges]
 
 
-def _check(path: Path, model: PreTrainedModel) -> None:
+def _check(path: Path, model: GPT2ReproForCausalLM) -> None:
     """Read the file back. Raises HubError if a tensor is missing or differs by more than the rounding of its type."""
     import gguf
 

@@ -99,7 +99,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if path == "models/whoami-v2":
             owner = self._owner()
             if owner is None:
-                return self._reply(401, json.dumps({"error": "Invalid credentials"}).encode())
+                return self._error(401, "Invalid credentials")
             token = {"role": owner["role"], "displayName": "mine"}
             orgs = [{"type": "org", "name": name} for name in owner["orgs"]]
             return self._json({"type": "user", "name": owner["name"], "orgs": orgs, "auth": {"accessToken": token}})
@@ -116,7 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.fault = self.hub.fault_of(f"{self.command} {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if isinstance(self.fault, int):
-            return self._reply(self.fault, json.dumps({"error": "a fault on demand"}).encode())
+            return self._error(self.fault, "a fault on demand")
         if self.fault == "drop":
             return self._hang_up()
         if self.fault == "slow":
@@ -127,24 +127,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._reply(200)
         owner = self._owner()
         if owner is None or owner["role"] == "read":
-            return self._reply(
-                401 if owner is None else 403, json.dumps({"error": "no token with write access"}).encode()
-            )
+            return self._error(401 if owner is None else 403, "no token with write access")
         if path == "api/validate-yaml":
             return self._json({"errors": [], "warnings": []})
         if path == "api/repos/create":
             return self._create(json.loads(body), owner)
-        found = re.fullmatch(
-            r"(?:api/(models)/)?(.+?)(?:/(preupload|commit)/main|\.git/info/lfs/(objects/batch))", path
-        )
-        repo = f"models/{found[2]}"
+        found = re.fullmatch(r"(?:api/models/)?(.+?)(?:/(preupload|commit)/main|\.git/info/lfs/objects/batch)", path)
+        name, action = found[1], found[2]
+        repo = f"models/{name}"
         if repo not in self.hub.repos:
             return self._reply(404, headers={"X-Error-Code": "RepoNotFound"})
-        if found[2].partition("/")[0] not in (owner["name"], *owner["orgs"]):
-            return self._reply(403, json.dumps({"error": f"you may not write to {found[2]}"}).encode())
-        if found[3] == "commit":
+        if name.partition("/")[0] not in (owner["name"], *owner["orgs"]):
+            return self._error(403, f"you may not write to {name}")
+        if action == "commit":
             return self._commit(repo, [json.loads(line) for line in body.splitlines()])
-        return self._preupload(repo, json.loads(body)) if found[3] else self._batch(json.loads(body))
+        return self._preupload(repo, json.loads(body)) if action else self._batch(json.loads(body))
 
     do_PUT = do_POST
 
@@ -152,10 +149,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         namespace = asked.get("organization") or owner["name"]
         repo = f"models/{namespace}/{asked['name']}"
         if namespace not in (owner["name"], *owner["orgs"]):
-            return self._reply(403, json.dumps({"error": f"you may not write to {namespace}"}).encode())
+            return self._error(403, f"you may not write to {namespace}")
         url = f"{self.hub.address}/{repo.removeprefix('models/')}"
         if repo in self.hub.repos:
-            return self._reply(409, json.dumps({"error": "You already created this model repo", "url": url}).encode())
+            return self._error(409, "You already created this model repo", url=url)
         self.hub.repos[repo] = {}
         if asked.get("private") or asked.get("visibility") == "private":
             self.hub.private.add(repo)
@@ -164,15 +161,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _preupload(self, repo, asked):
         """Answer whether each file is sent with the commit or uploaded before it."""
         files = self.hub.repos[repo]
-        answer = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if file["size"] >= LARGE else "regular",
-                "shouldIgnore": False,
-                "oid": _oid(files[file["path"]]) if file["path"] in files else None,
-            }
-            for file in asked["files"]
-        ]
+        answer = []
+        for file in asked["files"]:
+            path, mode = file["path"], "lfs" if file["size"] >= LARGE else "regular"
+            oid = _oid(files[path]) if path in files else None
+            answer.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return self._json({"files": answer})
 
     def _batch(self, asked):
@@ -191,7 +184,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._hang_up()
         head = self.hub.head(repo)
         if header.get("parentCommit") not in (None, head):
-            return self._reply(412, json.dumps({"error": "A commit has happened since. Please refresh."}).encode())
+            return self._error(412, "A commit has happened since. Please refresh.")
         files = dict(self.hub.repos[repo])
         for line in lines[1:]:
             value = line["value"]
@@ -199,9 +192,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 content = self.hub.lfs[value["oid"]]
-                assert hashlib.sha256(content).hexdigest() == value["oid"], (
-                    "the content has another SHA-256 than announced"
-                )
+                assert hashlib.sha256(content).hexdigest() == value["oid"]
                 files[value["path"]] = content
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
@@ -223,6 +214,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _hang_up(self):
         self.connection.close()
         self.close_connection = True
+
+    def _error(self, status, message, **more):
+        return self._reply(status, json.dumps({"error": message, **more}).encode())
 
     def _json(self, answer):
         return self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
@@ -248,12 +242,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if kind == "commits":  # newest first
             commits = [(COMMIT, "Initial commit"), *self.hub.commits.get(repo, [])][::-1]
             fields = {"authors": [], "date": "2026-01-01T00:00:00.000Z"}
-            return self._json(
-                [
-                    {"id": commit, "title": title, "message": self.hub.descriptions.get(commit, ""), **fields}
-                    for commit, title in commits
-                ]
-            )
+            messages = self.hub.descriptions
+            return self._json([{"id": id, "title": t, "message": messages.get(id, "")} | fields for id, t in commits])
         if kind == "revision" and revision not in (self.hub.head(repo), "main"):
             return self._reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if kind == "tree":
@@ -280,28 +270,26 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.wfile.write(body[: len(body) // 2] if fault == "drop" else body)
         if fault == "drop":
-            self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
-            self.connection.close()
-            self.close_connection = True
-            return
-        self.wfile.write(body)
+            self._hang_up()
 
     def log_message(self, *arguments):
         pass
 
 
-def _oid(content):
-    """Return the id of a file's content: SHA-256 of a large one, git's hash of a small one."""
-    if len(content) >= LARGE:
-        return hashlib.sha256(content).hexdigest()
+def _git_hash(content):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def _oid(content):
+    """Return the id of a file's content: SHA-256 of a large one, git's hash of a small one."""
+    return hashlib.sha256(content).hexdigest() if len(content) >= LARGE else _git_hash(content)
+
+
 def _listed(name, content):
-    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    listed = {"type": "file", "path": name, "size": len(content), "oid": blob}
+    listed = {"type": "file", "path": name, "size": len(content), "oid": _git_hash(content)}
     if len(content) >= LARGE:
         listed["lfs"] = {"oid": _oid(content), "size": len(content), "pointerSize": 130}
     return listed

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,30 +17,6 @@ from benchmarks import harness, loop_overhead, race, tokenization, train_step
 from training.config import load_config
 
 NAMES = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "harness"})
-SCRIPT = """
-import package_that_does_not_exist
-from dataclasses import dataclass
-import torch
-
-@dataclass
-class GPTConfig:
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_size: int
-
-class GPT(torch.nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.wte = config, torch.nn.Embedding(config.vocab_size, config.n_embd)
-
-    def forward(self, tokens, targets):
-        assert self.config.vocab_size == 50304 and targets.shape == tokens.shape
-        return None, self.wte(tokens).square().mean()
-
-raise SystemExit("the script was run")
-"""
 
 
 @pytest.fixture
@@ -62,7 +39,7 @@ def test_help_shows_the_command(name, run):
     assert f"    python -m benchmarks.{name} " in run(name, "--help")
 
 
-def test_candidates_take_turns_and_ratios_are_within_a_round(capsys):
+def test_candidates_take_turns_and_ratios_are_within_a_round():
     speeds = {"a": iter([1.0, 10.0, 4.0]), "b": iter([2.0, 40.0, 8.0])}
     turns = []
 
@@ -70,20 +47,19 @@ def test_candidates_take_turns_and_ratios_are_within_a_round(capsys):
         turns.append(name)
         return next(speeds[name])
 
-    results = harness.take_turns({name: lambda name=name: measure(name) for name in speeds}, 3)
+    results = harness.take_turns({name: partial(measure, name) for name in speeds}, 3, str)
     assert turns == ["a", "b"] * 3
     assert harness.with_range(results["b"], ",.1f") == "8.0 (2.0 to 40.0)"
     assert harness.median_ratio(results["b"], results["a"]) == "2.00"
-    assert harness.median_ratio(results["b"], None) == "-"
+    assert harness.median_ratio(results["b"], []) == "-"
     assert harness.table(("x", "y"), [(1, "a"), (2, "b")]) == "| x | y |\n|---|---|\n| 1 | a |\n| 2 | b |"
 
 
-def test_train_step_prints_a_row_per_candidate(run, tmp_path, monkeypatch):
+def test_train_step_prints_a_row_per_candidate(run, monkeypatch):
     monkeypatch.setattr(train_step, "run_turn", lambda turn: train_step.measure_turn(SimpleNamespace(**turn)))
     monkeypatch.setattr(train_step, "matmul_ceiling", lambda *_: 1e12)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would stay set for other tests
-    (tmp_path / "script.py").write_text(SCRIPT)
-    candidates = ["ours", "transformers", f"script:{tmp_path / 'script.py'}"]
+    candidates = ["ours", "transformers", f"script:{ROOT / 'tests' / 'lecture_script.py'}"]
     small = ("--size", "tiny", "--batch", 1, "--seq_len", 16, "--steps", 1, "--rounds", 1, "--no-compiled")
     lines = run("train_step", *small, "--candidates", *candidates).splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines[-3:]]
@@ -119,9 +95,6 @@ def curve(*losses):
     return [race.Point(100 * number, number, loss) for number, loss in enumerate(losses)]
 
 
-REFERENCE = curve(10.0, 9.0, 8.0)
-
-
 @pytest.mark.parametrize(
     ("losses", "ratio"),
     [
@@ -134,7 +107,7 @@ REFERENCE = curve(10.0, 9.0, 8.0)
     ],
 )
 def test_race_ratios_to_the_reference(losses, ratio):
-    reference, row = race.compare({"adamw": {1: REFERENCE}, "other": {1: curve(*losses)}})
+    reference, row = race.compare({"adamw": {1: curve(10.0, 9.0, 8.0)}, "other": {1: curve(*losses)}})
     assert reference["token_ratio"] == reference["time_ratio"] == [1.0]
     assert row["token_ratio"] == row["time_ratio"] == [ratio]
     assert row["loss"] == [losses[-1]] and row["difference"] == [losses[-1] - 8.0] and row["tokens"] == [200]
@@ -201,7 +174,6 @@ SKIPPED = [{"step": n, "tokens": 8, "loss": None, "skipped": {"in_a_row": n - 1}
     ("status", "records", "result"),
     [
         (None, [], None),  # did not start
-        ("failed", [STEP], None),
         ("failed", [STEP, SKIPPED[0]], None),
         ("failed", [STEP, *SKIPPED], False),  # max_skipped_steps in a row
         ("failed", [STEP, {"step": 3, "tokens": 8, "val_loss": None}], False),  # diverged at the end

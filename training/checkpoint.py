@@ -235,7 +235,7 @@ class CheckpointWriter:
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
         finally:
-            self._meta_model.to("meta")  # frees the copies  # type: ignore[arg-type]
+            self._meta_model.to("meta")  # type: ignore[arg-type]  # frees the copies
         try:
             self._remove_old(state["step"])
         except OSError as error:

@@ -1,10 +1,7 @@
 """A checkpoint in a run, as train.py writes it, and a Hub on localhost to push it to."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -39,22 +36,50 @@ def tokenizer():
     return load_hf_tokenizer(model_max_length=128)
 
 
+def write_manifest(checkpoint):
+    """Write the manifest of a checkpoint's files, as training/checkpoint.py does."""
+    manifest = checkpoint / "training_state" / "manifest.json"
+    manifest.unlink(missing_ok=True)
+    paths = [path for path in checkpoint.rglob("*") if path.is_file()]
+    files = {path.relative_to(checkpoint).as_posix(): describe_file(path) for path in paths}
+    manifest.write_text(json.dumps({"files": files}))
+
+
+@pytest.fixture(name="write_manifest")
+def write_manifest_fixture():
+    return write_manifest
+
+
+PROVENANCE = {
+    "config": {
+        "max_steps": 20,
+        "seed": 1337,
+        "batch": {"tokens_per_step": 256},
+        "data": {"path": "/home/some one/shards/fineweb-edu"},
+        "eval": {"val_tokens": 4096, "hellaswag": "runs/secret/items.jsonl"},
+        "init_from": None,
+        "output_dir": "/home/some one/runs/tiny",
+    },
+    "data": {
+        "train_tokens": 100_000,
+        "val_tokens": 10_000,
+        "manifest_sha256": "a" * 64,
+        "source": {
+            "kind": "hub",
+            "dataset": "HuggingFaceFW/fineweb-edu",
+            "subset": "sample-10BT",
+            "revision": "b" * 40,
+        },
+    },
+    "code": {"commit": "e" * 40, "dirty": True},
+    "versions": {"python": "3.11.7", "torch": "2.13.0"},
+    "hardware": {"device": "NVIDIA H100", "processes": 8, "mixed_precision": "bf16", "dollars_an_hour": 3.0},
+}
+HELLASWAG = {"acc": 0.28, "acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "n": 10042, "is_sample": False}
+
+
 @pytest.fixture(scope="session")
-def write_manifest():
-    """write_manifest(checkpoint) writes the manifest of its files, as training/checkpoint.py does."""
-
-    def write(checkpoint):
-        manifest = checkpoint / "training_state" / "manifest.json"
-        manifest.unlink(missing_ok=True)
-        paths = [path for path in checkpoint.rglob("*") if path.is_file()]
-        files = {path.relative_to(checkpoint).as_posix(): describe_file(path) for path in paths}
-        manifest.write_text(json.dumps({"files": files}))
-
-    return write
-
-
-@pytest.fixture(scope="session")
-def run_folder(model, tokenizer, write_manifest, tmp_path_factory):
+def run_folder(model, tokenizer, tmp_path_factory):
     """Folder of a run with one checkpoint. Tests that change it copy it."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     checkpoint = run / "checkpoints" / "step_000020"
@@ -64,43 +89,9 @@ def run_folder(model, tokenizer, write_manifest, tmp_path_factory):
     (checkpoint / "training_state" / "state.json").write_text(json.dumps({"step": 20, "tokens": 5120}))
     (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"the moments")
     write_manifest(checkpoint)
-    (run / "provenance.json").write_text(
-        json.dumps(
-            {
-                "config": {
-                    "max_steps": 20,
-                    "seed": 1337,
-                    "batch": {"tokens_per_step": 256},
-                    "data": {"path": "/home/some one/shards/fineweb-edu"},
-                    "eval": {"val_tokens": 4096, "hellaswag": "runs/secret/items.jsonl"},
-                    "init_from": None,
-                    "output_dir": "/home/some one/runs/tiny",
-                },
-                "data": {
-                    "train_tokens": 100_000,
-                    "val_tokens": 10_000,
-                    "manifest_sha256": "a" * 64,
-                    "source": {
-                        "kind": "hub",
-                        "dataset": "HuggingFaceFW/fineweb-edu",
-                        "subset": "sample-10BT",
-                        "revision": "b" * 40,
-                    },
-                },
-                "code": {"commit": "e" * 40, "dirty": True},
-                "versions": {"python": "3.11.7", "torch": "2.13.0"},
-                "hardware": {
-                    "device": "NVIDIA H100",
-                    "processes": 8,
-                    "mixed_precision": "bf16",
-                    "dollars_an_hour": 3.0,
-                },
-            }
-        )
-    )
-    scores = {"acc": 0.28, "acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "n": 10042, "is_sample": False}
+    (run / "provenance.json").write_text(json.dumps(PROVENANCE))
     records = [{"step": step, "loss": 10.0, "ms": 180_000.0} for step in range(1, 21)]
-    records.append({"step": 20, "val_loss": 3.2924, "hellaswag": scores, "seconds": 0.0})
+    records.append({"step": 20, "val_loss": 3.2924, "hellaswag": HELLASWAG, "seconds": 0.0})
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (run / "curves.png").write_bytes(b"\x89PNG of curves")
     return run
@@ -141,26 +132,9 @@ def server(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def python(tmp_path):
-    """python(arguments, server, **environment) runs Python in another process that knows only the server."""
-
-    def run(arguments, server, **environment):
-        own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=tmp_path,
-            env=own
-            | {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_DISABLE_XET": "1"}
-            | environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        assert TOKEN not in done.stdout + done.stderr
-        return done.stdout
-
-    return run
+def environment(server):
+    """Variables for other processes, which then know only this Hub."""
+    return {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The demo's page, in a real browser."""
 
 import contextlib
-import html
-import re
 import shutil
 import socket
 import subprocess
@@ -16,30 +14,13 @@ from hub import demo
 from hub.__main__ import main
 from hub.sampling import SamplingParams, generate
 
-# Chromium's own requests: without a network, each of them waits for a timeout.
-_QUIET = ("background-networking", "component-update", "sync", "quic", "default-apps", "extensions", "gpu")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver = shutil.which("chromedriver")
-    if program is None or driver is None:
-        pytest.skip("no chromium with chromedriver: the page was not opened in a browser")
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    switches = ("headless", "no-sandbox", "no-first-run", "window-size=1400,900")
-    for switch in (
-        *switches,
-        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
-        *(f"disable-{q}" for q in _QUIET),
-    ):
-        options.add_argument(f"--{switch}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
+PROMPT = "The <b>meaning</b> of life is"
+SWITCHES = (
+    *("headless", "no-sandbox", "no-first-run", "window-size=1400,900"),
+    # Chromium's own requests: without a network, each of them waits for a timeout.
+    *("disable-background-networking", "disable-component-update", "disable-sync", "disable-quic"),
+    *("disable-default-apps", "disable-extensions", "disable-gpu"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +43,47 @@ def page(checkpoint, tmp_path_factory):
     process.wait(20)
 
 
+class Browser:
+    """A page in Chromium."""
+
+    def __init__(self, driver, page):
+        self.driver = driver
+        driver.get(page)
+        self.prompt = until(lambda: self.find("#prompt textarea")[0])
+
+    def find(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def text(self, i):
+        [element] = self.find(f"#text-{i} textarea")
+        return element.get_attribute("value")
+
+    def start(self, prompt):
+        self.prompt.clear()
+        self.prompt.send_keys(prompt)
+        self.click("continue")
+
+    def click(self, button):
+        self.driver.find_element("id", button).click()
+
+
+@pytest.fixture(scope="module")
+def browser(page, tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    driver = shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("no chromium with chromedriver: the page was not opened in a browser")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for switch in (*SWITCHES, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield Browser(chrome, page)
+    chrome.quit()
+
+
 def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -72,65 +94,43 @@ def until(condition, seconds=30):
     raise AssertionError(f"not within {seconds} seconds")
 
 
-def test_two_checkpoints_continue_a_prompt(browser, page, model, tokenizer):
-    from selenium.webdriver.common.by import By
-
-    def text(element):
-        return browser.find_element(By.ID, element).text
-
-    browser.get(page)
-    box = until(lambda: browser.find_element(By.CSS_SELECTOR, "#prompt textarea"))
-    box.clear()
-    box.send_keys("The meaning of life is")
-    browser.find_element(By.ID, "continue").click()
-    early = until(lambda: len(text("text-0")) > len("The meaning of life is") and text("text-0"))
-    ids = tokenizer("The meaning of life is").input_ids
-    expected = ("The meaning of life is" + tokenizer.decode(generate(model, ids, SamplingParams()))).split()
-    until(lambda: text("text-0").split() == expected)
-    until(lambda: text("text-1").split() == expected)  # the same checkpoint, the same seed
-    assert early.split() != expected  # the page shows the text while it grows
-    rows = browser.find_elements(By.CSS_SELECTOR, "#next-0 .row")
-    assert 10 <= len(rows) <= 11
-    percentages = [float(row.text.split()[-1].rstrip("%")) for row in rows]
-    assert percentages[:10] == sorted(percentages[:10], reverse=True)
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#next-0 .chosen")) == 1
-    problems = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+def test_two_checkpoints_continue_a_prompt(browser, model, tokenizer):
+    expected = PROMPT + tokenizer.decode(generate(model, tokenizer(PROMPT).input_ids, SamplingParams()))
+    browser.start(PROMPT)
+    early = until(lambda: len(browser.text(0)) > len(PROMPT) and browser.text(0))
+    until(lambda: browser.text(0).split() == expected.split())
+    until(lambda: browser.text(1).split() == expected.split())  # the same checkpoint, the same seed
+    assert early.split() != expected.split()  # the page shows the text while it grows
+    lines = until(lambda: browser.find("#next-0")[0].text).splitlines()
+    percentages = [line for line in lines if line.endswith("%")]
+    assert 10 <= len(percentages) <= 11
+    problems = [entry for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert not [entry for entry in problems if "favicon" not in entry["message"]], problems
 
 
-def test_prompt_is_escaped_and_a_long_one_is_an_error(browser, page):
-    from selenium.webdriver.common.by import By
-
-    browser.get(page)
-    box = until(lambda: browser.find_element(By.CSS_SELECTOR, "#prompt textarea"))
-    box.clear()
-    box.send_keys("<img src=x onerror=alert(1)> & <b>bold</b>")
-    browser.find_element(By.ID, "continue").click()
-    until(lambda: "<b>bold</b>" in browser.find_element(By.ID, "text-0").text)
-    assert not browser.find_elements(By.CSS_SELECTOR, "#text-0 img, #text-0 b")
-    browser.find_element(By.ID, "stop").click()
-    box.clear()
-    box.send_keys("a b c d e f g h " * 20)
-    browser.find_element(By.ID, "continue").click()
-    until(lambda: "the model's context 128" in browser.find_element(By.ID, "text-1").text)
+def test_stop_button_and_the_error_for_a_long_prompt(browser):
+    browser.start("Once upon a time")
+    until(lambda: browser.text(0).startswith("Once upon a time"))
+    browser.click("stop")
+    browser.start("a b c d e f g h " * 20)
+    until(lambda: "the model's context 128" in browser.text(1))
 
 
 def test_page_shows_text_and_candidates(model, tokenizer):
     """The page's function, called as Gradio calls it: (text, candidates) of two checkpoints, one after the other."""
     pytest.importorskip("gradio")
-    page = demo.build_page([("a", model, tokenizer), ("b", model, tokenizer)])
+    page = demo.build_page([demo.Writer("a", model, tokenizer), demo.Writer("b", model, tokenizer)])
     write = next(iter(page.fns.values())).fn
-    prompt, params = "I <b>", SamplingParams(seed=1, max_new_tokens=20)
+    params = SamplingParams(seed=1, max_new_tokens=20)
     values = (params.temperature, params.top_k, params.top_p, params.max_new_tokens, params.seed)
-    *_, shown = write(prompt, *values)
-    tokens = generate(model, tokenizer(prompt).input_ids, params)
-    expected = f'<span class="prompt">I &lt;b&gt;</span>{html.escape(tokenizer.decode(tokens))}</div>'
-    assert shown[0] == shown[2] and shown[0].endswith(expected)
-    assert shown[1] == shown[3] and shown[1].count('class="row chosen"') == 1
-    percentages = [float(number) for number in re.findall(r"<span>([\d.]+)%</span>", shown[1])]
-    assert 10 <= len(percentages) <= 11 and percentages[:10] == sorted(percentages[:10], reverse=True)
-    *_, shown = write(prompt, -1, *values[1:])
-    assert "failed" in shown[0] and "temperature must be at least 0, got -1" in shown[0]
+    *_, (text, candidates, *others) = write(PROMPT, *values)
+    tokens = generate(model, tokenizer(PROMPT).input_ids, params)
+    assert text == PROMPT + tokenizer.decode(tokens) and others == [text, candidates]
+    probabilities = list(candidates.values())
+    assert 10 <= len(probabilities) <= 11 and probabilities[:10] == sorted(probabilities[:10], reverse=True)
+    assert len([name for name in candidates if name.startswith("[") and name.endswith("]")]) == 1
+    *_, (text, *_) = write(PROMPT, -1, *values[1:])
+    assert text == "error: temperature must be at least 0, got -1"
 
 
 def test_demo_binds_localhost_only(page):
@@ -141,18 +141,21 @@ def test_demo_binds_localhost_only(page):
         socket.create_connection(("127.0.0.2", port), timeout=10)
 
 
-def test_mistakes_end_with_one_line(checkpoint, page, capsys):
-    assert main(["demo", str(checkpoint), "nowhere at all"]) == 2
-    assert "no such folder, nor a Hub id" in capsys.readouterr().err
-    assert main(["demo", *[str(checkpoint)] * 3]) == 2
-    assert "the page has room for two" in capsys.readouterr().err
-    for port in ("0", "65536", "-1"):
-        assert main(["demo", str(checkpoint), "--port", port]) == 2
-        assert f"--port must be between 1 and 65535, got {port}" in capsys.readouterr().err
-    port = page.rpartition(":")[2]
-    assert main(["demo", str(checkpoint), "--port", port, "--device", "cpu"]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere at all"], "no such folder, nor a Hub id"),
+        (["CHECKPOINT"] * 3, "the page has room for two"),
+        (["CHECKPOINT", "--port", "0"], "--port must be between 1 and 65535, got 0"),
+        (["CHECKPOINT", "--port", "65536"], "--port must be between 1 and 65535, got 65536"),
+        (["CHECKPOINT", "--port", "TAKEN"], "give another one"),
+    ],
+)
+def test_mistake_ends_with_one_line(checkpoint, page, capsys, arguments, message):
+    values = {"CHECKPOINT": str(checkpoint), "TAKEN": page.rpartition(":")[2]}
+    assert main(["demo", *(values.get(a, a) for a in arguments), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert f"--port {port}" in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])

@@ -21,26 +21,16 @@ from hub.export import export
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 PROMPTS = [
-    "Hello, I'm a language model,",
-    "The meaning of life is",
-    "Once upon a time there was",
-    "def fibonacci(n):\n    ",
-    "1 2 3 4 5",
-    "The capital of France is",
-    " leading space",
-    "trailing space ",
-    "Two\n\nparagraphs",
-    "Don't you think we'll see? They've said I'd.",
-    "naïve café, “quotes” — and dashes…",
-    "東京は日本の",
-    "Привет, мир",
-    "🙂🙃 emoji 👩‍👩‍👧",
-    "tabs\tand\twhite   space",
-    "A",
-    "https://example.com/path?x=1&y=2",
-    "UPPER lower MiXeD",
-    "3.14159 and 2,718,281",
-    "She said: 'It is <b>bold</b>!'",
+    *(
+        "Hello, I'm a language model,",
+        "The meaning of life is",
+        "Once upon a time there was",
+        "def fibonacci(n):\n    ",
+    ),
+    *("1 2 3 4 5", "The capital of France is", " leading space", "trailing space ", "Two\n\nparagraphs"),
+    *("Don't you think we'll see? They've said I'd.", "naïve café, “quotes” — and dashes…", "東京は日本の"),
+    *("Привет, мир", "🙂🙃 emoji 👩‍👩‍👧", "tabs\tand\twhite   space", "A", "https://example.com/path?x=1&y=2"),
+    *("UPPER lower MiXeD", "3.14159 and 2,718,281", "She said: 'It is <b>bold</b>!'"),
 ]
 NEW_TOKENS = 64
 
@@ -176,51 +166,57 @@ def test_onnx_runtime_writes_the_same_text(exported, model, greedy):
             )
 
 
-def test_gguf_has_all_metadata_and_tensors(exported, model, tokenizer):
+GGUF_FIELDS = {
+    "general.architecture": "gpt2",
+    "general.type": "model",
+    "general.name": "tiny-step_000020",
+    "general.size_label": "3M",
+    "general.license": "mit",
+    "general.tags": ["text-generation", "gpt2"],
+    "general.languages": ["en"],
+    "general.file_type": 1,
+    "general.quantization_version": 2,
+    "gpt2.vocab_size": 50257,
+    "gpt2.context_length": 128,
+    "gpt2.embedding_length": 64,
+    "gpt2.feed_forward_length": 256,
+    "gpt2.block_count": 2,
+    "gpt2.attention.head_count": 4,
+    "gpt2.attention.layer_norm_epsilon": pytest.approx(1e-5),
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.bos_token_id": 50256,
+    "tokenizer.ggml.eos_token_id": 50256,
+    "tokenizer.ggml.unknown_token_id": 50256,
+    "tokenizer.ggml.add_bos_token": False,
+}
+
+
+def test_gguf_has_all_metadata(exported, tokenizer):
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(exported("gguf") / "tiny-step_000020-F16.gguf")
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert fields.pop("tokenizer.ggml.tokens") == tokenizer.convert_ids_to_tokens(range(50257))
+    merges = fields.pop("tokenizer.ggml.merges")
+    assert (merges[0], len(merges)) == ("Ġ t", 50_000)
+    assert fields.pop("tokenizer.ggml.token_type") == [1] * 50256 + [3]
+    assert fields == GGUF_FIELDS
+
+
+@pytest.mark.parametrize(("kind", "file_type", "tolerance"), [("F16", 1, 1e-3), ("Q8_0", 7, 5e-3)])
+def test_gguf_has_all_tensors(exported, model, kind, file_type, tolerance):
     gguf = pytest.importorskip("gguf")
     folder = exported("gguf")
-    names = ["tiny-step_000020-F16.gguf", "tiny-step_000020-Q8_0.gguf"]
-    assert sorted(path.name for path in folder.iterdir()) == names
-    for name, file_type, tensor_type in zip(names, (1, 7), ("F16", "Q8_0"), strict=True):
-        reader = gguf.GGUFReader(folder / name)
-        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-        tokens, merges = fields.pop("tokenizer.ggml.tokens"), fields.pop("tokenizer.ggml.merges")
-        types = fields.pop("tokenizer.ggml.token_type")
-        assert fields == {
-            "general.architecture": "gpt2",
-            "general.type": "model",
-            "general.name": "tiny-step_000020",
-            "general.size_label": "3M",
-            "general.license": "mit",
-            "general.tags": ["text-generation", "gpt2"],
-            "general.languages": ["en"],
-            "general.file_type": file_type,
-            "general.quantization_version": 2,
-            "gpt2.vocab_size": 50257,
-            "gpt2.context_length": 128,
-            "gpt2.embedding_length": 64,
-            "gpt2.feed_forward_length": 256,
-            "gpt2.block_count": 2,
-            "gpt2.attention.head_count": 4,
-            "gpt2.attention.layer_norm_epsilon": pytest.approx(1e-5),
-            "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": "gpt-2",
-            "tokenizer.ggml.bos_token_id": 50256,
-            "tokenizer.ggml.eos_token_id": 50256,
-            "tokenizer.ggml.unknown_token_id": 50256,
-            "tokenizer.ggml.add_bos_token": False,
-        }
-        assert tokens == tokenizer.convert_ids_to_tokens(range(50257))
-        assert (merges[0], len(merges)) == ("Ġ t", 50_000)
-        assert types == [1] * 50256 + [3]
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        assert len(tensors) == len(list(model.parameters())) and "output.weight" not in tensors
-        assert tensors["blk.1.ffn_down.weight"].tensor_type.name == tensor_type
-        assert tensors["position_embd.weight"].tensor_type.name == "F32"
-        weight = tensors["blk.0.attn_qkv.weight"]
-        found = torch.from_numpy(gguf.quants.dequantize(weight.data, weight.tensor_type).copy())
-        expected = model.transformer.h[0].attn.c_attn.weight.detach()
-        assert (found - expected).abs().max() < {"F16": 1e-3, "Q8_0": 5e-3}[tensor_type]
+    assert len(list(folder.iterdir())) == 2
+    reader = gguf.GGUFReader(folder / f"tiny-step_000020-{kind}.gguf")
+    assert reader.fields["general.file_type"].contents() == file_type
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    assert len(tensors) == len(list(model.parameters())) and "output.weight" not in tensors
+    assert tensors["blk.1.ffn_down.weight"].tensor_type.name == kind
+    assert tensors["position_embd.weight"].tensor_type.name == "F32"
+    weight = tensors["blk.0.attn_qkv.weight"]
+    found = torch.from_numpy(gguf.quants.dequantize(weight.data, weight.tensor_type).copy())
+    assert (found - model.transformer.h[0].attn.c_attn.weight.detach()).abs().max() < tolerance
 
 
 @torch.no_grad()
@@ -235,8 +231,8 @@ def test_llama_cpp_writes_the_same_text_up_to_rounding(exported, model, tokenize
     engine = xllamacpp.Server(parameters)
     followed, same = 0, 0
     for prompt in PROMPTS:
-        asked = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
-        answer = engine.handle_completions(asked)
+        request = {"prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        answer = engine.handle_completions(request)
         ids = tokenizer(prompt).input_ids
         assert answer["usage"]["prompt_tokens"] == len(ids)  # its tokenizer is the same
         new = [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
@@ -259,56 +255,54 @@ def test_plain_gpt2_can_be_exported(exported, tmp_path, capsys):
         assert (tmp_path / "out" / name).read_bytes() == (exported("gpt2") / name).read_bytes()
 
 
-def test_mistakes_end_with_one_line_and_leave_no_files(checkpoint, tokenizer, tmp_path, monkeypatch, capsys):
-    def fails(*arguments):
+@pytest.fixture
+def fails(checkpoint, tmp_path, capsys):
+    """fails(words) exports the checkpoint, which must end with one line that has the words, and leave no files."""
+
+    def export_fails(*words, source=checkpoint, to="gpt2", out=tmp_path / "out"):
         capsys.readouterr()  # progress bars
-        assert main(["export", *map(str, arguments)]) == 2
+        assert main(["export", str(source), "--to", to, "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
+        assert all(word in error for word in words), error
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
         return error
 
-    out = tmp_path / "out"
-    assert "invalid choice: 'tflite'" in fails(checkpoint, "--to", "tflite", "--out", out)
-    assert "no such folder, nor a Hub id" in fails(tmp_path / "nowhere", "--to", "gpt2", "--out", out)
+    return export_fails
+
+
+def test_out_that_cannot_be_written_is_an_error(fails, tokenizer, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    assert "full' exists and is not an empty folder" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / "full")
+    monkeypatch.chdir(tmp_path / "full")
+    fails("full' exists and is not an empty folder", out=".")
+    fails("File name too long", out=tmp_path / ("a" * 300))
+    fails("File name too long", out=tmp_path / ("a" * 250))  # fits, but not with .partial
+
+    def full(self, folder):
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers package does
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    fails("cannot be written (No space left on device")
+
+
+def test_model_that_is_not_a_gpt2_is_an_error(fails, checkpoint, tokenizer, tmp_path, monkeypatch):
     encoder = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=1, n_embd=32, n_positions=8, is_causal=False))
     encoder.save_pretrained(tmp_path / "encoder")
     tokenizer.save_pretrained(tmp_path / "encoder")
-    assert "is_causal=False" in fails(tmp_path / "encoder", "--to", "gpt2", "--out", out)
-    assert "File name too long" in fails(checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 300))
-    assert "File name too long" in fails(
-        checkpoint, "--to", "gpt2", "--out", tmp_path / ("a" * 250)
-    )  # fits, but not with .partial
-    monkeypatch.chdir(tmp_path / "full")
-    assert "full' exists and is not an empty folder" in fails(checkpoint, "--to", "gpt2", "--out", ".")
-    with monkeypatch.context() as patch:
+    fails("is_causal=False", source=tmp_path / "encoder")
 
-        def full(self, folder):
-            raise Exception("No space left on device (os error 28)")  # as the tokenizers package does
+    def code(*_, **__):
+        raise ValueError("Please pass the argument `trust_remote_code=True`")
 
-        patch.setattr(type(tokenizer), "save_pretrained", full)
-        assert "cannot be written (No space left on device" in fails(checkpoint, "--to", "gpt2", "--out", out)
-    with monkeypatch.context() as patch:
+    monkeypatch.setattr("common.models.hub_error", lambda: None)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", code)
+    assert "--trust" not in fails("it must be a GPT-2", source="me/x")
 
-        def code(*_, **__):
-            raise ValueError("Please pass the argument `trust_remote_code=True`")
 
-        patch.setattr("common.models.hub_error", lambda: None)
-        patch.setattr(AutoConfig, "from_pretrained", code)
-        line = fails("me/x", "--to", "gpt2", "--out", out)
-        assert "it must be a GPT-2" in line and "--trust" not in line
-    with monkeypatch.context() as patch:
-        adopted = GPT2ReproForCausalLM.from_pretrained(checkpoint)
-        adopted.transformer.wpe.weight.data[0] = float("nan")
-        patch.setattr("common.models.load_model", lambda *_, **__: adopted)
-        assert "has weights that are not finite: its training diverged" in fails(
-            *(checkpoint, "--to", "gguf", "--out", out)
-        )
+def test_missing_package_is_an_error(fails, monkeypatch):
     monkeypatch.setitem(export_module._PACKAGES, "gpt2", ("no_such_package",))
-    assert "no_such_package not installed: pip install" in fails(checkpoint, "--to", "gpt2", "--out", out)
-    assert not out.exists() and not list(tmp_path.glob(".*"))
+    fails("no_such_package not installed: pip install")
 
 
 def test_export_failure_leaves_no_files(checkpoint, tmp_path, monkeypatch):
@@ -335,68 +329,73 @@ def test_export_into_the_empty_current_folder(checkpoint, tmp_path, monkeypatch)
     assert (tmp_path / "out" / "config.json").is_file()
 
 
-@pytest.mark.parametrize("wrong", [None, "model.onnx", "model_without_past.onnx"])
-def test_onnx_is_checked_after_writing(exported, model, tokenizer, tmp_path, monkeypatch, wrong):
-    """A graph with other numbers is rejected. Weights of a large model go into a file next to the graph."""
+@pytest.fixture
+def write_onnx_again(exported, model, tokenizer, tmp_path, monkeypatch):
+    """write_onnx_again(wrong) writes the graphs of an earlier export; the one named `wrong` gets other numbers."""
+    folder, names = exported("onnx") / "onnx", iter(("model.onnx", "model_without_past.onnx"))
     import onnx_ir
 
     from hub import to_onnx
 
-    folder, names = exported("onnx") / "onnx", iter(("model.onnx", "model_without_past.onnx"))
+    def write(wrong):
+        def written_before(*_, **__):
+            name = next(names)
+            graph = onnx_ir.load(folder / name)
+            if name == wrong:
+                weights = graph.graph.initializers["model.transformer.wpe.weight"]
+                weights.const_value = onnx_ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
+            return SimpleNamespace(model=graph)
 
-    def written_before(*_, **__):
-        name = next(names)
-        graph = onnx_ir.load(folder / name)
-        if name == wrong:
-            weights = graph.graph.initializers["model.transformer.wpe.weight"]
-            weights.const_value = onnx_ir.tensor(weights.const_value.numpy() * 1.01, name=weights.name)
-        return SimpleNamespace(model=graph)
+        monkeypatch.setattr(torch.onnx, "export", written_before)
+        monkeypatch.setattr(to_onnx, "_LARGE_BYTES", 0)
+        to_onnx.write_onnx(copy.deepcopy(model), tokenizer, tmp_path)  # changes the attention implementation
 
-    monkeypatch.setattr(torch.onnx, "export", written_before)
-    monkeypatch.setattr(to_onnx, "_LARGE_BYTES", 0)
-    model = copy.deepcopy(model)  # write_onnx changes the attention implementation
-    if wrong is not None:
-        with pytest.raises(HubError, match="logits differ by"):
-            to_onnx.write_onnx(model, tokenizer, tmp_path)
-        return
-    to_onnx.write_onnx(model, tokenizer, tmp_path)
+    return write
+
+
+@pytest.mark.parametrize("wrong", ["model.onnx", "model_without_past.onnx"])
+def test_onnx_graph_with_other_numbers_is_rejected(write_onnx_again, wrong):
+    with pytest.raises(HubError, match="logits differ by"):
+        write_onnx_again(wrong)
+
+
+def test_large_onnx_weights_are_in_a_file_next_to_the_graph(write_onnx_again, tmp_path):
+    write_onnx_again(None)
     for name in ("model.onnx", "model_without_past.onnx"):
         assert (tmp_path / "onnx" / name).stat().st_size < 1e6 < (tmp_path / "onnx" / f"{name}_data").stat().st_size
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """A model with an untied head and few tokens: GGUF's reader takes seconds for GPT-2's vocabulary."""
+def write_small_gguf(tokenizer, tmp_path, monkeypatch):
+    """Write a model with an untied head and few tokens: GGUF's reader takes seconds for GPT-2's vocabulary."""
     gguf = pytest.importorskip("gguf")
     from hub import to_gguf
 
     torch.manual_seed(0)
     config = GPT2ReproConfig(n_layer=1, n_head=1, n_embd=32, n_positions=8, vocab_size=64, tie_word_embeddings=False)
+    model = GPT2ReproForCausalLM(config).eval()
     words = [f"w{i}" for i in range(64)]
     monkeypatch.setattr(to_gguf, "_vocabulary", lambda *_: (words, [gguf.TokenType.NORMAL] * 64, ["w 1"]))
-    return GPT2ReproForCausalLM(config).eval()
+
+    def write():
+        to_gguf.write_gguf(model, tokenizer, tmp_path, name="x", license=None)
+        return model, gguf.GGUFReader(tmp_path / "x-F16.gguf")
+
+    return write
 
 
-def test_gguf_has_an_untied_head(small, tokenizer, tmp_path):
-    import gguf
-
-    from hub import to_gguf
-
-    to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license=None)
-    reader = gguf.GGUFReader(tmp_path / "x-F16.gguf")
+def test_gguf_has_an_untied_head(write_small_gguf):
+    model, reader = write_small_gguf()
     [head] = [tensor for tensor in reader.tensors if tensor.name == "output.weight"]
-    np.testing.assert_allclose(head.data, small.lm_head.weight.detach().numpy(), atol=1e-3)
+    np.testing.assert_allclose(head.data, model.lm_head.weight.detach().numpy(), atol=1e-3)
     assert "general.license" not in reader.fields  # not known
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
-def test_gguf_is_checked_after_writing(small, tokenizer, tmp_path, monkeypatch, kind):
-    """One value of one type differs."""
-    import gguf
+def test_gguf_with_another_value_is_rejected(write_small_gguf, monkeypatch, kind):
+    from gguf import quants
 
-    from hub import to_gguf
-
-    dequantize = gguf.quants.dequantize
+    dequantize = quants.dequantize
 
     def other(data, tensor_type):
         numbers = dequantize(data, tensor_type).copy()
@@ -404,6 +403,6 @@ def test_gguf_is_checked_after_writing(small, tokenizer, tmp_path, monkeypatch, 
             numbers.flat[-1] += 0.01
         return numbers
 
-    monkeypatch.setattr(gguf.quants, "dequantize", other)
+    monkeypatch.setattr(quants, "dequantize", other)
     with pytest.raises(HubError, match="reads back with other values"):
-        to_gguf.write_gguf(small, tokenizer, tmp_path, name="x", license=None)
+        write_small_gguf()

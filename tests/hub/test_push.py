@@ -18,6 +18,7 @@ from hub import HubError
 from hub.__main__ import main
 from hub.push import Repository, collect_files
 
+FOLDER = Path(__file__).parent
 CODE = {"configuration_gpt2repro.py", "modeling_gpt2repro.py", "loss.py", "mlp.py", "conversion.py"}
 FILES = CODE | {
     *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
@@ -49,7 +50,9 @@ def change(path, *keys, **values):
 
 
 @torch.no_grad()
-def test_pushed_model_opens_without_this_project(server, checkpoint, model, tokenizer, python, tmp_path, capsys):
+def test_pushed_model_opens_without_this_project(
+    server, checkpoint, model, tokenizer, launch, environment, tmp_path, capsys
+):
     """Pushed by the command, and by transformers' own push_to_hub: other processes get the same logits."""
     assert main(["push", str(checkpoint), "me/model"]) == 0
     assert "me/model (private)" in capsys.readouterr().out
@@ -59,18 +62,12 @@ def test_pushed_model_opens_without_this_project(server, checkpoint, model, toke
     assert server.private == {"models/me/model"}
     assert [title for _, title in server.commits["models/me/model"]] == ["Step 20"]
 
-    program = f"""
-import modeling_gpt2repro
-from transformers import AutoModelForCausalLM, AutoTokenizer
-AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}).push_to_hub("me/alone", private=True)
-AutoTokenizer.from_pretrained({str(checkpoint)!r}).push_to_hub("me/alone")
-"""
-    python(["-c", program], server, HF_TOKEN=TOKEN)
+    launch(checkpoint, "me/alone", script=FOLDER / "push_alone.py", environment=environment)
     assert server.repos["models/me/alone"].keys() >= FILES - {"LICENSE", "curves.png"}
 
-    pull = Path(__file__).with_name("pull.py")
-    arguments = [pull, tmp_path / "logits-", "me/model", "me/alone"]
-    python(arguments, server, HF_TOKEN=TOKEN, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    names = ("me/model", "me/alone")
+    done = launch(tmp_path / "logits-", *names, script=FOLDER / "pull.py", environment=environment)
+    assert TOKEN not in done.stdout + done.stderr
     expected = model(tokenizer("Hello, I'm a language model,", return_tensors="pt").input_ids).logits
     for name in ("me-model", "me-alone"):
         assert torch.equal(torch.load(tmp_path / f"logits-{name}"), expected)
@@ -107,35 +104,29 @@ def test_failed_push_leaves_no_files_and_next_push_reuses_uploads(server, checkp
 
 
 @pytest.mark.parametrize(
-    ("fault", "message", "files"),
+    ("fault", "message", "files", "attempts"),
     [
-        ("overtaken", r"me/model has changed since this push began \(HTTP 412.*Nothing was pushed", {"theirs.txt"}),
-        (403, r"the token may not write to me/model \(HTTP 403", set()),  # from the Hub, not from its storage
-        (413, r"could not be pushed to .* \(HTTP 413", set()),
+        ("overtaken", r"me/model has changed since this push began \(HTTP 412.*Nothing was pushed", {"theirs.txt"}, 1),
+        # Only the commits of the repository tell that the first attempt did not arrive before someone else's commit.
+        ("dropped and overtaken", "has changed since this push began", {"theirs.txt"}, 2),
+        (403, r"the token may not write to me/model \(HTTP 403", set(), 1),  # from the Hub, not from its storage
+        (413, r"could not be pushed to .* \(HTTP 413", set(), 1),
     ],
     ids=str,
 )
-def test_final_error_is_not_retried(server, checkpoint, fault, message, files):
+def test_final_error_is_not_retried(server, checkpoint, fault, message, files, attempts):
     server.faults = [("/commit/", fault)]
     with pytest.raises(HubError, match=message):
         Repository("me/model").push(plan_of(checkpoint))
     assert server.repos["models/me/model"].keys() == files
-    assert len([path for method, path in server.log if method == "POST" and "/commit/" in path]) == 1
+    assert len([path for method, path in server.log if method == "POST" and "/commit/" in path]) == attempts
 
 
-@pytest.mark.parametrize("fault", ["dropped and overtaken", "lost and overtaken"])
-def test_lost_answer_with_another_commit_after_it(server, checkpoint, fault):
-    """Only the commits of the repository tell whether the push arrived before someone else's commit."""
-    server.faults = [("/commit/", fault)]
-    repository = Repository("me/model")
-    if fault == "lost and overtaken":
-        url, _ = repository.push(plan_of(checkpoint))
-        assert url.endswith(server.commits["models/me/model"][0][0])
-        assert server.repos["models/me/model"].keys() == FILES | {"theirs.txt"}
-    else:
-        with pytest.raises(HubError, match="has changed since this push began"):
-            repository.push(plan_of(checkpoint))
-        assert server.repos["models/me/model"].keys() == {"theirs.txt"}
+def test_lost_answer_is_recognized_below_another_commit(server, checkpoint):
+    server.faults = [("/commit/", "lost and overtaken")]
+    url, _ = Repository("me/model").push(plan_of(checkpoint))
+    assert url.endswith(server.commits["models/me/model"][0][0])
+    assert server.repos["models/me/model"].keys() == FILES | {"theirs.txt"}
 
 
 def test_repository_check_is_read_only(server):
@@ -172,8 +163,6 @@ def test_push_to_existing_repository_deletes_stale_weights_in_the_same_commit(se
         ("me/model", READ_TOKEN, "the token 'mine' of me is read-only"),
         ("me/model", "hf_s\xe9cret", "invalid characters"),
         ("you/model", TOKEN, "the token belongs to me, who may not write to you's you/model"),
-        ("model", TOKEN, "'model' has no owner: give USER/model"),
-        ("me/mo del", TOKEN, "'me/mo del' is not the name of a repository"),
     ],
 )
 def test_push_without_access_ends_with_one_line(server, checkpoint, monkeypatch, capsys, name, token, message):
@@ -191,9 +180,6 @@ def test_push_without_network(server, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert main(["push", str(checkpoint), "me/model"]) == 2
     assert re.search("could not be pushed to http://127.0.0.1:9 .*tried 2 times", capsys.readouterr().err)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert main(["push", str(checkpoint), "me/model"]) == 2
-    assert "HF_HUB_OFFLINE is set: unset it" in capsys.readouterr().err
 
 
 def text_of(error):
@@ -229,22 +215,14 @@ def shard_weights(folder, index):
     ("damage", "message"),
     [
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' cannot be read .*not a JSON object"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "config of a 'llama' model"),
         (lambda folder: change(folder / "config.json", n_head=5), "config.json' is not the config of a GPT-2 .*n_head"),
-        (
-            lambda folder: shard_weights(folder, '{"weight_map": {"a": "b.safetensors"}}'),
-            "names b.safetensors, which is",
-        ),
+        (lambda folder: shard_weights(folder, '{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which"),
         (lambda folder: shard_weights(folder, '{"weight_map": ["a"]}'), "has no weight_map that names files"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "remove the stale one"),
-        (
-            lambda folder: (folder / "model.safetensors").write_bytes(b"torn"),
-            "model.safetensors has 4 bytes and is not",
-        ),
         (lambda folder: (folder / "README.md").write_bytes(b"\xff"), "README.md' is not UTF-8 text"),
     ],
 )
@@ -287,10 +265,9 @@ def test_unreadable_run_is_rejected(copied, write_manifest, capsys, path, conten
 
 
 def test_too_long_name_ends_with_one_line(capsys):
-    for command in (["push", "a" * 300, "me/model"], ["export", "a" * 300, "--to", "gpt2", "--out", "x"]):
-        assert main(command) == 2
-        error = capsys.readouterr().err
-        assert "File name too long" in error and error.count("\n") == 1
+    assert main(["push", "a" * 300, "me/model"]) == 2
+    error = capsys.readouterr().err
+    assert "File name too long" in error and error.count("\n") == 1
 
 
 def test_pickles_hidden_files_and_training_state_are_not_pushed(standalone, write_manifest):
@@ -313,10 +290,14 @@ def test_license_of_the_project_is_not_added_to_another(standalone):
 
 
 def results_file(path, checkpoint, **changes):
-    def about(version, source, full_size, figure, what, **more):
+    def about(version, source, full_size, metric, protocol):
         data = {"source": source, "sha256": "f" * 64, "is_sample": False}
-        return {"version": version, "data": data | more, "figures": {figure: what}, "full_size": full_size}
+        # "figures": the name of "metrics" before 2026-12
+        return {"version": version, "data": data, "figures": {metric: protocol}, "full_size": full_size}
 
+    hellaswag_source = "Rowan/hellaswag (validation), all 10,042 items"
+    lambada_source = "/home/some one/lambada.jsonl, all 5,153 items"
+    bits_source = "runs/secret/text/, stride 3, the first 40 documents"
     result = {
         "results": {
             "hellaswag": {"acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "n": 10042},
@@ -324,16 +305,9 @@ def results_file(path, checkpoint, **changes):
             "bits_per_byte": {"bits_per_byte": 1.1, "n": 40},
         },
         "tasks": {
-            "hellaswag": about(
-                *(2, "Rowan/hellaswag (validation), all 10,042 items", 10042),
-                *("acc_norm", "the most probable a token"),
-            ),
-            "lambada": about(
-                *(1, "/home/some one/lambada.jsonl, all 5,153 items", 5153, "acc", "last words"),
-            ),
-            "bits_per_byte": about(
-                *(1, "runs/secret/text/, stride 3, the first 40 documents", None, "bits_per_byte", "bits"),
-            ),
+            "hellaswag": about(2, hellaswag_source, 10042, "acc_norm", "the most probable a token"),
+            "lambada": about(1, lambada_source, 5153, "acc", "last words"),
+            "bits_per_byte": about(1, bits_source, None, "bits_per_byte", "bits"),
         },
         "model": {"name": "runs/x/checkpoints/best", "weights_sha256": weights_sha256(checkpoint)},
         "published": {"OpenAI GPT-2 124M": {"hellaswag": {"acc_norm": 0.2955}}},
@@ -342,34 +316,37 @@ def results_file(path, checkpoint, **changes):
     return path
 
 
+CARD_WORDS = f"""
+AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)
+import modeling_gpt2repro
+to_gpt2()
+3,324,736 parameters: 2 layers, 64 wide, 4 heads
+from a random start on 5,120 tokens (step 20)
+[HuggingFaceFW/fineweb-edu](https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu), subset `sample-10BT`
+revision `{"b" * 40}`
+tokens, GPT-2's vocabulary of 50,257.
+Run: `tiny`, step 20 of 20
+8 x NVIDIA H100
+Time: 1.0 hours
+about $24.00, estimated at $3.00 per hour and device
+commit `{"e" * 40}`, with uncommitted changes
+tokens_per_step: 256
+![losses and HellaSwag over training tokens](curves.png)
+| validation loss | 3.2924 |
+| hellaswag acc_norm | 0.2955 ± 0.0046 | 0.2955 (OpenAI GPT-2 124M) | the most probable a token |
+- lambada, version 1: lambada.jsonl, all 5,153 items, 5,153 items
+- bits_per_byte, version 1: text/, stride 3, the first 40 documents, 40 items
+path: fineweb-edu
+hellaswag: items.jsonl
+## Limitations
+radford2019language
+""".strip().splitlines()
+
+
 def test_card_has_the_facts_of_the_run(checkpoint, tmp_path):
     results = results_file(tmp_path / "results.json", checkpoint)
     text = card_of(checkpoint, results=[results])
-    for words in (
-        'AutoModelForCausalLM.from_pretrained("me/model", trust_remote_code=True)',
-        "import modeling_gpt2repro",
-        "to_gpt2()",
-        "3,324,736 parameters: 2 layers, 64 wide, 4 heads",
-        "from a random start on 5,120 tokens (step 20)",
-        "[HuggingFaceFW/fineweb-edu](https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu), subset `sample-10BT`",
-        f"revision `{'b' * 40}`",
-        "tokens, GPT-2's vocabulary of 50,257.",
-        "Run: `tiny`, step 20 of 20",
-        "8 x NVIDIA H100",
-        "Time: 1.0 hours",
-        "about $24.00, estimated at $3.00 per hour and device",
-        f"commit `{'e' * 40}`, with uncommitted changes",
-        "tokens_per_step: 256",
-        "![losses and HellaSwag over training tokens](curves.png)",
-        "| validation loss | 3.2924 |",
-        "| hellaswag acc_norm | 0.2955 ± 0.0046 | 0.2955 (OpenAI GPT-2 124M) | the most probable a token |",
-        "- lambada, version 1: lambada.jsonl, all 5,153 items, 5,153 items",
-        "- bits_per_byte, version 1: text/, stride 3, the first 40 documents, 40 items",
-        "path: fineweb-edu",
-        "hellaswag: items.jsonl",
-        "## Limitations",
-        "radford2019language",
-    ):
+    for words in CARD_WORDS:
         assert words in text, words
     assert "some one" not in text and "secret" not in text  # folders of the training machine
 
@@ -380,9 +357,8 @@ def test_card_has_the_facts_of_the_run(checkpoint, tmp_path):
     loss, hellaswag = data.eval_results  # not LAMBADA: it came from a local file
     assert (loss.dataset_type, loss.metric_type, loss.metric_value) == ("HuggingFaceFW/fineweb-edu", "loss", 3.2924)
     assert loss.dataset_revision == "b" * 40
-    assert (hellaswag.dataset_type, hellaswag.metric_type, hellaswag.metric_value) == (
-        *("Rowan/hellaswag", "acc_norm", 0.2955),
-    )
+    assert (hellaswag.dataset_type, hellaswag.metric_type) == ("Rowan/hellaswag", "acc_norm")
+    assert hellaswag.metric_value == 0.2955
     assert hellaswag.metric_args == {"n": 10042, "stderr": 0.0046, "task_version": 2}
 
 
@@ -411,20 +387,15 @@ def test_results_of_other_weights_are_rejected(standalone, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"results": None},
-        {"results": {"hellaswag": 5}},
-        {"tasks": {}},
-        {"tasks": {"hellaswag": {"figures": []}}},
-        {"model": "mine"},
-        {"published": ["OpenAI"]},
+        *({"results": None}, {"results": {"hellaswag": 5}}, {"tasks": {}}, {"tasks": {"hellaswag": {"figures": []}}}),
+        *({"model": "mine"}, {"published": ["OpenAI"]}, None),
     ],
     ids=str,
 )
 def test_file_that_is_not_results_is_rejected(checkpoint, tmp_path, changes):
-    path = results_file(tmp_path / "a.json", checkpoint, **changes)
-    with pytest.raises(HubError, match="is not a file of `python -m eval --output`"):
-        card_of(checkpoint, results=[path])
-    path.write_text("[]")
+    path = results_file(tmp_path / "a.json", checkpoint, **(changes or {}))
+    if changes is None:
+        path.write_text("[]")
     with pytest.raises(HubError, match="is not a file of `python -m eval --output`"):
         card_of(checkpoint, results=[path])
 

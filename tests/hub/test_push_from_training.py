@@ -15,11 +15,6 @@ from hub.push import push_last_checkpoint
 from training.config import TrainingError, load_config
 
 
-@pytest.fixture
-def environment(server):
-    return {"HF_ENDPOINT": server.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-
-
 def test_run_is_pushed(launch, tiny, server, environment, tmp_path, monkeypatch):
     run = tmp_path / "run"
     options = ("--config", tiny, "--output_dir", run, "--keep_last", 1, "--keep_best", "false")
@@ -64,18 +59,16 @@ def test_settings_without_effect_are_rejected():
 
 
 class SlowRepository:
-    """A repository whose push takes until `release` is set."""
+    """A repository whose push takes until `release` is set, and then raises `error`."""
 
-    repo_id = "me/model"
+    repo_id, error = "me/model", None
 
     def __init__(self):
-        self.release, self.error = threading.Event(), None
+        self.release = threading.Event()
 
     def push(self, plan):
         self.release.wait(10)
-        if self.error is not None:
-            raise self.error
-        return "http://url", []
+        raise self.error
 
 
 @pytest.fixture
@@ -86,10 +79,8 @@ def repository():
 
 
 def by_hand(checkpoint, reason):
-    return (
-        f"warning: {checkpoint} is not on the Hub: {reason}. To push it by hand: python -m hub push {checkpoint} "
-        "me/model"
-    )
+    command = f"python -m hub push {checkpoint} me/model"
+    return f"warning: {checkpoint} is not on the Hub: {reason}. To push it by hand: {command}"
 
 
 @pytest.mark.parametrize(
@@ -114,10 +105,8 @@ def default_ctrl_c():
 @pytest.mark.usefixtures("default_ctrl_c")
 def test_stop_request_and_ctrl_c_end_a_push(checkpoint, repository):
     lines, began = [], time.monotonic()
-    stopped = push_last_checkpoint(
-        repository, checkpoint, lines.append, is_stopped=lambda: time.monotonic() - began > 0.3
-    )
-    assert not stopped
+    is_late = lambda: time.monotonic() - began > 0.3  # noqa: E731
+    assert not push_last_checkpoint(repository, checkpoint, lines.append, is_stopped=is_late)
     threading.Timer(0.3, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         push_last_checkpoint(repository, checkpoint, lines.append)

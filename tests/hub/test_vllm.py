@@ -58,13 +58,8 @@ def test_vllm_steps_give_the_logits_of_the_model(checkpoint, model, lengths):
     config = AutoConfig.from_pretrained(checkpoint)
     assert json.loads((checkpoint / "config.json").read_text())["auto_map"]["AutoModel"].endswith(".GPT2ReproModel")
     assert type(model)._supports_attention_backend
-    for name, value in (
-        ("hidden_size", 64),
-        ("num_attention_heads", 4),
-        ("num_hidden_layers", 2),
-        ("max_position_embeddings", 128),
-    ):
-        assert getattr(config.get_text_config(), name) == value
+    names = ("hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+    assert [getattr(config.get_text_config(), name) for name in names] == [64, 4, 2, 128]
     assert config.tie_word_embeddings
 
     AttentionInterface.register("paged_attention_of_vllm", paged_attention)
