@@ -1,10 +1,6 @@
 """A tiny GPT-2 with GPT-2's real tokenizer, and a Hugging Face Hub on localhost."""
 
 import contextlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +9,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
-
-ROOT = Path(__file__).parents[2]
-# The discard port: connections are refused at once, on any machine.
-NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,25 +58,13 @@ def own_checkpoint(tmp_path_factory, model, tokenizer):
 
 
 @pytest.fixture
-def run_python(tmp_path):
-    """Return a function that runs Python in the checkout, with its own caches and no network unless `env` has one."""
+def run_python(launch, tmp_path):
+    """Return a function that runs Python in the checkout with its own cache, and no network unless `env` has one."""
+    own = {"HF_HOME": str(tmp_path / "hf_home"), "HF_HUB_OFFLINE": "0", "PYTHONIOENCODING": "utf-8"}
+    own["HF_ENDPOINT"] = "http://127.0.0.1:9"  # the discard port: connections are refused at once
 
-    def run(*arguments, **env):
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-                "HF_HOME": str(tmp_path / "hf_home"),
-                "PYTHONIOENCODING": "utf-8",
-                "OMP_NUM_THREADS": "1",
-                **NO_NETWORK,
-                **env,
-            },
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-        )
+    def run(script, *arguments, **env):
+        return launch(*arguments, script=script, check=False, environment=own | env)
 
     return run
 
