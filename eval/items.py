@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.errors import one_line
 from common.hub import hub_error
 from common.jsonl import COMPRESSIONS, json_lines
 from eval import EvalError
@@ -46,7 +47,7 @@ def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[t
     try:
         records = datasets.load_dataset(dataset, name, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise HubUnavailableError(unreachable or " ".join(str(error).split())) from error
+        raise HubUnavailableError(unreachable or one_line(error, 1000)) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     return ((record, f"{dataset}, item {index}") for index, record in enumerate(records))
