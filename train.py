@@ -25,7 +25,7 @@ On SIGTERM, SIGUSR1, Ctrl-C or --max_hours it finishes the current step, saves a
 Every setting is described by `python train.py --help` and in training/config.py.
 """
 
-from common.cli import prepare_process, run_command
+from common.cli import prepare_process, run_command, say
 
 if __name__ == "__main__":
     prepare_process()
@@ -59,13 +59,13 @@ from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.batch import check_memory, choose_micro_batch_size
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
-from training.config import SHAPE, Config, load_config, settle_shape
-from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, say, start_accelerator
+from training.config import SHAPE, Config, load_config, load_shape, settle_model
+from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, find_hardware, warn_of_repetition
 from training.logging import RunLog
-from training.optim import build_optimizer, learning_rate, step_if_finite, windows_with_nonfinite_loss
+from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.run import RunFolder, StopRequest, ignore_signals
-from training.sharding import TrainingModels, clip_gradients, compile_and_wrap, copy_from_file, unsharded_model
+from training.sharding import TrainingModels, compile_and_wrap, unsharded_model
 
 STARTED = time.monotonic()  # what --max_hours counts from
 
@@ -82,10 +82,10 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         exit code: 0, 75 (resume me), or 1 (the training diverged, or the last checkpoint could not be pushed).
     """
     config = load_config(argv)
-    stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
     with isolated_accelerator_state(), ExitStack() as cleanup:
         accelerator = start_accelerator(config.mixed_precision)
+        stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
         assert config.output_dir is not None  # load_config has set it
         run = cleanup.enter_context(RunFolder(config.output_dir))
         resume_from = None if config.dry_run else run_on_main(run.open, config.resume)
@@ -93,8 +93,9 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         if config.push_to_hub is not None and not config.dry_run:  # check that we may push before spending compute
             repository = run_on_main(Repository, config.push_to_hub, private=not config.push_public)
         fingerprint: dict[str, Any] = {"init_from": config.init_from}  # as it was given, before it is resolved
+        config.init_from, shape = run_on_main(load_shape, config.init_from, resume_from)
 
-        model_config = settle_shape(config, resume_from)
+        model_config = settle_model(config, shape)
         hardware = find_hardware(accelerator, config.dollars_per_hour)
         plan = Plan(shape=model_config, batch=config.batch, max_steps=config.max_steps, hardware=hardware)
         say(plan.describe())
@@ -109,8 +110,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         fingerprint |= {"tokens_per_step": config.batch.tokens_per_step, "seq_len": config.batch.seq_len}
         fingerprint |= {name: data[name] for name in ("train_tokens", "train_sha256")}
         fingerprint |= {"model": {name: getattr(config.model, name) for name in SHAPE}}
-        state = LoopState() if resume_from is None else load_state(resume_from, fingerprint)
-        state.saved = run.has(resume_from)  # False also where this run continues a checkpoint of another folder
+        state = LoopState() if resume_from is None else load_state(resume_from, fingerprint, run.path)
         if state.saved and state.evaluated and state.step >= config.max_steps:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             return finish(run, state, stop, repository)
@@ -263,8 +263,6 @@ def load_data(
     )
     warn_of_repetition(epochs)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
-    if baselines:
-        say("baseline  " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()) + " nats per token")
     return fingerprint, loader, val_shards, baselines
 
 
@@ -302,7 +300,6 @@ def build_model(config: Config, model_config: GPT2ReproConfig, resume_from: Path
     else:
         set_seed(config.seed)  # the same on every process
         model = GPT2ReproForCausalLM(model_config)
-    copy_from_file(model)
     return model
 
 

@@ -65,6 +65,20 @@ def _use_utf8_for_paths() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def is_main_process() -> bool:
+    """Return True on the first process of a launch, which is also the only one without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str = "") -> None:
+    """Print a line on the main process, above a progress bar. A full disk or a closed pipe does not end the program."""
+    from tqdm import tqdm
+
+    if is_main_process():
+        with contextlib.suppress(OSError):
+            tqdm.write(encodable(line))
+
+
 def encodable(text: str) -> str:
     """Return the text as standard output can print it, with escapes for characters that it does not have."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

@@ -1,17 +1,20 @@
 """Split an optimizer step's batch into micro-batches; `micro_batch_size: auto` takes the largest that fits."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from common.cli import say
 from training import TrainingError
 from training.config import nearest_multiples
-from training.distributed import say
-from training.estimate import Plan, free_memory, total_memory
+from training.estimate import Plan
 
 if TYPE_CHECKING:
     from training.config import BatchConfig
@@ -194,3 +197,29 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> N
 
 def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.2f} GB"
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the device; on a CPU, in the machine and in the container around it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        # Inactive page cache counts as used but is reclaimable.
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        inactive = int(statistics["inactive_file"])
+        free = min(free, int((group / "memory.max").read_text()) - (used - inactive))
+    return free
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of the device; on a CPU, of the machine with its swap space."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return psutil.virtual_memory().total + psutil.swap_memory().total

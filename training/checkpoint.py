@@ -19,7 +19,7 @@ import shutil
 from concurrent import futures
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -28,13 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common.checkpoints import BEST, best_of, describe_file, find_damage, list_checkpoints, resolve_checkpoint
+from common.cli import say
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.distributed import say
 from training.sharding import TrainingModels, full_state_dict, load_moments, load_params, meta_copy
-
-if TYPE_CHECKING:
-    pass
 
 _LEFTOVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Tokenizer, configuration, code, and the disk's rounding up.
@@ -111,6 +108,11 @@ class CheckpointWriter:
 
     On a GPU, training waits only while the state is copied to the host's memory; a thread hashes and writes it, one
     checkpoint at a time.
+
+    Args:
+        tokenizer: a tokenizer of transformers, saved with each checkpoint.
+        fingerprint: the settings that define what a step is, which `load_state` compares.
+        in_background: write in a thread; None: unless on a CPU.
     """
 
     def __init__(
@@ -124,18 +126,8 @@ class CheckpointWriter:
         *,
         in_background: bool | None = None,
     ) -> None:
-        """Create the writer.
-
-        Args:
-            output_dir: the run's folder.
-            models: the model and its optimizer, as they are in training.
-            tokenizer: a tokenizer of transformers, saved with each checkpoint.
-            fingerprint: the settings that define what a step is, which `load_state` compares.
-            in_background: write in a thread; None: unless on a CPU.
-        """
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
         self._models, self._fingerprint, self._keep = models, fingerprint, keep
-        self._meta_model = meta_copy(models.bare)  # saved by the thread, instead of the model that is being trained
         # On a CPU, the thread would compete with training, and the copies would take memory for nothing.
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -159,6 +151,7 @@ class CheckpointWriter:
             rng = {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()}
             saved = asdict(state) | {"val_loss": state.val_loss if state.evaluated else None} | self._fingerprint
             saved["tokens"] = state.step * self._fingerprint["tokens_per_step"]
+            del saved["saved"]
             self._pending = self._thread.submit(self._write, tensors, moments, rng, saved)
             if not self._in_background:
                 futures.wait([self._pending])
@@ -202,7 +195,8 @@ class CheckpointWriter:
             free = shutil.disk_usage(tmp_folder).free
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
-            load_params(self._meta_model, tensors).save_pretrained(save_directory=tmp_folder)
+            # A copy, since the thread must not save the model that is being trained.
+            load_params(meta_copy(self._models.bare), tensors).save_pretrained(save_directory=tmp_folder)
             try:
                 self.tokenizer.save_pretrained(tmp_folder)
             except Exception as error:  # the tokenizers package has no class for a full disk
@@ -234,8 +228,6 @@ class CheckpointWriter:
                 f"could not write the checkpoint {folder}: {error}. It needs {needed / 1e9:.2f} GB: make room on the "
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
-        finally:
-            self._meta_model.to("meta")  # type: ignore[arg-type]  # frees the copies
         try:
             self._remove_old(state["step"])
         except OSError as error:
@@ -291,16 +283,12 @@ def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
     """
     Refuse a start that cannot succeed, without reading the checkpoints.
 
-    Args:
-        resume: None, "auto" or the path of a checkpoint.
-
     Returns:
-        The checkpoint that `resume` names; None for "auto" and for a fresh start.
+        The checkpoint whose path `resume` is; None for "auto" and for a fresh start (None).
 
     Raises:
-        TrainingError: the path is not a checkpoint; or the folder already has a run, and this is a fresh start or one
-            from somewhere else or from an earlier step.
-        UserError: the path is a run's folder.
+        UserError: the path is not a checkpoint; or the folder already has a run, and this is a fresh start or one from
+            somewhere else or from an earlier step.
     """
     checkpoints = list_checkpoints(Path(output_dir) / "checkpoints")
     if resume == "auto":
@@ -327,16 +315,16 @@ def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
 
 def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
     """
-    Find the checkpoint to resume from, and check every byte of it. Prints a line about each damaged one it skips.
+    Find the checkpoint to resume from, and check every byte of it. Print a line about each damaged one it skips.
 
     Args:
-        resume: None, "auto" or the path of a checkpoint.
+        resume: "auto", the path of a checkpoint, or None for a fresh start.
 
     Returns:
-        The checkpoint's folder; None for a fresh start (None, or "auto" without any checkpoint).
+        The checkpoint's folder; None for a fresh start, also by "auto" without any checkpoint.
 
     Raises:
-        TrainingError: as `check_start`; the checkpoint is damaged; or "auto", and all checkpoints are damaged.
+        UserError: as `check_start`; the checkpoint is damaged; or "auto", and all checkpoints are damaged.
     """
     folder = check_start(resume, output_dir)
     if resume != "auto":
@@ -357,15 +345,15 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
     return None
 
 
-def load_state(folder: str | Path, fingerprint: dict[str, Any]) -> LoopState:
+def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str | Path) -> LoopState:
     """
-    Return the loop state of a checkpoint if this run continues the run that was saved.
+    Return a checkpoint's loop state.
 
     Args:
-        fingerprint: settings that step numbers and the order of the data depend on.
+        output_dir: this run's folder, which may be another one than the checkpoint's.
 
     Raises:
-        TrainingError: the file cannot be read, or a value of the fingerprint differs.
+        TrainingError: the fingerprint differs from the saved run's.
     """
     path = Path(folder) / "training_state" / "state.json"
     try:
@@ -389,18 +377,13 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any]) -> LoopState:
             f"has {value}. Resume with the same setting, {new_run}"
         )
     state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
-    names = [field.name for field in fields(LoopState) if field.name != "saved"]
+    state["saved"] = run_folder_of(folder, output_dir) == Path(output_dir)
     say(f"resume    from {folder}, step {state['step']:,}")
-    return LoopState(**{name: state[name] for name in names})
+    return LoopState(**{field.name: state[field.name] for field in fields(LoopState)})
 
 
 def load_training_state(folder: str | Path, models: TrainingModels, accelerator: Accelerator) -> None:
-    """
-    Load the optimizer's moments by parameter name, and this process's random state, if the saved run had its rank.
-
-    Raises:
-        TrainingError: the moments cannot be read, or do not fit the optimizer.
-    """
+    """Load the optimizer's moments by parameter name, and this process's random state, if the run had its rank."""
     device, rank = accelerator.device, accelerator.process_index
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     new_run = f"or start a new run from its weights: --init_from {folder}"

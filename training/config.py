@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
-from training.distributed import run_on_main
 from training.logging import check_trackers
 from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
 
@@ -257,25 +256,40 @@ def _check(config: Config) -> None:
         )
 
 
-def settle_shape(config: Config, resume_from: Path | None) -> GPT2ReproConfig:
-    """Return the model's configuration. Every process must call this.
+def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | None, dict[str, int]]:
+    """
+    Return (the model that init_from means now, its shape by the names of SHAPE).
 
-    With init_from, the settings take over the shape of those weights, and once a run has begun, of its own checkpoints.
+    Once a run has begun, its own checkpoints have the shape. Without init_from the shape is empty.
+
+    Raises:
+        UserError: init_from cannot be opened, or is not a GPT-2.
+    """
+    if init_from is None:
+        return None, {}
+    if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
+        init_from = check_name(init_from)
+    source = load_gpt2_config(str(resume_from or init_from), vocab_size=VOCAB_SIZE)
+    return init_from, {name: getattr(source, name) for name in SHAPE}
+
+
+def settle_model(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
+    """
+    Return the model's configuration, after writing the shape from `load_shape` into the settings.
 
     Raises:
         TrainingError: the shape is impossible, or too short for the training sequences.
-        UserError: init_from cannot be opened, or is not a GPT-2.
     """
-    if config.init_from is not None:
-        if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
-            config.init_from = run_on_main(check_name, config.init_from)
-        source = run_on_main(load_gpt2_config, str(resume_from or config.init_from), vocab_size=VOCAB_SIZE)
-        config.model = replace(config.model, **{name: getattr(source, name) for name in SHAPE})
-        check_lengths(config)
-    shape = {name: getattr(config.model, name) for name in SHAPE}
+    config.model = replace(config.model, **shape)
+    check_lengths(config)
     dropout = config.model.dropout
     try:
-        return GPT2ReproConfig(**shape, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+        return GPT2ReproConfig(
+            **{name: getattr(config.model, name) for name in SHAPE},
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+        )
     except ValueError as error:
         raise TrainingError(f"model: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Start this process's Accelerator, run and print on the main process alone, and leave the process group."""
+"""Start this process's Accelerator, run functions on the main process alone, and leave the process group."""
 
 import contextlib
 import ctypes
@@ -19,9 +19,8 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
-from tqdm import tqdm
 
-from common.cli import check_world_size, encodable
+from common.cli import check_world_size, is_main_process
 from training import TrainingError
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -140,18 +139,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def say(line: str = "") -> None:
-    """Print a line on the main process, above the progress bar. A full disk or a closed pipe does not end the run."""
-    if is_main_process():
-        with contextlib.suppress(OSError):
-            tqdm.write(encodable(line))
-
-
-def is_main_process() -> bool:
-    """Return True on the first process of the run, also before an Accelerator exists."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def run_on_main(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:

@@ -1,21 +1,18 @@
 """Estimate a run before its first step: hardware, FLOPs, memory, time and cost."""
 
-import contextlib
 import os
 import platform
 import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
 import torch
 from accelerate import Accelerator
 
+from common.cli import say
 from modeling_gpt2repro.loss import CHUNK_ROWS
-from training.distributed import say
 
 if TYPE_CHECKING:
     from modeling_gpt2repro import GPT2ReproConfig
@@ -176,32 +173,6 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: floa
         del a, b, out
         torch.get_device_module(device).empty_cache()  # cached memory does not count as free
     return 2 * size**3 / best
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device; on a CPU, in the machine and in the container around it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
-        group = Path("/sys/fs/cgroup")
-        used = int((group / "memory.current").read_text())
-        # Inactive page cache counts as used but is reclaimable.
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        inactive = int(statistics["inactive_file"])
-        free = min(free, int((group / "memory.max").read_text()) - (used - inactive))
-    return free
-
-
-def total_memory(device: torch.device) -> int:
-    """Return the bytes of the device; on a CPU, of the machine with its swap space."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 class MemoryEstimate(NamedTuple):

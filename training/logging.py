@@ -14,14 +14,13 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from tqdm import tqdm
 
 from common.checkpoints import best_of, list_checkpoints
-from common.cli import shell_quote
+from common.cli import is_main_process, say, shell_quote
 from common.errors import UserError, one_line
 from common.files import finite, write_text_atomically
 from common.metrics import read_metrics, recover_metrics
 from training import TrainingError
 from training.checkpoint import LoopState, run_folder_of
 from training.curves import plot_curves
-from training.distributed import is_main_process, say
 from training.estimate import Plan, format_duration
 from training.provenance import write_provenance
 
@@ -77,6 +76,9 @@ class RunLog:
         Raises:
             UserError: a tracker does not start, or the history cannot be read.
         """
+        if self._loss_lines:
+            lines = ", ".join(f"{name} {value:.4f}" for name, value in self._loss_lines.items())
+            say(f"baseline  {lines} nats per token")
         step, history, previous_folder = state.step, [], None
         self._output_dir.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:

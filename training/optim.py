@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
@@ -195,6 +196,17 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if is_tall else x
+
+
+def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    """
+    Scale the gradients down to a global norm of `max_norm`. Every process must call this.
+
+    Returns:
+        scalar float32 tensor on the device, the norm before clipping.
+    """
+    norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+    return norm.to(device=accelerator.device, dtype=torch.float32)
 
 
 def step_if_finite(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> None:

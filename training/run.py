@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from common.cli import interrupt_exit_code, print_error
+from common.cli import interrupt_exit_code, is_main_process, print_error, say
 from common.errors import UserError, one_line
 from common.files import write_json
 from common.locks import Lock, Timeout
@@ -21,9 +21,8 @@ from training.checkpoint import (
     checkpoint_folder,
     find_checkpoint,
     remove_leftovers,
-    run_folder_of,
 )
-from training.distributed import MainProcessFailed, is_main_process, say
+from training.distributed import MainProcessFailed
 
 # sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Here: resume the run.
 EXIT_RESUME = 75
@@ -106,10 +105,6 @@ class RunFolder:
             if not is_waiting:
                 say(f"run       another process uses {self.path}; waiting for it to leave")
             is_waiting, timeout = True, min(self._poll_seconds, self._patience_seconds)
-
-    def has(self, checkpoint: Path | None) -> bool:
-        """Return True if a checkpoint is in this folder, also through a link."""
-        return checkpoint is not None and run_folder_of(checkpoint, self.path) == self.path
 
     def mark_running(self) -> None:
         """Mark the run as running, after all checks. Every process must call this."""

@@ -51,6 +51,7 @@ def compile_and_wrap(
         optimizer: from `build_optimizer`, over the model's parameters.
         accumulation: micro-batches per optimizer step.
     """
+    copy_from_file(model)
     accelerator.gradient_accumulation_steps = accumulation
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     step_model: torch.nn.Module = model
@@ -75,17 +76,6 @@ def fsdp_precision_policy(mixed_precision: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if mixed_precision == "bf16" else None, reduce_dtype=torch.float32
     )
-
-
-def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """
-    Scale the gradients down to a global norm of `max_norm`. Every process must call this.
-
-    Returns:
-        scalar float32 tensor on the device, the norm before clipping.
-    """
-    norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-    return norm.to(device=accelerator.device, dtype=torch.float32)
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -241,12 +241,14 @@ def test_damaged_checkpoints_are_skipped_or_refused(make_writer, save, tmp_path,
     assert find_checkpoint("auto", tmp_path / "nowhere") is None
 
 
-def test_state_of_an_earlier_version_is_read(make_writer, save):
+def test_state_of_an_earlier_version_is_read(make_writer, save, tmp_path):
     """With the keys as they have always been written."""
     folder = save(make_writer(), 1)
     path = folder / "training_state" / "state.json"
     state = {"step": 1, "tokens": 8, "val_loss": None, "evaluated": False, "num_skipped": 2, "skipped_in_a_row": 1}
     path.write_text(json.dumps(state | {"seed": 3}))
-    assert load_state(folder, {"seed": 3}) == LoopState(step=1, num_skipped=2, consecutive_skips=1)
+    state = load_state(folder, {"seed": 3}, tmp_path)
+    assert state == LoopState(step=1, num_skipped=2, consecutive_skips=1, saved=True)
+    assert not load_state(folder, {"seed": 3}, tmp_path / "another").saved
     with pytest.raises(TrainingError, match=r"seed=3.* 4"):
-        load_state(folder, {"seed": 4})
+        load_state(folder, {"seed": 4}, tmp_path)
