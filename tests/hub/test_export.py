@@ -309,14 +309,14 @@ def test_export_failure_leaves_no_files(checkpoint, tmp_path, monkeypatch):
     """The check after writing finds weights that changed on the way."""
     from modeling_gpt2repro import conversion
 
-    adopt = conversion._copy_weights
+    adopt = conversion._copy
 
-    def wrong(model, source):
-        adopted = adopt(model, source)
+    def wrong(*arguments):
+        adopted = adopt(*arguments)
         adopted.transformer.h[0].mlp.c_fc.weight.data *= 1.01
         return adopted
 
-    monkeypatch.setattr(conversion, "_copy_weights", wrong)
+    monkeypatch.setattr(conversion, "_copy", wrong)
     with pytest.raises(HubError, match="logits differ by"):
         export(str(checkpoint), to="gpt2", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())
