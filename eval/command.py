@@ -30,8 +30,8 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tasks", nargs="+", default=["hellaswag"], metavar="TASK", help=about)
     about = (
         "where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the default), "
-        "'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz) file; lambada: "
-        "'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of shards, or text as "
+        "'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz, .zst) file; "
+        "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of shards, or text as "
         "`python -m data.prepare files` reads it"
     )
     add("--data", nargs="+", default=[], metavar="TASK=PATH", help=about)
