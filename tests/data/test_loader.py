@@ -40,7 +40,7 @@ def rows(batch):
     return [(*a, b[-1]) for a, b in zip(inputs.tolist(), targets.tolist(), strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=SHARDS,
     seq_len=st.integers(1, 8),
