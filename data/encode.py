@@ -58,14 +58,12 @@ class Encoder:
         tokenizer_backend: str = "tiktoken",
     ) -> None:
         """
-        Check the tokenizer backend; `__enter__` starts the processes. See data.sources.decode_record.
+        Check the tokenizer backend; `__enter__` starts the processes.
 
         Args:
             num_proc: worker processes; 1 tokenizes in the current process.
             val_fraction: fraction of the documents that go to validation.
-            text_column: key or column of the text.
-            errors: for bytes that are not UTF-8.
-            tokenizer_backend: see data.tokenizer.load_encoder.
+            text_column: see data.sources.decode_record, as for `errors`.
         """
         self._options = (val_fraction, text_column, errors, tokenizer_backend)
         self._num_proc, self._numbers = num_proc, itertools.count()

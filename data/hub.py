@@ -188,11 +188,7 @@ class HubSource:
         Record the settings; `inputs` looks for the files. See data.sources.FileSource.
 
         Args:
-            repository: the data set.
             subset: subset of the data set (a "config" in its card); None for the default.
-            text_column: column or key of the text.
-            separator: text between documents of a .txt file.
-            errors: for bytes that are not UTF-8.
             keep: keep the downloaded files.
         """
         self.repository, self.subset, self.keep = repository, subset, keep

@@ -118,12 +118,9 @@ class WindowLoader:
             shards: the training shards, from `data.manifest.open_split`.
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows per step over all processes.
-            seed: of the shuffled order.
             order: "shuffled"; "sequential", the order in the shards, the same in each epoch; or "lecture", see
                 `_lecture_batch`.
             boundary: "ignore", or "document": position ids restart at each document.
-            rank: index of this process, of `world_size`.
-            world_size: number of processes.
 
         Raises:
             DataError: the shards have no window, or the settings do not fit.
@@ -275,12 +272,8 @@ def validation_batches(
 
     Args:
         shards: the validation shards.
-        seq_len: T, tokens in a sequence.
         batch_size: maximum number of rows in a batch.
         max_tokens: maximum number of tokens to score, over all processes.
-        boundary: "ignore" or "document".
-        rank: index of this process.
-        world_size: number of processes.
     """
     windows = _Windows(shards, seq_len)
     count = min(len(windows), max_tokens // seq_len)

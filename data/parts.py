@@ -117,14 +117,9 @@ class PartMaker:
 
         Args:
             plan: the folder's plan, or its manifest.
-            source: documents, or shards to import.
-            out: folder for the shards.
             parts: the parts of this machine.
             finished: parts that will not be made.
             tokens_before: tokens in other parts, which count toward max_tokens.
-            num_proc: number of tokenizer processes.
-            tokenizer_backend: see data.tokenizer.load_encoder.
-            log: called with lines for the user.
         """
         self.plan, self.source, self.out = plan, source, out
         files = [file for file in plan.inputs if file["part"] in parts]

@@ -176,12 +176,7 @@ def kept_parts(out: str | Path) -> str:
 
 
 def finish(out: Path) -> Manifest | None:
-    """
-    Write the manifest and remove the records if all parts are finished; return None if parts are missing.
-
-    Raises:
-        DataError: a split has no documents.
-    """
+    """Write the manifest and remove the records if all parts are finished; return None if parts are missing."""
     with _locked(out):
         manifest = read_manifest(out)
         if manifest is None:
@@ -223,11 +218,7 @@ def _remove_everything(manifest: Manifest, out: Path) -> None:
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Manifest:
     """
-    Merge the folders in which several machines prepared their parts of the same source.
-
-    Args:
-        folders: the machines' folders; `out` may be one of them.
-        out: the folder to make.
+    Merge the folders in which several machines prepared their parts of the same source; `out` may be one of them.
 
     Raises:
         DataError: a folder has no parts, the parts are of different preparations, or a part is missing.

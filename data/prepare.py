@@ -85,7 +85,6 @@ def prepare(
 
     Args:
         source: documents, see data.sources, or shards to import, see data.pretokenized.
-        out: the folder to make.
         name: prefix of the file names: {name}_train_00000000.bin has 5 digits for the part, 3 for the shard in it.
         val_fraction: fraction of the documents for validation; None for imported shards.
         shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
@@ -93,7 +92,6 @@ def prepare(
         num_proc: number of tokenizer processes.
         tokenizer_backend: see data.tokenizer.load_encoder.
         shard_index: index of the first part to prepare, of every shard_count-th.
-        shard_count: number of machines that divide the parts.
         log: called with lines for the user.
 
     Returns:
@@ -245,8 +243,6 @@ def source_of(
     Args:
         settings: settings of a source, or `Manifest.source`, which also has the provenance.
         out: the folder to make; downloads go into it.
-        keep: see HubSource.
-        max_tokens: see data.pretokenized.
     """
     kind = settings["kind"]
     options = {key: settings[key] for key in ("text_column", "separator", "errors") if key in settings}

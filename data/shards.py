@@ -132,8 +132,6 @@ class ShardWriter:
         Prepare to write; the first document creates the first file.
 
         Args:
-            folder: folder of the shards.
-            prefix: prefix of the file names.
             shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
             executor: threads that finish shards while others are written.
         """
@@ -229,11 +227,7 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
 
 def open_shard(path: str | Path, crc32: str | None = None) -> Shard:
     """
-    Map a shard into memory: a .bin file in llm.c's format, or a .npy file in build-nanogpt's.
-
-    Args:
-        path: the file.
-        crc32: see `Shard`.
+    Map a shard into memory: a .bin file in llm.c's format, or a .npy file in build-nanogpt's; see `Shard` for `crc32`.
 
     Raises:
         DataError: the file is missing, or its header and size are not those of a complete shard.

@@ -106,7 +106,7 @@ def load_tiktoken() -> "tiktoken.Encoding":
 
 
 def check_backend(backend: str) -> None:
-    """Check, without loading it, that a tokenizer backend exists and is installed, and the vocabulary with it."""
+    """Raise DataError unless a tokenizer backend and the vocabulary are installed; loads neither."""
     if backend not in TOKENIZER_BACKENDS:
         raise DataError(f"tokenizer_backend must be one of {', '.join(TOKENIZER_BACKENDS)}, got {backend!r}")
     if importlib.util.find_spec(backend) is None:

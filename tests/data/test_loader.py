@@ -40,7 +40,7 @@ def rows(batch):
     return [(*a, b[-1]) for a, b in zip(inputs.tolist(), targets.tolist(), strict=True)]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     sizes=SHARDS,
     seq_len=st.integers(1, 8),
@@ -204,24 +204,6 @@ def test_position_ids_restart_at_each_document(data, seq_len):
             position = 0 if token == EOT else position + 1
             expected.append(position)
         assert batch.position_ids[0].tolist() == expected
-
-
-def test_documents_in_a_window_do_not_attend_to_each_other():
-    """With boundary "document", the model gives a document the same logits as alone."""
-    from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-
-    torch.manual_seed(0)
-    config = GPT2ReproConfig(n_layer=2, n_embd=32, n_head=2, n_positions=16, initializer_range=0.2)
-    model = GPT2ReproForCausalLM(config).eval()
-    tokens = [EOT, 5, 6, 7, EOT, 8, 9, EOT, 10, 11, 12, 13]
-    shard = Shard(np.array([*tokens, EOT], dtype=np.uint16))
-    batch = WindowLoader([shard], seq_len=12, batch_size=1, seed=0, boundary="document").batch(0)
-    together = model(batch.inputs, position_ids=batch.position_ids).logits[0]
-    for begin, end in ((0, 4), (4, 7), (7, 12)):
-        alone = model(torch.tensor([tokens[begin:end]])).logits[0]
-        torch.testing.assert_close(together[begin:end], alone, rtol=0, atol=2e-5)
-    ignored = model(batch.inputs).logits[0]
-    assert (ignored[4:] - together[4:]).abs().max() > 0.01
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
@@ -71,7 +72,11 @@ def test_sample_labels_cannot_be_guessed_from_length_or_position():
 
 
 @pytest.mark.parametrize(
-    ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)]
+    ("name", "pack"),
+    [
+        *(("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.xz", lzma.compress)),
+        ("a.jsonl.zst", lambda content: pyarrow.compress(content, codec="zstd", asbytes=True)),
+    ],
 )
 def test_items_are_read_from_plain_and_compressed_files(tmp_path, name, pack):
     records = [GOOD | {"label": "2", "more": 1}, GOOD | {"ctx": "Ein Mädchen", "ctx_b": ""}]
