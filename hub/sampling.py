@@ -91,9 +91,9 @@ def stream_tokens(
     """
     Yield the tokens of `generate` one by one, each with the probabilities of all tokens at its position.
 
-    The probabilities, [V], are those before temperature, top_k and top_p. Every token is a call of `model.generate` with
-    the cache of the call before, so a caller can stop at any token and no thread is needed. The calls share PyTorch's
-    global random state: run one stream at a time.
+    The probabilities, [V], are those before temperature, top_k and top_p. Every token is a call of `model.generate`
+    with the cache of the call before, so a caller can stop at any token and no thread is needed. The calls share
+    PyTorch's global random state: run one stream at a time.
     """
     torch.manual_seed(params.seed)
     ids, cache = torch.tensor([prompt_ids], device=model.device), None
