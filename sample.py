@@ -23,8 +23,7 @@ if __name__ == "__main__":
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
-from eval.checkpoint import check_name, load_model, load_tokenizer
-from eval.command import find_device
+from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
 from hub.sampling import SamplingParams, encode_prompt, generate
 
@@ -98,7 +97,7 @@ def _sample(arguments: Sequence[str] | None) -> None:
     params = SamplingParams(**settings)
     name, trust = check_name(args.checkpoint), args.trust_remote_code
     tokenizer, _ = load_tokenizer(name, trust_remote_code=trust)
-    device, _ = find_device(args.device)
+    device = find_device(args.device)
     if args.prompt is None and not args.interactive:
         if sys.stdin.isatty():
             print("text to continue? (Ctrl-D ends it)", file=sys.stderr)

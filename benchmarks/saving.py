@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from benchmarks.harness import make_parser, print_report, take_turns, timed, with_range
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.checkpoint import CheckpointWriter
+from training.checkpoint import CheckpointWriter, Keep, LoopState
 from training.config import OptimConfig
 from training.distributed import keep_freed_memory
 from training.optim import build_optimizer
+from training.sharding import compile_and_wrap
 
 SEQ_LEN = 512
 COLUMNS = ("written", "ms per step", "ms training waits for a save")
@@ -41,40 +42,32 @@ def main() -> None:
     config = GPT2ReproConfig(n_layer=args.layers, n_embd=args.width, n_head=args.width // 64)
     model = GPT2ReproForCausalLM(config).to(device).train()
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4), device.type)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    models = compile_and_wrap(accelerator, model, optimizer, accumulation=1, use_compile=False)
     tokenizer = load_hf_tokenizer(model_max_length=1024)
     tokens = torch.randint(0, 50257, (args.rows, SEQ_LEN + 1), device=device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 
     def step() -> None:
         with accelerator.autocast():
-            loss = model(input_ids=inputs, shift_labels=targets, return_logits=False).loss
+            loss = models.wrapped(input_ids=inputs, shift_labels=targets, return_logits=False).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        models.optimizer.step()
+        models.optimizer.zero_grad()
 
     def train(written: str) -> tuple[float, float]:
         """Train for a turn. Return the mean milliseconds of a step and of a wait."""
         steps, waits = [], []
         with tempfile.TemporaryDirectory() as folder:
+            fingerprint, in_background = {"tokens_per_step": args.rows * SEQ_LEN}, written == "background"
             writer = CheckpointWriter(
-                folder,
-                accelerator=accelerator,
-                model=model,
-                tokenizer=tokenizer,
-                keep_last=1,
-                in_background=written == "background",
+                folder, accelerator, models, tokenizer, fingerprint, Keep(last=1), in_background=in_background
             )
-
-            def save(number: int) -> None:
-                writer.poll(wait=True)
-                writer.save(model, optimizer, {"step": number, "val_loss": None})
 
             for number in range(args.steps):
                 if written != "never" and number % args.every == 0:
-                    waits.append(timed(partial(save, number), device)[1])
+                    waits.append(timed(partial(writer.save, LoopState(step=number)), device)[1])
                 steps.append(timed(step, device)[1])
-            writer.poll(wait=True)
+            writer.finish()
         return 1000 * sum(steps) / len(steps), 1000 * sum(waits) / max(1, len(waits))
 
     for _ in range(3):

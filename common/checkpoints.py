@@ -1,10 +1,7 @@
-"""
-Checkpoints by name: which ones a run has, and what `best` and a run's folder mean where a checkpoint is wanted; and
-damage in them.
+"""Find a run's checkpoints, resolve the name `best`, and detect damage.
 
-`runs/x/checkpoints/best` is a name and not a folder: the checkpoint with the lowest validation loss, which each
-checkpoint has in its training_state/state.json. A link would get lost, or become a copy that grows stale, in archives,
-on cloud drives and on Windows.
+`runs/x/checkpoints/best` is a name and not a folder: it means the checkpoint with the lowest validation loss in its
+training_state/state.json. In archives, on cloud drives and on Windows, a link would get lost or become an old copy.
 """
 
 import contextlib
@@ -14,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,23 +55,20 @@ def _val_loss(folder: Path) -> float | None:
 
 def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     """Return the checkpoint with the lowest validation loss; None if no checkpoint was evaluated."""
-    evaluated = (checkpoint for checkpoint in checkpoints if checkpoint.val_loss is not None)
-    return min(evaluated, key=lambda checkpoint: checkpoint.val_loss, default=None)
+    evaluated = [(c.val_loss, c) for c in checkpoints if c.val_loss is not None]
+    return min(evaluated)[1] if evaluated else None
 
 
 def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | None = None) -> str:
-    """
-    Return the folder that a checkpoint's name means.
+    """Return the folder that a checkpoint's name means.
 
     Args:
-        name: a checkpoint's folder or a Hub id, which are returned as they are; or .../best next to step folders, which
-            is the step folder with the lowest validation loss. A folder called `best` without step folders next to it
-            is a checkpoint like any other.
+        name: a checkpoint's folder or a Hub id, returned unchanged; or .../best next to step folders, which means the
+            one with the lowest validation loss. Without step folders next to it, `best` is an ordinary folder.
         say: called with a line that names the folder that `best` means; by default it is printed on stderr.
 
     Raises:
-        UserError: `best` where no checkpoint was evaluated, or a run's folder instead of a checkpoint's. The message
-            lists the checkpoints.
+        UserError: `best` where no checkpoint was evaluated, or a run's folder instead of a checkpoint's.
     """
     path = Path(name)
     try:
@@ -82,7 +76,7 @@ def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | N
             return _resolve_best(path, say or _print_on_stderr)
         if path.is_dir() and not (path / "config.json").is_file():
             _refuse_run_folder(path)
-    except OSError:  # a name that is too long, a folder without read permission: for the caller to report
+    except OSError:  # a name that is too long, a folder without read permission: the caller reports it
         pass
     return os.fspath(name)
 
@@ -94,26 +88,27 @@ def is_local(name: str | os.PathLike) -> bool:
 
 
 def resolve_checkpoints(names: Iterable[str]) -> list[str]:
-    """
-    Resolve several names; a pattern such as "runs/*/checkpoints/best" means every checkpoint that it matches.
+    """Resolve several names; a pattern such as "runs/*/checkpoints/best" means every checkpoint that it matches.
 
     Raises:
-        UserError: as `resolve_checkpoint`; a pattern that matches nothing.
+        UserError: see `resolve_checkpoint`; or a pattern matches nothing.
     """
-    resolved = []
+    resolved: list[str] = []
     for name in names:
-        matches = [name]
-        path = Path(name)
-        if glob.has_magic(name) and not path.exists():
-            is_best = path.name == BEST  # a name, and not always a folder
-            start = Path(path.anchor or ".")
-            matches = sorted(start.glob(str((path.parent if is_best else path).relative_to(path.anchor))))
-            if is_best:
-                matches = [folder / BEST for folder in matches if list_checkpoints(folder)]
-            if not matches:
-                raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
+        is_pattern = glob.has_magic(name) and not Path(name).exists()
+        matches: Sequence[str | Path] = _matches(Path(name)) if is_pattern else [name]
+        if not matches:
+            raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
         resolved += map(resolve_checkpoint, matches)
     return resolved
+
+
+def _matches(pattern: Path) -> list[Path]:
+    start = Path(pattern.anchor or ".")
+    if pattern.name != BEST:
+        return sorted(start.glob(str(pattern.relative_to(pattern.anchor))))
+    folders = sorted(start.glob(str(pattern.parent.relative_to(pattern.anchor))))
+    return [folder / BEST for folder in folders if list_checkpoints(folder)]
 
 
 def find_damage(folder: str | os.PathLike) -> str | None:

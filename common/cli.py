@@ -1,17 +1,19 @@
-"""
-Shared by all commands: the argument parser, the output streams, errors on one line, Ctrl-C.
+"""Shared by all commands: the argument parser, the output streams, errors on one line, Ctrl-C.
 
 This module imports nothing heavy, so that a command can call `prepare_process` before its own imports.
 """
 
 import argparse
 import contextlib
+import errno
+import gc
 import os
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import NoReturn
 
 from common.errors import UserError, one_line
@@ -24,18 +26,18 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose usage errors are UserErrors: one line, as for every other mistake."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise UserError for a malformed command line."""
         raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def prepare_process() -> None:
-    """
-    Prepare the output streams, and make Ctrl-C end the process with one line. A command calls this before its imports.
+    """Prepare the output streams, and make Ctrl-C end the process with one line. Call it before other imports.
 
-    A console with a small character set (cp1252, ASCII, a redirected log on Windows) must not end a run because a
-    sample has a character that the console does not have.
+    Characters that the console does not have (cp1252, ASCII, a redirected log on Windows) are printed as escapes.
     """
     global _has_terminal
     _use_utf8_for_paths()
+    gc.disable()  # until run_command: looking for garbage among the imported modules takes half a second
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
             stream.reconfigure(errors="backslashreplace")
@@ -44,18 +46,15 @@ def prepare_process() -> None:
 
 
 def interrupt_exit_code() -> int:
-    """
-    Return the exit code for Ctrl-C: 130, as shells have it.
+    """Return the exit code for Ctrl-C: 130 as in shells, but 0 under accelerate's launcher at a terminal.
 
-    But 0 where accelerate's launcher waits for this process at a terminal: it prints a traceback for any other code.
+    The launcher prints a traceback for any other code.
     """
     return 0 if _has_terminal else 128 + signal.SIGINT
 
 
 def _use_utf8_for_paths() -> None:
-    """
-    Start this command again in Python's UTF-8 mode if the locale's encoding is another one (LC_ALL=C without Python's
-    own remedy, ISO-8859-1).
+    """Restart this command in Python's UTF-8 mode if the locale has another encoding (ISO-8859-1, some LC_ALL=C).
 
     The tokenizers package and other libraries take paths as UTF-8 only. The streams keep their encoding.
     """
@@ -72,7 +71,7 @@ def encodable(text: str) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _on_unhandled_exception(kind, error, traceback) -> None:
+def _on_unhandled_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """End with one line where Ctrl-C came during the imports."""
     if issubclass(kind, KeyboardInterrupt):
         print_interrupted("interrupted")
@@ -88,13 +87,15 @@ def run_command(
     *,
     on_interrupt: str = "interrupted; nothing was written",
 ) -> int:
-    """
-    Run a command and return its exit code. An error that the user can fix becomes one line on stderr.
+    """Run a command and return its exit code. An error that the user can fix becomes one line on stderr.
 
     Args:
         command: takes the arguments (None: those of the command line), returns an exit code (None: 0).
         on_interrupt: the line for Ctrl-C.
     """
+    if not gc.isenabled():  # see prepare_process
+        gc.freeze()
+        gc.enable()
     try:
         return command(arguments) or 0
     except UserError as error:
@@ -107,11 +108,26 @@ def run_command(
         with contextlib.suppress(OSError):  # where standard output is not a file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout at exit
         return 128 + 13  # SIGPIPE, which Windows does not name
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print_error(f"no space left on the disk for {error.filename or 'the output'}: make room there")
+        return 1
 
 
 def shell_quote(argument: object) -> str:
     """Quote an argument of a command that is printed for the user to copy, as the shell of this system wants it."""
     return subprocess.list2cmdline([str(argument)]) if os.name == "nt" else shlex.quote(str(argument))
+
+
+def check_world_size(num_processes: int) -> None:
+    """Raise UserError if the launcher started more processes than the `num_processes` that work together."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != num_processes:
+        raise UserError(
+            f"the launcher started {launched} processes, but this one sees {num_processes}: each would do all the work "
+            "alone. Launch with one of accelerate_configs/*.yaml that fits this machine"
+        )
 
 
 def print_interrupted(text: str) -> None:

@@ -2,8 +2,7 @@
 
 
 class UserError(ValueError):
-    """
-    An error that the user can fix: a command prints it on one line, without a traceback.
+    """An error that the user can fix: a command prints it on one line, without a traceback.
 
     The message says what is wrong, the value, and what to do. Any other exception is a bug and keeps its traceback.
     """

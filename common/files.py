@@ -20,10 +20,9 @@ _PATIENCE_SECONDS = 2.0 if os.name == "nt" else 0.0
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
-    """
-    Give the path of a file to write next to `path`; after the block it is flushed and gets the name `path`.
+    """Give the path of a file to write next to `path`; after the block it is flushed and renamed to `path`.
 
-    If the block raises, the file is removed, and what was at `path` stays.
+    If the block raises, the file is removed and `path` is unchanged.
     """
     path = Path(path)
     tmp_path = path.with_name(f".{path.name}.partial")
@@ -38,7 +37,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
-    """Write a text file under another name, then rename it. Lines end with \\n on every system."""
+    """Write a text file under another name, then rename it. Lines end with a line feed on every system."""
     with atomic_write(path) as tmp_path:
         tmp_path.write_text(text, encoding="utf-8", newline="\n")
 
@@ -77,8 +76,7 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 
 
 def apply_umask(folder: str | os.PathLike) -> None:
-    """
-    Give all files in a folder the permissions that a new file there gets.
+    """Give all files in a folder the permissions that a new file there gets.
 
     safetensors writes its files as 0600 whatever the umask, and copied code keeps the permissions of its source.
     """

@@ -11,22 +11,17 @@ __all__ = ["Lock", "Timeout"]
 
 # What flock answers on NFS without its lock service, and on other network disks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_disks_without_locks = set()  # those that this process has warned of
+_disks_without_locks: set[int] = set()  # those that this process has warned of
 
 
 class Lock:
-    """
-    An exclusive lock between processes, held until it is released or the process ends. A context manager.
+    """An exclusive lock between processes, held until it is released or the process ends. A context manager.
 
-    On a disk without locks a warning is printed, once for each disk, and the lock counts as acquired.
+    `path` is the lock's file, created if it does not exist. On a disk without locks, `warn` is called with a line, once
+    per disk, and the lock counts as acquired.
     """
 
-    def __init__(self, path: str | os.PathLike, *, warn: Callable[[str], object]):
-        """
-        Args:
-            path: the lock's file; it is made if it does not exist.
-            warn: called with a line if the disk has no locks.
-        """
+    def __init__(self, path: str | os.PathLike, *, warn: Callable[[str], object]) -> None:
         self._path, self._warn = Path(path), warn
         try:
             # A lock that is a mere file stays after a kill, and keeps every later run out.
@@ -35,11 +30,7 @@ class Lock:
             self._lock = FileLock(path)
 
     def acquire(self, timeout: float = -1) -> None:
-        """
-        Wait for the lock.
-
-        Args:
-            timeout: seconds; -1 waits without end.
+        """Wait up to `timeout` seconds for the lock (-1: without end).
 
         Raises:
             Timeout: another process holds it.

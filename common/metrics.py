@@ -11,8 +11,7 @@ from common.errors import UserError
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """
-    Return the objects of a metrics.jsonl, without a last line that a crash cut short; empty if the file is missing.
+    """Return the objects of a metrics.jsonl, without a last line that a crash cut short; empty if the file is missing.
 
     Raises:
         UserError: another line is not such an object, or the file cannot be read.
@@ -24,8 +23,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def recover_metrics(path: str | Path, copy_to: Path, warn: Callable[[str], object]) -> list[dict[str, Any]]:
-    """
-    Return the objects of a metrics.jsonl without its damaged lines, for a run that is about to replace the file.
+    """Return the objects of a metrics.jsonl without its damaged lines, for a run that is about to replace the file.
 
     Args:
         copy_to: the folder that gets a copy of a damaged file.

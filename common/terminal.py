@@ -7,12 +7,11 @@ import signal
 
 
 def take_terminal() -> bool:
-    """
-    Make this process the one that Ctrl-C reaches, if accelerate's launcher started it alone and from a shell.
+    """Make Ctrl-C reach only this process, if accelerate's launcher started it alone and from a shell.
 
-    The launcher does not handle Ctrl-C: it prints a traceback and gives the shell its prompt back while this process
-    still saves a checkpoint. So this process moves into a process group of its own and makes that the terminal's
-    foreground group, which is what a shell does with each job.
+    The launcher does not handle Ctrl-C: it prints a traceback and returns to the shell's prompt while this process
+    still saves a checkpoint. So this process makes its own process group the terminal's foreground group, as a shell
+    does with each job.
 
     Returns:
         True if it did. False on Windows, without a terminal, in a script or in the background, and with several
@@ -40,7 +39,7 @@ def take_terminal() -> bool:
         os.setpgid(0, launcher)
         os.tcsetpgrp(terminal, launcher)
 
-    def on_suspend(*_) -> None:
+    def on_suspend(*_: object) -> None:
         """Ctrl-Z: stop together with the launcher, whose job the shell knows; `fg` continues both."""
         give_back()
         os.killpg(launcher, signal.SIGSTOP)

@@ -1,15 +1,17 @@
-"""Find what is wrong with a folder's weights without loading them."""
+"""Check and identify a folder's weights without loading them."""
 
+import hashlib
 import json
 import struct
 from pathlib import Path
+
+from common.errors import UserError
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def weights_problem(folder: str | Path) -> str | None:
-    """
-    Return what is wrong with the weights in a folder, and what to do about it; None if every file is complete.
+    """Return what is wrong with the weights in a folder, and what to do about it; None if every file is complete.
 
     Weights that are pickles (pytorch_model.bin) are never opened, since opening one can run any code.
     """
@@ -49,6 +51,27 @@ def file_problem(path: Path) -> str | None:
     if size != expected:
         return f"{path.name} has {size:,} bytes, and its header says {expected:,}: {remedy}"
     return None
+
+
+def weights_sha256(checkpoint: str | Path) -> str | None:
+    """Return a hash of a folder's weights that does not depend on its name; None for a model on the Hub.
+
+    It is the SHA-256 of the SHA-256s of the *.safetensors files, in the order of their names.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    except OSError as error:
+        raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read ({error})") from error
+    return digest.hexdigest()
 
 
 def _base_model(folder: Path) -> str:

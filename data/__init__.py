@@ -9,8 +9,11 @@ Training data: text -> tokens -> shards -> batches.
     shards.py         the shard file format: write, read, check
     manifest.py       manifest.json, which describes a folder of shards
     prepare.py        python -m data.prepare SOURCE --out DIR
+    plan.py           what prepare has to do and has done: the plan, locks, finished parts, merging
+    parts.py          the work of prepare: fetch, tokenize and write one part after the other
     verify.py         python -m data.verify DIR
     loader.py         seeded batches that depend on the step alone
+    permutation.py    the shuffled order of the windows
     ngram.py          the unigram and bigram losses of a corpus, to compare a model with
 """
 

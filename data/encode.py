@@ -10,12 +10,11 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -23,6 +22,8 @@ import numpy as np
 from data import DataError
 from data.sources import Record, decode_record
 from data.tokenizer import check_backend, encode_document, load_encoder
+
+SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 
 # Bytes in a batch of records: enough to make the cost of sending it negligible, little enough for memory.
 _BATCH_BYTES = 1_000_000
@@ -44,9 +45,7 @@ class Encoder:
     Tokenize records and split them into train and val.
 
     A hash of its text decides the split of a document, so exact duplicates are always in the same split. The result
-    does not depend on the number of processes.
-
-    Use it in a `with`: the worker processes live until the block ends.
+    does not depend on the number of processes, which live until the end of the `with` block.
     """
 
     def __init__(
@@ -59,65 +58,51 @@ class Encoder:
         tokenizer_backend: str = "tiktoken",
     ) -> None:
         """
-        Check the tokenizer backend; `__enter__` starts the processes.
+        Check the tokenizer backend; `__enter__` starts the processes. See data.sources.decode_record.
 
         Args:
             num_proc: worker processes; 1 tokenizes in the current process.
             val_fraction: fraction of the documents that go to validation.
-            text_column: see data.sources.decode_record.
-            errors: see data.sources.decode_record.
+            text_column: key or column of the text.
+            errors: for bytes that are not UTF-8.
             tokenizer_backend: see data.tokenizer.load_encoder.
-
-        Raises:
-            DataError: the tokenizer backend or the vocabulary is missing.
         """
         self._options = (val_fraction, text_column, errors, tokenizer_backend)
-        self._num_proc, self._pool = num_proc, None
-        self._folder, self._numbers = None, itertools.count()
+        self._num_proc, self._numbers = num_proc, itertools.count()
+        self._pool: ProcessPoolExecutor | None = None
+        self._folder = Path()  # of the workers' results
         check_backend(tokenizer_backend)  # one error here instead of one in each process
 
     def __enter__(self) -> Self:
         if self._num_proc > 1:
             # Workers return results in files. A worker killed in the middle of a write to the pipe that all workers
             # share would leave the other workers and this process waiting forever for the rest.
-            self._folder = tempfile.TemporaryDirectory(prefix="gpt2-repro-", ignore_cleanup_errors=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="gpt2-repro-"))
             # spawn works on every platform, and forking a process that has threads is not safe.
             self._pool = ProcessPoolExecutor(
                 self._num_proc,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start_worker,
-                initargs=[self._options[-1], self._folder.name],
+                initargs=(self._options[-1], self._folder),
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-            self._folder.cleanup()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
-    def encode(self, records: Iterable[Record]) -> Iterator[Encoded]:
-        """
-        Tokenize records in batches.
-
-        Yields:
-            The documents of one batch.
-
-        Raises:
-            DataError: a record has no text, or a worker process was killed.
-        """
-        batches = _batches(records)
+    def encode(self, records: Iterable[Record]) -> Generator[Encoded, None, None]:
+        """Tokenize records in batches. Raises UserError for a record without text, or if a worker was killed."""
         if self._pool is None:
-            for batch in batches:
-                yield _encode_batch(batch, *self._options)
+            yield from (_encode_batch(batch, *self._options) for batch in _batches(records))
             return
-        pending = deque()
+        pending: deque[tuple[Path, Future[None]]] = deque()
         try:
             # Read only a few batches ahead of the workers, so that memory does not grow with the source.
-            for batch in itertools.chain(batches, [None]):
+            for batch in itertools.chain(_batches(records), [None]):
                 if batch is not None:
-                    path = Path(self._folder.name) / str(next(self._numbers))
+                    path = self._folder / str(next(self._numbers))
                     with _block_interrupts():  # submit may start a process
                         pending.append((path, self._pool.submit(_encode_to_file, path, batch, *self._options)))
                 while pending and (batch is None or len(pending) > 3 * self._num_proc or pending[0][1].done()):
@@ -152,21 +137,24 @@ def _block_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending SIGINT arrives now
 
 
-def _start_worker(tokenizer_backend: str, folder: str) -> None:
+def _start_worker(tokenizer_backend: str, folder: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     load_encoder(tokenizer_backend)
     threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
 
 
-def _exit_with_parent(folder: str) -> None:
+def _exit_with_parent(folder: Path) -> None:
     """Remove the folder of results and exit when the parent was killed; the worker would wait for work forever."""
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch, size = [], 0
+    batch: list[Record] = []
+    size = 0
     for record in records:
         batch.append(record)
         size += len(record.content)
@@ -213,6 +201,3 @@ def _encode_batch(
 def _hash_fraction(content: bytes) -> float:
     """Hash the text to a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
-
-
-SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"

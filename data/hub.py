@@ -1,30 +1,27 @@
 """
 Data sets on the Hugging Face Hub: list their files and download them, with retries and checks.
 
-huggingface_hub downloads (so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply). This module retries
-failed requests with growing pauses, and checks each file's size and SHA-256 against those that the Hub lists.
+huggingface_hub downloads (so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply). This module repeats
+failed requests (common/hub.py), and checks each file's size and SHA-256 against those that the Hub lists.
 """
 
+import functools
 import hashlib
-import random
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from common.hub import HubRequestError, with_retries
 from data import DataError
 from data.sources import KINDS, Progress, Record, file_kind, file_records
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_ATTEMPTS = 6
-_FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...: half a minute in total
-_LONGEST_PAUSE_SECONDS = 120.0
 _LISTING_SECONDS = 120.0  # timeout of the listing requests, which have none in the client
 
 
@@ -34,25 +31,14 @@ class HubRepository:
     def __init__(
         self, dataset: str, *, revision: str = "main", commit: str | None = None, download_folder: str | Path
     ) -> None:
-        """
-        Record the names; the first request looks up the commit.
-
-        Args:
-            dataset: id of the data set, "owner/name".
-            revision: branch, tag or commit.
-            commit: the commit of an earlier lookup of the revision.
-            download_folder: folder for the downloaded files.
-        """
+        """Record the names, `commit` if an earlier lookup found it, and the folder for downloaded files."""
         self.dataset, self.revision, self._commit = dataset, revision, commit
         self.download_folder = Path(download_folder)
-        self._card: dict[str, Any] | None = None
 
     @property
     def commit(self) -> str:
         """The commit hash of the revision."""
-        if self._commit is None:
-            self._look_up()
-        return self._commit
+        return self._commit or self._info.sha
 
     def pin(self, commit: str) -> None:
         """Use the commit of an earlier lookup; the branch may have moved since."""
@@ -61,27 +47,17 @@ class HubRepository:
     @property
     def card(self) -> dict[str, Any]:
         """The data set's metadata: the YAML at the top of its README."""
-        if self._card is None:
-            self._look_up()
-        return self._card
+        return self._info.card_data.to_dict() if self._info.card_data else {}
 
-    def _look_up(self) -> None:
+    @functools.cached_property
+    def _info(self) -> Any:
         def request(api: "HfApi") -> Any:
             return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
 
-        info = self._with_retries(with_timeout(request), f"the data set {self.dataset}")
-        self._commit, self._card = self._commit or info.sha, info.card_data.to_dict() if info.card_data else {}
+        return self._with_retries(with_timeout(request), f"the data set {self.dataset}")
 
     def files(self, folder: str = "") -> list[dict[str, Any]]:
-        """
-        List the files of a folder and its subfolders.
-
-        Args:
-            folder: path in the repository; "" for all files.
-
-        Returns:
-            {"path", "bytes", "sha256" (None for a small file)} of each file, sorted by path.
-        """
+        """List {"path", "bytes", "sha256" (None for a small file)} of each file in a folder, sorted by path."""
         from huggingface_hub.hf_api import RepoFile
 
         def request(api: "HfApi") -> list[RepoFile]:
@@ -95,15 +71,7 @@ class HubRepository:
         return sorted(files, key=lambda file: file["path"])
 
     def fetch(self, file: dict[str, Any]) -> Path:
-        """
-        Download a file, check it, and return the path of the copy.
-
-        Args:
-            file: one of `files()`.
-
-        Raises:
-            DataError: the download failed.
-        """
+        """Download one of `files()`, check it, and return the path of the copy."""
 
         def request(api: "HfApi") -> Path:
             path = Path(
@@ -129,60 +97,40 @@ class HubRepository:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-        # The base class of the HTTP library's errors; the library depends on the version of huggingface_hub.
-        problems = (errors.HfHubHTTPError.__bases__[0], OSError, RuntimeError)
-        attempt = 0
-        while True:
-            attempt += 1
-            try:
-                return request(HfApi())
-            except errors.GatedRepoError as error:
-                raise DataError(
-                    f"{self.dataset} is gated: accept its terms on {constants.ENDPOINT}/datasets/"
-                    f"{self.dataset} and log in with `hf auth login`"
-                ) from error
-            except errors.RepositoryNotFoundError as error:
-                raise DataError(
-                    f"no data set {self.dataset} on {constants.ENDPOINT}, or you may not read it: check the name, "
-                    "or log in with `hf auth login`"
-                ) from error
-            except errors.RevisionNotFoundError as error:
-                raise DataError(f"{self.dataset} has no revision {self.revision!r}; check --revision") from error
-            except errors.HFValidationError as error:
-                raise DataError(f"{self.dataset!r} is not the name of a data set: {error}") from error
-            except errors.OfflineModeIsEnabled as error:
-                raise DataError(
-                    f"{what}: HF_HUB_OFFLINE is set; unset it, or use data on this machine "
-                    "(`files PATH`, `pretokenized FOLDER` or `sample`)"
-                ) from error
-            except problems as error:
-                self._wait_or_give_up(error, what, attempt, constants.ENDPOINT)
-
-    def _wait_or_give_up(self, error: Exception, what: str, attempt: int, endpoint: str) -> None:
-        cause: BaseException = error
-        while cause.__cause__ is not None:  # the client's error is "not in the cache" if the network fails
-            cause = cause.__cause__
-        response = getattr(error, "response", None)
-        if response is None:
-            response = getattr(cause, "response", None)
-        status = getattr(response, "status_code", None)
-        if getattr(error, "errno", None) is not None and not isinstance(error, (ConnectionError, TimeoutError)):
-            raise error  # a disk error, not a network error
-        reason = f"HTTP {status}" if status else (" ".join(str(cause).split()) or type(cause).__name__)
-        is_final = status is not None and 400 <= status < 500 and status not in (408, 416, 429)
-        if is_final or attempt == _ATTEMPTS:
-            tried = "" if is_final else f" after {attempt} attempts"
+        try:
+            return with_retries(
+                lambda: request(HfApi()),
+                raises=(
+                    *(errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError),
+                    *(errors.HFValidationError, errors.OfflineModeIsEnabled),
+                ),
+                log=lambda line: print(f"{what}: {line}", file=sys.stderr),
+            )
+        except errors.GatedRepoError as error:
             raise DataError(
-                f"{what}: request to {endpoint} failed{tried} ({reason}); check the network, the proxy settings "
-                "and HF_ENDPOINT, and run the same command again: finished files are kept"
+                f"{self.dataset} is gated: accept its terms on {constants.ENDPOINT}/datasets/"
+                f"{self.dataset} and log in with `hf auth login`"
             ) from error
-        pause = _FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
-        retry_after = (getattr(response, "headers", None) or {}).get("retry-after", "")
-        if str(retry_after).isdigit():
-            pause = max(pause, float(retry_after))
-        pause = min(pause, _LONGEST_PAUSE_SECONDS)
-        print(f"{what}: {reason}; trying again in {pause:.0f} s", file=sys.stderr)
-        time.sleep(pause)
+        except errors.RepositoryNotFoundError as error:
+            raise DataError(
+                f"no data set {self.dataset} on {constants.ENDPOINT}, or you may not read it: check the name, "
+                "or log in with `hf auth login`"
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise DataError(f"{self.dataset} has no revision {self.revision!r}; check --revision") from error
+        except errors.HFValidationError as error:
+            raise DataError(f"{self.dataset!r} is not the name of a data set: {error}") from error
+        except errors.OfflineModeIsEnabled as error:
+            raise DataError(
+                f"{what}: HF_HUB_OFFLINE is set; unset it, or use data on this machine "
+                "(`files PATH`, `pretokenized FOLDER` or `sample`)"
+            ) from error
+        except HubRequestError as error:
+            tried = "" if error.is_final else f" after {error.attempts} attempts"
+            raise DataError(
+                f"{what}: request to {constants.ENDPOINT} failed{tried} ({error.reason}); check the network, the proxy "
+                "settings and HF_ENDPOINT, and run the same command again: finished files are kept"
+            ) from error
 
 
 def in_background(function: Callable[..., Any], *arguments: Any) -> Future:
@@ -237,14 +185,14 @@ class HubSource:
         keep: bool = False,
     ) -> None:
         """
-        Record the settings; `inputs` looks for the files.
+        Record the settings; `inputs` looks for the files. See data.sources.FileSource.
 
         Args:
             repository: the data set.
             subset: subset of the data set (a "config" in its card); None for the default.
-            text_column: see data.sources.FileSource.
-            separator: see data.sources.FileSource.
-            errors: see data.sources.FileSource.
+            text_column: column or key of the text.
+            separator: text between documents of a .txt file.
+            errors: for bytes that are not UTF-8.
             keep: keep the downloaded files.
         """
         self.repository, self.subset, self.keep = repository, subset, keep
@@ -265,12 +213,7 @@ class HubSource:
         return {"revision": self.repository.commit}
 
     def inputs(self) -> list[dict[str, Any]]:
-        """
-        List the files of the training split.
-
-        Raises:
-            DataError: the data set or the subset does not exist, or has no supported files.
-        """
+        """List the files of the training split."""
         from fsspec.utils import glob_translate  # `datasets` translates these patterns with it
 
         patterns = self._patterns()

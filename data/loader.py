@@ -12,88 +12,48 @@ So each window comes once per epoch, any step can be read directly, and the trai
 of processes or on a crash.
 """
 
-import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data import DataError
+from data.permutation import Permutation
 from data.shards import Shard
 from data.tokenizer import EOT
 
 ORDERS = ("shuffled", "sequential", "lecture")
 BOUNDARIES = ("ignore", "document")
 _LECTURE_GPUS = 8
-_ROUNDS = 8
 _STEPS_AHEAD = 2
 
 
 class Batch(NamedTuple):
-    """Inputs and targets of a training or validation step."""
+    """Inputs and targets of a training or validation step, each [rows, T] int64."""
 
     inputs: torch.Tensor
-    """[rows, T] int64"""
     targets: torch.Tensor
-    """[rows, T] int64: the token after each input"""
+    """the token after each input"""
     position_ids: torch.Tensor | None
-    """[rows, T] int64, 0 at the beginning of each document; None if windows ignore documents"""
+    """0 at the beginning of each document; None if windows ignore documents"""
 
     def split(self, rows: int) -> list["Batch"]:
         """Split into batches of this many rows each."""
-        parts = [[None] * len(self.inputs) if x is None else x.split(rows) for x in self]
-        return [Batch(*part) for part in zip(*parts, strict=False)]
+        starts = range(0, len(self.inputs), rows)
+        return [self.map(itemgetter(slice(start, start + rows))) for start in starts]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Copy to a device; from pinned memory to a GPU, the host does not wait."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """Apply a function to each tensor."""
-        return Batch(*(None if x is None else function(x) for x in self))
-
-
-class Permutation:
-    """
-    A pseudo-random permutation of 0 ... size - 1 that computes any position without the others.
-
-    It is a Feistel network over the next power of four; results beyond the size are enciphered again ("cycle walking";
-    Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). A shuffled list of the windows of 10 billion tokens
-    would cost 80 MB per process and half a second per epoch, and would depend on the version of NumPy.
-    """
-
-    def __init__(self, size: int, key: str) -> None:
-        """
-        Derive the round keys.
-
-        Args:
-            size: number of elements, at least 1.
-            key: selects the permutation.
-        """
-        self.size = size
-        self._half_bits = np.uint64(max(1, -(-(size - 1).bit_length() // 2)))
-        self._mask = np.uint64((1 << int(self._half_bits)) - 1)
-        digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
-        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
-
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Return the elements at these positions: [N] int -> [N] int64."""
-        elements = self._encipher(np.asarray(positions, dtype=np.uint64))
-        while (outside := elements >= self.size).any():
-            elements[outside] = self._encipher(elements[outside])
-        return elements.astype(np.int64)
-
-    def _encipher(self, x: np.ndarray) -> np.ndarray:
-        left, right = x >> self._half_bits, x & self._mask
-        for key in self._keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._mask)
-        return (left << self._half_bits) | right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood 2014): each input bit changes every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+        position_ids = None if self.position_ids is None else function(self.position_ids)
+        return Batch(function(self.inputs), function(self.targets), position_ids)
 
 
 class _Windows:
@@ -121,8 +81,12 @@ class _Windows:
             row[:] = self.shards[number][begin : begin + T + 1]
         # Not in torch, which would start its own threads for each operation in the reader thread.
         tokens = rows.astype(np.int64)
-        parts = [tokens[:, :-1], tokens[:, 1:], _document_positions(rows[:, :-1]) if boundary == "document" else None]
-        return Batch(*(None if part is None else torch.from_numpy(np.ascontiguousarray(part)) for part in parts))
+        position_ids = _document_positions(rows[:, :-1]) if boundary == "document" else None
+        return Batch(
+            torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+            torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
+            None if position_ids is None else torch.from_numpy(position_ids),
+        )
 
 
 def _document_positions(inputs: np.ndarray) -> np.ndarray:
@@ -154,16 +118,15 @@ class WindowLoader:
             shards: the training shards, from `data.manifest.open_split`.
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows per step over all processes.
-            seed: seed of the shuffled order.
+            seed: of the shuffled order.
             order: "shuffled"; "sequential", the order in the shards, the same in each epoch; or "lecture", see
                 `_lecture_batch`.
             boundary: "ignore", or "document": position ids restart at each document.
-            rank: index of this process.
+            rank: index of this process, of `world_size`.
             world_size: number of processes.
 
         Raises:
-            DataError: the shards have no window, the batch is not divisible by the number of processes, or the order
-                or boundary does not exist.
+            DataError: the shards have no window, or the settings do not fit.
         """
         if batch_size % world_size:
             raise DataError(f"a batch of {batch_size} windows cannot be divided evenly by {world_size} processes")
@@ -177,14 +140,7 @@ class WindowLoader:
                 f"{seq_len} + 1 tokens; give more text or a shorter batch.seq_len"
             )
         if order == "lecture":
-            tokens = batch_size * seq_len
-            too_short = [shard for shard in shards if len(shard) < 2 * tokens]
-            if batch_size % _LECTURE_GPUS or too_short:
-                raise DataError(
-                    f"order 'lecture' needs a batch divisible by {_LECTURE_GPUS} and shards of at least two batches: "
-                    f"the batch has {batch_size} windows ({tokens:,} tokens), and {len(too_short)} shard(s) have less "
-                    "than two batches; use order 'sequential'"
-                )
+            _check_lecture_order(shards, seq_len, batch_size)
         self.batch_size, self.seed, self.order, self.boundary = batch_size, seed, order, boundary
         self.rank, self.world_size = rank, world_size
 
@@ -234,12 +190,7 @@ class WindowLoader:
         return np.concatenate(parts)
 
     def window_origins(self, step: int) -> list[dict[str, Any]]:
-        """
-        Locate this process's windows of a step in the shards.
-
-        Returns:
-            {"shard": file name, "first_token": offset in the shard's tokens} for each row.
-        """
+        """Return {"shard": file name, "first_token": offset in it} of each of this process's windows of a step."""
         numbers, begins = self.windows.locate(self._rank_windows(step))
         names = [shard.path and shard.path.name for shard in self.windows.shards]
         return [
@@ -253,27 +204,18 @@ class WindowLoader:
 
     def batch(self, step: int) -> Batch:
         """
-        Read this process's B / world_size rows of a step.
-
-        Args:
-            step: optimizer steps taken so far; 0 for the first batch.
+        Read this process's B / world_size rows of a step; step 0 is the first.
 
         Raises:
             DataError: a token differs from the one that was written, or is not in GPT-2's vocabulary.
         """
         return self.windows.read(self._rank_windows(step), self.boundary)
 
-    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+    def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
         """
-        Read the batches of several steps ahead of time in a background thread.
+        Read the batches of the steps first_step ... last_step - 1 ahead of time, in a background thread.
 
-        Args:
-            first_step: the first step.
-            last_step: the step to stop before.
-            pin_memory: read into pinned memory, from which a GPU copies asynchronously.
-
-        Yields:
-            The batch of each step.
+        With `pin_memory` they are in pinned memory, from which a GPU copies asynchronously.
         """
 
         def read(step: int) -> Batch:
@@ -281,7 +223,7 @@ class WindowLoader:
             return batch.map(torch.Tensor.pin_memory) if pin_memory else batch
 
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as reader:
-            pending = deque()
+            pending: deque[Future[Batch]] = deque()
             try:
                 for step in range(first_step, last_step + _STEPS_AHEAD):
                     if step < last_step:
@@ -291,6 +233,29 @@ class WindowLoader:
             finally:
                 for future in pending:
                     future.cancel()
+
+    def val_batches(self, shards: Sequence[Shard], batch_size: int, max_tokens: int) -> Iterator[Batch]:
+        """Read windows of the validation split, of the same length and boundary; see `validation_batches`."""
+        return validation_batches(
+            shards,
+            seq_len=self.windows.seq_len,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            boundary=self.boundary,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+
+def _check_lecture_order(shards: Sequence[Shard], seq_len: int, batch_size: int) -> None:
+    tokens = batch_size * seq_len
+    num_short = sum(len(shard) < 2 * tokens for shard in shards)
+    if batch_size % _LECTURE_GPUS or num_short:
+        raise DataError(
+            f"order 'lecture' needs a batch divisible by {_LECTURE_GPUS} and shards of at least two batches: "
+            f"the batch has {batch_size} windows ({tokens:,} tokens), and {num_short} shard(s) have less than two "
+            "batches; use order 'sequential'"
+        )
 
 
 def validation_batches(
@@ -304,23 +269,18 @@ def validation_batches(
     world_size: int = 1,
 ) -> Iterator[Batch]:
     """
-    Read the first windows of the validation split, in order, each on exactly one process.
+    Read the first windows of the validation split, in order, each on exactly one process; see WindowLoader.
+
+    Processes may get different numbers of windows: sum the losses and the token counts over the processes at the end.
 
     Args:
-        shards: the validation shards, from `data.manifest.open_split`.
+        shards: the validation shards.
         seq_len: T, tokens in a sequence.
         batch_size: maximum number of rows in a batch.
         max_tokens: maximum number of tokens to score, over all processes.
-        boundary: see WindowLoader.
+        boundary: "ignore" or "document".
         rank: index of this process.
         world_size: number of processes.
-
-    Yields:
-        A batch of up to batch_size rows. Processes may get different numbers of windows: sum the losses and the token
-        counts over the processes at the end.
-
-    Raises:
-        DataError: the shards have no window, or max_tokens is less than one.
     """
     windows = _Windows(shards, seq_len)
     count = min(len(windows), max_tokens // seq_len)

@@ -14,8 +14,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from common.cli import shell_quote
+from common.errors import one_line
+from common.files import write_text_atomically
 from data import DataError
-from data.shards import REMEDY, Shard, open_shard, write_and_rename
+from data.shards import REMEDY, Shard, open_shard
 from data.tokenizer import tokenizer_sha256
 
 MANIFEST = "manifest.json"
@@ -75,28 +77,19 @@ class Manifest:
 def write_json_with_checksum(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON object with a checksum of its content, so that `read_json_with_checksum` detects damage."""
     content = {**content, _CHECKSUM_KEY: _checksum(content)}
-    write_and_rename(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_text_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json_with_checksum(path: str | Path, remedy: str = _REMEDY) -> dict[str, Any]:
-    """
-    Read a JSON object and check its checksum.
-
-    Args:
-        path: a file from `write_json_with_checksum`.
-        remedy: the end of the error message for a damaged file.
-
-    Raises:
-        DataError: the file cannot be read, or is damaged.
-    """
+    """Read a file of `write_json_with_checksum`. Raises DataError, with the remedy, if it is damaged."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         is_intact = content.pop(_CHECKSUM_KEY) == _checksum(content)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"{path} is damaged or not a manifest ({type(error).__name__}: {reason}); {remedy}") from error
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise DataError(f"{path} is damaged or not a manifest ({reason}); {remedy}") from error
     if not is_intact:
         raise DataError(f"{path} is damaged: its checksum does not match its content; {remedy}")
     return content
@@ -108,11 +101,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
     """
-    Read a folder's manifest; None if the folder does not have one.
-
-    Args:
-        folder: a folder of shards.
-        name: MANIFEST or PREPARING.
+    Read a folder's MANIFEST (or PREPARING); None if the folder does not have one.
 
     Raises:
         DataError: the manifest cannot be read, is damaged, has another format version, or names another tokenizer.
@@ -139,11 +128,7 @@ def needs_preparing(folder: str | Path) -> bool:
 
 def open_split(folder: str | Path, split: str) -> list[Shard]:
     """
-    Open the shards of a split, in order.
-
-    Args:
-        folder: a folder of shards, with or without a manifest.
-        split: "train" or "val".
+    Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order.
 
     Raises:
         DataError: the folder does not exist or is not finished, has no shards of the split, or one is damaged.
@@ -162,7 +147,7 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
         )
     manifest = read_manifest(folder)
     if manifest is not None:
-        shards = [open_entry(folder, entry) for entry in manifest.shards if entry["split"] == split]
+        shards = [_open_entry(folder, entry) for entry in manifest.shards if entry["split"] == split]
     elif (folder / PREPARING).exists():
         raise DataError(
             f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
@@ -188,17 +173,8 @@ def _similar_names(folder: Path) -> str:
     return f"; did you mean {' or '.join(str(folder.parent / name) for name in similar)}?" if similar else "."
 
 
-def open_entry(folder: str | Path, entry: dict[str, Any]) -> Shard:
-    """
-    Open a shard of a manifest.
-
-    Args:
-        folder: the manifest's folder.
-        entry: one of the manifest's shards.
-
-    Raises:
-        DataError: the file is missing, not a complete shard, or does not have the manifest's number of tokens.
-    """
+def _open_entry(folder: str | Path, entry: dict[str, Any]) -> Shard:
+    """Open a shard of the folder's manifest. Raises DataError if it does not have the manifest's number of tokens."""
     path = Path(folder) / entry["file"]  # imported shards have absolute paths
     shard = open_shard(path, crc32=entry["crc32"])
     if len(shard) != entry["tokens"]:
@@ -207,12 +183,7 @@ def open_entry(folder: str | Path, entry: dict[str, Any]) -> Shard:
 
 
 def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:
-    """
-    Find shards without a manifest: {name}_{split}_{number}.bin or .npy, as llm.c and build-nanogpt name them.
-
-    Returns:
-        {split: paths in order}, without splits that have no shards.
-    """
+    """Find the {split: shards in order} of a folder by llm.c's names, {name}_{split}_{number}.bin, or .npy."""
     shards: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).iterdir()):
         split = split_of(path)
@@ -230,14 +201,11 @@ def split_of(path: str | PurePath) -> str | None:
 
 def dataset_fingerprint(folder: str | Path) -> dict[str, Any]:
     """
-    Describe a folder of shards, for provenance.json and the console.
+    Describe a folder of shards, for provenance.json and the console; see `open_split` for errors.
 
     Returns:
         train_tokens, val_tokens and shards (number of files); manifest_sha256, train_sha256 (a hash over the training
         shards' hashes, in order) and source, which are None without a manifest.
-
-    Raises:
-        DataError: see `open_split`.
     """
     train, val = open_split(folder, "train"), open_split(folder, "val")
     manifest = read_manifest(folder)

@@ -24,30 +24,27 @@ def ngram_baselines(
 
     Args:
         train: shards, or [N] integer arrays. Pairs do not cross shards.
-        val: the same for validation.
+        val: shards for validation.
         vocab_size: V; token ids are below it.
 
     Returns:
         {"unigram": nats per token, "bigram": nats per token}, both over every validation token that follows another.
-
-    Raises:
-        DataError: a split has no two adjacent tokens, or an id that GPT-2 does not have.
     """
     for split, shards in (("train", train), ("val", val)):
         if not any(len(shard) > 1 for shard in shards):
             raise DataError(f"the {split} split has no two adjacent tokens to count; give more text")
-    train, val = ([shard[:] for shard in shards] for shards in (train, val))
-    counts = np.bincount(np.concatenate(train), minlength=vocab_size)
+    train_tokens = [shard[:] for shard in train]
+    counts = np.bincount(np.concatenate(train_tokens), minlength=vocab_size)
     unigram = (counts + 1) / (counts.sum() + vocab_size)  # [V]
 
-    keys, pair_counts = np.unique(_pairs(train, vocab_size), return_counts=True)
+    keys, pair_counts = np.unique(_pairs(train_tokens, vocab_size), return_counts=True)
     n1, n2 = (pair_counts == 1).sum(), (pair_counts == 2).sum()
     discount = n1 / (n1 + 2 * n2) if n1 else 0.5  # a toy corpus: any discount will do
     first = keys // vocab_size
     followers = np.bincount(first, weights=pair_counts, minlength=vocab_size)  # c(v)
     kinds = np.bincount(first, minlength=vocab_size)  # t(v)
 
-    val_pairs = _pairs(val, vocab_size)
+    val_pairs = _pairs([shard[:] for shard in val], vocab_size)
     v, w = val_pairs // vocab_size, val_pairs % vocab_size
     index = np.minimum(np.searchsorted(keys, val_pairs), len(keys) - 1)
     count = np.where(keys[index] == val_pairs, pair_counts[index], 0)
@@ -59,5 +56,5 @@ def ngram_baselines(
 
 def _pairs(shards: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
     """Return each pair of adjacent tokens (v, w) as one number, v * V + w: [N] int64."""
-    parts = [np.asarray(shard, dtype=np.int64) for shard in shards]
+    parts = [shard.astype(np.int64) for shard in shards]
     return np.concatenate([part[:-1] * vocab_size + part[1:] for part in parts])

@@ -17,23 +17,13 @@ class LocalShards:
     """A folder of shards on this machine. The files are not moved."""
 
     def __init__(self, folder: str | Path, *, max_tokens: int | None = None) -> None:
-        """
-        Select the shards of a folder.
-
-        Args:
-            folder: the folder that has the shards.
-            max_tokens: use only as many training shards as are needed for this many tokens.
-        """
-        self.folder, self.max_tokens, self.provenance = Path(folder), max_tokens, {}
+        """Select the shards of a folder: all, or as many for training as are needed for `max_tokens`."""
+        self.folder, self.max_tokens = Path(folder), max_tokens
+        self.provenance: dict[str, str] = {}
         self.settings = {"kind": "pretokenized", "folder": str(folder)}
 
     def inputs(self) -> list[dict[str, Any]]:
-        """
-        List the shards to import.
-
-        Raises:
-            DataError: the folder does not exist, or has no shards of one of the splits.
-        """
+        """List the shards to import."""
         if not self.folder.is_dir():
             raise DataError(f"{self.folder}: no such folder; the name of a data set on the Hub looks like owner/name")
         shards = unmanaged_shards(self.folder)
@@ -48,20 +38,7 @@ class LocalShards:
         return self.folder / file["path"]
 
     def import_shard(self, file: dict[str, Any], path: Path, folder: str | Path) -> dict[str, Any]:
-        """
-        Check a shard and describe it.
-
-        Args:
-            file: one of `inputs()`.
-            path: the result of `fetch`.
-            folder: the folder of the manifest.
-
-        Returns:
-            The shard's entry in the manifest, without its part.
-
-        Raises:
-            DataError: the file is not a complete shard.
-        """
+        """Check a shard; return its entry in the manifest that `folder` will have, without its part."""
         name = path.name if self.folder.resolve() == Path(folder).resolve() else str(path.resolve())
         return _shard_entry(file, path, name)
 
@@ -70,13 +47,7 @@ class HubShards:
     """Shards on the Hub, for example kjj0/fineweb10B-gpt2."""
 
     def __init__(self, repository: HubRepository, *, max_tokens: int | None = None) -> None:
-        """
-        Select the shards of a data set.
-
-        Args:
-            repository: the data set.
-            max_tokens: see LocalShards.
-        """
+        """Select the shards of a data set, see LocalShards."""
         self.repository, self.max_tokens = repository, max_tokens
         self.settings = {
             "kind": "pretokenized",
@@ -90,12 +61,7 @@ class HubShards:
         return {"revision": self.repository.commit}
 
     def inputs(self) -> list[dict[str, Any]]:
-        """
-        List the shards to import.
-
-        Raises:
-            DataError: the data set does not exist, or has no shards of one of the splits.
-        """
+        """List the shards to import."""
         shards = [(split_of(file["path"]), file) for file in self.repository.files()]
         return _select_shards(
             [(split, file) for split, file in shards if split], self.max_tokens, self.repository.dataset

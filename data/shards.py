@@ -14,12 +14,13 @@ import mmap
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from common.errors import one_line
 from common.files import atomic_write, replace_file
 from data import DataError
 from data.tokenizer import EOT, VOCAB_SIZE
@@ -50,8 +51,8 @@ class Shard:
             tokens: [N] uint16 array, or memory map.
             path: the mapped file; None for an array in memory.
             offset: bytes of the file before the tokens.
-            crc32: checksums of the blocks from `scan_shard`, 8 hex digits per block; None if there are none, and then
-                only ids that GPT-2 does not have are errors.
+            crc32: checksums of the blocks from `scan_shard`; without them, only ids that GPT-2 does not have are
+                errors.
         """
         self.tokens, self.path, self.offset = tokens, path, offset
         self._crc32 = crc32
@@ -62,10 +63,7 @@ class Shard:
 
     def __getitem__(self, window: slice) -> np.ndarray:
         """
-        Read a contiguous slice of tokens.
-
-        Returns:
-            [n] uint16 array, a view of the file.
+        Return a contiguous slice of tokens, [n] uint16, a view of the file.
 
         Raises:
             DataError: the tokens differ from those that were written, or GPT-2 does not have them.
@@ -92,49 +90,33 @@ class Shard:
             if len(content) != 2 * len(tokens):
                 raise DataError(f"{self.path}: became shorter while it was being read; {REMEDY}")
             tokens = np.frombuffer(content, dtype="<u2")
-        self.check_block(block, tokens, f"{zlib.crc32(tokens):08x}")
+        self.check_block(block, tokens)
         self._is_checked[block] = True
 
-    def check_block(self, block: int, tokens: np.ndarray, crc32: str) -> None:
+    def check_block(self, block: int, tokens: np.ndarray) -> str:
         """
-        Check the tokens of a block against the checksum from when they were written.
-
-        Args:
-            block: index of the block.
-            tokens: [n] uint16, the block's tokens as read from the file.
-            crc32: checksum of these tokens, 8 hex digits.
+        Check a block's tokens, as read from the file; return their CRC-32, 8 hex digits.
 
         Raises:
             DataError: the tokens differ from those that were written, or GPT-2 does not have them.
         """
         begin = block * BLOCK_TOKENS
+        crc32 = f"{zlib.crc32(tokens.data):08x}"
         if self._crc32 is not None and crc32 != self._crc32[8 * block : 8 * block + 8]:
-            byte_range = self.byte_range(begin, len(tokens))
+            byte_range = self._byte_range(begin, len(tokens))
             raise DataError(f"{self.path}: {byte_range} do not match their checksum; {REMEDY}")
-        self.check_ids(tokens, begin)
-
-    def byte_range(self, begin: int, count: int) -> str:
-        """Return the position of `count` tokens from `begin` on in the file: "bytes 1,024 to 66,559"."""
-        first = self.offset + 2 * begin
-        return f"bytes {first:,} to {first + 2 * count - 1:,}"
-
-    def check_ids(self, tokens: np.ndarray, begin: int) -> None:
-        """
-        Check that GPT-2 has all token ids.
-
-        Args:
-            tokens: [n] token ids of the shard, from `begin` on.
-            begin: index of the first of them in the shard.
-
-        Raises:
-            DataError: GPT-2 does not have an id; names the file and the position.
-        """
         if len(tokens) and tokens.max() >= VOCAB_SIZE:
             index = int((tokens >= VOCAB_SIZE).argmax())
             raise DataError(
                 f"{self.path or 'shard'}: token {begin + index:,} is {tokens[index]}, and GPT-2 has only {VOCAB_SIZE}: "
-                f"made with another tokenizer, or damaged at {self.byte_range(begin + index, 1)}; {REMEDY}"
+                f"made with another tokenizer, or damaged at {self._byte_range(begin + index, 1)}; {REMEDY}"
             )
+        return crc32
+
+    def _byte_range(self, begin: int, count: int) -> str:
+        """Return where in the file `count` tokens from `begin` on are: "bytes 1,024 to 66,559"."""
+        first = self.offset + 2 * begin
+        return f"bytes {first:,} to {first + 2 * count - 1:,}"
 
 
 class ShardWriter:
@@ -156,60 +138,50 @@ class ShardWriter:
             executor: threads that finish shards while others are written.
         """
         self.folder, self.prefix, self.shard_tokens = Path(folder), prefix, shard_tokens
-        self._executor, self._finishing = executor, []
-        self._file = None
+        self._executor = executor
+        self._finishing: list[Future[dict[str, Any]]] = []
+        self._file: BinaryIO | None = None
+        self._num_tokens = self._crc32 = 0  # of the open file
 
     def add(self, tokens: np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """
-        Write documents.
-
-        Args:
-            tokens: [N] uint16, the documents' tokens, concatenated.
-            lengths: [D] int, tokens in each document.
-
-        Raises:
-            OSError: the shard cannot be written.
-        """
+        """Write documents: their tokens, [N] uint16, concatenated, and the number of tokens in each, [D]."""
         ends = np.cumsum(lengths)
         document = start = 0
         while document < len(lengths):
-            if self._file is None:
-                self._open()
+            file = self._file or self._open()
             end = int(np.searchsorted(ends, start + self.shard_tokens - self._num_tokens, side="right"))
             if end <= document:
                 if self._num_tokens:
-                    self._close()
+                    self._close(file)
                     continue
                 end = document + 1
-            part = np.ascontiguousarray(tokens[start : ends[end - 1]], dtype="<u2")
-            self._file.write(part)
+            part = np.ascontiguousarray(tokens[start : ends[end - 1]], dtype="<u2").data
+            file.write(part)
             self._crc32 = zlib.crc32(part, self._crc32)
             self._num_tokens += len(part)
             document, start = end, int(ends[end - 1])
 
-    def _open(self) -> None:
-        path = self.folder / f"{self.prefix}{len(self._finishing):03d}.bin"
-        self._file = _tmp_path(path).open("wb")
-        self._path, self._num_tokens, self._crc32 = path, 0, 0
+    def _open(self) -> BinaryIO:
+        self._path = self.folder / f"{self.prefix}{len(self._finishing):03d}.bin"
+        self._file = _tmp_path(self._path).open("wb")
+        self._num_tokens = self._crc32 = 0
         self._file.write(bytes(HEADER_BYTES))
+        return self._file
 
-    def _close(self) -> None:
-        file, self._file = self._file, None
+    def _close(self, file: BinaryIO) -> None:
+        self._file = None
         self._finishing.append(self._executor.submit(_finish_shard, file, self._path, self._num_tokens, self._crc32))
 
     def finish(self) -> list[dict[str, Any]]:
         """
-        Wait until all shards are complete and on the disk.
-
-        Returns:
-            `scan_shard`'s dict of each shard, with "file", in order.
+        Wait until all shards are complete and on the disk; return `scan_shard`'s dict of each, with "file", in order.
 
         Raises:
             OSError: a shard cannot be written.
             DataError: the disk returned other bytes than were written.
         """
         if self._file is not None:
-            self._close()
+            self._close(self._file)
         return [future.result() for future in self._finishing]
 
     def abandon(self) -> None:
@@ -239,43 +211,28 @@ def _tmp_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _header(num_tokens: int) -> np.ndarray:
+def _header(num_tokens: int) -> bytes:
     header = np.zeros(256, dtype="<i4")
     header[:3] = MAGIC, VERSION, num_tokens
-    return header
+    return header.tobytes()
 
 
 def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
-    """
-    Write one shard under another name, then rename it.
-
-    Args:
-        path: the shard's file.
-        tokens: [N] token ids.
-
-    Raises:
-        DataError: an id is outside the vocabulary.
-    """
-    path = Path(path)
+    """Write a shard under another name, then rename it. Raises DataError for an id outside the vocabulary."""
     tokens = np.asarray(tokens)
     if len(tokens) and not 0 <= tokens.min() <= tokens.max() < VOCAB_SIZE:
         raise DataError(f"{path}: token ids {tokens.min()} to {tokens.max()} do not fit GPT-2's {VOCAB_SIZE} tokens")
-    write_and_rename(path, _header(len(tokens)), np.ascontiguousarray(tokens, dtype="<u2"))
-
-
-def write_and_rename(path: str | Path, *parts: bytes | np.ndarray) -> None:
-    """Write bytes and the memory of arrays to a file under another name, then rename it."""
     with atomic_write(path) as tmp_path, tmp_path.open("wb") as file:
-        for part in parts:  # separately: joining them would copy a shard of 200 MB
-            file.write(part)
+        file.write(_header(len(tokens)))
+        file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
 
 
 def open_shard(path: str | Path, crc32: str | None = None) -> Shard:
     """
-    Map a shard into memory.
+    Map a shard into memory: a .bin file in llm.c's format, or a .npy file in build-nanogpt's.
 
     Args:
-        path: a .bin file in llm.c's format, or a .npy file in build-nanogpt's.
+        path: the file.
         crc32: see `Shard`.
 
     Raises:
@@ -327,7 +284,7 @@ def _npy_extent(path: Path) -> tuple[int, int]:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
-        raise DataError(f"{path}: not a complete .npy file ({' '.join(str(error).split())}); {REMEDY}") from error
+        raise DataError(f"{path}: not a complete .npy file ({one_line(error)}); {REMEDY}") from error
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype != "<u2":
         content = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
         raise DataError(f"{path}: {content}, but a shard is uint16 [N]; {REMEDY}")
@@ -339,11 +296,7 @@ def _npy_extent(path: Path) -> tuple[int, int]:
 
 def scan_shard(path: str | Path, crc32: str | None = None) -> dict[str, Any]:
     """
-    Read all of a shard, check it and compute its checksums.
-
-    Args:
-        path: see `open_shard`.
-        crc32: see `Shard`.
+    Read all of a shard (see `open_shard`), check it and compute its checksums.
 
     Returns:
         "tokens", "documents" (number of tokens 50256), "sha256" (of the file, hex), "crc32" (of each block of
@@ -363,8 +316,7 @@ def scan_shard(path: str | Path, crc32: str | None = None) -> dict[str, Any]:
                 content = file.read(min(block_bytes, 2 * (len(shard) - begin)))
                 block = np.frombuffer(content, dtype="<u2")
                 sha256.update(content)
-                crcs.append(f"{zlib.crc32(content):08x}")
-                shard.check_block(begin // BLOCK_TOKENS, block, crcs[-1])
+                crcs.append(shard.check_block(begin // BLOCK_TOKENS, block))
                 crc32_of_all = zlib.crc32(content, crc32_of_all)
                 documents += int(np.count_nonzero(block == EOT))
     except OSError as error:

@@ -14,20 +14,18 @@ A record has the bytes of the file; the tokenizer processes decode and parse it 
 """
 
 import ast
+import contextlib
 import glob
-import gzip
 import inspect
-import json
-import lzma
 import os
 import platform
 import sysconfig
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from common.jsonl import COMPRESSIONS, decompress, name_unreadable_file, parse_json
 from data import DataError
 
 # Test suites, bundled third-party code and an editor: little prose, and not in every installation.
@@ -37,7 +35,6 @@ _MIN_DOCSTRING_CHARACTERS = 200
 _MIN_SAMPLE_CHARACTERS = 1_000_000
 
 KINDS = (".txt", ".jsonl", ".parquet")
-_COMPRESSIONS = (".gz", ".xz", ".zst")
 _READ_BYTES = 1 << 20
 _MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above real documents
 _PARQUET_ROWS = 64  # rows per batch: few, so that a batch of long documents fits in memory
@@ -81,31 +78,26 @@ class SampleSource:
         """Return one input for all documents."""
         return [{"path": "the documentation of Python " + platform.python_version(), "bytes": 3_000_000}]
 
-    def fetch(self, file: dict[str, Any]) -> None:
-        """Do nothing: the documents are installed with Python."""
+    def fetch(self, file: dict[str, Any]) -> Path:
+        """Return the folder of the standard library."""
+        return Path(sysconfig.get_paths()["stdlib"])
 
-    def done_with(self, path: None) -> None:
+    def done_with(self, path: Path) -> None:
         """Do nothing: `fetch` makes no copy."""
 
-    def records(self, file: dict[str, Any], path: None, progress: Progress) -> Iterator[Record]:
+    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
         """Yield the documents."""
         for number, text in enumerate(sample_documents(), start=1):
             yield Record(text.encode("utf-8", "replace"), False, file["path"], number)
 
 
 def sample_documents() -> Iterator[str]:
-    """
-    Yield the documents of the offline sample, see SampleSource.
-
-    Raises:
-        DataError: this Python was installed without its documentation.
-    """
-    try:
+    """Yield the documents of the offline sample. Raises DataError if Python was installed without documentation."""
+    documents = []
+    with contextlib.suppress(ImportError):  # a separate package in some distributions
         from pydoc_data.topics import topics
-    except ImportError:  # a separate package in some distributions
-        topics = {}
 
-    documents = [topics[name] for name in sorted(topics)]
+        documents = [topics[name] for name in sorted(topics)]
     library = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(_python_files(library)):
         text = docstrings(path)
@@ -142,7 +134,7 @@ def docstrings(path: Path) -> str:
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     """Walk a tree without its expressions, which are most of it and have no docstrings."""
     parts = (ast.stmt, ast.ExceptHandler, ast.match_case)
-    waiting = deque([tree])
+    waiting: deque[ast.AST] = deque([tree])
     while waiting:
         yield (node := waiting.popleft())
         for _, value in ast.iter_fields(node):
@@ -194,13 +186,8 @@ class FileSource:
         }
 
     def inputs(self) -> list[dict[str, Any]]:
-        """
-        List the files.
-
-        Raises:
-            DataError: a path does not exist, a file is of another kind, or a folder or pattern has no files.
-        """
-        files = []
+        """List the files."""
+        files: list[Path] = []
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
@@ -228,13 +215,7 @@ class FileSource:
         """Do nothing: the file is the user's."""
 
     def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
-        """
-        Yield the documents of a file.
-
-        Raises:
-            DataError: the file cannot be read or is damaged, a .parquet file does not have the column, or a document
-                has more than 100 MB.
-        """
+        """Yield the documents of a file."""
         return file_records(
             path, where=file["path"], text_column=self.text_column, separator=self.separator, progress=progress
         )
@@ -243,7 +224,7 @@ class FileSource:
 def file_kind(path: str | Path) -> str | None:
     """Return one of KINDS, or None for another kind of file."""
     path = Path(path)
-    plain = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
+    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
     if plain.suffix not in KINDS or (plain is not path and plain.suffix == ".parquet"):
         return None
     return plain.suffix
@@ -263,33 +244,16 @@ def file_records(
     path: Path, *, where: str, text_column: str, separator: str | None, progress: Progress
 ) -> Iterator[Record]:
     """Yield the documents of one file; see FileSource."""
-    try:
+    with name_unreadable_file(where):
         if file_kind(path) == ".parquet":
             yield from _parquet_records(path, where, text_column, progress)
             return
         is_json = file_kind(path) == ".jsonl"
-        separator = "\n" if is_json else separator
-        with path.open("rb") as raw, _decompressed(raw, path.suffix) as stream:
-            for number, content in _split_stream(stream, separator and separator.encode(), where, raw, progress):
+        pieces_end = b"\n" if is_json else separator.encode() if separator else None
+        with path.open("rb") as raw, decompress(raw, path.suffix) as stream:
+            for number, content in _split_stream(stream, pieces_end, where, raw, progress):
                 if content and not content.isspace():
                     yield Record(content, is_json, where, number)
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{where}: damaged or truncated ({error}); copy the file again or leave it out") from error
-    except OSError as error:  # pyarrow raises one without a number for a damaged .zst or .parquet file
-        problem = error.strerror if error.errno else f"damaged or truncated ({' '.join(str(error).split())})"
-        raise DataError(f"{where}: {problem}; copy the file again, make it readable, or leave it out") from error
-
-
-def _decompressed(raw: BinaryIO, suffix: str) -> Any:
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if suffix == ".zst":
-        import pyarrow
-
-        return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
-    return raw
 
 
 def _split_stream(
@@ -356,17 +320,9 @@ def _parquet_records(path: Path, where: str, text_column: str, progress: Progres
 
 def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str:
     """
-    Return the text of a record.
+    Return the text of a record, see FileSource.
 
     Half a surrogate pair, which JSON allows, is not Unicode text and becomes U+FFFD.
-
-    Args:
-        record: a document from a source.
-        text_column: see FileSource.
-        errors: see FileSource.
-
-    Raises:
-        DataError: the bytes are not UTF-8, a line is not JSON, or a JSON record has no text.
     """
     where = f"{record.where}:{record.number}"
     try:
@@ -379,14 +335,12 @@ def decode_record(record: Record, *, text_column: str = "text", errors: str = "s
         ) from error
     if not record.is_json:
         return text
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); each line must be one JSON value") from error
-    text = value.get(text_column) if isinstance(value, dict) else value
-    if not isinstance(text, str):
+    value = parse_json(text, where)
+    field = value.get(text_column) if isinstance(value, dict) else value
+    if not isinstance(field, str):
         content = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
         raise DataError(f"{where}: no text under {text_column!r}, {content}; name the right key with --text_column")
+    text = field
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -22,7 +22,8 @@ from data import DataError
 
 if TYPE_CHECKING:
     import tiktoken
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2Tokenizer
+
 VOCAB_SIZE = 50257
 EOT = 50256
 EOT_TEXT = "<|endoftext|>"
@@ -56,12 +57,7 @@ _EOT_ARRAY = np.array([EOT], dtype=np.uint32)
 
 @cache
 def load_merges() -> list[tuple[str, str]]:
-    """
-    Read vocab.bpe: the 50,000 merges as pairs, in order.
-
-    Raises:
-        DataError: the file is missing or is not GPT-2's.
-    """
+    """Read vocab.bpe: the 50,000 merges as pairs, in order. Raises DataError if the file is missing or not GPT-2's."""
     remedy = f"restore it with `git checkout {VOCAB_BPE.parent.name}/{VOCAB_BPE.name}`, or clone the project again"
     try:
         content = VOCAB_BPE.read_bytes()
@@ -73,7 +69,8 @@ def load_merges() -> list[tuple[str, str]]:
             f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {digest}, expected {VOCAB_BPE_SHA256}; {remedy}"
         )
     _version, *lines = content.decode().splitlines()
-    return [tuple(line.split(" ")) for line in lines]
+    merges = [line.split(" ") for line in lines]
+    return [(first, second) for first, second in merges]
 
 
 def load_vocabulary() -> dict[str, int]:
@@ -109,12 +106,7 @@ def load_tiktoken() -> "tiktoken.Encoding":
 
 
 def check_backend(backend: str) -> None:
-    """
-    Check that a tokenizer backend can be used, without loading it.
-
-    Raises:
-        DataError: the backend does not exist or is not installed, or the vocabulary is missing.
-    """
+    """Check, without loading it, that a tokenizer backend exists and is installed, and the vocabulary with it."""
     if backend not in TOKENIZER_BACKENDS:
         raise DataError(f"tokenizer_backend must be one of {', '.join(TOKENIZER_BACKENDS)}, got {backend!r}")
     if importlib.util.find_spec(backend) is None:
@@ -129,9 +121,6 @@ def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
 
     Args:
         backend: "tiktoken", or "gigatoken" (the extra `fast`), which gives the same ids several times as fast.
-
-    Raises:
-        DataError: see `check_backend`.
     """
     check_backend(backend)
     if backend == "tiktoken":
@@ -151,13 +140,7 @@ def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
 
 
 def encode_document(text: str, backend: str = "tiktoken") -> np.ndarray:
-    """
-    Encode a document of any length: EOT, then the tokens of the text, [N] uint16.
-
-    Args:
-        text: the document; `<|endoftext|>` in it is plain characters.
-        backend: see `load_encoder`.
-    """
+    """Encode a document of any length: EOT, then the tokens of the text, [N] uint16; see `load_encoder`."""
     encode, parts = load_encoder(backend), [_EOT_ARRAY]
     for begin, end in _pieces(text):
         piece, start = text[begin:end], 0
@@ -181,7 +164,7 @@ def _pieces(text: str) -> Iterator[tuple[int, int]]:
     yield begin, len(text)
 
 
-def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2TokenizerFast":
+def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2Tokenizer":
     """
     Build the Hugging Face tokenizer that is saved with checkpoints.
 
@@ -191,11 +174,11 @@ def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2TokenizerFast":
     Args:
         model_max_length: the model's n_positions.
     """
-    from transformers import GPT2TokenizerFast
+    from transformers import GPT2Tokenizer
 
-    return GPT2TokenizerFast(
+    return GPT2Tokenizer(
         vocab=load_vocabulary(),
-        merges=load_merges(),
+        merges=load_merges(),  # type: ignore[arg-type]  # pairs, whatever its annotation says
         unk_token=EOT_TEXT,
         bos_token=EOT_TEXT,
         eos_token=EOT_TEXT,

@@ -5,8 +5,8 @@ Check every byte of a folder of shards.
     python -m data.verify shards/fineweb-edu --repair
 
 With a manifest, every file must exist and match its checksums. Without one, headers and sizes must be consistent and
-every token must be in GPT-2's vocabulary. Errors name the first bad range of bytes. --repair makes the parts with
-damaged or missing shards again from their source, and uses the new shards only if they match the manifest.
+every token must be in GPT-2's vocabulary. --repair makes the parts with damaged or missing shards again from their
+source, and uses the new shards only if they match the manifest.
 """
 
 import os
@@ -27,32 +27,26 @@ from tqdm import tqdm
 from common.files import replace_file
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
-from data.prepare import make_part, source_of
+from data.parts import PartMaker
+from data.prepare import source_of
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 
 _REPAIR = ".repair"
 
 
-def find_problem(folder: str | Path, entry: dict[str, Any]) -> str | None:
-    """
-    Compare a shard with its entry in the manifest.
-
-    Args:
-        folder: the manifest's folder.
-        entry: one of the manifest's shards.
-
-    Returns:
-        An error message with the first bad range of bytes; None if the shard is intact.
-    """
-    path = Path(folder) / entry["file"]
+def _find_problem(path: Path, entry: dict[str, Any] | None) -> str | None:
+    """Return a message with the first bad range of bytes; None if the shard is intact and fits its manifest entry."""
     if not path.is_file():
         return f"{path}: the file is missing"
     try:
-        shard = open_shard(path)
-        if len(shard) != entry["tokens"]:
+        if entry is None:
+            scan_shard(path)
+            return None
+        num_tokens = len(open_shard(path))
+        if num_tokens != entry["tokens"]:
             return (
-                f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,} "
-                f"(first bad: bytes 8 to 11, the count in the header)"
+                f"{path}: {num_tokens:,} tokens, {MANIFEST} says {entry['tokens']:,} "
+                "(first bad: bytes 8 to 11, the count in the header)"
             )
         scan = scan_shard(path, entry["crc32"])
     except (DataError, OSError) as error:
@@ -66,11 +60,7 @@ def find_problem(folder: str | Path, entry: dict[str, Any]) -> str | None:
 
 def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[str, str]]:
     """
-    Check all shards of a folder.
-
-    Args:
-        folder: a folder of shards, with or without a manifest.
-        num_proc: number of files to read at the same time.
+    Check all shards of a folder, with or without a manifest, `num_proc` at the same time.
 
     Returns:
         The names of the checked files, and {file name: error message} of the bad ones.
@@ -84,38 +74,23 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     manifest = read_manifest(folder)
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
-    if manifest is None:
-        paths = [path for paths in unmanaged_shards(folder).values() for path in paths]
-        if not paths:
-            raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
-        checks = {path.name: lambda path=path: _find_problem_without_manifest(path) for path in paths}
+    entries: dict[str, dict[str, Any] | None]
+    if manifest is not None:
+        entries = {entry["file"]: entry for entry in manifest.shards}
     else:
-        checks = {entry["file"]: lambda entry=entry: find_problem(folder, entry) for entry in manifest.shards}
+        entries = {path.name: None for paths in unmanaged_shards(folder).values() for path in paths}
+        if not entries:
+            raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
     with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading release the GIL
-        futures = {name: pool.submit(check) for name, check in checks.items()}
-        results = {
-            name: future.result()
-            for name, future in tqdm(futures.items(), unit=" shards", disable=not sys.stderr.isatty())
-        }
+        futures = {name: pool.submit(_find_problem, folder / name, entry) for name, entry in entries.items()}
+        bar = tqdm(futures.items(), unit=" shards", disable=not sys.stderr.isatty())
+        results = {name: future.result() for name, future in bar}
     return list(results), {name: problem for name, problem in results.items() if problem}
-
-
-def _find_problem_without_manifest(path: Path) -> str | None:
-    try:
-        scan_shard(path)
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object] = print) -> None:
     """
     Make the damaged shards of a folder again, and only those.
-
-    Args:
-        folder: a folder of shards with a manifest.
-        num_proc: number of tokenizer processes, and of files to read at the same time.
-        log: called with lines for the user.
 
     Raises:
         DataError: the folder has no manifest, the source is missing or has changed, or the shards were imported.
@@ -142,13 +117,13 @@ def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object
         for part in sorted({entry["part"] for entry in damaged}):
             log(f"repair    making part {part} again")
             repair_folder.mkdir(exist_ok=True)
-            made = {
-                entry["file"]: entry for entry in make_part(manifest, source, part, repair_folder, num_proc=num_proc)
-            }
-            for entry in damaged:
-                if entry["part"] != part:
-                    continue
-                if made.get(entry["file"]) != entry:
+            tokens_before = sum(entry["tokens"] for entry in manifest.shards if entry["part"] < part)
+            with PartMaker(
+                manifest, source, repair_folder, [part], tokens_before=tokens_before, num_proc=num_proc
+            ) as maker:
+                made = maker.make(part)["shards"]
+            for entry in (entry for entry in damaged if entry["part"] == part):
+                if entry not in made:
                     raise DataError(
                         f"{folder / entry['file']} cannot be made again: the source's documents have changed "
                         "(its files, or the program that reads them); prepare the folder again"

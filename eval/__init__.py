@@ -8,7 +8,6 @@
     lm_eval_bridge.py   any task of the package lm-eval
     evaluator.py        `evaluate`: tasks in, a dict of results out
     __main__.py         the command `python -m eval`; command.py has what it shares with the miniseries
-    checkpoint.py       opening the model to score; hub.py checks whether the Hub can be reached
     miniseries.py       python -m eval.miniseries: scores over model size; published.py has OpenAI's results
     during_training.py  what train.py evaluates: validation loss, HellaSwag, samples
 

@@ -20,12 +20,12 @@ from common.cli import Parser, prepare_process
 if __name__ == "__main__":
     prepare_process()
 
+from common.models import check_name, load_tokenizer
 from eval import EvalError
-from eval.checkpoint import check_name, load_tokenizer
 from eval.command import (
     add_task_arguments,
     check_output,
-    find_device,
+    join_processes,
     run_command,
     score_checkpoint,
     tasks_of,
@@ -43,18 +43,15 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Score a language model. Several GPUs share the items: accelerate launch -m eval --model ...",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="CHECKPOINT",
-        help="a checkpoint folder, or the id of a model on the Hub. Modeling code in the folder is run "
-        "(train.py saves it with the weights), modeling code from the Hub only with --trust_remote_code",
+    about = (
+        "a checkpoint folder, or the id of a model on the Hub. Modeling code in the folder is run (train.py saves it "
+        "with the weights), modeling code from the Hub only with --trust_remote_code"
     )
+    parser.add_argument("--model", required=True, metavar="CHECKPOINT", help=about)
     add_task_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results to FILE, as JSON")
-    parser.add_argument(
-        "--per_item", type=Path, metavar="FILE", help="write each item's log-likelihoods to FILE, a .jsonl file"
-    )
+    about = "write each item's log-likelihoods to FILE, a .jsonl file"
+    parser.add_argument("--per_item", type=Path, metavar="FILE", help=about)
     return parser.parse_args(arguments)
 
 
@@ -86,12 +83,11 @@ def _format_table(args: argparse.Namespace, device: str, result: dict[str, Any])
 
 def _write_item_results(path: Path, item_results: dict[str, list[dict[str, Any]]]) -> None:
     """Write one JSON object per item and line."""
-    text = "".join(
-        json.dumps({"task": name, "item": index, **result}, ensure_ascii=False) + "\n"
-        for name, results in item_results.items()
-        for index, result in enumerate(results)
-    )
-    write_output("--per_item", path, text)
+    lines = []
+    for name, results in item_results.items():
+        for index, result in enumerate(results):
+            lines.append(json.dumps({"task": name, "item": index, **result}, ensure_ascii=False))
+    write_output("--per_item", path, "".join(f"{line}\n" for line in lines))
 
 
 def _main(arguments: Sequence[str] | None) -> None:
@@ -102,7 +98,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
         raise EvalError("--per_item: not available for lm-eval's tasks; score those without it")
     args.model = check_name(args.model)
-    device, is_main_process = find_device(args.device)
+    device, is_main_process = join_processes(args.device)
     for name in ("output", "per_item"):
         if is_main_process and getattr(args, name) is not None:
             check_output(f"--{name}", getattr(args, name))

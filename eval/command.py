@@ -1,7 +1,6 @@
 """Shared by `python -m eval` and `python -m eval.miniseries`: arguments, device and processes, result files."""
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,9 +13,10 @@ from accelerate import PartialState
 from common import cli
 from common.errors import one_line
 from common.files import atomic_write, finite
+from common.models import find_device, load_model, revision
+from common.weights import weights_sha256
 from eval import EvalError
-from eval.checkpoint import load_model, revision, weights_sha256
-from eval.evaluator import score
+from eval.evaluator import evaluate
 from eval.lm_eval_bridge import PREFIX, LmEvalTask
 from eval.published import GPT2, not_comparable_reason
 from eval.scoring import Tokenizer
@@ -25,44 +25,24 @@ from eval.task import BaseTask, LoadedTask, task_class, task_names
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that select and configure tasks."""
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        default=["hellaswag"],
-        metavar="TASK",
-        help=f"one or more of {', '.join(task_names())}; or lm-eval:NAME for any task of the package lm-eval "
-        "(default: hellaswag)",
+    add, names = parser.add_argument, ", ".join(task_names())
+    about = f"one or more of {names}; or lm-eval:NAME for any task of the package lm-eval (default: hellaswag)"
+    add("--tasks", nargs="+", default=["hellaswag"], metavar="TASK", help=about)
+    about = (
+        "where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the default), "
+        "'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz) file; lambada: "
+        "'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of shards, or text as "
+        "`python -m data.prepare files` reads it"
     )
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="TASK=PATH",
-        help="where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the "
-        "default), 'sample' (40 items written for this project, for trying things out), or a .jsonl (.gz, .xz) file; "
-        "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; bits_per_byte: a folder of "
-        "shards, or text as `python -m data.prepare files` reads it",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="score only the first N items of each task")
-    parser.add_argument(
-        "--stride",
-        type=int,
-        metavar="N",
-        help="bits_per_byte: tokens per window after the first (default: half the context)",
-    )
-    parser.add_argument(
-        "--tokens_per_batch",
-        type=int,
-        metavar="N",
-        help="tokens per forward pass; fewer need less memory (default: depends on the device)",
-    )
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="dtype of the weights (default: float32)"
-    )
-    parser.add_argument("--device", help="cuda, mps or cpu (default: the first one available)")
-    parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub"
-    )
+    add("--data", nargs="+", default=[], metavar="TASK=PATH", help=about)
+    add("--limit", type=int, metavar="N", help="score only the first N items of each task")
+    about = "bits_per_byte: tokens per window after the first (default: half the context)"
+    add("--stride", type=int, metavar="N", help=about)
+    about = "tokens per forward pass; fewer need less memory (default: depends on the device)"
+    add("--tokens_per_batch", type=int, metavar="N", help=about)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights (default: float32)")
+    add("--device", help="cuda, mps or cpu (default: the first one available)")
+    add("--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub")
 
 
 def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
@@ -75,16 +55,9 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise EvalError(f"--{name} must be at least 1, got {value}")
-    paths: dict[str, str] = {}
-    for value in args.data:
-        name, sign, path = value.partition("=")
-        if not sign and len(args.tasks) == 1:
-            name, path = args.tasks[0], value
-        if name not in args.tasks:
-            raise EvalError(f"--data {value!r} must be TASK=PATH, with TASK one of {', '.join(args.tasks)}")
-        if name in paths:
-            raise EvalError(f"--data {name}={path}: {name} already has {paths[name]!r}; give one path")
-        paths[name] = path
+    if args.stride is not None and "bits_per_byte" not in args.tasks:
+        raise EvalError(f"--stride {args.stride}: it is for bits_per_byte, which is not among --tasks")
+    paths = _paths_of(args.data, args.tasks)
     tasks: list[BaseTask | LmEvalTask] = []
     for name in args.tasks:
         if args.tasks.count(name) > 1:
@@ -93,45 +66,39 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
             if name in paths:
                 raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its own data; leave it out")
             tasks.append(LmEvalTask(name.removeprefix(PREFIX), args.limit))
-            continue
-        kind = task_class(name)
-        settings = {"limit": args.limit}
-        if name in paths:
-            settings["data"] = paths[name]
-        if "stride" in {field.name for field in dataclasses.fields(kind)}:
-            settings["stride"] = args.stride
-        tasks.append(kind(**settings))
-    if args.stride is not None and not any(hasattr(task, "stride") for task in tasks):
-        raise EvalError(f"--stride {args.stride}: it is for bits_per_byte, which is not among --tasks")
+        else:
+            settings = {"data": paths[name]} if name in paths else {}
+            settings |= {"stride": args.stride} if name == "bits_per_byte" else {}
+            tasks.append(task_class(name)(limit=args.limit, **settings))
     return tasks
 
 
-def find_device(name: str | None) -> tuple[str, bool]:
-    """Return (the device to run on, whether this is the main process), after connecting to the other processes.
+def _paths_of(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """Return {task: path} for the values of --data."""
+    paths: dict[str, str] = {}
+    for value in data:
+        name, sign, path = value.partition("=")
+        if not sign and len(tasks) == 1:
+            name, path = tasks[0], value
+        if name not in tasks:
+            raise EvalError(f"--data {value!r} must be TASK=PATH, with TASK one of {', '.join(tasks)}")
+        if name in paths:
+            raise EvalError(f"--data {name}={path}: {name} already has {paths[name]!r}; give one path")
+        paths[name] = path
+    return paths
 
-    Args:
-        name: "cuda", "mps", "cpu", ...; None for the first one available.
+
+def join_processes(device: str | None) -> tuple[str, bool]:
+    """Connect to the launcher's other processes. Return (this process's device, True on the main process).
 
     Raises:
-        EvalError: the device is not available, or the launcher's processes are not connected.
+        UserError: the device is not available, or the launcher's processes are not connected.
     """
-    if name is None:
-        has_mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1:
-        state = PartialState(cpu=name == "cpu")
-        if state.num_processes != launched:
-            raise EvalError(
-                f"the launcher started {launched} processes, but this one sees {state.num_processes}; launch with one "
-                "of accelerate_configs/*.yaml that fits this machine"
-            )
-        return str(state.device), state.is_main_process
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        raise EvalError(f"device {name!r} is not available ({one_line(error)}); try --device cpu") from error
-    return name, True
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return find_device(device), True
+    state = PartialState(cpu=device == "cpu" or (device is None and not torch.accelerator.is_available()))
+    cli.check_world_size(state.num_processes)
+    return str(state.device), state.is_main_process
 
 
 def check_output(option: str, path: Path) -> None:
@@ -153,23 +120,15 @@ def score_checkpoint(
     *,
     keep_item_results: bool = False,
 ) -> dict[str, Any]:
-    """Load a model and score it.
-
-    Args:
-        args: has dtype, tokens_per_batch and trust_remote_code, see `add_task_arguments`.
-        name: the checkpoint's folder, or its id on the Hub.
-        tokenizer, tasks, keep_item_results: see `eval.evaluator.score`.
-        device: see `find_device`.
+    """Load a model and score it with the settings in `args`, see `add_task_arguments`.
 
     Returns:
         the result of `eval.evaluate`, with the model's name, revision and weights hash in "model", and "published".
     """
     weights = weights_sha256(name)  # before scoring: the folder may be overwritten meanwhile
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
-    result = score(
-        model,
-        tokenizer,
-        tasks,
+    result = evaluate(
+        *(model, tokenizer, tasks),
         tokens_per_batch=args.tokens_per_batch,
         progress=True,
         keep_item_results=keep_item_results,
@@ -206,7 +165,7 @@ def write_output(option: str, path: Path, content: str | bytes) -> None:
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
-    """Run a command, with an out-of-memory error as a one-line error; see `common.cli.run_command`."""
+    """Run a command with out-of-memory errors on one line; see `common.cli.run_command`."""
 
     def run(arguments: Sequence[str] | None) -> None:
         try:

@@ -26,7 +26,7 @@ class StopRequest(Protocol):
 
     @property
     def is_requested(self) -> bool:
-        """True if this process was asked to stop; other processes may not have been."""
+        """True after a request to this process, whatever the others got."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,8 @@ class _Stopped(Exception):
 class TrainingEvaluation:
     """The evaluations of a run. Every process creates one and calls `run` at the same steps."""
 
-    val_batches: Callable[[], Iterable[Batch]]
-    """returns this process's share of the validation batches; called by each evaluation"""
+    val_batches: Callable[[int], Iterable[Batch]]
+    """called with a batch size, returns this process's share of the validation batches"""
     hellaswag: LoadedTask | None
     """HellaSwag with all its items; None to leave it out"""
     tokenizer: Tokenizer
@@ -76,17 +76,19 @@ class TrainingEvaluation:
     """of the samples"""
     stop: StopRequest
 
-    def run(self, model: Model, loss_model: nn.Module | None = None) -> EvaluationResult | None:
-        """Evaluate a model and return the results, or None if any process was asked to stop.
+    def run(self, model: Model, batch_size: int, loss_model: nn.Module | None = None) -> EvaluationResult | None:
+        """Evaluate a model and return the results, or None after a stop request to any process.
 
         Call it on every process, within the run's autocast.
 
         Args:
             model: the unwrapped and unsharded model, in eval mode.
+            batch_size: of the validation loss.
             loss_model: the same model, compiled, for the validation loss; by default `model`.
         """
         start = time.perf_counter()
-        shares: list[_Share] = gather_object([self._score_share(model, model if loss_model is None else loss_model)])
+        loss_model = model if loss_model is None else loss_model
+        shares: list[_Share] = gather_object([self._score_share(model, batch_size, loss_model)])
         if any(share.is_stop_requested for share in shares):
             return None
         val_loss = sum(share.loss_sum for share in shares) / sum(share.num_tokens for share in shares)
@@ -108,10 +110,10 @@ class TrainingEvaluation:
             samples=samples,
         )
 
-    def _score_share(self, model: Model, loss_model: nn.Module) -> _Share:
+    def _score_share(self, model: Model, batch_size: int, loss_model: nn.Module) -> _Share:
         loss_sum, num_tokens, item_results, seconds = 0.0, 0, None, 0.0
         try:
-            loss_sum, num_tokens = validation_loss(loss_model, self.val_batches(), on_batch=self._check_stop)
+            loss_sum, num_tokens = validation_loss(loss_model, self.val_batches(batch_size), on_batch=self._check_stop)
             if self.hellaswag is not None:
                 state = PartialState()
                 items = self.hellaswag.items[state.process_index :: state.num_processes]
@@ -135,10 +137,7 @@ def validation_loss(
 ) -> tuple[float, int]:
     """Return (sum of -ln p(target) in nats, number of targets), which can be added up over processes.
 
-    Args:
-        model: a GPT2ReproForCausalLM in eval mode, wrapped or not. An autocast around the call is respected.
-        batches: on any device.
-        on_batch: called after each batch.
+    `model` is a GPT2ReproForCausalLM in eval mode, wrapped or not; the batches may be on any device.
     """
     device = next(model.parameters()).device
     loss_sum, num_tokens = 0.0, 0
@@ -174,12 +173,9 @@ def check_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: i
 def sample_texts(
     model: Model, tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: int, seed: int
 ) -> list[str]:
-    """Return each prompt with a continuation, sampled from the 50 most probable tokens as in the lecture.
+    """Return each prompt with a continuation of `num_tokens`, from the 50 most probable tokens as in the lecture.
 
-    Args:
-        model: a causal language model with `generate`, in eval mode.
-        num_tokens: tokens per continuation.
-        seed: the same seed and weights give the same texts. The global random state is not changed.
+    The same seed and weights give the same texts. The global random state is not changed.
     """
     device = model.device
     own_rng = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}

@@ -13,28 +13,24 @@ from accelerate.utils import gather_object
 from eval import EvalError
 from eval.lm_eval_bridge import PREFIX, LmEvalTask, check_lm_eval, score_with_lm_eval
 from eval.scoring import Config, Model, Tokenizer, max_length_of
-from eval.task import BaseTask, LoadedTask, interleave_ranks, score_items, task_class
+from eval.task import BaseTask, ItemResult, LoadedTask, interleave_ranks, score_items, task_class
 
 
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
-    tasks: str | Sequence[str | BaseTask] = ("hellaswag",),
+    tasks: str | Sequence[str | BaseTask | LoadedTask | LmEvalTask] = ("hellaswag",),
     *,
     tokens_per_batch: int | None = None,
     progress: bool = False,
     keep_item_results: bool = False,
 ) -> dict[str, Any]:
-    """Score a model.
-
-    Under `accelerate launch`, every process calls this with its copy of the model, scores its share of the items, and
-    gets the full result.
+    """Score a model. Under `accelerate launch`, every process scores its share and gets the full result.
 
     Args:
         model: a causal language model, on its device. An autocast around the call is respected.
-        tokenizer: the model's tokenizer.
         tasks: names ("hellaswag", "lambada", or "lm-eval:NAME" for a task of the package lm-eval), or tasks with
-            settings: `eval.hellaswag.task.Task(data="hellaswag_val.jsonl", limit=100)`.
+            settings: `eval.hellaswag.task.Task(data="hellaswag_val.jsonl", limit=100)`; or from `load_tasks`.
         tokens_per_batch: see `eval.scoring.loglikelihoods`.
         progress: show a progress bar on a terminal.
         keep_item_results: return each item's result too.
@@ -51,25 +47,37 @@ def evaluate(
     Raises:
         EvalError: an unknown task, items that are missing or malformed, log-likelihoods that are not finite.
     """
-    return score(
-        model,
-        tokenizer,
-        load_tasks(tasks, tokenizer, model.config),
-        tokens_per_batch=tokens_per_batch,
-        progress=progress,
-        keep_item_results=keep_item_results,
-    )
+    import transformers
+
+    results, descriptions, all_item_results = {}, {}, {}
+    for task in load_tasks(tasks, tokenizer, model.config):
+        name, start = task.name, time.perf_counter()
+        if isinstance(task, LmEvalTask):
+            results[name], descriptions[name] = score_with_lm_eval(task, model, tokenizer)
+        else:
+            all_item_results[name] = _score_on_all_processes(task, model, tokens_per_batch, progress)
+            results[name] = task.task.aggregate(all_item_results[name])
+            descriptions[name] = _describe_task(task, results[name])
+        descriptions[name]["seconds"] = round(time.perf_counter() - start, 3)
+    return {
+        "results": results,
+        "tasks": descriptions,
+        "model": _describe_model(model),
+        "processes": PartialState().num_processes,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({"item_results": all_item_results} if keep_item_results else {}),
+    }
 
 
 def load_tasks(
-    tasks: str | Sequence[str | BaseTask | LmEvalTask], tokenizer: Tokenizer, config: Config
+    tasks: str | Sequence[str | BaseTask | LoadedTask | LmEvalTask], tokenizer: Tokenizer, config: Config
 ) -> list[LoadedTask | LmEvalTask]:
-    """Load the items of all tasks, so that errors in them are found before anything is scored.
-
-    Args:
-        tasks, tokenizer: see `evaluate`.
-        config: the model's config.
-    """
+    """Load the items of all tasks, so that errors in them are found before anything is scored."""
     # transformers returns a tokenizer with a vocabulary of 0 for a folder without tokenizer files.
     if not callable(tokenizer) or getattr(tokenizer, "vocab_size", None) == 0:
         raise EvalError(f"the model has no tokenizer (got {tokenizer!r:.80}); give the one that it was trained with")
@@ -83,67 +91,45 @@ def load_tasks(
             check_lm_eval(task)
             loaded[task.name] = task
         else:
-            loaded[task.name] = task.load(tokenizer, max_length_of(config))
+            loaded[task.name] = task if isinstance(task, LoadedTask) else task.load(tokenizer, max_length_of(config))
     hashes = tuple(task.data.sha256 for task in loaded.values() if isinstance(task, LoadedTask))
     if len(set(gather_object([hashes]))) > 1:
         raise EvalError("the processes loaded different items; give each of them the same files with --data")
     return list(loaded.values())
 
 
-def score(
-    model: Model,
-    tokenizer: Tokenizer,
-    tasks: Sequence[LoadedTask | LmEvalTask],
-    *,
-    tokens_per_batch: int | None = None,
-    progress: bool = False,
-    keep_item_results: bool = False,
-) -> dict[str, Any]:
-    """Score a model on tasks from `load_tasks`; otherwise like `evaluate`."""
-    import transformers
+def _score_on_all_processes(
+    task: LoadedTask, model: Model, tokens_per_batch: int | None, progress: bool
+) -> list[ItemResult]:
+    """Score this process's share of the items, and return the results of all items."""
     from tqdm import tqdm
 
     state = PartialState()
-    results, descriptions, all_item_results = {}, {}, {}
-    for task in tasks:
-        name, start = task.name, time.perf_counter()
-        if isinstance(task, LmEvalTask):
-            results[name], descriptions[name] = score_with_lm_eval(task, model, tokenizer)
-        else:
-            items = task.items[state.process_index :: state.num_processes]
-            total = sum(len(request.continuations) for item in items for request in item.requests)
-            # disable=None: no bar if the output is not a terminal
-            disable = None if progress and state.is_main_process else True
-            with tqdm(total=total, desc=name, unit="continuation", disable=disable, leave=False) as bar:
-                share = score_items(task.task, model, items, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
-            all_item_results[name] = interleave_ranks(gather_object([share]))
-            results[name] = task.task.aggregate(all_item_results[name])
-            data = task.data
-            descriptions[name] = {
-                "version": task.task.version,
-                "data": {"source": data.description, "sha256": data.sha256, "is_sample": data.is_sample},
-                "figures": {metric: text for metric, text in task.task.metrics.items() if metric in results[name]},
-                "full_size": task.task.full_size,
-            }
-        descriptions[name]["seconds"] = round(time.perf_counter() - start, 3)
+    items = task.items[state.process_index :: state.num_processes]
+    total = sum(len(request.continuations) for item in items for request in item.requests)
+    disable = None if progress and state.is_main_process else True  # None: no bar if the output is not a terminal
+    with tqdm(total=total, desc=task.name, unit="continuation", disable=disable, leave=False) as bar:
+        share = score_items(task.task, model, items, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
+    return interleave_ranks(gather_object([share]))
+
+
+def _describe_task(task: LoadedTask, metrics: dict[str, float]) -> dict[str, Any]:
+    data = task.data
+    return {
+        "version": task.task.version,
+        "data": {"source": data.description, "sha256": data.sha256, "is_sample": data.is_sample},
+        "figures": {metric: text for metric, text in task.task.metrics.items() if metric in metrics},
+        "full_size": task.task.full_size,
+    }
+
+
+def _describe_model(model: Model) -> dict[str, Any]:
     parameters = list(model.parameters())
     return {
-        "results": results,
-        "tasks": descriptions,
-        "model": {
-            "class": type(model).__name__,
-            "parameters": sum(parameter.numel() for parameter in parameters),
-            "n_layer": getattr(model.config, "num_hidden_layers", None),
-            "n_embd": getattr(model.config, "hidden_size", None),
-            "dtype": str(parameters[0].dtype).removeprefix("torch."),
-            "device": parameters[0].device.type,
-        },
-        "processes": state.num_processes,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **({"item_results": all_item_results} if keep_item_results else {}),
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "n_layer": getattr(model.config, "num_hidden_layers", None),
+        "n_embd": getattr(model.config, "hidden_size", None),
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "device": parameters[0].device.type,
     }

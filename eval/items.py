@@ -1,20 +1,17 @@
 """Read a task's items from the Hub or from a file of JSON lines."""
 
-import gzip
 import hashlib
 import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from common.hub import hub_error
+from common.jsonl import COMPRESSIONS, json_lines
 from eval import EvalError
-from eval.hub import hub_error
 
 T = TypeVar("T")
-_OPENERS: dict[str, Callable] = {".jsonl": open, ".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[t
 
 
 def file_records(path: str | Path, *, alternatives: str = "") -> list[tuple[Any, str]]:
-    """Read a .jsonl, .jsonl.gz or .jsonl.xz file.
+    """Read a .jsonl file, plain or compressed (.gz, .xz, .zst).
 
     Args:
         path: the file; blank lines are skipped.
@@ -66,26 +63,13 @@ def file_records(path: str | Path, *, alternatives: str = "") -> list[tuple[Any,
         pairs of a line's JSON value and its location ("PATH:LINE"), at least one.
 
     Raises:
-        EvalError: the file is missing, unreadable or empty, or a line is not JSON.
+        UserError: the file is missing, unreadable or empty, or a line is not JSON.
     """
     path = Path(path)
-    if not path.is_file() or path.suffix not in _OPENERS:
+    if not path.is_file() or path.suffix not in (".jsonl", *COMPRESSIONS):
         problem = f"cannot read files ending in {path.suffix!r}" if path.is_file() else "no such file"
-        raise EvalError(f"items {str(path)!r}: {problem}; give {alternatives}a .jsonl, .jsonl.gz or .jsonl.xz file")
-    records, number = [], 0
-    try:
-        with _OPENERS[path.suffix](path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    records.append((json.loads(line.decode("utf-8-sig")), f"{path}:{number}"))
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise EvalError(
-            f"{path}: cannot be read past line {number} ({error}); check that the file is complete and readable"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise EvalError(f"{path}:{number}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise EvalError(f"{path}:{number}: not JSON ({error}); each line must be one JSON object") from error
+        raise EvalError(f"items {str(path)!r}: {problem}; give {alternatives}a .jsonl file (also .gz, .xz, .zst)")
+    records = [(value, where) for where, value in json_lines(path)]
     if not records:
         raise EvalError(f"{path}: the file has no items; write one JSON object per line")
     return records

@@ -68,11 +68,9 @@ def _task_manager(folder: str) -> "TaskManager":
 
 
 def score_with_lm_eval(task: LmEvalTask, model: Model, tokenizer: Tokenizer) -> tuple[dict[str, float], dict[str, Any]]:
-    """Score a model with lm-eval.
+    """Return the task's values of "results" and of "tasks" in what `eval.evaluate` returns.
 
-    Returns:
-        the task's values of "results" and of "tasks" in what `eval.evaluate` returns. Metrics of a group's tasks are
-        named "TASK/metric".
+    Metrics of a group's tasks are named "TASK/metric".
 
     Raises:
         EvalError: see `check_lm_eval`; or lm-eval fails, for instance without the task's data.

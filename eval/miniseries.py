@@ -3,9 +3,8 @@
 python -m eval.miniseries CHECKPOINT... [--published] [--tasks ...] [--data TASK=PATH ...] [--out FOLDER] ...
 
 Writes miniseries.png with one panel per metric, and miniseries.md with the same numbers as a table. Each CHECKPOINT is
-a folder or an id on the Hub, which is scored now, or a .json file from `python -m eval --output`, whose results are
-used. New results are written next to the plot as such files, replacing older ones. --published adds OpenAI's GPT-2 and
-GPT-3 where they can be compared.
+a folder or an id on the Hub, which is scored now, or a .json file from `python -m eval --output`. New results are
+written next to the plot as such files. --published adds OpenAI's GPT-2 and GPT-3 where they can be compared.
 """
 
 import argparse
@@ -28,8 +27,8 @@ if __name__ == "__main__":
 import numpy as np
 
 from common.checkpoints import resolve_checkpoints
+from common.models import check_name, load_tokenizer
 from eval import EvalError, command
-from eval.checkpoint import check_name, load_tokenizer
 from eval.evaluator import load_tasks
 from eval.published import GPT2, GPT3, find_corpus, not_comparable_reason
 from eval.task import LoadedTask
@@ -67,55 +66,34 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "accelerate launch -m eval.miniseries ...",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="before the options: a checkpoint folder, a quoted pattern such as 'runs/*/checkpoints/best' or the id of "
-        "a model on the Hub, to be scored; or a .json file from `python -m eval --output`. If all are such files, all "
-        "their tasks are shown, or only --tasks",
+    about = (
+        "before the options: a checkpoint folder, a quoted pattern such as 'runs/*/checkpoints/best' or the id of a "
+        "model on the Hub, to be scored; or a .json file from `python -m eval --output`. If all are such files, all "
+        "their tasks are shown, or only --tasks"
     )
-    parser.add_argument(
-        "--published", action="store_true", help="also show OpenAI's GPT-2 and GPT-3, where they can be compared"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("miniseries"),
-        metavar="FOLDER",
-        help="folder for miniseries.png, miniseries.md and a .json file per scored model (default: miniseries)",
-    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help=about)
+    about = "also show OpenAI's GPT-2 and GPT-3, where they can be compared"
+    parser.add_argument("--published", action="store_true", help=about)
+    about = "folder for miniseries.png, miniseries.md and a .json file per scored model (default: miniseries)"
+    parser.add_argument("--out", type=Path, default=Path("miniseries"), metavar="FOLDER", help=about)
     command.add_task_arguments(parser)
     parser.set_defaults(tasks=None)  # None if the user did not give --tasks
     return parser.parse_args(arguments)
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result file from `python -m eval --output`.
-
-    Raises:
-        EvalError: the file is missing, or is not a result file.
-    """
+    """Read a result file from `python -m eval --output`. Raises EvalError for any other file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
-        model, tasks = result["model"], result["tasks"]
-        is_valid = bool(tasks) and isinstance(model["name"], str) and model["parameters"] >= 1
-        is_valid &= {"n_layer", "n_embd"} <= set(model)
-        for name, task in tasks.items():
-            metrics = result["results"][name]
-            is_valid &= all(isinstance(value, int | float | None) for value in metrics.values())
-            is_valid &= task["full_size"] is None or isinstance(metrics["n"], int)
-            is_valid &= "version" in task and {"source", "sha256", "is_sample"} <= set(task["data"])
-            is_valid &= all(isinstance(description, str) for description in task["figures"].values())
+        _, footnotes = published_rows(result)
+        table(rows_of([result]), result, footnotes)  # fails if anything is missing or of another type
     except OSError as error:
         raise EvalError(f"{path!r} cannot be read ({error.strerror}); give a file from python -m eval") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        is_valid = False
-    if not is_valid:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise EvalError(
             f"{path!r} is not a result file of `python -m eval --output`; give such a file, or the checkpoint's "
             "folder to score it now"
-        )
+        ) from error
     return result
 
 
@@ -127,20 +105,22 @@ def unique_labels(names: Sequence[str]) -> list[str]:
     Raises:
         EvalError: the same model occurs twice.
     """
-    paths = [Path(name).absolute() if Path(name).is_dir() else Path(name) for name in names]
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = []
-        for path in paths:
-            parts = [part for part in path.parts if part != path.anchor]
-            has_run = path.parent.name == "checkpoints"  # RUN/checkpoints/step_000100: add RUN to the step
-            if has_run:
-                del parts[-2]
-            labels.append("/".join(parts[-depth - has_run :]))
+    all_parts = [_label_parts(name) for name in names]
+    stems: list[str] = []
+    for depth in range(1, max(map(len, all_parts)) + 1):
+        labels = ["/".join(parts[-depth:]) for parts in all_parts]
         stems = [label.replace("/", "-") for label in labels]
         if len(set(stems)) == len(stems):
             return labels
     duplicate = next(name for i, name in enumerate(names) if stems[i] in stems[:i])
     raise EvalError(f"{duplicate!r} is listed twice; remove one, or change model.name in one of the .json files")
+
+
+def _label_parts(name: str) -> list[str]:
+    """Return the folders of a name, with RUN/checkpoints/step_000100 as one: RUN/step_000100."""
+    path = Path(name).absolute() if Path(name).is_dir() else Path(name)
+    parts = [part for part in path.parts if part != path.anchor]
+    return [*parts[:-3], f"{parts[-3]}/{parts[-1]}"] if parts[-2:-1] == ["checkpoints"] and len(parts) > 2 else parts
 
 
 def _protocols(result: dict[str, Any]) -> dict[str, Protocol]:
@@ -153,17 +133,20 @@ def _protocols(result: dict[str, Any]) -> dict[str, Protocol]:
 
 def _check_same_protocols(protocols: dict[str, dict[str, Protocol]]) -> None:
     """Raise EvalError if two of {model: {task: protocol}} differ in a task."""
-    first_models: dict[str, str] = {}
-    for model, task in ((model, task) for model, model_protocols in protocols.items() for task in model_protocols):
-        first_model = first_models.setdefault(task, model)
-        pair = protocols[first_model][task], protocols[model][task]
-        if pair[0] != pair[1]:
-            # `data` is a hash, or for lm-eval a sentence.
-            one, other = (f"version {v}, {n} items, {data if ' ' in data else data[:9]}" for v, data, n in pair)
-            raise EvalError(
-                f"{task} of {first_model!r} ({one}) and of {model!r} ({other}) cannot be compared; score both with the "
-                "same code, --data, --limit and --stride"
-            )
+
+    def describe(protocol: Protocol) -> str:
+        version, data, n = protocol  # `data` is a hash, or for lm-eval a sentence
+        return f"version {version}, {n} items, {data if ' ' in data else data[:9]}"
+
+    first: dict[str, tuple[str, Protocol]] = {}
+    for model, model_protocols in protocols.items():
+        for task, protocol in model_protocols.items():
+            first_model, first_protocol = first.setdefault(task, (model, protocol))
+            if protocol != first_protocol:
+                raise EvalError(
+                    f"{task} of {first_model!r} ({describe(first_protocol)}) and of {model!r} ({describe(protocol)}) "
+                    "cannot be compared; score both with the same code, --data, --limit and --stride"
+                )
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -183,9 +166,9 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
 
 
 def published_rows(result: dict[str, Any]) -> tuple[list[Row], list[str]]:
-    """Return (rows of OpenAI's models, footnotes on what cannot be compared) for results with `result`'s items."""
+    """Return rows of OpenAI's models for results with `result`'s items, and footnotes on what cannot be compared."""
     models, footnotes = GPT2 + GPT3, []
-    rows = [Row(f"{m.name} (published)", f"{m.family}, published", m.parameters, {}) for m in models]
+    rows = [Row(f"{m.name} (published)", f"{m.name.rpartition(' ')[0]}, published", m.parameters, {}) for m in models]
     for name, task in result["tasks"].items():
         source = task["data"]["source"]
         reason = not_comparable_reason(task["data"], result["results"][name].get("n"), task["full_size"])
@@ -234,11 +217,8 @@ def table(rows: Sequence[Row], result: dict[str, Any], footnotes: Sequence[str] 
 def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     """Return a matplotlib Figure with a panel per metric, and in each a line per series.
 
-    Args:
-        rows: from `rows_of` and `published_rows`.
-        result: any of the results, for the descriptions of metrics and items.
+    `rows` come from `rows_of` and `published_rows`; `result` is any of the results, for the titles.
     """
-    # Imported here because it takes half a second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
@@ -249,22 +229,15 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     figure = Figure(figsize=(5.6 * width, 4.6 * height + 0.4), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(height, width, squeeze=False).ravel()
-    styles = dict(zip(dict.fromkeys(row.series for row in rows), ("o-C0", "s--C3", "^:C2"), strict=False))
     legend = {}
     for axes, column in zip(panels, columns, strict=False):
-        for series, style in styles.items():
+        for series, style in zip(dict.fromkeys(row.series for row in rows), ("o-C0", "s--C3", "^:C2"), strict=False):
             if points := _points(rows, series, column):
                 x, y, errors, _ = zip(*points, strict=True)
                 yerr = [error or 0.0 for error in errors] if any(errors) else None
                 legend[series] = axes.errorbar(x, y, yerr=yerr, fmt=style, ms=5, lw=1.2, capsize=3, label=series)
-        (name, metric), task = column, result["tasks"][column[0]]
-        title = TITLES.get(name, name)
-        if task["data"]["is_sample"]:
-            title = f"own sample items, not {title}"
-        if n := result["results"][name].get("n"):
-            title += f": {n:,} {'windows' if name == 'bits_per_byte' else 'items'}"
-        axes.set_title(f"{title}\n{textwrap.fill(task['figures'][metric], 80)}", fontsize=8.5)
-        axes.set(xscale="log", xlabel="parameters, millions", ylabel=metric)
+        axes.set_title(_title(column, result), fontsize=8.5)
+        axes.set(xscale="log", xlabel="parameters, millions", ylabel=column[1])
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.minorticks_off()
@@ -279,6 +252,14 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
     return figure
 
 
+def _title(column: Column, result: dict[str, Any]) -> str:
+    name, metric = column
+    task, n = result["tasks"][name], result["results"][name].get("n")
+    title = f"{'own sample items, not ' if task['data']['is_sample'] else ''}{TITLES.get(name, name)}"
+    count = f": {n:,} {'windows' if name == 'bits_per_byte' else 'items'}" if n else ""
+    return f"{title}{count}\n{textwrap.fill(task['figures'][metric], 80)}"
+
+
 def _points(rows: Sequence[Row], series: str, column: Column) -> list[tuple[float, float, float | None, str]]:
     """Return [(millions of parameters, value, standard error or None, label)] of a panel's line."""
     series_rows = [row for row in rows if row.series == series and column in row.metrics]
@@ -286,36 +267,31 @@ def _points(rows: Sequence[Row], series: str, column: Column) -> list[tuple[floa
 
 
 def _label_points(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each (x, y, label) as close to its point as other labels and the lines allow."""
+    """Write each (x, y, label) in the free place that is nearest to its point."""
     from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
-    # Occupied boxes (left, bottom, right, top) in pixels, and the cost of covering one in pixels of distance: a label
-    # across a line can still be read.
-    occupied, costs = np.zeros((0, 4)), np.zeros(0)
+    taken = []  # in pixels, at first what the lines cover
     for line in axes.get_lines():
-        corners = line.get_transform().transform(line.get_xydata())
-        for start, end in itertools.pairwise([corners[0], *corners]):
-            on_line = np.linspace(start, end, 30)
-            occupied = np.vstack([occupied, np.hstack([on_line - 4, on_line + 4])])
-            costs = np.append(costs, [20.0] * 30)
-    for x, y, label in points:
+        path = line.get_transform().transform_path(line.get_path()).interpolated(30)
+        taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in np.asarray(path.vertices)]
+    centers = axes.transData.transform([(x, y) for x, y, _ in points])
+    distances = range(-400, 401, 8)
+    offsets = sorted(itertools.product(distances, distances), key=lambda offset: math.hypot(*offset))
+    arrow = {"arrowstyle": "-", "lw": 0.5, "color": "C0"}
+    style: dict[str, Any] = {"fontsize": 7, "color": "C0", "ha": "center", "va": "center", "arrowprops": arrow}
+    for (x, y, label), center in zip(points, centers, strict=True):
         lines = label.replace("/", "\n").replace(" (", "\n(")
-        arrow = {"arrowstyle": "-", "lw": 0.5, "color": "C0"}
-        style: dict[str, Any] = {"fontsize": 7, "color": "C0", "ha": "center", "va": "center", "arrowprops": arrow}
         text = axes.annotate(lines, (x, y), (0, 0), textcoords="offset pixels", **style)
         text.set_in_layout(False)
-        half = np.array(Text.get_window_extent(text).size) / 2 + 2  # without the arrow
-        grid = np.linspace(axes.bbox.p0 + half, axes.bbox.p1 - half, 40)
-        centers = np.stack(np.meshgrid(*grid.T), axis=-1).reshape(-1, 2)
-        low, high = centers - half, centers + half
-        covers = (occupied[:, None, :2] < high).all(axis=-1) & (occupied[:, None, 2:] > low).all(
-            axis=-1
-        )  # (box, center)
-        point = axes.transData.transform((x, y))
-        distances = np.linalg.norm(np.maximum(abs(centers - point) - half, 0), axis=-1)
-        best = np.argmin(costs @ covers + distances)
-        text.set_position(centers[best] - point)
-        occupied, costs = np.vstack([occupied, np.hstack([low[best], high[best]])]), np.append(costs, 1e5)
+        width, height = Text.get_window_extent(text).padded(2).size  # without the arrow
+        box = Bbox.from_bounds(center[0] - width / 2, center[1] - height / 2, width, height)
+        for offset in offsets:
+            place = box.translated(*offset)
+            if axes.bbox.contains(*place.p0) and axes.bbox.contains(*place.p1) and not place.count_overlaps(taken):
+                text.set_position(offset)
+                taken.append(place)
+                break
 
 
 def _main(arguments: Sequence[str] | None) -> None:
@@ -338,7 +314,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     for name in to_score:
         check_name(name)
     labels = unique_labels([results[name]["model"]["name"] if name in results else name for name in args.checkpoints])
-    device, is_main_process = command.find_device(args.device)
+    device, is_main_process = command.join_processes(args.device)
     opened = {name: load_tokenizer(name, trust_remote_code=args.trust_remote_code) for name in to_score}
     # Load all items first, so that errors in them are found before anything is scored.
     loaded = {name: load_tasks(tasks, *opened[name]) for name in to_score}
@@ -361,10 +337,13 @@ def _main(arguments: Sequence[str] | None) -> None:
             if is_main_process:
                 command.write_json("--out", args.out / f"{label.replace('/', '-')}.json", results[name])
     _check_same_protocols({name: _protocols(result) for name, result in results.items()})
-    if not is_main_process:
-        return
-    rows, footnotes = rows_of(list(results.values())), list[str]()
-    first_result = next(iter(results.values()))  # the items and metrics are the same in all
+    if is_main_process:
+        _write_table_and_plot(args, list(results.values()))
+
+
+def _write_table_and_plot(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    rows, footnotes = rows_of(results), list[str]()
+    first_result = results[0]  # the items and metrics are the same in all
     if not _columns(rows):
         raise EvalError(f"{', '.join(args.checkpoints)}: no metric is a finite number; score these models again")
     if args.published:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,11 +20,6 @@ class PublishedModel(NamedTuple):
     """{task: {metric: value}}"""
     losses: dict[str, float]
     """validation loss in nats per token, by corpus"""
-
-    @property
-    def family(self) -> str:
-        """The name without the size."""
-        return self.name.rpartition(" ")[0]
 
 
 # HellaSwag, the lecture's and lm-eval's: build-nanogpt hellaswag.py and play.ipynb, llm.c dev/vislog.ipynb. LAMBADA:
@@ -59,12 +53,9 @@ GPT3 = [
 
 
 def not_comparable_reason(data: dict[str, Any], n: int | None, full_size: int | None) -> str | None:
-    """Return why published results cannot be compared with a score, or None if they can.
+    """Return why published results cannot be compared with a score on `n` items, or None if they can.
 
-    Args:
-        data: the task's "data" from `eval.evaluate`.
-        n: number of items that were scored.
-        full_size: number of items that published results are computed over; None if that is not known.
+    `data` and `full_size` (None if unknown) are a task's in the result of `eval.evaluate`.
     """
     if data["is_sample"]:
         return "published results are for the task's own items, and these are this project's sample"
@@ -73,17 +64,8 @@ def not_comparable_reason(data: dict[str, Any], n: int | None, full_size: int | 
     return None
 
 
-def models_of_size(size: Sequence[int]) -> list[PublishedModel]:
-    """Return the models that are compared with the GPT-2 of (n_layer, n_embd); none for other shapes."""
-    return [model for model in GPT2 + GPT3 if model.size == tuple(size)]
-
-
 def find_corpus(source: Any) -> str | None:
-    """Return the corpus that a data source names: "fineweb-edu", "fineweb", "openwebtext" or None.
-
-    Args:
-        source: a JSON-serializable description of where the data came from; None if that is not known.
-    """
+    """Return the corpus that a JSON-serializable data source names: "fineweb-edu", "fineweb", "openwebtext" or None."""
     name = re.sub("[-_]", "", json.dumps(source).lower())
     patterns = {
         "fineweb-edu": "finewebedu|edufineweb",
@@ -97,17 +79,15 @@ def find_corpus(source: Any) -> str | None:
 def published_lines(
     shape: "GPT2ReproConfig", data_source: Any, hellaswag_data: "DataInfo | None"
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the losses and HellaSwag scores of models of this size that can be compared with a training run's.
+    """Return ({name: loss}, {name: acc_norm}) of models of this size that can be compared with a training run's.
 
     Args:
         shape: has n_layer and n_embd.
         data_source: where the training data came from, see `find_corpus`.
         hellaswag_data: a description of HellaSwag's items; None if it is not scored.
-
-    Returns:
-        ({name: loss}, {name: acc_norm}), both possibly empty.
     """
-    corpus, models = find_corpus(data_source), models_of_size((shape.n_layer, shape.n_embd))
+    corpus = find_corpus(data_source)
+    models = [model for model in GPT2 + GPT3 if model.size == (shape.n_layer, shape.n_embd)]
     losses = {model.name: model.losses[corpus] for model in models if corpus in model.losses}
     is_comparable = hellaswag_data is not None and not hellaswag_data.is_sample
     scores = {model.name: model.results["hellaswag"]["acc_norm"] for model in models} if is_comparable else {}

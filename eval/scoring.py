@@ -96,7 +96,7 @@ def loglikelihoods(
     tokens_per_batch: int | None = None,
     on_batch: Callable[[int], object] | None = None,
 ) -> list[list[ContinuationScore]]:
-    """Compute the log-likelihood of each continuation given its context, in nats, from float32 logits.
+    """Return, for each request, the log-likelihood of each continuation given its context, from float32 logits.
 
     A context and continuation that are longer than the model's context lose their leftmost tokens, as in
     lm-evaluation-harness. The model is in eval mode during the call. An autocast around the call is respected.
@@ -104,12 +104,8 @@ def loglikelihoods(
     Args:
         model: a causal language model with `config`, and
             `model(input_ids, attention_mask=, use_cache=, logits_to_keep=).logits` of shape [B, T, V].
-        tokens_per_batch: inputs per forward pass, including padding; the default depends on the device. The results
-            do not depend on it, up to rounding.
-        on_batch: called after each batch with the number of continuations in it, for a progress bar.
-
-    Returns:
-        for each request, in order, the score of each continuation, in order.
+        tokens_per_batch: inputs per forward pass, including padding; changes the results only by rounding.
+        on_batch: called after each batch with the number of continuations in it.
 
     Raises:
         EvalError: an empty context or continuation, a token id outside the vocabulary, a continuation that

@@ -72,14 +72,10 @@ class BaseTask:
         return type(self).__module__.split(".")[-2]
 
     def load(self, tokenizer: Tokenizer, max_length: int | None = None) -> LoadedTask:
-        """Load the items, and check that they fit the model.
-
-        Args:
-            tokenizer: the model's tokenizer.
-            max_length: the model's context in tokens; None for no limit.
+        """Load the items, and check that they fit a context of `max_length` tokens (None: any).
 
         Raises:
-            EvalError: the items are missing, or the item that the message names is malformed or does not fit.
+            UserError: the items are missing, or the item that the message names is malformed or does not fit.
         """
         items, data = self.read(tokenizer, max_length)
         for index, item in enumerate(items):
@@ -119,9 +115,7 @@ def score_items(
 ) -> list[ItemResult]:
     """Return each item's result, with "tokens_truncated" added: the number of tokens that did not fit the context.
 
-    Args:
-        items: any of the task's items, for instance the share of one process, `items[rank::world_size]`; may be empty.
-        task, model, tokens_per_batch, on_batch: see `loglikelihoods`, which also lists the errors.
+    For tokens_per_batch, on_batch and errors see `loglikelihoods`.
     """
     requests = [request for item in items for request in item.requests]
     scores = iter(loglikelihoods(model, requests, tokens_per_batch=tokens_per_batch, on_batch=on_batch))
@@ -150,13 +144,13 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bo
 def encode_together(tokenizer: Tokenizer, pairs: Sequence[tuple[str, Sequence[str]]]) -> list[Request]:
     """Make requests from (context, continuations) texts as lm-evaluation-harness does (TemplateLM._encode_pair).
 
-    Context and continuation are encoded as one text, with a beginning-of-text token if the tokenizer adds one (GPT-2's
-    does not). The continuation is what follows the context's own tokens. White space at the end of a context is moved
-    to the continuation.
+    Context and continuation are encoded as one text, with a beginning-of-text token if the tokenizer adds one. The
+    continuation is what follows the context's own tokens. White space at the end of a context is moved to it.
     """
-    stripped = [
-        (text.rstrip(), [text[len(text.rstrip()) :] + c for c in continuations]) for text, continuations in pairs
-    ]
+    stripped = []
+    for text, continuations in pairs:
+        context = text.rstrip()
+        stripped.append((context, [text[len(context) :] + continuation for continuation in continuations]))
     contexts = encode(tokenizer, [context for context, _ in stripped], add_special_tokens=True)
     full_texts = [context + text for context, texts in stripped for text in texts]
     full_ids = iter(encode(tokenizer, full_texts, add_special_tokens=True))

@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
-from eval.checkpoint import check_name, load_model, load_tokenizer
-from eval.command import find_device
+from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
 from hub.sampling import SamplingParams, encode_prompt, stream_tokens
 
@@ -34,7 +33,7 @@ def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, t
     Serve the page for one or two checkpoints (folders, or ids on the Hub) at http://127.0.0.1:PORT until Ctrl-C.
 
     Raises:
-        HubError, EvalError: a checkpoint cannot be opened, the port is not free, or Gradio is not installed.
+        UserError: a checkpoint cannot be opened, the port is not free, or Gradio is not installed.
     """
     if len(checkpoints) > 2:
         raise HubError(f"{len(checkpoints)} checkpoints: the page has room for two")
@@ -46,7 +45,7 @@ def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, t
         import gradio as gr
     except ImportError:
         raise HubError('the demo needs Gradio: pip install -e ".[demo]"') from None
-    device, _ = find_device(device)
+    device = find_device(device)
     writers = []
     for name in checkpoints:
         tokenizer, _ = load_tokenizer(name, trust_remote_code=trust_remote_code)

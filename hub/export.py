@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from common.files import apply_umask
-from eval.checkpoint import NeedsCodeError, check_name, load_gpt2, load_tokenizer
+from common.models import check_name, load_gpt2, load_gpt2_config, load_tokenizer
 from hub import HubError
 from hub.card import license_id, read_run
 from hub.checks import compare_logits, save_tokenizer
@@ -39,7 +39,7 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
         out: new folder. It appears only when all files are written and checked.
 
     Raises:
-        HubError, EvalError: a package is missing, the folder is not empty, the checkpoint is not a GPT-2, the disk is
+        UserError: a package is missing, the folder is not empty, the checkpoint is not a GPT-2, the disk is
             full, or the written files do not give the model's numbers.
     """
     out = Path(out).absolute()  # "." has no name
@@ -76,13 +76,8 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
 
 def _load(checkpoint: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
     """Open a GPT-2 of this project or of transformers, without running other code."""
-    remedy = "only a GPT-2 (gpt2 or gpt2repro) can be exported"
-    try:
-        tokenizer, config = load_tokenizer(checkpoint)
-    except NeedsCodeError:
-        raise HubError(f"checkpoint {checkpoint!r} brings its own modeling code; {remedy}") from None
-    if config.model_type not in ("gpt2repro", "gpt2"):
-        raise HubError(f"checkpoint {checkpoint!r} is a {config.model_type!r} model; {remedy}")
+    config = load_gpt2_config(checkpoint)
+    tokenizer, _ = load_tokenizer(checkpoint)
     if len(tokenizer) > config.vocab_size:
         raise HubError(
             f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "

@@ -7,11 +7,10 @@ message and no exception of this module.
 """
 
 import fnmatch
+import itertools
 import json
-import random
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,15 +23,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
-from common.errors import UserError, one_line
-from common.weights import weights_problem
-from eval.checkpoint import weights_sha256
+from common.errors import UserError
+from common.hub import HubRequestError, with_retries
+from common.weights import weights_problem, weights_sha256
 from hub import HubError
 from hub.card import has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig
 
-_ATTEMPTS = 5
-_FIRST_PAUSE_SECONDS = 1.0  # then 2, 4, ...
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
 # Not pushed: what only resuming reads (the Trainer's state also names local folders), hidden files, and pickles, which
 # can run code when they are opened.
@@ -329,67 +326,41 @@ def _with_retries(
     """
     Return call(), and try again after errors that may pass.
 
-    huggingface_hub itself retries uploads of files, but neither the commit nor the requests before the uploads.
-
     Args:
         landed: called before another attempt. A result that is not None is returned instead.
-        raises: exceptions to pass on to the caller.
+        raises: exception to pass on to the caller.
 
     Raises:
         HubError: no attempt succeeded.
     """
-    from huggingface_hub.errors import HfHubHTTPError
+    attempts = itertools.count()
 
-    # The first base is the error class of the HTTP library (httpx, httpx2), which depends on the version.
-    errors = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            if attempt > 1 and (result := landed()) is not None:
-                return result
-            return call()
-        except raises:
-            raise
-        except errors as error:
-            message, is_final = _explain(error, repo_id)
-        if is_final:
-            break
-        if attempt < _ATTEMPTS:
-            time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1) * random.uniform(0.8, 1.2))
-    # Outside of the except block: the caught exception has the request with its token, and would be attached.
-    raise HubError(message if is_final else f"{message} (tried {_ATTEMPTS} times)")
+    def attempt() -> Result:
+        if next(attempts) and (result := landed()) is not None:
+            return result
+        return call()
+
+    try:
+        return with_retries(attempt, raises=(raises,) if raises else ())
+    except raises:
+        raise
+    except HubRequestError as failure:
+        raise HubError(_explain(failure, repo_id)) from None
+    except OSError as error:
+        raise HubError(f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})") from error
 
 
-def _explain(error: Exception, repo_id: str) -> tuple[str, bool]:
-    """Return (message for the user, True if another attempt cannot help)."""
+def _explain(failure: HubRequestError, repo_id: str) -> str:
     from huggingface_hub import constants
 
-    status, url, reason = _http_status(error)
-    if status is None and getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):
-        return f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})", True
-    if status is None and isinstance(error, ValueError):
-        return f"{constants.ENDPOINT} rejected the push, or is not a Hub ({type(error).__name__}: {reason})", True
+    endpoint, status, reason = constants.ENDPOINT, failure.status, failure.reason
+    if status is None and failure.is_final:
+        return f"{endpoint} rejected the push, or is not a Hub ({reason})"
     if status == 401:
-        return (
-            f"{constants.ENDPOINT} rejected the token (HF_TOKEN or `hf auth login`): create one with write access",
-            True,
-        )
-    # 403 from the storage, not from the Hub: a signed address has expired.
-    if status in (403, 404) and url.startswith(constants.ENDPOINT):
-        return f"the token may not write to {repo_id} ({reason}): check the owner's name and the token's access", True
+        return f"{endpoint} rejected the token (HF_TOKEN or `hf auth login`): create one with write access"
+    if status in (403, 404) and failure.is_from_hub:
+        return f"the token may not write to {repo_id} ({reason}): check the owner's name and the token's access"
     if status in (409, 412):
-        return f"{repo_id} has changed since this push began ({reason}). Nothing was pushed; look at it first", True
-    is_final = status is not None and 400 <= status < 500 and status not in (403, 408, 429)
-    message = f"{repo_id} could not be pushed to {constants.ENDPOINT} ({reason}): check HF_ENDPOINT and the network"
-    return message, is_final
-
-
-def _http_status(error: Exception) -> tuple[int | None, str, str]:
-    """Return (HTTP status or None, address that answered, short description)."""
-    while True:
-        response = getattr(error, "response", None)
-        if (status := getattr(response, "status_code", None)) is not None:
-            server_message = " ".join((getattr(error, "server_message", None) or "").split())
-            return status, str(response.url), f"HTTP {status}" + (f", {server_message[:200]}" if server_message else "")
-        if error.__cause__ is None:
-            return None, "", one_line(error, 200)
-        error = error.__cause__
+        return f"{repo_id} has changed since this push began ({reason}). Nothing was pushed; look at it first"
+    tried = "" if failure.is_final else f" (tried {failure.attempts} times)"
+    return f"{repo_id} could not be pushed to {endpoint} ({reason}): check HF_ENDPOINT and the network{tried}"

@@ -3,6 +3,15 @@
 import sys
 from typing import Any, Self
 
+import transformers
+
+# Checked before the import below, since transformers 4 has no PreTrainedConfig.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+    raise ImportError(
+        f"the code of gpt2repro models needs transformers 5.4 or newer, this is {transformers.__version__}: run "
+        "`pip install -U transformers`"
+    )
+
 from transformers import PreTrainedConfig
 
 # Layers, heads and width of the four models (GPT-2 paper, table 2). The names are the correct parameter counts: the
@@ -18,27 +27,10 @@ SIZES = {
 class GPT2ReproConfig(PreTrainedConfig):
     """Configuration of a GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
-    The defaults give the 124M model. The field names are those of transformers' `GPT2Config`. The standard names of
-    the library (`hidden_size`, `num_hidden_layers`, ...) are aliases.
+    The defaults give the 124M model. The fields of transformers' `GPT2Config` are documented there. The library's
+    standard names (`hidden_size`, `num_hidden_layers`, ...) are aliases.
 
     Args:
-        vocab_size: Number of tokens. GPT-2's BPE has 50,257 (50,000 merges, 256 bytes, `<|endoftext|>`).
-        n_positions: Maximum sequence length in tokens (rows of the learned position embedding).
-        n_embd: Width of the residual stream. A multiple of `n_head`.
-        n_layer: Number of blocks.
-        n_head: Number of attention heads per block.
-        n_inner: Width of the MLP's hidden layer. The default is 4 * n_embd.
-        activation_function: Only `"gelu_new"` (the tanh approximation of GELU) is supported.
-        resid_pdrop: Dropout probability of what attention and MLP add to the residual stream.
-        embd_pdrop: Dropout probability of the embeddings.
-        attn_pdrop: Dropout probability of the attention weights.
-        layer_norm_epsilon: Epsilon of every LayerNorm.
-        initializer_range: Standard deviation of the normal initialization (GPT-2's released code uses 0.02).
-        use_cache: Return a key-value cache in inference by default.
-        bos_token_id: Id of `<|endoftext|>`, the only special token of GPT-2.
-        eos_token_id: Id of `<|endoftext|>`.
-        pad_token_id: GPT-2 has no padding token, so the default is None.
-        tie_word_embeddings: Share one matrix between the token embedding and the head, as GPT-2 does.
         is_causal: Attend only to earlier tokens. False makes a bidirectional model (a text encoder made from a
             GPT-2), which has no cache and cannot generate.
         logits_in_training: Also return logits in training with labels, for example for a custom loss. Logits are the
@@ -98,31 +90,16 @@ class GPT2ReproConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.is_causal = is_causal
         self.logits_in_training = logits_in_training
-        self._check_fields()
-        # Set here *and* passed on: transformers 5.0 and 5.23 differ in which of the two they need.
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        self.tie_word_embeddings = tie_word_embeddings
+        self._check_fields()
+        super().__init__(**kwargs)
 
     @classmethod
     def from_size(cls, size: str, **fields: Any) -> Self:
-        """Create the config of one of the four GPT-2 sizes: `GPT2ReproConfig.from_size("350M")`.
-
-        Args:
-            size: "124M" (124,439,808 parameters), "350M" (354,823,168), "774M" (774,030,080) or
-                "1558M" (1,557,611,200).
-            fields: Other fields of the config, such as `resid_pdrop=0.1`.
-
-        Raises:
-            ValueError: The size is unknown.
-        """
+        """Create the config of a GPT-2 size ("124M", "350M", "774M" or "1558M"), with other fields as keywords."""
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
         n_layer, n_head, n_embd = SIZES[size]

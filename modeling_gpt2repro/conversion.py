@@ -4,33 +4,17 @@ Parameter names are equal, and the weights of linear layers are transposed (tran
 """
 
 import copy
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 
 from .configuration_gpt2repro import GPT2ReproConfig
 
-# Fields that have the same name and meaning in both configs.
-_SHARED_FIELDS = (
-    "vocab_size",
-    "n_positions",
-    "n_embd",
-    "n_layer",
-    "n_head",
-    "n_inner",
-    "activation_function",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "layer_norm_epsilon",
-    "initializer_range",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "tie_word_embeddings",
-)
+# All other fields of GPT2ReproConfig have the same name and meaning in GPT2Config.
+_OWN_FIELDS = ("is_causal", "logits_in_training", "kwargs")
+_SHARED_FIELDS = [name for name in inspect.signature(GPT2ReproConfig).parameters if name not in _OWN_FIELDS]
 # Options of transformers' GPT2Config that this model does not have, with the value of the published GPT-2.
 _REQUIRED_OPTIONS = {
     "scale_attn_weights": True,
@@ -41,56 +25,45 @@ _REQUIRED_OPTIONS = {
 _CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def from_gpt2(
-    model_class: type[PreTrainedModel], model_or_path: GPT2LMHeadModel | str, **kwargs: Any
-) -> PreTrainedModel:
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def from_gpt2(model_class: type[Model], model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> Model:
     """Copy a transformers GPT-2 into `model_class` (see `GPT2ReproForCausalLM.from_gpt2`)."""
-    gpt2 = model_or_path
-    if not isinstance(gpt2, torch.nn.Module):
+    if not isinstance(model_or_path, torch.nn.Module):
         gpt2 = GPT2LMHeadModel.from_pretrained(model_or_path, **kwargs)
-    elif not isinstance(gpt2, GPT2LMHeadModel):
-        raise ValueError(f"from_gpt2 needs a GPT2LMHeadModel, a folder or a Hub id, got a {type(gpt2).__name__}")
     elif kwargs:
         raise ValueError(f"{sorted(kwargs)} apply to a folder or a Hub id, not to a model already in memory")
+    else:
+        gpt2 = model_or_path
+    if not isinstance(gpt2, GPT2LMHeadModel):
+        raise ValueError(f"from_gpt2 needs a GPT2LMHeadModel, a folder or a Hub id, got a {type(gpt2).__name__}")
     for field, expected in _REQUIRED_OPTIONS.items():
-        value = getattr(gpt2.config, field, expected)
+        value = getattr(gpt2.config, field)
         if value != expected:
             raise ValueError(f"{field}={value} cannot be converted: the published GPT-2 has {field}={expected}")
     config = GPT2ReproConfig(**{field: getattr(gpt2.config, field) for field in _SHARED_FIELDS})
-    with torch.device("meta"):
-        model = model_class._from_config(config, attn_implementation=gpt2.config._attn_implementation)
-    model.generation_config = copy.deepcopy(gpt2.generation_config)
-    return _copy_weights(model, gpt2)
+    return _copy(gpt2, model_class, config)
 
 
 def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
     """Copy the model into a transformers GPT-2 (see `GPT2ReproForCausalLM.to_gpt2`)."""
-    config = GPT2Config(
-        **{field: getattr(model.config, field) for field in _SHARED_FIELDS},
-        architectures=["GPT2LMHeadModel"],
-        n_ctx=model.config.n_positions,  # older name of n_positions, which llama.cpp's converter still reads
-    )
     if not model.config.is_causal:
         raise ValueError(
             "a model with is_causal=False cannot be converted: GPT2LMHeadModel attends to earlier tokens only"
         )
+    fields = {field: getattr(model.config, field) for field in _SHARED_FIELDS}
+    fields["n_ctx"] = model.config.n_positions  # older name of n_positions, which llama.cpp's converter still reads
+    return _copy(model, GPT2LMHeadModel, GPT2Config(architectures=["GPT2LMHeadModel"], **fields))
+
+
+def _copy(source: PreTrainedModel, model_class: type[Model], config: PreTrainedConfig) -> Model:
+    """Create a model of `model_class` with the weights of `source`."""
     with torch.device("meta"):
-        gpt2 = GPT2LMHeadModel._from_config(config, attn_implementation=model.config._attn_implementation)
-    if any(buffer.is_meta for buffer in gpt2.buffers()):
-        # transformers 5.0 keeps the same causal masks as buffers in every block. Copy them from a tiny model.
-        small = GPT2LMHeadModel(GPT2Config(n_positions=config.n_positions, vocab_size=1, n_embd=1, n_layer=1, n_head=1))
-        masks = small.transformer.h[0].attn._buffers
-        for block in gpt2.transformer.h:
-            block.attn._buffers.update({name: mask.clone() for name, mask in masks.items()})
-    gpt2.generation_config = copy.deepcopy(model.generation_config)
-    return _copy_weights(gpt2, model)
-
-
-def _copy_weights(model: PreTrainedModel, source: PreTrainedModel) -> PreTrainedModel:
-    """Copy the weights of `source` into `model`, which is on the meta device, and return `model`."""
+        model = model_class._from_config(config, attn_implementation=source.config._attn_implementation)
     state = {}  # one copy per tensor, so that peak memory is two models
     for name, tensor in source.state_dict().items():
-        if name == "lm_head.weight" and source.config.tie_word_embeddings:
+        if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         tensor = tensor.detach()
         transposed = tensor.T if name.endswith(_CONV1D_WEIGHTS) else tensor
@@ -101,4 +74,5 @@ def _copy_weights(model: PreTrainedModel, source: PreTrainedModel) -> PreTrained
     if missing or unexpected:
         raise ValueError(f"weights do not match: missing {missing}, unexpected {unexpected}")
     model.config.dtype = source.dtype
+    model.generation_config = copy.deepcopy(source.generation_config)
     return model.train(source.training)

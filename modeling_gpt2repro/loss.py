@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# The keys are device types: "cpu", and None for all others. benchmarks/LOG.md has the measurements.
-# Rows (tokens) per chunk of logits, in the compute dtype: enough rows to keep the matmul units busy.
+IGNORE_INDEX = -100
+# Sizes by device type: "cpu", and None for all others. benchmarks/LOG.md has the measurements.
+# Rows (tokens) of logits that exist at once, in the compute dtype: enough to keep the matmul units busy.
 CHUNK_ROWS = {"cpu": 512, None: 8192}
-# Rows of a chunk that are converted to float32 at once. Few on a CPU, so that the softmax works in its cache.
-BLOCK_ROWS = {"cpu": 8, None: None}
-# Rows of the weight gradient that are computed at once. On a CPU a slab stays in cache until it is added. Slabs above
-# 32 MB would also cost page faults: glibc returns such a buffer to the kernel each time it is freed.
-SLAB_ROWS = {"cpu": 2048, None: None}
+# Rows of a chunk that are converted to float32 at once (None: all). On a CPU, few rows stay in its cache.
+SOFTMAX_ROWS = {"cpu": 8, None: None}
+# Rows of the weight gradient that are computed at once (None: all). On a CPU they stay in cache until they are added,
+# and glibc would return buffers above 32 MB to the kernel each time, which costs page faults.
+GRADIENT_ROWS = {"cpu": 2048, None: None}
 # Matmuls are faster if rows start at multiples of 128 bytes (nanoGPT pads the vocabulary to 50,304). On a GPU the
 # dimensions of the matmul must be multiples too, so the matrix is padded with rows of zeros. On a CPU it is enough
 # to align the rows of the logits. The padding is not visible outside this file.
@@ -22,11 +23,7 @@ PAD_MATRIX = {"cpu": False, None: True}
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    num_items: int | Tensor | None = None,
-    ignore_index: int = -100,
+    hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int | Tensor | None = None
 ) -> Tensor:
     """Compute the mean cross-entropy of `softmax(hidden @ weight.T)` and `targets`.
 
@@ -37,10 +34,9 @@ def linear_cross_entropy(
     Args:
         hidden: Last hidden states, [N, D].
         weight: Matrix of the head, [V, D].
-        targets: Token ids, [N] int64. Rows with `ignore_index` are left out.
+        targets: Token ids, [N] int64. Rows with -100 are left out.
         num_items: Divisor of the summed loss, a number or a scalar tensor. The default is the number of rows that are
-            not ignored. Gradient accumulation passes the count of the global batch.
-        ignore_index: Target of the rows that are left out.
+            not left out. Gradient accumulation passes the count of the global batch.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs).
@@ -50,36 +46,23 @@ def linear_cross_entropy(
     else:
         compute_dtype = hidden.dtype
     if num_items is None:
-        num_items = (targets != ignore_index).sum()
+        num_items = (targets != IGNORE_INDEX).sum()
     # The scale stays on the device: reading its value would make the host wait.
     sum_dtype = torch.promote_types(compute_dtype, torch.float32)
     scale = torch.ones((), dtype=sum_dtype, device=hidden.device) / num_items
     needs_grad = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
-    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, ignore_index, compute_dtype, *needs_grad)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, scale, compute_dtype, *needs_grad)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of the losses of all rows times `scale`. The forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor,
-        ignore_index: int,
-        compute_dtype: torch.dtype,
-        needs_grad_hidden: bool,
-        needs_grad_weight: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, *arguments: Any) -> Tensor:
         # torch.compile fuses the softmax on a GPU, but makes it slower on a CPU (benchmarks/LOG.md).
         use_op = hidden.device.type == "cpu" and torch.compiler.is_compiling()
         compute = _loss_and_gradients_op if use_op else _loss_and_gradients
-        loss, grad_hidden, grad_weight = compute(
-            hidden, weight, targets, scale, ignore_index, compute_dtype, needs_grad_hidden, needs_grad_weight
-        )
-        ctx.needs_grad_hidden, ctx.needs_grad_weight = needs_grad_hidden, needs_grad_weight
+        loss, grad_hidden, grad_weight = compute(hidden, *arguments)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -90,10 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss != 1:
             # Not in place: a second backward pass through a retained graph needs the unscaled gradients.
             grad_hidden, grad_weight = grad_hidden * grad_loss, grad_weight * grad_loss
+        needs_grad_hidden, needs_grad_weight, *others = ctx.needs_input_grad
         return (
-            grad_hidden if ctx.needs_grad_hidden else None,
-            grad_weight if ctx.needs_grad_weight else None,
-            *(None,) * 6,
+            grad_hidden if needs_grad_hidden else None,
+            grad_weight if needs_grad_weight else None,
+            *(None for _ in others),
         )
 
 
@@ -102,7 +86,6 @@ def _loss_and_gradients(
     weight: Tensor,
     targets: Tensor,
     scale: Tensor,
-    ignore_index: int,
     compute_dtype: torch.dtype,
     needs_grad_hidden: bool,
     needs_grad_weight: bool,
@@ -113,17 +96,17 @@ def _loss_and_gradients(
     size_key = device_type if device_type in CHUNK_ROWS else None
     chunk_rows = min(num_rows, CHUNK_ROWS[size_key])
     compiling = torch.compiler.is_compiling()
-    if compiling:  # the compiler would unroll the loops over blocks and slabs, and plans the memory itself
-        block_rows, slab_rows = chunk_rows, vocab_size
+    if compiling:  # the compiler would unroll the inner loops, and plans the memory itself
+        softmax_rows, gradient_rows = chunk_rows, vocab_size
     else:
-        block_rows, slab_rows = BLOCK_ROWS[size_key] or chunk_rows, SLAB_ROWS[size_key] or vocab_size
+        softmax_rows, gradient_rows = SOFTMAX_ROWS[size_key] or chunk_rows, GRADIENT_ROWS[size_key] or vocab_size
 
     # Cast and pad the matrix once for all chunks.
     padding = -vocab_size % VOCAB_MULTIPLE
     hidden_c, weight_c = hidden.to(compute_dtype), weight.to(compute_dtype)
     if PAD_MATRIX[size_key]:
         weight_c = F.pad(weight_c, (0, 0, 0, padding))
-    valid = targets != ignore_index
+    valid = targets != IGNORE_INDEX
     safe_targets = targets.masked_fill(~valid, 0)
 
     sum_dtype = scale.dtype
@@ -142,9 +125,9 @@ def _loss_and_gradients(
             padded = torch.mm(hidden_c[rows], weight_c.T, out=out)  # [C, V], or [C, V + padding] on a GPU
             logits = padded[:, :vocab_size]
             for block, target, is_valid in zip(
-                logits.split(block_rows),
-                safe_targets[rows, None].split(block_rows),
-                valid[rows, None].split(block_rows),
+                logits.split(softmax_rows),
+                safe_targets[rows, None].split(softmax_rows),
+                valid[rows, None].split(softmax_rows),
                 strict=True,
             ):
                 log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
@@ -157,13 +140,13 @@ def _loss_and_gradients(
             if needs_grad_hidden:
                 grad_hidden[rows] = torch.mm(padded, weight_c).to(sum_dtype) * scale
             if needs_grad_weight:
-                for first in range(0, vocab_size, slab_rows):
-                    slab = slice(first, min(first + slab_rows, vocab_size))
-                    slab_grad = torch.mm(logits[:, slab].T, hidden_c[rows]).to(sum_dtype)
+                for first in range(0, vocab_size, gradient_rows):
+                    some = slice(first, min(first + gradient_rows, vocab_size))
+                    gradient = torch.mm(logits[:, some].T, hidden_c[rows]).to(sum_dtype)
                     if start == 0:
-                        grad_weight[slab] = slab_grad.mul_(scale)
+                        grad_weight[some] = gradient.mul_(scale)
                     else:
-                        grad_weight[slab].addcmul_(slab_grad, scale)
+                        grad_weight[some].addcmul_(gradient, scale)
     return loss_sum * scale, grad_hidden, grad_weight.to(weight.dtype)
 
 
@@ -174,17 +157,10 @@ _loss_and_gradients_op = torch.library.custom_op(
 
 
 @_loss_and_gradients_op.register_fake
-def _loss_and_gradients_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    needs_grad_hidden: bool,
-    needs_grad_weight: bool,
+def _shapes_of_loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, dtype: torch.dtype, *needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return empty tensors with the shapes and dtypes of the results."""
+    needs_grad_hidden, needs_grad_weight = needs_grad
     return (
         torch.empty_like(scale),
         torch.empty_like(hidden) if needs_grad_hidden else hidden.new_empty(0),

@@ -15,16 +15,6 @@ def mlp(hidden: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor,
     autocast, a cast copy of both matrices. This function computes them again in the backward pass. For 124M and
     4 x 1024 tokens, that saves 0.4 of 4.2 GB and costs 2% of the time on a CPU (benchmarks/LOG.md). torch.compile
     makes this trade itself.
-
-    Args:
-        hidden: [..., D].
-        fc_weight: [4 D, D].
-        fc_bias: [4 D].
-        proj_weight: [D, 4 D].
-        proj_bias: [D].
-
-    Returns:
-        [..., D], in the dtype of autocast if it is enabled.
     """
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)

@@ -6,9 +6,8 @@ layers are `nn.Linear`, so their weights are the transpose of the `Conv1D` weigh
 Shapes:  B batch   T new tokens   S past + new tokens   D n_embd   H heads   V vocabulary
 """
 
-import inspect
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +22,15 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2repro import GPT2ReproConfig
 from .loss import linear_cross_entropy
 from .mlp import mlp
 
-logger = logging.get_logger(__name__)
-
-# transformers 5.0 names the argument `input_embeds` and also needs `cache_position`. Later 5.x versions do not.
-_MASK_PARAMETERS = inspect.signature(create_causal_mask).parameters
-_MASK_INPUT_NAME = "inputs_embeds" if "inputs_embeds" in _MASK_PARAMETERS else "input_embeds"
-
-# Arguments of transformers' GPT-2 that this model does not support. Without this check they would be passed on to the
-# attention kernel, which ignores them.
-_UNSUPPORTED_ARGUMENTS = {
-    "token_type_ids": "GPT-2 was trained without token types",
-    "encoder_hidden_states": "GPT-2 as published has no cross-attention",
-    "encoder_attention_mask": "GPT-2 as published has no cross-attention",
-    "head_mask": "transformers 5 has removed it; prune the heads or use a hook on the attention instead",
-}
+# Arguments of transformers' GPT-2 that would be passed on to the attention kernel, which ignores them.
+_UNSUPPORTED_ARGUMENTS = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "head_mask")
 
 
 def eager_attention(
@@ -58,15 +45,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention step by step, for `output_attentions` and as the reference for the fast kernels.
 
-    Args:
-        module: The attention layer. Dropout is applied if it is in training mode.
-        query: [B, H, T, D/H].
-        key: [B, H, S, D/H].
-        value: [B, H, S, D/H].
-        attention_mask: [B or 1, 1, T, S], added to the scores (0 or a very negative number).
-        scaling: Factor of the scores.
-        dropout: Dropout probability of the weights.
-        kwargs: Ignored.
+    Query is [B, H, T, D/H], key and value are [B, H, S, D/H]. The mask [B or 1, 1, T, S] is added to the scores.
 
     Returns:
         The output [B, T, H, D/H] and the attention weights [B, H, T, S].
@@ -97,9 +76,8 @@ class GPT2ReproAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | BlockMask | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
-        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map [B, T, D] to [B, T, D]. Also return the weights [B, H, T, S] if the kernel computes them (eager)."""
@@ -109,10 +87,7 @@ class GPT2ReproAttention(nn.Module):
             for part in self.c_attn(hidden_states).chunk(3, dim=-1)
         )
         if past_key_values is not None:
-            # The static cache of transformers 5.0 needs `cache_position`. Later versions ignore it.
-            key, value = past_key_values.update(  # [B, H, S, D/H]
-                key, value, self.layer_idx, {"cache_position": cache_position}
-            )
+            key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D/H]
         attend = eager_attention
         if self.config._attn_implementation != "eager":
             # vLLM searches this source for the assignment, so keep it a separate statement.
@@ -164,7 +139,7 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | BlockMask | None = None,
+        attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -183,7 +158,7 @@ def residual_projection(in_features: int, out_features: int) -> nn.Linear:
     The mark is on the layer itself because transformers 5 calls `_init_weights` only for modules that own parameters,
     not for the attention and the MLP around them.
     """
-    linear = nn.Linear(in_features, out_features)
+    linear: Any = nn.Linear(in_features, out_features)
     linear.is_residual_projection = True
     return linear
 
@@ -210,19 +185,10 @@ class LanguageModelHead(nn.Linear):
     def forward(
         self, hidden_states: Tensor, targets: Tensor | None = None, num_items: int | Tensor | None = None
     ) -> Tensor:
-        """Compute logits, or the loss if targets are given.
-
-        Args:
-            hidden_states: [..., D].
-            targets: [N] token ids, one per hidden state. -100 is ignored.
-            num_items: Divisor of the summed loss.
-
-        Returns:
-            Logits [..., V], or the loss, a scalar.
-        """
+        """Map hidden states [..., D] to logits [..., V], or with targets [N] to their loss (see loss.py)."""
         if targets is None:
             return super().forward(hidden_states)
-        return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets, num_items=num_items)
+        return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets, num_items)
 
 
 class LogitsNotComputed:
@@ -240,10 +206,13 @@ class LogitsNotComputed:
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{self.MESSAGE} (outputs.logits.{name})")
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(LogitsNotComputed.MESSAGE)
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(cls.MESSAGE)
 
-    __torch_function__ = classmethod(_refuse)
+    def _refuse(self, *args: Any) -> Any:
+        raise TypeError(self.MESSAGE)
+
     __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __array__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __pow__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = _refuse
@@ -257,24 +226,16 @@ def is_wrapped_by_fsdp2(module: nn.Module) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
-def hidden_state_indices(request: bool | int | list[int] | None, count: int) -> set[int]:
-    """Convert `output_hidden_states` (True for all, or one or more indices) to indices of `count` hidden states."""
-    if not request:
-        return set()
-    if request is True:
-        return set(range(count))
-    indices = [request] if isinstance(request, int) else request
-    return {index % count for index in indices if -count <= index < count}
-
-
 class GPT2ReproPreTrainedModel(PreTrainedModel):
     """Base class of the models: initialization, and the attributes that transformers reads."""
 
     config_class = GPT2ReproConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("GPT2ReproBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _input_embed_layer = "wte"
+    _no_split_modules = ["GPT2ReproBlock"]  # noqa: RUF012 (read by transformers, like the two below)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": GPT2ReproBlock, "attentions": GPT2ReproAttention}  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -283,7 +244,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Return True. transformers would search this file for a phrase that differs between 5.x versions."""
+        """Return True. transformers would search this file for `get_interface(`, which vLLM does not recognize."""
         return True
 
     @torch.no_grad()
@@ -299,7 +260,7 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
             if getattr(module, "is_residual_projection", False):
                 std /= math.sqrt(2 * self.config.n_layer)
             nn.init.normal_(module.weight, mean=0.0, std=std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -307,13 +268,9 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Save with an `auto_map` of all classes. transformers would write only the class that is saved."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_gpt2repro.GPT2ReproConfig",
-            "AutoModel": "modeling_gpt2repro.GPT2ReproModel",
-            "AutoModelForCausalLM": "modeling_gpt2repro.GPT2ReproForCausalLM",
-            "AutoModelForSequenceClassification": "modeling_gpt2repro.GPT2ReproForSequenceClassification",
-            "AutoModelForTokenClassification": "modeling_gpt2repro.GPT2ReproForTokenClassification",
-        }
+        self.config.auto_map = {"AutoConfig": "configuration_gpt2repro.GPT2ReproConfig"}
+        for auto_class, (model_class, _) in AUTO_CLASSES.items():
+            self.config.auto_map[auto_class] = f"modeling_gpt2repro.{model_class.__name__}"
         return super().save_pretrained(*args, **kwargs)
 
 
@@ -330,15 +287,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        """Return the token embedding."""
-        return self.wte
-
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.wte = new_embeddings
-
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -347,8 +296,6 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -365,37 +312,22 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             past_key_values: Keys and values of earlier tokens.
             inputs_embeds: Token embeddings instead of `input_ids`, [B, T, D].
             use_cache: Return a cache. By default only outside training.
-            output_attentions: Return the attention weights. Only `attn_implementation="eager"` computes them.
-            output_hidden_states: Return all hidden states (True), or those with these indices.
             is_causal: Attend only to earlier tokens. The default is `config.is_causal`.
-            kwargs: Passed on to the attention kernel.
-
-        Returns:
-            The last hidden states [B, T, D] and, on request, past_key_values, hidden_states (n_layer + 1 tensors
-            [B, T, D], the last one after ln_f) and attentions (n_layer tensors [B, H, T, S]).
+            kwargs: Passed on to the attention kernel. `output_hidden_states=True` returns the n_layer + 1 hidden
+                states [B, T, D], the last one after ln_f (newer transformers: or those with the given indices). With
+                `output_attentions=True`, kernels that compute the attention weights [B, H, T, S] (eager) return them.
 
         Raises:
-            ValueError: Both or neither of input_ids and inputs_embeds, an argument that is not supported, positions
-                beyond n_positions, a mask of the wrong shape or dtype, or a cache for bidirectional attention.
+            ValueError: Arguments that would otherwise be ignored or give wrong results, or too many tokens.
         """
-        config = self.config
-        for name in _UNSUPPORTED_ARGUMENTS:
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported: {_UNSUPPORTED_ARGUMENTS[name]}")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise ValueError(
-                f"past_key_values must be a transformers Cache (DynamicCache, StaticCache, ...), got a "
-                f"{type(past_key_values).__name__}"
-            )
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        if output_hidden_states is None:
-            output_hidden_states = config.output_hidden_states
-        kept_hidden_states = hidden_state_indices(output_hidden_states, config.n_layer + 1)
-        is_causal = config.is_causal if is_causal is None else is_causal
+        for name in _UNSUPPORTED_ARGUMENTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported: GPT-2 as published does not have it")
+        is_causal = self.config.is_causal if is_causal is None else is_causal
         if use_cache is None:
-            use_cache = config.use_cache and is_causal and not self.training
+            use_cache = self.config.use_cache and is_causal and not self.training
         if not is_causal and (use_cache or past_key_values is not None):
             raise ValueError("bidirectional attention (is_causal=False) has no cache: tokens attend to later ones")
         if inputs_embeds is None:
@@ -405,72 +337,34 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # Without a cache, a row with position ids may be longer: vLLM packs short texts into one row.
         is_packed = position_ids is not None and not use_cache and past_key_values is None
-        if not is_packed and isinstance(num_past, int) and num_past + num_new > config.n_positions:
+        if not is_packed and isinstance(num_past, int) and num_past + num_new > self.config.n_positions:
             raise ValueError(
-                f"a sequence of {num_past + num_new} tokens does not fit n_positions={config.n_positions}: "
+                f"a sequence of {num_past + num_new} tokens does not fit n_positions={self.config.n_positions}: "
                 "shorten the input or reduce max_new_tokens"
             )
-        cache_position = kwargs.pop("cache_position", None)  # passed by generate() of transformers 5.0
-        if cache_position is None:
-            cache_position = torch.arange(num_new, device=inputs_embeds.device) + num_past
         # Create the mask before the cache: transformers detects packed documents only without a cache.
-        mask = self._attention_mask(
-            attention_mask, inputs_embeds, position_ids, past_key_values, cache_position, is_causal
-        )
+        mask = self._attention_mask(attention_mask, inputs_embeds, position_ids, past_key_values, is_causal)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=config)
+            past_key_values = DynamicCache(config=self.config)
 
-        if position_ids is None:
-            if torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
-            else:
-                position_ids = cache_position.unsqueeze(0)
-        self._check_positions(position_ids)
+        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
+        elif position_ids is None:
+            position_ids = (torch.arange(num_new, device=inputs_embeds.device) + num_past).unsqueeze(0)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         del inputs_embeds  # otherwise it would stay in memory through all blocks
-
-        all_hidden_states = () if output_hidden_states else None
-        all_attentions = () if output_attentions else None
-        for index, block in enumerate(self.h):
-            if output_hidden_states:
-                all_hidden_states += (hidden_states if index in kept_hidden_states else None,)
-            hidden_states, attention_weights = block(
+        for block in self.h:
+            hidden_states, _ = block(
                 hidden_states,
                 attention_mask=mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
                 is_causal=is_causal,
-                cache_position=cache_position,
                 **kwargs,
             )
-            if output_attentions and attention_weights is not None:
-                all_attentions += (attention_weights,)
-        hidden_states = self.ln_f(hidden_states)
-        if output_hidden_states:
-            all_hidden_states += (hidden_states if config.n_layer in kept_hidden_states else None,)
-        if output_attentions and not all_attentions and not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"attn_implementation={config._attn_implementation!r} does not compute attention weights, so "
-                "output_attentions=True returns none: load the model with attn_implementation='eager'"
-            )
-
         return BaseModelOutputWithPast(
-            last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=all_hidden_states,
-            attentions=all_attentions,
+            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values if use_cache else None
         )
-
-    def _check_positions(self, position_ids: Tensor) -> None:
-        """Raise ValueError for positions [B, T] that have no embedding."""
-        if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or not position_ids.numel():
-            return  # on a GPU the check would sync at each call, and the embedding kernel has its own assertion
-        first, last = position_ids.min().item(), position_ids.max().item()
-        if first < 0 or last >= self.config.n_positions:
-            raise ValueError(
-                f"position_ids from {first} to {last} do not fit n_positions={self.config.n_positions}: "
-                f"they must be in 0 to {self.config.n_positions - 1}"
-            )
 
     def _attention_mask(
         self,
@@ -478,17 +372,12 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         inputs_embeds: Tensor,
         position_ids: Tensor | None,
         past_key_values: Cache | None,
-        cache_position: Tensor,
         is_causal: bool,
     ) -> Tensor | BlockMask | None:
-        """Convert the mask to the form that the attention kernel needs.
-
-        The result is None if plain causal (or full) attention is enough, so that the flash kernels can run. All
-        arguments are those of `forward`.
-        """
+        """Convert the mask to the form that the kernel needs. None (causal or full attention) allows flash kernels."""
         kernel = self.config._attn_implementation
-        if attention_mask is not None and not torch.is_tensor(attention_mask):
-            return attention_mask  # flex attention's BlockMask
+        if isinstance(attention_mask, BlockMask):
+            return attention_mask
         if attention_mask is not None and attention_mask.ndim == 4:
             if kernel == "flex_attention" or "flash" in kernel:
                 # transformers would pass it to flex as a score bias, which crashes the CPU kernel of torch 2.13.
@@ -497,39 +386,27 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                     "'eager', or pass a BlockMask to 'flex_attention'"
                 )
             if attention_mask.dtype == torch.bool:
-                if kernel == "sdpa":
-                    return attention_mask
                 lowest = torch.finfo(inputs_embeds.dtype).min
-                return torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype).masked_fill(~attention_mask, lowest)
+                additive = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
+                return attention_mask if kernel == "sdpa" else additive.masked_fill(~attention_mask, lowest)
             if attention_mask.is_floating_point():
                 return attention_mask.to(inputs_embeds.dtype)
-            raise ValueError(
-                f"a 4D attention_mask must be boolean (True: attend) or floating point (added to the scores), "
-                f"got {attention_mask.dtype}"
-            )
+            raise ValueError(f"a 4D attention_mask must be boolean or floating point, got {attention_mask.dtype}")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be 2D or 4D, got shape {tuple(attention_mask.shape)}")
-        if attention_mask is not None and past_key_values is None and attention_mask.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have the shape of the input (batch size, length), got "
-                f"{tuple(attention_mask.shape)} for input {tuple(inputs_embeds.shape[:2])}"
-            )
-        if (
-            kernel == "sdpa"
-            and is_causal
-            and attention_mask is None
-            and position_ids is None
-            and past_key_values is None
-        ):
-            # create_causal_mask returns None too, except under torch.compile in torch 2.10 and 2.11, which it
-            # mistakes for an export.
-            return None
-        arguments = {"config": self.config, _MASK_INPUT_NAME: inputs_embeds, "attention_mask": attention_mask}
         if not is_causal:
-            return create_bidirectional_mask(**arguments)
-        if "cache_position" in _MASK_PARAMETERS:
-            arguments["cache_position"] = cache_position
-        return create_causal_mask(**arguments, past_key_values=past_key_values, position_ids=position_ids)
+            return create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
+        if kernel == "sdpa" and attention_mask is None and position_ids is None and past_key_values is None:
+            # create_causal_mask returns None too, except under torch.compile: in torch before 2.14, transformers
+            # mistakes it for an export.
+            return None
+        return create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
@@ -543,14 +420,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         self.lm_head = LanguageModelHead(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
-        """Return the head."""
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the head."""
-        self.lm_head = new_embeddings
-
     @can_return_tuple
     def forward(
         self,
@@ -562,15 +431,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | int | list[int] | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Compute the logits and, with labels, the loss.
-
-        All arguments that are not listed here are those of `GPT2ReproModel.forward`.
+        """Compute the logits and, with labels, the loss. Arguments not listed here: see `GPT2ReproModel.forward`.
 
         Args:
             labels: Token ids, [B, T], usually equal to `input_ids`: they are shifted by one position here, as in all
@@ -586,56 +451,32 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
         Returns:
             The loss (a scalar in float32) if labels are given; logits [B, T, V], which are None with
-            return_logits=False and a `LogitsNotComputed` if the default leaves them out; past_key_values,
-            hidden_states and attentions as in `GPT2ReproModel.forward`.
+            return_logits=False and a `LogitsNotComputed` if the default leaves them out.
         """
         # Not a parameter: Trainer requires every parameter with "label" in its name to be in the batch.
-        shift_labels = kwargs.pop("shift_labels", None)
-        has_labels = labels is not None or shift_labels is not None
-        if use_cache is None and has_labels:
-            use_cache = False
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None and labels is not None:
+            # Drop the first label and ignore the last position, which has no next token.
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         outputs = self.transformer(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            use_cache=False if use_cache is None and targets is not None else use_cache,
             return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-
-        loss = None
-        if has_labels:
-            if shift_labels is None:
-                # Drop the first label and ignore the last position, which has no next token.
-                shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            shift_labels = shift_labels.flatten().to(hidden_states.device)
-            if num_items_in_batch is None:
-                num_items_in_batch = (shift_labels != -100).sum()
-            elif torch.is_tensor(num_items_in_batch):
-                num_items_in_batch = num_items_in_batch.to(hidden_states.device)
-            has_bias = self.lm_head.bias is not None
-            if isinstance(self.lm_head, LanguageModelHead) and is_wrapped_by_fsdp2(self.lm_head) and not has_bias:
-                loss = self.lm_head(hidden_states, shift_labels, num_items_in_batch)
-            elif is_plain(self.lm_head) and not has_bias:  # nn.Linear too: resizing the vocabulary creates one
-                loss = linear_cross_entropy(
-                    hidden_states.flatten(0, 1), self.lm_head.weight, shift_labels, num_items=num_items_in_batch
-                )
-            else:  # LoRA, quantization, offloading, hooks: the head must be called
-                all_logits = self.lm_head(hidden_states).flatten(0, 1).float()
-                loss = nn.functional.cross_entropy(all_logits, shift_labels, reduction="sum") / num_items_in_batch
-        logits = None
-        if return_logits is None and self.training and has_labels and not self.config.logits_in_training:
+        loss = None if targets is None else self._loss(hidden_states, targets.flatten(), num_items_in_batch)
+        logits: Any = None
+        if return_logits is None and self.training and targets is not None and not self.config.logits_in_training:
             # nn.DataParallel can gather only tensors and None from its replicas.
             logits = None if getattr(self, "_is_replica", False) else _LOGITS_NOT_COMPUTED
         elif return_logits is None or return_logits:
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, positions])
-
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -644,16 +485,25 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _loss(self, hidden_states: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
+        """Compute the loss of the targets [N], without the full logits unless the head must be called for them."""
+        head = self.lm_head
+        targets = targets.to(hidden_states.device)
+        if isinstance(num_items, Tensor):
+            num_items = num_items.to(hidden_states.device)
+        if head.bias is None and is_plain(head):  # nn.Linear too: resizing the vocabulary creates one
+            return linear_cross_entropy(hidden_states.flatten(0, 1), head.weight, targets, num_items)
+        if head.bias is None and isinstance(head, LanguageModelHead) and is_wrapped_by_fsdp2(head):
+            return head(hidden_states, targets, num_items)
+        logits = head(hidden_states)  # LoRA, quantization, offloading, hooks
+        return self.loss_function(logits, None, logits.shape[-1], num_items, shift_labels=targets)
+
     @classmethod
-    def from_gpt2(cls, model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> PreTrainedModel:
+    def from_gpt2(cls, model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> Self:
         """Copy a transformers GPT-2: `GPT2ReproForCausalLM.from_gpt2("openai-community/gpt2")`.
 
-        Args:
-            model_or_path: A model in memory, or a folder or Hub id for `GPT2LMHeadModel.from_pretrained`.
-            kwargs: Passed to `GPT2LMHeadModel.from_pretrained` (`revision`, `dtype`, ...).
-
-        Raises:
-            ValueError: The model uses an option that the published GPT-2 does not have (cross-attention, ...).
+        The keyword arguments are those of `GPT2LMHeadModel.from_pretrained`. A model in memory takes none. Options that
+        the published GPT-2 does not have (cross-attention, ...) raise a ValueError.
         """
         from .conversion import from_gpt2
 
@@ -668,8 +518,6 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
 
 class GPT2ReproClassifier(GPT2ReproPreTrainedModel):
     """Base class of the classifiers. The generic heads of transformers create the trunk by AutoModel.from_config."""
-
-    base_model_prefix = "transformer"
 
     def __init__(self, config: GPT2ReproConfig) -> None:
         # transformers imports the configuration file of a checkpoint with custom code twice, and `config` may be an
@@ -691,21 +539,23 @@ class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproCl
 
 
 AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
-
-# Trainer (to shift labels for label smoothing), pipelines and model cards look up the task of a model by class name.
-for names, model_class in (
-    (modeling_auto.MODEL_MAPPING_NAMES, GPT2ReproModel),
-    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, GPT2ReproForCausalLM),
-    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, GPT2ReproForSequenceClassification),
-    (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, GPT2ReproForTokenClassification),
-):
+AUTO_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
+    "AutoModel": (GPT2ReproModel, modeling_auto.MODEL_MAPPING_NAMES),
+    "AutoModelForCausalLM": (GPT2ReproForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "AutoModelForSequenceClassification": (
+        GPT2ReproForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "AutoModelForTokenClassification": (
+        GPT2ReproForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+for auto_class, (model_class, names) in AUTO_CLASSES.items():
+    # Let save_pretrained copy these files next to the weights.
+    model_class.register_for_auto_class(auto_class)
+    # Trainer (to shift labels for label smoothing), pipelines and model cards look up a model's task by class name.
     names[GPT2ReproConfig.model_type] = model_class.__name__
-
-# Let save_pretrained copy these files next to the weights.
-GPT2ReproModel.register_for_auto_class("AutoModel")
-GPT2ReproForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-GPT2ReproForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-GPT2ReproForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
 
 __all__ = [
     "GPT2ReproForCausalLM",

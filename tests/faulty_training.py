@@ -61,4 +61,4 @@ during_training.score_items = faulty_score_items
 during_training.validation_loss = faulty_validation_loss
 train.learning_rate = learning_rate_and_signal
 if __name__ == "__main__":
-    train.main()
+    sys.exit(train.main())

@@ -1,7 +1,8 @@
-"""Who may import whom (CONTRIBUTING.md): read from the source, so that a lazy import counts too."""
+"""Test which room imports which (CONTRIBUTING.md), lazy imports included, and that setup.cfg declares all packages."""
 
 import ast
 import configparser
+import itertools
 import re
 import subprocess
 import sys
@@ -11,31 +12,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
-ALLOWED = {
-    "common": {"common", "filelock"},
-    "modeling_gpt2repro": {"torch", "transformers"},
-    "data": {
-        *("data", "numpy", "torch", "tqdm", "tiktoken", "transformers", "gigatoken"),
-        *("fsspec", "huggingface_hub", "pyarrow"),
-    },
-    "training": {
-        *("training", "torch", "accelerate", "numpy", "safetensors", "jsonargparse", "yaml", "matplotlib"),
-        *("psutil", "tqdm"),
-    },
-    "eval": {
-        *("eval", "torch", "numpy", "tqdm", "transformers", "accelerate", "datasets", "evaluate", "huggingface_hub"),
-        *("lm_eval", "matplotlib", "pyarrow"),
-    },
-    "hub": {
-        *("hub", "modeling_gpt2repro", "eval", "torch", "numpy", "transformers", "huggingface_hub"),
-        *("safetensors", "yaml", "onnx_ir", "onnxruntime", "gguf", "gradio"),
-    },
+# Each room imports itself, the rooms listed here, and the model.
+LOWER_ROOMS = {
+    "common": set(),
+    "data": {"common"},
+    "eval": {"common", "data"},
+    "hub": {"common", "data", "eval"},
+    "training": {"common"},
 }
-FILES = [path for room in ALLOWED for path in sorted((ROOT / room).rglob("*.py"))]
+MODEL = ROOT / "modeling_gpt2repro"
+FILES = {room: sorted((ROOT / room).rglob("*.py")) for room in LOWER_ROOMS}
+PRODUCT = [*MODEL.glob("*.py"), *itertools.chain(*FILES.values()), ROOT / "train.py", ROOT / "sample.py"]
 
 
 def imports(path):
-    """(module, is_relative) of every import in the file, wherever it stands."""
+    """Yield (module, relative level) for every import in the file, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -44,31 +35,17 @@ def imports(path):
             yield node.module or "", node.level
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_what_it_may(path):
-    room = path.relative_to(ROOT).parts[0]
-    for module, level in imports(path):
-        if level:
-            assert level == 1, f"{path}: 'from {'.' * level}{module}' leaves the folder"
-            assert room == "modeling_gpt2repro" or path.parent.parent == ROOT / "eval", (
-                f"{path}: relative imports are for files that are copied elsewhere"
-            )
-        else:
-            top = module.split(".")[0]
-            # The one exception: text and shards are read in one place only.
-            more = {"data"} if path == ROOT / "eval" / "bits_per_byte" / "task.py" else set()
-            if room not in ("common", "modeling_gpt2repro"):
-                more |= {"common", "modeling_gpt2repro"}  # what everyone may import
-            assert top in STANDARD | ALLOWED[room] | more, f"{path}: {room} may not import {module}"
+@pytest.mark.parametrize(("room", "lower_rooms"), LOWER_ROOMS.items())
+def test_a_room_imports_only_lower_rooms(room, lower_rooms):
+    names = {module.split(".")[0] for path in FILES[room] for module, level in imports(path) if not level}
+    assert names & {*LOWER_ROOMS, "train", "sample"} - {room} <= lower_rooms
 
 
-def test_nothing_imports_train_or_sample():
-    for path in FILES:
-        assert not {"train", "sample"} & {module for module, _ in imports(path)}, path
-
-
-def test_every_room_has_files():
-    assert {path.relative_to(ROOT).parts[0] for path in FILES} == set(ALLOWED)
+def test_modeling_files_import_only_each_other_and_torch_and_transformers():
+    for path in MODEL.glob("*.py"):
+        for module, level in imports(path):
+            allowed = STANDARD | {"torch", "transformers"}
+            assert level == 1 or (level == 0 and module.split(".")[0] in allowed), f"{path.name} imports {module}"
 
 
 def test_training_starts_without_heavy_optional_packages():
@@ -133,7 +110,6 @@ def imported(paths):
     return {DISTRIBUTIONS.get(name, name.lower().replace("_", "-")) for name in modules - STANDARD - ours}
 
 
-PRODUCT = [*FILES, ROOT / "train.py", ROOT / "sample.py"]
 OTHER_FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo")
 

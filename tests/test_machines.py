@@ -36,7 +36,7 @@ from eval import __main__ as evaluation
 from eval import miniseries
 from hub import __main__ as hub
 from training import TrainingError, estimate
-from training.checkpoint import check_start
+from training.checkpoint import LoopState
 from training.distributed import MainProcessFailed
 from training.logging import RunLog
 from training.run import RunFolder, StopRequest
@@ -346,27 +346,23 @@ def test_every_command_lists_the_checkpoints(name, listed, runs, tiny, tmp_path,
 
 
 def train_main(arguments):
-    """train.py's exit code."""
-    with mock.patch.object(sys, "argv", ["train.py", *arguments]), pytest.raises(SystemExit) as end:
-        train.main()
-    return end.value.code
+    return train.main(arguments)
 
 
 @pytest.mark.parametrize("best", [None, 3.5])
-def test_the_last_lines_name_the_best_checkpoint_and_paths_that_python_reads(best, runs):
+def test_the_last_lines_name_the_best_checkpoint_and_paths_that_python_reads(best, runs, capsys):
     """A backslash in the line to paste would begin an escape."""
-    lines = []
     hardware = SimpleNamespace(peak_flops=1, num_processes=1, dollars_per_hour=None)
     batch = SimpleNamespace(tokens_per_step=1)
     plan = SimpleNamespace(num_parameters=1, max_steps=1, flops_per_token=1, batch=batch, hardware=hardware)
-    options = {"step": 0, "log_every": 1, "eval_every": 1, "loss_lines": {}, "score_lines": {}}
-    log = RunLog(runs, say=lines.append, is_main_process=True, plan=plan, **options)
+    log = RunLog(runs, plan, {"log_every": 1, "eval_every": 1}, 0, loss_lines={}, score_lines={})
     folder = runs / "a" / "checkpoints" / ("step_000020" if best is None else "step_000030")
-    log.print_summary(val_loss=4.0, num_skipped=0, checkpoint=folder)
-    named = [line for line in lines if line.startswith("best ")]
+    state = LoopState(val_loss=4.0)
+    log.print_summary(state, folder)
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best ")]
     assert named == ([] if best is None else [f"best      {folder.with_name('step_000020')} (validation loss 3.2500)"])
-    log.print_summary(val_loss=4.0, num_skipped=0, checkpoint=PureWindowsPath(r"runs\x\checkpoints\step_000100"))
-    assert 'from_pretrained("runs/x/checkpoints/step_000100", ' in lines[-1]
+    log.print_summary(state, PureWindowsPath(r"runs\x\checkpoints\step_000100"))
+    assert 'from_pretrained("runs/x/checkpoints/step_000100", ' in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -436,30 +432,31 @@ def test_a_handler_that_python_did_not_install(monkeypatch):
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
-def test_a_held_folder_is_refused_at_once_where_waiting_is_of_no_use(tmp_path):
+def test_a_held_folder_is_refused_at_once_where_waiting_is_of_no_use(tmp_path, capsys):
     run = tmp_path / "run"
     make_checkpoint(run / "checkpoints" / "step_000010", 5.0)
-    with RunFolder(run, print) as holder:
-        holder.lock()
-        started, lines = time.monotonic(), []
+    with RunFolder(run) as holder:
+        holder.lock(None)
+        started = time.monotonic()
         for resume in (None, str(run), str(tmp_path / "nowhere")):
             with pytest.raises(TrainingError, match="another process is training in"):
-                RunFolder(run, lines.append).lock(lambda resume=resume: check_start(resume, run, print))
-        assert time.monotonic() - started < 1 and lines == []
+                RunFolder(run).lock(resume)
+        assert time.monotonic() - started < 1 and not capsys.readouterr().out
 
 
-def test_a_run_that_could_go_on_waits(tmp_path):
-    lines, run = [], tmp_path / "run"
+def test_a_run_that_could_go_on_waits(tmp_path, capsys):
+    run = tmp_path / "run"
     make_checkpoint(run / "checkpoints" / "step_000010", 5.0)
-    with RunFolder(run, lines.append) as holder:
-        holder.lock()
-        waiting = RunFolder(run, lines.append, poll_seconds=0.05)
-        thread = threading.Thread(target=lambda: waiting.lock(lambda: check_start("auto", run, lines.append)))
+    with RunFolder(run) as holder:
+        holder.lock(None)
+        waiting = RunFolder(run, poll_seconds=0.05)
+        thread = threading.Thread(target=lambda: waiting.lock("auto"))
         thread.start()
         thread.join(0.2)
         assert thread.is_alive()
     thread.join(10)
-    assert not thread.is_alive() and len(lines) == 1 and "waiting for it to leave" in lines[0]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert not thread.is_alive() and "waiting for it to leave" in line
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -477,46 +474,51 @@ def test_a_run_that_could_go_on_waits(tmp_path):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_an_exception_becomes_the_status(error, says, tmp_path):
-    run = RunFolder(tmp_path, print)
-    run.write_status("resume me")
+def test_an_exception_becomes_the_status(error, says, tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.finish(LoopState(step=7), "SIGTERM")
     with pytest.raises(type(error)), run:  # before the run began
         raise error
-    assert status(tmp_path) == {"status": "resume me", "pid": os.getpid()}
+    assert status(tmp_path) == {"status": "resume me", "pid": os.getpid(), "step": 7, "exit_code": 75}
 
-    for is_main in (True, False):  # any process may be the one that knows
-        run.write_status("running")
+    for rank in ("0", "1"):  # any process may be the one that knows
+        monkeypatch.setenv("RANK", "0")
+        run.mark_running()
         with pytest.raises(type(error)), run:
-            run.mark_running(is_main)
+            monkeypatch.setenv("RANK", rank)
             raise error
         assert status(tmp_path)["status"] == "failed"
         assert status(tmp_path)["error"].startswith(says)
         assert getattr(error, "exit_code", 1) == 1
 
     with pytest.raises(RuntimeError), run:  # a process that lost the others: the first one's reason stays
-        run.mark_running(is_main_process=False)
+        run.mark_running()  # which writes on the main process only
         raise RuntimeError("connection closed by peer")
     assert status(tmp_path)["error"].startswith(says)
 
 
 @pytest.mark.parametrize(
-    ("written", "error"),
-    [("finished", RuntimeError()), ("resume me", RuntimeError()), ("running", MainProcessFailed(1))],
+    ("end", "error"),
+    [
+        ({"stop_reason": None}, RuntimeError()),
+        ({"stop_reason": "SIGTERM"}, RuntimeError()),
+        (None, MainProcessFailed(1)),
+    ],
 )
-def test_a_status_that_stays(written, error, tmp_path):
+def test_a_status_that_stays(end, error, tmp_path):
     """An error after the last checkpoint does not undo it; MainProcessFailed does not say what went wrong."""
-    run = RunFolder(tmp_path, print)
+    run = RunFolder(tmp_path)
     with pytest.raises(type(error)), run:
-        run.mark_running(is_main_process=True)
-        run.write_status(written)
+        run.mark_running()
+        if end is not None:
+            run.finish(LoopState(val_loss=3.0), *end)
         raise error
-    assert status(tmp_path)["status"] == written
+    assert status(tmp_path)["status"] != "failed"
 
 
 def test_a_bug_in_training_keeps_its_traceback(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "clip_gradients", mock.Mock(side_effect=ZeroDivisionError("unforeseen")))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(tmp_path / "run"), *QUICK])
     with pytest.raises(ZeroDivisionError):
-        train.main()
+        train.main(["--config", str(tiny), "--output_dir", str(tmp_path / "run"), *QUICK])
     assert status(tmp_path / "run")["status"] == "failed"
     assert status(tmp_path / "run")["error"] == "ZeroDivisionError: unforeseen"

@@ -59,7 +59,7 @@ def test_skipped_step_changes_nothing_and_its_windows_are_logged(run, tiny, tmp_
     assert "warning: HellaSwag was not scored: log-likelihoods are not finite" in done.stdout
     assert done.stdout.count("\n    'The") == 2  # no samples where the scoring failed
     state = read_state(tmp_path / "run", 7)  # saved just after a skipped step
-    assert (state["num_skipped"], state["skipped_in_a_row"]) == (2, 1)
+    assert (state["num_skipped"], state["consecutive_skips"]) == (2, 1)
     assert read_state(tmp_path / "run", 20)["num_skipped"] == 2
     moments = load_file(tmp_path / "run" / "checkpoints" / "step_000020" / "training_state" / "optimizer.safetensors")
     assert {value.item() for name, value in moments.items() if name.startswith("step.")} == {18.0}

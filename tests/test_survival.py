@@ -242,12 +242,11 @@ def test_a_damaged_checkpoint_is_passed_over(tiny, undisturbed, tmp_path):
     assert_same_run(output, undisturbed, STEPS)
 
 
-def test_two_runs_in_one_folder(tmp_path):
+def test_two_runs_in_one_folder(tmp_path, capsys):
     """The second waits for the first to leave, and says so; here it does not leave."""
     from training import TrainingError
     from training.run import RunFolder
 
-    lines = []
     # The lock alone: importing training takes seconds.
     code = (
         "from common.locks import Lock\n"
@@ -257,20 +256,20 @@ def test_two_runs_in_one_folder(tmp_path):
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "held\n"
-    folder = RunFolder(tmp_path / "run", lines.append, patience_seconds=0.1)
+    folder = RunFolder(tmp_path / "run", patience_seconds=0.1)
     with pytest.raises(TrainingError, match="another process is training in"):
-        folder.lock()
-    assert "waiting for it to leave" in lines[0]
+        folder.lock(None)
+    assert "waiting for it to leave" in capsys.readouterr().out
     first.kill()  # whatever way it ends
     first.wait()
     with folder:
-        folder.lock()
-    assert len(lines) == 1
+        folder.lock(None)
+    assert not capsys.readouterr().out
 
 
 SLOW_EVALUATION = """
 import sys, time, train
-batches, evaluations = train.validation_batches, 0
+batches, evaluations = train.WindowLoader.val_batches, 0
 
 def slow(*arguments, **more):
     global evaluations
@@ -279,9 +278,8 @@ def slow(*arguments, **more):
         time.sleep(0.5 if evaluations == 3 else 0)  # the last one
         yield batch
 
-train.validation_batches = slow
-sys.argv = sys.argv[1:]
-train.main()
+train.WindowLoader.val_batches = slow
+sys.exit(train.main(sys.argv[2:]))
 """
 
 

@@ -17,8 +17,8 @@ from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
-from data.loader import Permutation
 from data.manifest import needs_preparing, open_split, read_manifest
+from data.permutation import Permutation
 from data.prepare import prepare_sample
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import run_folder_of
@@ -187,7 +187,7 @@ def close_and_linger(log, **more):
     torch.distributed.all_gather([torch.zeros(1), torch.zeros(1)], torch.zeros(1), async_op=True)
 
 train.RunLog.close = close_and_linger
-train.main()
+sys.exit(train.main())
 """
 
 
@@ -326,14 +326,10 @@ def fails(tiny, tmp_path, monkeypatch, capsys):
     output = tmp_path / "run"
 
     def run(*arguments):
-        monkeypatch.setattr(
-            sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output), *map(str, arguments)]
-        )
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            train.main()
+        code = train.main(["--config", str(tiny), "--output_dir", str(output), *map(str, arguments)])
         errors = capsys.readouterr().err.splitlines()
-        assert stop.value.code == 2, errors
+        assert code == 2, errors
         (message,) = [line for line in errors if line.startswith("error: ")]
         assert errors[-1] == message
         assert not output.exists()
@@ -424,12 +420,10 @@ def test_a_malformed_hellaswag_file(fails, tmp_path):
     assert f"{path}:2" in fails("--eval.hellaswag", path)
 
 
-def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, monkeypatch, tmp_path, capsys):
+def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, capsys):
     output, _ = finished_run
     before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(tiny), "--output_dir", str(output)])
-    with pytest.raises(SystemExit):
-        train.main()
+    assert train.main(["--config", str(tiny), "--output_dir", str(output)]) == 2
     assert "--resume auto" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in output.rglob("*")}
 

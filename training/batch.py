@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 
 from training import TrainingError
 from training.config import nearest_multiples
+from training.distributed import say
 from training.estimate import Plan, free_memory, total_memory
 
 if TYPE_CHECKING:
@@ -156,20 +157,18 @@ def probe_memory(model: torch.nn.Module, accelerator: Accelerator, size: int, se
         del reserved
 
 
-def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> list[str]:
+def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> None:
     """
-    Compare the memory that the run needs with the machine's, before anything is loaded.
+    Compare the memory that the run needs with the machine's, before anything is loaded, and print a warning.
 
-    Returns:
-        Lines of a warning if the estimate does not fit. None if the parameters are sharded (FSDP2), since the estimate
-        does not cover that.
+    With sharded parameters (FSDP2), which the estimate does not cover, this does nothing.
 
     Raises:
         TrainingError: parameters and optimizer alone are larger than all of the memory. A dry run, which may be for
             another machine, does not raise it.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        return []
+        return
     device = accelerator.device
     num_sharing = plan.hardware.local_world_size if device.type == "cpu" else 1
     sizes = micro_batch_sizes(plan.batch, plan.hardware.num_processes)
@@ -183,14 +182,14 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> l
             "model.n_embd, model.n_positions)"
         )
     if memory.total <= free:
-        return []
+        return
     fitting = [size for size in sizes if plan.estimate_memory(size).total <= free]
     remedy = f"--batch.micro_batch_size {fitting[-1]} or auto" if fitting else "a smaller model or batch.seq_len"
     sequences = f"{size} sequence{'s' if size > 1 else ''}"
-    return [
+    say(
         f"warning: with {sequences} at once, a process takes about {_gigabytes(memory.total)} (an estimate), and "
         f"{_gigabytes(free)} are free: it may run out of memory. Remedy: {remedy}"
-    ]
+    )
 
 
 def _gigabytes(num_bytes: float) -> str:

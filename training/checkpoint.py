@@ -13,16 +13,16 @@ checkpoint with the lowest validation loss: see common/checkpoints.py.
 """
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Callable
 from concurrent import futures
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -30,10 +30,11 @@ from safetensors.torch import load_file, save_file
 from common.checkpoints import BEST, best_of, describe_file, find_damage, list_checkpoints, resolve_checkpoint
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.sharding import full_state_dict, load_moments, load_params, meta_copy
+from training.distributed import say
+from training.sharding import TrainingModels, full_state_dict, load_moments, load_params, meta_copy
 
 if TYPE_CHECKING:
-    from modeling_gpt2repro import GPT2ReproForCausalLM
+    pass
 
 _LEFTOVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Tokenizer, configuration, code, and the disk's rounding up.
@@ -46,6 +47,46 @@ _SETTINGS = {
     "order": "data.order",
     "boundary": "data.boundary",
 }
+
+
+@dataclass(kw_only=True)
+class LoopState:
+    """Where the training loop is. Each checkpoint has it in state.json."""
+
+    step: int = 0
+    """optimizer steps taken, skipped ones included"""
+    num_skipped: int = 0
+    """steps skipped because the loss or the gradient was not finite"""
+    consecutive_skips: int = 0
+    evaluated: bool = False
+    """True if `val_loss` is that of this step"""
+    val_loss: float | None = None
+    """None before the first evaluation, and where a saved loss was not finite"""
+    saved: bool = False
+    """True if the newest checkpoint of the run's folder has this state"""
+
+    @property
+    def has_diverged(self) -> bool:
+        """True if the validation loss is not a finite number."""
+        return self.val_loss is None or not math.isfinite(self.val_loss)
+
+    def advance(self, is_finite: bool) -> None:
+        """Count a step; one that is not finite was skipped."""
+        self.step += 1
+        self.evaluated = self.saved = False
+        self.num_skipped += not is_finite
+        self.consecutive_skips = 0 if is_finite else self.consecutive_skips + 1
+
+
+class Keep(NamedTuple):
+    """Which checkpoints to keep on the disk."""
+
+    last: int | None = None
+    """number of newest checkpoints; None keeps all"""
+    every: int | None = None
+    """also those of steps that are multiples of it"""
+    best: bool = True
+    """also the one with the lowest validation loss"""
 
 
 class SaveError(TrainingError):
@@ -75,75 +116,74 @@ class CheckpointWriter:
     def __init__(
         self,
         output_dir: str | Path,
-        *,
         accelerator: Accelerator,
-        model: "GPT2ReproForCausalLM",
+        models: TrainingModels,
         tokenizer: Any,
-        keep_last: int | None = None,
-        keep_every: int | None = None,
-        keep_best: bool = True,
+        fingerprint: dict[str, Any],
+        keep: Keep,
+        *,
         in_background: bool | None = None,
-        warn: Callable[[str], object] = print,
-    ):
-        """
+    ) -> None:
+        """Create the writer.
+
         Args:
             output_dir: the run's folder.
-            model: the bare model, before `accelerator.prepare` changes its class.
+            models: the model and its optimizer, as they are in training.
             tokenizer: a tokenizer of transformers, saved with each checkpoint.
-            keep_last: number of newest checkpoints to keep; None keeps all.
-            keep_every: also keep checkpoints of steps that are multiples of it.
-            keep_best: also keep the checkpoint with the lowest validation loss.
+            fingerprint: the settings that define what a step is, which `load_state` compares.
             in_background: write in a thread; None: unless on a CPU.
-            warn: called with a line if a checkpoint is complete but old ones could not be removed.
         """
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
-        self._warn = warn
-        self.keep_last, self.keep_every, self.keep_best = keep_last, keep_every, keep_best
-        self._meta_model = meta_copy(model)  # saved by the thread, instead of the model that is being trained
+        self._models, self._fingerprint, self._keep = models, fingerprint, keep
+        self._meta_model = meta_copy(models.bare)  # saved by the thread, instead of the model that is being trained
         # On a CPU, the thread would compete with training, and the copies would take memory for nothing.
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: futures.Future[Path] | None = None
         self._has_warned_of_best = False
 
-    def save(self, model: "GPT2ReproForCausalLM", optimizer: AcceleratedOptimizer, state: dict[str, Any]) -> None:
+    def save(self, state: LoopState) -> None:
         """
         Write a checkpoint, or start to. Every process must call this; the main process writes.
 
-        `poll` returns the result, and must have returned the previous one.
-
-        Args:
-            model: the bare model, its parameters as they are in training.
-            optimizer: the wrapped optimizer.
-            state: for state.json, with "step" and "val_loss" (None if unknown) at least.
+        Waits for the previous checkpoint: at most one is in memory.
         """
-        assert self._pending is None, "the state would be in memory twice, and a result would be lost"
+        self.report(wait=True)
+        state.saved = True
         accelerator = self.accelerator
-        tensors, moments = full_state_dict(model, optimizer, accelerator, copy=self._in_background)
+        tensors, moments = full_state_dict(
+            self._models.bare, self._models.optimizer, accelerator, copy=self._in_background
+        )
         rng = gather_object([_rng_state(accelerator.device)])
         if accelerator.is_main_process:
             rng = {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()}
-            self._pending = self._thread.submit(self._write, tensors, moments, rng, state)
+            saved = asdict(state) | {"val_loss": state.val_loss if state.evaluated else None} | self._fingerprint
+            saved["tokens"] = state.step * self._fingerprint["tokens_per_step"]
+            self._pending = self._thread.submit(self._write, tensors, moments, rng, saved)
             if not self._in_background:
                 futures.wait([self._pending])
 
-    def poll(self, wait: bool = False) -> Path | None:
-        """
-        Return the folder of a checkpoint that was completed since the last call, or None.
+    def report(self, *, wait: bool = False) -> None:
+        """Print a line if a checkpoint was completed since the last call, or a warning if it could not be written."""
+        try:
+            if wait or (self._pending is not None and self._pending.done()):
+                self.finish()
+        except SaveError as error:
+            say(f"warning: {error}. Training continues")
 
-        Args:
-            wait: wait for the checkpoint that is being written.
+    def finish(self) -> None:
+        """
+        Wait for the checkpoint that is being written, and print a line when it is complete.
 
         Raises:
-            SaveError: the checkpoint could not be written.
+            SaveError: it could not be written.
         """
-        if self._pending is None or not (wait or self._pending.done()):
-            return None
         pending, self._pending = self._pending, None
-        return pending.result()
+        if pending is not None:
+            say(f"saved     {pending.result()}")
 
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, whose error `poll` raises, and end the thread."""
+        """Wait for the checkpoint that is being written, whose error `finish` raises, and end the thread."""
         self._thread.shutdown()
 
     def _write(
@@ -162,7 +202,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(tmp_folder).free
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
-            load_params(self._meta_model, tensors).save_pretrained(tmp_folder)
+            load_params(self._meta_model, tensors).save_pretrained(save_directory=tmp_folder)
             try:
                 self.tokenizer.save_pretrained(tmp_folder)
             except Exception as error:  # the tokenizers package has no class for a full disk
@@ -195,11 +235,11 @@ class CheckpointWriter:
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
         finally:
-            self._meta_model.to("meta")  # frees the copies
+            self._meta_model.to("meta")  # type: ignore[arg-type]  # frees the copies
         try:
             self._remove_old(state["step"])
         except OSError as error:
-            self._warn(f"warning: {folder} is complete, but old checkpoints could not be removed ({error})")
+            say(f"warning: {folder} is complete, but old checkpoints could not be removed ({error})")
         return folder
 
     def _remove_old(self, step: int) -> None:
@@ -208,11 +248,11 @@ class CheckpointWriter:
         # A run that was resumed from an earlier step leaves later checkpoints alone until it reaches them.
         checkpoints = [c for c in list_checkpoints(self.output_dir / "checkpoints") if c.step <= step]
         kept = {c.step for c in checkpoints}
-        if self.keep_last is not None:
-            kept = {s for s in kept if self.keep_every and s % self.keep_every == 0}
-            kept.update(c.step for c in checkpoints[-self.keep_last :])
+        if self._keep.last is not None:
+            kept = {s for s in kept if self._keep.every and s % self._keep.every == 0}
+            kept.update(c.step for c in checkpoints[-self._keep.last :])
         best = best_of(checkpoints)
-        if self.keep_best and best is not None:
+        if self._keep.best and best is not None:
             kept.add(best.step)
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
@@ -228,7 +268,7 @@ class CheckpointWriter:
             path.unlink()
         elif path.is_dir() and not self._has_warned_of_best:
             self._has_warned_of_best = True
-            self._warn(
+            say(
                 f"warning: the folder {path} is an old copy and is left alone; as a checkpoint's name, {path} means "
                 "the step folder with the lowest validation loss. Remove or rename the copy"
             )
@@ -247,13 +287,12 @@ def remove_leftovers(output_dir: str | Path) -> None:
             shutil.rmtree(path)
 
 
-def check_start(resume: str | None, output_dir: str | Path, say: Callable[[str], object]) -> Path | None:
+def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
     """
     Refuse a start that cannot succeed, without reading the checkpoints.
 
     Args:
         resume: None, "auto" or the path of a checkpoint.
-        say: called with a line if the path is `best`.
 
     Returns:
         The checkpoint that `resume` names; None for "auto" and for a fresh start.
@@ -274,7 +313,7 @@ def check_start(resume: str | None, output_dir: str | Path, say: Callable[[str],
                 "choose another --output_dir, or remove the folder"
             )
         return None
-    folder = Path(resolve_checkpoint(resume, say))
+    folder = Path(resolve_checkpoint(resume, say=lambda line: None))
     if not (folder / "training_state" / "state.json").is_file():
         raise TrainingError(f"--resume {resume}: not a checkpoint of train.py, training_state/state.json is missing")
     # The new checkpoints would mix with another branch's, and --resume auto would later take the wrong one.
@@ -286,13 +325,12 @@ def check_start(resume: str | None, output_dir: str | Path, say: Callable[[str],
     return folder
 
 
-def find_checkpoint(resume: str | None, output_dir: str | Path, say: Callable[[str], object]) -> Path | None:
+def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
     """
-    Find the checkpoint to resume from, and check every byte of it.
+    Find the checkpoint to resume from, and check every byte of it. Prints a line about each damaged one it skips.
 
     Args:
         resume: None, "auto" or the path of a checkpoint.
-        say: called with a line about each damaged checkpoint that is skipped.
 
     Returns:
         The checkpoint's folder; None for a fresh start (None, or "auto" without any checkpoint).
@@ -300,10 +338,10 @@ def find_checkpoint(resume: str | None, output_dir: str | Path, say: Callable[[s
     Raises:
         TrainingError: as `check_start`; the checkpoint is damaged; or "auto", and all checkpoints are damaged.
     """
-    folder = check_start(resume, output_dir, say)
-    if folder is not None and (damage := find_damage(folder)):
-        raise TrainingError(f"--resume {resume}: {damage}; resume from another checkpoint, or with --resume auto")
+    folder = check_start(resume, output_dir)
     if resume != "auto":
+        if folder is not None and (damage := find_damage(folder)):
+            raise TrainingError(f"--resume {resume}: {damage}; resume from another checkpoint, or with --resume auto")
         return folder
     checkpoints = list_checkpoints(Path(output_dir) / "checkpoints")
     for checkpoint in reversed(checkpoints):
@@ -319,12 +357,12 @@ def find_checkpoint(resume: str | None, output_dir: str | Path, say: Callable[[s
     return None
 
 
-def load_state(folder: str | Path, resume_fingerprint: dict[str, Any]) -> dict[str, Any]:
+def load_state(folder: str | Path, fingerprint: dict[str, Any]) -> LoopState:
     """
-    Return a checkpoint's state.json if this run continues the run that was saved.
+    Return the loop state of a checkpoint if this run continues the run that was saved.
 
     Args:
-        resume_fingerprint: settings that step numbers and the order of the data depend on.
+        fingerprint: settings that step numbers and the order of the data depend on.
 
     Raises:
         TrainingError: the file cannot be read, or a value of the fingerprint differs.
@@ -337,7 +375,7 @@ def load_state(folder: str | Path, resume_fingerprint: dict[str, Any]) -> dict[s
             f"{path} cannot be read ({error}). With several machines, output_dir must be on a disk that all of them "
             "share"
         ) from error
-    for key, value in resume_fingerprint.items():
+    for key, value in fingerprint.items():
         if state.get(key) == value:
             continue
         new_run = f"or start a new run from its weights: --init_from {folder} and another --output_dir"
@@ -350,40 +388,38 @@ def load_state(folder: str | Path, resume_fingerprint: dict[str, Any]) -> dict[s
             f"cannot resume from {folder}: it was trained with {_SETTINGS.get(key, key)}={state.get(key)}, this run "
             f"has {value}. Resume with the same setting, {new_run}"
         )
-    return state
+    state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
+    names = [field.name for field in fields(LoopState) if field.name != "saved"]
+    say(f"resume    from {folder}, step {state['step']:,}")
+    return LoopState(**{name: state[name] for name in names})
 
 
-def load_optimizer(
-    folder: str | Path, model: "GPT2ReproForCausalLM", optimizer: AcceleratedOptimizer, device: torch.device
-) -> None:
+def load_training_state(folder: str | Path, models: TrainingModels, accelerator: Accelerator) -> None:
     """
-    Load the optimizer's moments by parameter name.
+    Load the optimizer's moments by parameter name, and this process's random state, if the saved run had its rank.
 
     Raises:
-        TrainingError: they cannot be read, or do not fit the optimizer.
+        TrainingError: the moments cannot be read, or do not fit the optimizer.
     """
+    device, rank = accelerator.device, accelerator.process_index
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     new_run = f"or start a new run from its weights: --init_from {folder}"
     try:
         tensors = load_file(path)
         if device.type == "cpu":  # otherwise they stay mapped from the file, see copy_from_file
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-        load_moments(tensors, model, optimizer)
+        load_moments(tensors, models.bare, models.optimizer)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be read ({error}); resume from another checkpoint, {new_run}") from error
     except ValueError as error:
         raise TrainingError(
             f"{path} does not fit ({error}); resume with the optim.muon_lr (or none) it was saved with, {new_run}"
         ) from error
-
-
-def load_rng(folder: str | Path, rank: int, device: torch.device) -> None:
-    """Restore this process's random state, if the saved run had a process of this rank."""
-    tensors = load_file(Path(folder) / "training_state" / "rng.safetensors")
-    if f"{rank}.cpu" in tensors:
-        torch.set_rng_state(tensors[f"{rank}.cpu"])
-    if f"{rank}.{device.type}" in tensors and device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(tensors[f"{rank}.{device.type}"])
+    rng = load_file(Path(folder) / "training_state" / "rng.safetensors")
+    if f"{rank}.cpu" in rng:
+        torch.set_rng_state(rng[f"{rank}.cpu"])
+    if f"{rank}.{device.type}" in rng and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(rng[f"{rank}.{device.type}"])
 
 
 def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -8,14 +8,19 @@ line. The resolved settings are written to the run's provenance.json before the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.models import check_name, load_gpt2_config
+from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
+from training.distributed import run_on_main
 from training.logging import check_trackers
 from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
 
+VOCAB_SIZE = 50257  # GPT-2's
+SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 
 # Intervals of numbers: [ and ] include the end, ( and ) exclude it. The upper end of a count is above any real run's.
@@ -250,6 +255,29 @@ def _check(config: Config) -> None:
             f"batch.seq_len={config.batch.seq_len}; "
             f"nearest: {nearest_multiples(config.batch.tokens_per_step, config.batch.seq_len)}"
         )
+
+
+def settle_shape(config: Config, resume_from: Path | None) -> GPT2ReproConfig:
+    """Return the model's configuration. Every process must call this.
+
+    With init_from, the settings take over the shape of those weights, and once a run has begun, of its own checkpoints.
+
+    Raises:
+        TrainingError: the shape is impossible, or too short for the training sequences.
+        UserError: init_from cannot be opened, or is not a GPT-2.
+    """
+    if config.init_from is not None:
+        if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
+            config.init_from = run_on_main(check_name, config.init_from)
+        source = run_on_main(load_gpt2_config, str(resume_from or config.init_from), vocab_size=VOCAB_SIZE)
+        config.model = replace(config.model, **{name: getattr(source, name) for name in SHAPE})
+        check_lengths(config)
+    shape = {name: getattr(config.model, name) for name in SHAPE}
+    dropout = config.model.dropout
+    try:
+        return GPT2ReproConfig(**shape, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    except ValueError as error:
+        raise TrainingError(f"model: {error}") from error
 
 
 def check_lengths(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Start this process's Accelerator, run functions on the main process alone, and leave the process group."""
+"""Start this process's Accelerator, run and print on the main process alone, and leave the process group."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import (
@@ -18,7 +19,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
+from tqdm import tqdm
 
+from common.cli import check_world_size, encodable
 from training import TrainingError
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -39,7 +42,7 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
         mixed_precision: "auto", "no" or "bf16".
 
     Raises:
-        TrainingError: the launcher's processes do not see each other, or its way of sharding is not supported.
+        UserError: the launcher's processes do not see each other, or its way of sharding is not supported.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         _refuse_sharding("DeepSpeed")  # accelerate would import the package first
@@ -53,12 +56,7 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != accelerator.num_processes:
-        raise TrainingError(
-            f"the launcher started {launched} processes, but this one sees {accelerator.num_processes}: they would "
-            "train separate models side by side. Launch with one of accelerate_configs/*.yaml that fits this machine"
-        )
+    check_world_size(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         _refuse_sharding("fsdp_version: 1")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
@@ -72,6 +70,7 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in float32
+    transformers.utils.logging.disable_progress_bar()
     return accelerator
 
 
@@ -143,18 +142,27 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def run_on_main(accelerator: Accelerator, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+def say(line: str = "") -> None:
+    """Print a line on the main process, above the progress bar. A full disk or a closed pipe does not end the run."""
+    if is_main_process():
+        with contextlib.suppress(OSError):
+            tqdm.write(encodable(line))
+
+
+def is_main_process() -> bool:
+    """Return True on the first process of the run, also before an Accelerator exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def run_on_main(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
     """
-    Call `function(*args, **kwargs)` on the main process and return its result on every process.
+    Call `function(*args, **kwargs)` on the main process and return its result, which is pickled, on every process.
 
     If the function raises an error, every process exits: if only one process exited, the others would hang until the
     process-group timeout.
-
-    Args:
-        function: returns a value that can be sent to other processes.
     """
     result, error = None, None
-    if accelerator.is_main_process:
+    if is_main_process():
         try:
             result = function(*args, **kwargs)
         except Exception as raised:

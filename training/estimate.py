@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_gpt2repro.loss import CHUNK_ROWS
+from training.distributed import say
 
 if TYPE_CHECKING:
     from modeling_gpt2repro import GPT2ReproConfig
@@ -42,7 +43,7 @@ DOLLARS_PER_HOUR = {
 # Bytes of a process without a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
 _BASE_BYTES = {"cpu": 0.6e9, None: 0.8e9}
 # Fragmentation of glibc's heap by (device, bytes per activation), fitted to runs (benchmarks/memory.py).
-_FRAGMENTATION = {("cpu", 2): 1.25, ("cpu", 4): 1.55}
+_FRAGMENTATION: dict[tuple[str | None, int], float] = {("cpu", 2): 1.25, ("cpu", 4): 1.55}
 _DROPOUT_BYTES = 22  # per attention weight: 12, and fragmentation
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": up to 4 epochs are nearly as good as new data.
 _MAX_USEFUL_EPOCHS = 4
@@ -120,7 +121,7 @@ def find_hardware(accelerator: Accelerator, dollars_per_hour: float | None = Non
         mixed_precision=mixed_precision,
         peak_flops=peak,
         peak_source=source,
-        dollars_per_hour=dollars_per_hour or DOLLARS_PER_HOUR.get(find_device(name)),
+        dollars_per_hour=dollars_per_hour or DOLLARS_PER_HOUR.get(find_device(name) or ""),
     )
 
 
@@ -184,11 +185,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     free = psutil.virtual_memory().available
-    with contextlib.suppress(OSError, ValueError, TypeError):  # no limit ("max"), or not Linux
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
         group = Path("/sys/fs/cgroup")
         used = int((group / "memory.current").read_text())
         # Inactive page cache counts as used but is reclaimable.
-        inactive = int(re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)[1])
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        inactive = int(statistics["inactive_file"])
         free = min(free, int((group / "memory.max").read_text()) - (used - inactive))
     return free
 
@@ -227,12 +229,16 @@ class Plan:
     """Arithmetic, memory, time and cost of a run."""
 
     shape: "GPT2ReproConfig"
-    num_parameters: int
-    """of the model, tied matrices counted once"""
     batch: "BatchConfig"
     max_steps: int
-    dropout: float
     hardware: Hardware
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model. The token embedding, which is also the head's matrix, counts once."""
+        width = self.shape.n_embd
+        block = 12 * width**2 + 13 * width  # c_attn 3, c_proj 1, MLP 4 + 4; biases 3 + 1 + 4 + 1, LayerNorms 4
+        return (self.shape.vocab_size + self.shape.n_positions) * width + self.shape.n_layer * block + 2 * width
 
     @property
     def flops_per_token(self) -> int:
@@ -268,22 +274,22 @@ class Plan:
         # Per block and token: two residual inputs in float32; in the compute dtype, the inputs of c_attn (D), attention
         # (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
         block = 8 * n_embd + 10 * width * n_embd + 4 * n_head
-        if self.dropout:
+        if self.shape.resid_pdrop:
             block += 2 * n_embd  # two masks, one byte each
         # Last LayerNorm and loss: input, output, its copy in the compute dtype, its gradient.
         ends = (12 + width) * n_embd
         # The block whose backward pass runs: gradients inside the MLP and of the residual stream.
         backward = 8 * width * n_embd + 8 * n_embd
-        activations = rows * (n_layer * block + ends + backward)
+        activations: float = rows * (n_layer * block + ends + backward)
         casts = width * num_parameters if width == 2 else 0  # matrices in bfloat16, cast once per forward pass
         activations = (activations + casts) * _FRAGMENTATION.get((kind, width), 1)
-        if self.dropout and kind == "cpu":  # attention without a fused kernel: T x T weights three times, float32
+        if self.shape.attn_pdrop and kind == "cpu":  # no fused kernel: T x T weights three times, float32
             activations += rows * n_layer * n_head * self.batch.seq_len * _DROPOUT_BYTES
         vocab_size = self.shape.vocab_size
         head_rows = min(rows, CHUNK_ROWS[kind])
         head = 4 * vocab_size * n_embd + head_rows * vocab_size * (width if kind == "cpu" else width + 4)
         buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
-        gradients = 4 * num_parameters
+        gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
         # one, gradients grow as activations are freed, or live in the buckets.
         if rows * num_processes == self.batch.tokens_per_step:
@@ -296,27 +302,27 @@ class Plan:
             base=_BASE_BYTES[kind],
         )
 
-    def describe(self) -> list[str]:
+    def describe(self) -> str:
         """Return the console's lines about the model, the run and the hardware."""
         shape, flops = self.shape, self.flops_per_token
-        return [
+        return (
             f"model     {self.num_parameters:,} parameters: {shape.n_layer} layers, {shape.n_embd} wide, "
-            f"{shape.n_head} heads, {flops / 1e9:.3f} GFLOP per token",
-            f"plan      {self.max_steps:,} steps, {self.total_tokens:,} tokens, {self.total_tokens * flops:.2e} FLOP",
-            self.hardware.describe(),
-        ]
+            f"{shape.n_head} heads, {flops / 1e9:.3f} GFLOP per token\n"
+            f"plan      {self.max_steps:,} steps, {self.total_tokens:,} tokens, {self.total_tokens * flops:.2e} FLOP\n"
+            f"{self.hardware.describe()}"
+        )
 
-    def describe_batch(self, micro_batch_size: int, accumulation: int) -> list[str]:
-        """Return the batch as an equation, and the memory it takes."""
+    def describe_batch(self, micro_batch_size: int, accumulation: int) -> str:
+        """Return the console's lines about the batch, as an equation, and about the memory it takes."""
         memory = self.estimate_memory(micro_batch_size)
-        return [
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory._asdict().items())
+        return (
             f"batch     {micro_batch_size} sequences x {self.batch.seq_len} tokens x {accumulation} accumulated x "
-            f"{self.hardware.num_processes} process(es) = {self.batch.tokens_per_step:,} tokens per step",
-            f"memory    about {memory.total / 1e9:.2f} GB per process: "
-            + ", ".join(f"{name} {value / 1e9:.2f}" for name, value in memory._asdict().items()),
-        ]
+            f"{self.hardware.num_processes} process(es) = {self.batch.tokens_per_step:,} tokens per step\n"
+            f"memory    about {memory.total / 1e9:.2f} GB per process: {parts}"
+        )
 
-    def describe_rental(self) -> list[str]:
+    def describe_rental(self) -> str:
         """
         Return time and cost on rented GPUs, one and eight, with the source of each rate.
 
@@ -325,6 +331,7 @@ class Plan:
         lines = []
         for name in ("A100", "H100", "H200"):
             device, price = DEVICES[name], DOLLARS_PER_HOUR[name]
+            assert device.tokens_per_s is not None
             rate = device.tokens_per_s * FLOPS_PER_TOKEN_124M / self.flops_per_token
             hours = self.total_tokens / rate / 3600
             lines.append(
@@ -332,7 +339,7 @@ class Plan:
                 f"eight, ${hours * price:,.2f} at ${price:.2f} per hour (list price, {PRICES_DATE}; {rate:,.0f} "
                 f"tokens/s each, {device.source})"
             )
-        return lines
+        return "\n".join(lines)
 
 
 def format_duration(seconds: float) -> str:
@@ -341,11 +348,10 @@ def format_duration(seconds: float) -> str:
     return f"{years:,.0f} years" if years >= 100 else str(timedelta(seconds=round(seconds)))
 
 
-def warn_of_repetition(epochs: float) -> list[str]:
-    """Return the lines of a warning if the data is repeated more often than repetition helps, else none."""
-    if round(epochs) <= _MAX_USEFUL_EPOCHS:
-        return []
-    return [
-        f"warning: each training token is seen {epochs:,.1f} times; after about {_MAX_USEFUL_EPOCHS}, repeating "
-        "teaches less and less (arXiv 2305.16264): prepare more text, lower max_steps, or raise model.dropout"
-    ]
+def warn_of_repetition(epochs: float) -> None:
+    """Print a warning if the data is repeated more often than repetition helps."""
+    if round(epochs) > _MAX_USEFUL_EPOCHS:
+        say(
+            f"warning: each training token is seen {epochs:,.1f} times; after about {_MAX_USEFUL_EPOCHS}, repeating "
+            "teaches less and less (arXiv 2305.16264): prepare more text, lower max_steps, or raise model.dropout"
+        )

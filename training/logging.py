@@ -6,9 +6,9 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from tqdm import tqdm
@@ -19,8 +19,11 @@ from common.errors import UserError, one_line
 from common.files import finite, write_text_atomically
 from common.metrics import read_metrics, recover_metrics
 from training import TrainingError
+from training.checkpoint import LoopState, run_folder_of
 from training.curves import plot_curves
+from training.distributed import is_main_process, say
 from training.estimate import Plan, format_duration
+from training.provenance import write_provenance
 
 PROJECT = "gpt2-repro"  # in W&B and Trackio
 # The time left is the console lines', since tqdm's estimate ignores evaluations and the slow first step.
@@ -28,128 +31,137 @@ _BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
 
 
 class RunLog:
-    """Log of a run. Every process has one; only the main process's writes."""
+    """Log of a run. Every process has one; only the main process's writes.
+
+    Args:
+        output_dir: the run's folder.
+        settings: all resolved settings.
+        first_step: steps taken before this launch.
+        loss_lines: {name: value} of horizontal lines in the plot of the losses.
+        score_lines: the same in the plot of HellaSwag.
+    """
 
     def __init__(
         self,
         output_dir: Path,
-        *,
-        say: Callable[[str], object],
-        is_main_process: bool,
         plan: Plan,
-        step: int,
-        log_every: int,
-        eval_every: int,
+        settings: dict[str, Any],
+        first_step: int,
+        *,
         loss_lines: Mapping[str, float],
         score_lines: Mapping[str, float],
-    ):
-        """
-        Args:
-            output_dir: the run's folder.
-            say: prints a line.
-            step: steps taken before this launch.
-            log_every: steps between lines on the console.
-            loss_lines: {name: value} of horizontal lines in the plot of the losses.
-            score_lines: the same in the plot of HellaSwag.
-        """
-        self._say, self._is_main, self._output_dir = say, is_main_process, output_dir
+    ) -> None:
+        self._output_dir, self._plan, self._settings = output_dir, plan, settings
+        self._tokens_per_step = plan.batch.tokens_per_step
         self._loss_lines, self._score_lines = loss_lines, score_lines
         self._title = f"{output_dir.name}: {plan.num_parameters / 1e6:.1f}M parameters"
         self._trackers: list[GeneralTracker] = []
-        self._metrics: MetricsWriter | None = None
+        self._metrics: MetricsWriter | None = None  # on the main process
+        self._console = ConsoleLog(
+            plan, first_step=first_step, log_every=settings["log_every"], eval_every=settings["eval_every"]
+        )
         self.metrics_path = output_dir / "metrics.jsonl"
-        if is_main_process:
-            hardware = plan.hardware
-            self._console = ConsoleLog(
-                say,
-                step=step,
-                max_steps=plan.max_steps,
-                log_every=log_every,
-                eval_every=eval_every,
-                tokens_per_step=plan.batch.tokens_per_step,
-                flops_per_token=plan.flops_per_token,
-                peak_flops=hardware.peak_flops * hardware.num_processes,
-                dollars_per_hour=hardware.dollars_per_hour and hardware.dollars_per_hour * hardware.num_processes,
-            )
 
     def open(
-        self,
-        trackers: Sequence[str],
-        settings: dict[str, Any],
-        *,
-        step: int,
-        previous_folder: Path | None = None,
-        is_evaluated: bool = False,
-        last_lr: float | None = None,
+        self, state: LoopState, data: dict[str, Any], resume_from: Path | None = None, last_lr: float | None = None
     ) -> None:
         """
-        Create the files and start the trackers. Called on the main process.
+        Create the files, provenance.json among them, and start the trackers. Called on the main process.
 
         Args:
-            trackers: "tensorboard", "wandb", "trackio".
-            settings: shown by the trackers.
-            step: steps taken before this launch.
-            previous_folder: the run's folder that this launch resumes from; a run that is resumed into a new folder
-                copies its history. None for a fresh run.
-            is_evaluated: True if the evaluation of `step` is in the history.
+            state: the loop's, where this launch starts.
+            data: fingerprint of the training data.
+            resume_from: a checkpoint. If it is in another run's folder, that run's history is copied.
             last_lr: this launch's learning rate for the last step of the history.
 
         Raises:
             UserError: a tracker does not start, or the history cannot be read.
         """
-        history = []
+        step, history, previous_folder = state.step, [], None
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        if previous_folder is not None:
-            records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir, warn=self._say)
-            history = records_up_to(records, step, is_evaluated=is_evaluated)
-            logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), last_lr)
-            if last_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
-                self._say(
+        if resume_from is not None:
+            previous_folder = run_folder_of(resume_from, self._output_dir)
+            records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir, warn=say)
+            history = records_up_to(records, step, is_evaluated=state.evaluated)
+            logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), None)
+            if last_lr is not None and logged_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
+                say(
                     f"resume    the learning rate of step {step:,} was {logged_lr:.3g} and is {last_lr:.3g} now: "
                     "max_steps or a setting of optim.* has changed"
                 )
-        resume_step = None if previous_folder is None else step
-        self._trackers = start_trackers(trackers, self._output_dir, settings, resume_step=resume_step)
-        self._metrics = MetricsWriter(self.metrics_path, history=history, warn=self._say)
+        resume_step = None if resume_from is None else step
+        self._trackers = start_trackers(self._settings, self._output_dir, resume_step=resume_step)
+        self._metrics = MetricsWriter(self.metrics_path, history=history)
+        write_provenance(self._output_dir, self._settings, data, self._plan, step, previous_folder)
 
-    def log_step(self, record: dict[str, Any]) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close(has_failed=error is not None)
+
+    def log_step(
+        self, state: LoopState, *, loss: float, lr: float, grad_norm: float, seconds: float, windows: Sequence[Any]
+    ) -> None:
         """
         Log a training step.
 
         Args:
-            record: step, tokens, loss, lr, grad_norm, ms, tokens_per_s; if the step was skipped also "skipped", with
-                loss, grad_norm, so_far, in_a_row and windows.
+            state: the loop's, after the step.
+            windows: descriptions of the windows that made the step's loss or gradient infinite or NaN, so that the step
+                was skipped; empty if it was not.
+
+        Raises:
+            TrainingError: this was one skipped step too many. Raised on every process.
         """
-        if not self._is_main:
-            return
-        self._metrics.write(record)
-        if "skipped" in record:
-            skipped = record["skipped"]
-            self._say(
-                f"step {record['step']:>6,} | SKIPPED: loss {skipped['loss']}, gradient norm {skipped['grad_norm']}; "
-                "its windows are in metrics.jsonl; "
-                f"skipped so far: {skipped['so_far']}, in a row: {skipped['in_a_row']}"
+        record: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.step * self._tokens_per_step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "ms": round(1000 * seconds, 2),
+            "tokens_per_s": round(self._tokens_per_step / seconds, 1),
+        }
+        if windows:
+            skips = {"so_far": state.num_skipped, "in_a_row": state.consecutive_skips, "windows": windows}
+            record["skipped"] = {"loss": str(loss), "grad_norm": str(grad_norm), **skips}
+            say(
+                f"step {state.step:>6,} | SKIPPED: loss {loss}, gradient norm {grad_norm}; its windows are in "
+                f"metrics.jsonl; skipped so far: {state.num_skipped}, in a row: {state.consecutive_skips}"
             )
         else:
-            self._track(record["step"], {name: value for name, value in record.items() if name != "step"})
-        self._console.log_step(record)
+            self._track(state.step, {name: value for name, value in record.items() if name != "step"})
+        if self._metrics is not None:
+            self._metrics.write(record)
+            self._console.log_step(record)
+        if state.consecutive_skips >= self._settings["optim"]["max_skipped_steps"]:
+            raise TrainingError(
+                f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the last {state.consecutive_skips} steps "
+                "were not finite. The parameters are those from before, and so are the checkpoints. Lower optim.lr or "
+                "raise optim.warmup_steps, look at the windows in metrics.jsonl, and resume with --resume auto"
+            )
 
-    def log_evaluation(self, record: dict[str, Any]) -> None:
+    def log_evaluation(self, step: int, result: dict[str, Any]) -> None:
         """
         Log an evaluation and draw curves.png.
 
         Args:
-            record: step, tokens, val_loss, hellaswag (its metrics, n, num_truncated and is_sample; or None),
-                hellaswag_seconds, seconds.
+            result: val_loss, hellaswag (its metrics, n, num_truncated and is_sample; or None), hellaswag_seconds,
+                seconds and samples, which are printed only.
         """
-        if not self._is_main:
+        if self._metrics is None:
             return
+        samples = result.pop("samples")
+        record = {"step": step, "tokens": step * self._tokens_per_step, **result}
         self._metrics.write(record)
         scores = record["hellaswag"] or {}
         tracked = {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if scores}
-        self._track(record["step"], {"val_loss": record["val_loss"], **tracked})
+        self._track(step, {"val_loss": record["val_loss"], **tracked})
         self._console.log_evaluation(record)
-        if record["step"] == 0:
+        for text in samples:
+            say(f"    {text!r}")
+        if step == 0:
             return  # nothing to draw yet, and importing matplotlib would delay the first step
         try:
             plot_curves(
@@ -160,14 +172,14 @@ class RunLog:
                 hellaswag_lines=self._score_lines,
             )
         except (OSError, UserError) as error:
-            self._say(f"warning: curves.png could not be written ({error})")
+            say(f"warning: curves.png could not be written ({error})")
 
     def _track(self, step: int, values: dict[str, float]) -> None:
         for tracker in [*self._trackers]:
             try:
                 tracker.log(values, step=step)
             except OSError as error:  # a full disk or a lost network; TensorBoard's writer does not recover from it
-                self._say(
+                say(
                     f"warning: {tracker.name} stops at step {step:,} ({error}); metrics.jsonl continues, and "
                     f"{tracker.name} does when the run is resumed"
                 )
@@ -175,29 +187,25 @@ class RunLog:
 
     def close(self, *, has_failed: bool = False) -> None:
         """Close the files and let the trackers send what they have. A second call does nothing."""
-        if not self._is_main:
-            return
         self._console.close()
         if self._metrics is not None:
             self._metrics.close()
         while self._trackers:
             finish_tracker(self._trackers.pop(), has_failed=has_failed)
 
-    def print_summary(self, *, val_loss: float | None, num_skipped: int, checkpoint: Path) -> None:
+    def print_summary(self, state: LoopState, checkpoint: Path) -> None:
         """Print the results and commands to use the checkpoint."""
-        if not self._is_main:
-            return
-        self._say(f"\ntrained for {format_duration(self._console.training_seconds)}, without evaluations and saving")
-        if num_skipped:
-            self._say(f"skipped {num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
+        say(f"\ntrained for {format_duration(self._console.training_seconds)}, without evaluations and saving")
+        if state.num_skipped:
+            say(f"skipped {state.num_skipped} steps that were not finite; their windows are in {self.metrics_path}")
         lines = "".join(f", {name} {value:.4f}" for name, value in self._loss_lines.items())
-        self._say(f"validation loss {'not finite' if val_loss is None else f'{val_loss:.4f}'}{lines}")
+        say(f"validation loss {state.val_loss:.4f}{lines}")
         best = best_of(list_checkpoints(checkpoint.parent))
         if best is not None and best.folder != checkpoint:
-            self._say(f"best      {best.describe()}")
+            say(f"best      {best.describe()}")
         board = self._output_dir / "tensorboard"
         show_board = f"    (tensorboard --logdir {shell_quote(board)})" if board.is_dir() else ""
-        self._say(
+        say(
             NEXT_STEPS.format(
                 folder=checkpoint.as_posix(),  # no backslashes inside Python's quotes
                 quoted=shell_quote(checkpoint),
@@ -231,22 +239,20 @@ class MetricsWriter:
     A step's is {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}, an evaluation's {"step", "tokens",
     "val_loss", "hellaswag", "hellaswag_seconds", "seconds"}. `step` counts optimizer steps. A skipped step also has
     "skipped", and null for a number that is not finite.
+
+    Args:
+        path: the file, which is replaced.
+        history: records to begin with, from `records_up_to` for a resumed run.
     """
 
-    def __init__(self, path: Path, *, history: Iterable[dict[str, Any]] = (), warn: Callable[[str], object] = print):
-        """
-        Args:
-            path: the file, which is replaced.
-            history: records to begin with, from `records_up_to` for a resumed run.
-            warn: called with a line if the disk does not accept a record.
-        """
-        self.path, self._warn = path, warn
+    def __init__(self, path: Path, *, history: Iterable[dict[str, Any]] = ()) -> None:
+        self.path = path
         write_text_atomically(self.path, "".join(json.dumps(record) + "\n" for record in history))
         self._file = self.path.open("ab", buffering=0)
         self._pending = b""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line. On a full disk, the line stays in memory and is written with a later one."""
+        """Append a line. On a full disk, warn; the line stays in memory and is written with a later one."""
         was_behind = bool(self._pending)
         self._pending += json.dumps(finite(record), allow_nan=False).encode() + b"\n"
         try:
@@ -254,7 +260,7 @@ class MetricsWriter:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             if not was_behind:
-                self._warn(f"warning: {self.path} cannot be written ({error}); its lines are kept until it can")
+                say(f"warning: {self.path} cannot be written ({error}); its lines are kept until it can")
 
     def close(self) -> None:
         """Close the file."""
@@ -279,38 +285,17 @@ def records_up_to(records: Iterable[dict[str, Any]], step: int, *, is_evaluated:
 class ConsoleLog:
     """Prints one line per log interval, shows a progress bar on a terminal, and estimates the time left."""
 
-    def __init__(
-        self,
-        say: Callable[[str], object],
-        *,
-        step: int,
-        max_steps: int,
-        log_every: int,
-        eval_every: int,
-        tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float,
-        dollars_per_hour: float | None,
-    ):
-        """
-        Args:
-            say: prints a line.
-            step: steps taken before this launch.
-            peak_flops: FLOP/s of all devices together.
-            dollars_per_hour: of all devices together; None if unknown.
-        """
-        self._say = say
-        self._first_step, self._max_steps = step, max_steps
+    def __init__(self, plan: Plan, *, first_step: int, log_every: int, eval_every: int) -> None:
+        hardware = plan.hardware
+        self._first_step, self._max_steps = first_step, plan.max_steps
         self._log_every, self._eval_every = log_every, eval_every
-        self._tokens_per_step = tokens_per_step
-        self._peak_tokens_per_s = peak_flops / flops_per_token
-        self._dollars_per_hour = dollars_per_hour
+        self._tokens_per_step = plan.batch.tokens_per_step
+        # Both of all devices together.
+        self._peak_tokens_per_s = hardware.peak_flops * hardware.num_processes / plan.flops_per_token
+        self._dollars_per_hour = (hardware.dollars_per_hour or 0) * hardware.num_processes  # 0: unknown
+        is_shown = is_main_process() and sys.stderr.isatty()
         self._bar = tqdm(
-            total=max_steps,
-            initial=step,
-            bar_format=_BAR,
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
+            total=plan.max_steps, initial=first_step, bar_format=_BAR, disable=not is_shown, dynamic_ncols=True
         )
         self._seconds: list[float] = []  # of the steps since the last line
         self._first_step_seconds = 0.0  # including compilation
@@ -336,7 +321,7 @@ class ConsoleLog:
         tokens_per_s = self._tokens_per_step / seconds_per_step
         self._seconds.clear()
         cost = f", ${seconds_left / 3600 * self._dollars_per_hour:,.2f}" if self._dollars_per_hour else ""
-        self._say(
+        say(
             f"step {step:>6,}/{self._max_steps:,} {step / self._max_steps:4.0%} | loss {record['loss']:.4f} | "
             f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {1000 * seconds_per_step:,.0f} ms | "
             f"{tokens_per_s:,.0f} tok/s | {tokens_per_s / self._peak_tokens_per_s:.1%} of peak | "
@@ -355,7 +340,7 @@ class ConsoleLog:
                 f" ({'SAMPLE items' if scores['is_sample'] else 'items'}, n={scores['n']}{truncated}, "
                 f"{record['hellaswag_seconds']:.1f} s)"
             )
-        self._say(f"{line} | {record['seconds']:.1f} s")
+        say(f"{line} | {record['seconds']:.1f} s")
 
     def close(self) -> None:
         """Remove the bar."""
@@ -385,17 +370,14 @@ def check_trackers(names: Iterable[str]) -> None:
             raise TrainingError(f"trackers: {name} is not installed: pip install {name}, or leave it out")
 
 
-def start_trackers(
-    names: Iterable[str], output_dir: Path, settings: dict[str, Any], *, resume_step: int | None
-) -> list[GeneralTracker]:
+def start_trackers(settings: dict[str, Any], output_dir: Path, *, resume_step: int | None) -> list[GeneralTracker]:
     """
-    Start accelerate's trackers by name. Called on the main process.
+    Start accelerate's trackers. Called on the main process.
 
     Args:
-        names: "tensorboard", "wandb", "trackio".
+        settings: the run's, shown next to the curves. Its "trackers" are to be started.
         output_dir: the run's folder. Its name is the run's name, its tensorboard/ has TensorBoard's files, and its file
             run_id identifies the run to W&B and Trackio.
-        settings: shown next to the curves.
         resume_step: the step that the run resumes from; None for a fresh run.
 
     Raises:
@@ -413,7 +395,7 @@ def start_trackers(
     }
     os.environ.setdefault("WANDB_SILENT", "true")
     trackers = []
-    for name in names:
+    for name in settings["trackers"]:
         try:
             tracker = start[name]()
             tracker.start()

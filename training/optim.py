@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -70,7 +70,7 @@ def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_
         them. Each group has "lr_ratio", its learning rate over `optim.lr`.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    muon_params = []
+    muon_params: list[torch.Tensor] = []
     if optim.muon_lr is not None:
         muon_params = [p for p in model.transformer.h.parameters() if p.dim() == 2 and p.requires_grad]
     in_muon = set(muon_params)
@@ -80,10 +80,10 @@ def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
     fused = device_type in _FUSED_ADAMW
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=tuple(optim.betas), eps=optim.eps, fused=fused)
-    if not muon_params:
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+    if optim.muon_lr is None:
         return adamw
-    qkv_params = {block.attn.c_attn.weight for block in model.transformer.h}  # Q, K and V in one
+    qkv_params = {p for name, p in model.named_parameters() if name.endswith("c_attn.weight")}  # Q, K and V in one
     muon = {"lr": optim.muon_lr, "weight_decay": optim.muon_weight_decay, "lr_ratio": optim.muon_lr / optim.lr}
     muon_groups = [
         {"params": [p for p in muon_params if p in qkv_params], "num_splits": 3, **muon},
@@ -103,14 +103,13 @@ class MuonAdamW(torch.optim.Optimizer):
     - Matrices of the same shape are orthogonalized together, in a few large kernels.
     - FSDP2's shards of a matrix are gathered once.
     - As in fused AdamW, a step changes nothing if the scalar tensor `found_inf` is 1. The host does not wait for it.
+
+    Args:
+        muon_groups: parameter groups of matrices, with "lr", "weight_decay" and "num_splits".
+        adamw: the optimizer of the other parameters.
     """
 
-    def __init__(self, muon_groups: list[dict[str, Any]], adamw: torch.optim.AdamW):
-        """
-        Args:
-            muon_groups: parameter groups of matrices, with "lr", "weight_decay" and "num_splits".
-            adamw: the optimizer of the other parameters.
-        """
+    def __init__(self, muon_groups: list[dict[str, Any]], adamw: torch.optim.AdamW) -> None:
         self._adamw = adamw
         super().__init__([{**group, "momentum": _MOMENTUM} for group in muon_groups] + adamw.param_groups, defaults={})
         self._link_adamw()
@@ -125,10 +124,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link_adamw()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         """Update all parameters, unless `found_inf` is set to 1."""
         found_inf = getattr(self, "found_inf", None)
-        self._adamw.found_inf = found_inf
+        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]  # read by fused AdamW
         self._adamw.step()
         skip = None if found_inf is None else found_inf.bool()
         for group in self.param_groups:
@@ -160,6 +159,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state = self.state[p]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
+            assert p.grad is not None
             momentum = state["momentum_buffer"].lerp(p.grad, 1 - group["momentum"])
             direction = p.grad.lerp(momentum, group["momentum"])  # Nesterov
             directions.append(full_tensor(direction))

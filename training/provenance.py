@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from common.checkpoints import is_local
 from common.files import write_json
@@ -23,14 +24,12 @@ _MAX_DIFF_CHARACTERS = 1_000_000
 
 
 def write_provenance(
-    path: Path,
-    *,
+    output_dir: Path,
     settings: dict[str, Any],
     data: dict[str, Any],
     plan: Plan,
-    distributed_type: str,
     step: int,
-    previous_path: Path | None,
+    previous_folder: Path | None,
 ) -> None:
     """
     Write provenance.json: this launch, and under "earlier_launches" the launches before it.
@@ -38,18 +37,15 @@ def write_provenance(
     Args:
         settings: all resolved settings.
         data: fingerprint of the training data.
-        distributed_type: accelerate's.
         step: the step that this launch resumes from; 0 for a fresh run.
-        previous_path: provenance.json of the run that this launch resumes, possibly in another folder; None for a fresh
-            run.
+        previous_folder: the run that this launch resumes, possibly in another folder; None for a fresh run.
     """
-    record = describe_launch(settings=settings, data=data, plan=plan, distributed_type=distributed_type, step=step)
-    write_json(path, {**record, "earlier_launches": earlier_launches(previous_path, step)})
+    record = describe_launch(settings, data, plan, step)
+    earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", step)
+    write_json(output_dir / "provenance.json", {**record, "earlier_launches": earlier})
 
 
-def describe_launch(
-    *, settings: dict[str, Any], data: dict[str, Any], plan: Plan, distributed_type: str, step: int
-) -> dict[str, Any]:
+def describe_launch(settings: dict[str, Any], data: dict[str, Any], plan: Plan, step: int) -> dict[str, Any]:
     """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -72,7 +68,7 @@ def describe_launch(
             "device": plan.hardware.name,
             "processes": plan.hardware.num_processes,
             "dollars_an_hour": plan.hardware.dollars_per_hour,  # of one device
-            "distributed": distributed_type,
+            "distributed": PartialState().distributed_type.value,
             "mixed_precision": plan.hardware.mixed_precision,
             "cpu_threads": torch.get_num_threads(),
             "cpu_count": os.cpu_count(),
@@ -81,16 +77,16 @@ def describe_launch(
     }
 
 
-def earlier_launches(path: Path | None, step: int) -> list[dict[str, Any]]:
+def earlier_launches(path: Path, step: int) -> list[dict[str, Any]]:
     """
     Return the launches in a provenance.json up to a step, oldest first.
 
     Args:
-        path: None, a missing file and a damaged file give an empty list.
+        path: a missing file and a damaged file give an empty list.
         step: the step that a branch resumes from; launches from later steps are not part of its past.
     """
     launches = []
-    if path is not None and path.is_file():
+    if path.is_file():
         with contextlib.suppress(ValueError):
             last = json.loads(path.read_text(encoding="utf-8"))
             launches = [*last.pop("earlier_launches", []), last]

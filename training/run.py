@@ -6,17 +6,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from common.cli import interrupt_exit_code
+from common.cli import interrupt_exit_code, print_error
 from common.errors import UserError, one_line
 from common.files import write_json
 from common.locks import Lock, Timeout
 from training import TrainingError
-from training.distributed import MainProcessFailed
+from training.checkpoint import (
+    LoopState,
+    check_start,
+    checkpoint_folder,
+    find_checkpoint,
+    remove_leftovers,
+    run_folder_of,
+)
+from training.distributed import MainProcessFailed, is_main_process, say
 
 # sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Here: resume the run.
 EXIT_RESUME = 75
@@ -29,61 +36,64 @@ class RunFolder:
     A run's folder, from the lock to the last status.
 
     A context manager in every process of the run: leaving it releases the lock, and if an exception ends the run,
-    status.json says "failed" and names the exception.
+    status.json says "failed" and names the exception. Only the main process writes.
+
+    Args:
+        path: the folder, which need not exist yet.
+        patience_seconds: time that another run, which may be about to stop, has to leave the folder.
+        poll_seconds: time between looks at the lock.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike,
-        say: Callable[[str], object],
-        *,
-        patience_seconds: float = 60,
-        poll_seconds: float = 1,
-    ):
-        """
-        Args:
-            path: the folder, which need not exist yet.
-            say: called with a line for the user.
-            patience_seconds: time that another run, which may be about to stop, has to leave the folder.
-            poll_seconds: time between looks at the lock.
-        """
-        self.path, self._say = Path(path), say
+    def __init__(self, path: str | os.PathLike, *, patience_seconds: float = 60, poll_seconds: float = 1) -> None:
+        self.path = Path(path)
         self._patience_seconds, self._poll_seconds = patience_seconds, poll_seconds
         self._lock: Lock | None = None
         self._is_running = False
 
-    def lock(self, check: Callable[[], object] = lambda: None) -> None:
+    def open(self, resume: str | None) -> Path | None:
+        """
+        Lock the folder and return the checkpoint to resume from. Called on the main process.
+
+        Args:
+            resume: None, "auto" or the path of a checkpoint.
+
+        Raises:
+            TrainingError: as `lock` and `find_checkpoint`.
+        """
+        self.lock(resume)
+        remove_leftovers(self.path)
+        return find_checkpoint(resume, self.path)
+
+    def lock(self, resume: str | None) -> None:
         """
         Keep other runs out of the folder. Wait for another run that is about to stop.
 
-        Args:
-            check: called while another process has the folder; raises an error if waiting is useless.
-
         Raises:
-            TrainingError: another process does not leave, or the folder cannot be created.
+            TrainingError: another process does not leave, waiting is useless since `check_start` refuses the start, or
+                the folder cannot be created.
         """
         path = self.path.absolute()
         if not path.name:
             raise TrainingError(f"output_dir={str(path)!r} is not a folder for a run; name one below it")
         # Next to the folder, which is created only after all checks.
-        lock = Lock(path.with_name(f".{path.name}.lock"), warn=self._say)
+        lock = Lock(path.with_name(f".{path.name}.lock"), warn=say)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_dir():
                 raise NotADirectoryError(f"{path} is a file")
-            self._wait_for(lock, check)
+            self._wait_for(lock, resume)
         except OSError as error:
             raise TrainingError(f"output_dir={path} cannot be written to ({error}); choose another one") from None
         self._lock = lock
 
-    def _wait_for(self, lock: Lock, check: Callable[[], object]) -> None:
+    def _wait_for(self, lock: Lock, resume: str | None) -> None:
         deadline, timeout, is_waiting = time.monotonic() + self._patience_seconds, 0.0, False
         while True:
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout)
                 return
             try:
-                check()
+                check_start(resume, self.path)
             except UserError as error:
                 raise TrainingError(
                     f"another process is training in {self.path}: choose another --output_dir. After that process has "
@@ -94,32 +104,52 @@ class RunFolder:
                     f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
                 )
             if not is_waiting:
-                self._say(f"run       another process uses {self.path}; waiting for it to leave")
+                say(f"run       another process uses {self.path}; waiting for it to leave")
             is_waiting, timeout = True, min(self._poll_seconds, self._patience_seconds)
 
-    def mark_running(self, is_main_process: bool) -> None:
-        """Mark the run as running, after all checks. Every process must call this; the main process writes."""
-        if is_main_process:
-            self.write_status("running")
+    def has(self, checkpoint: Path | None) -> bool:
+        """Return True if a checkpoint is in this folder, also through a link."""
+        return checkpoint is not None and run_folder_of(checkpoint, self.path) == self.path
+
+    def mark_running(self) -> None:
+        """Mark the run as running, after all checks. Every process must call this."""
+        self._write("running")
         self._is_running = True
 
-    def mark_finished(self, checkpoint: Path, step: int, val_loss: float | None) -> None:
-        """Write the status "finished", unless it is there already."""
-        if self._status() != "finished":
-            self.write_status("finished", step=step, val_loss=val_loss, checkpoint=str(checkpoint))
-
-    def mark_failed(self, error: str) -> None:
-        """Write the status "failed" with an error's line."""
-        self.write_status("failed", error=error)
-
-    def write_status(self, status: str, **fields: Any) -> None:
+    def finish(self, state: LoopState, stop_reason: str | None) -> int:
         """
-        Write status.json, for scripts: launchers do not pass on the exit code of the program they launch.
+        Write the run's last status, and print a line unless that is "finished". Every process must call this.
 
         Args:
-            status: "running" (or killed), "resume me", "failed" or "finished".
+            stop_reason: why the run stops before its last step; None if it does not.
+
+        Returns:
+            exit code
         """
-        write_json(self.path / "status.json", {"status": status, "pid": os.getpid(), **fields})
+        checkpoint = checkpoint_folder(self.path, state.step)
+        if stop_reason is not None:
+            exit_code = stop_exit_code(stop_reason)
+            self._write("resume me", step=state.step, exit_code=exit_code)
+            say(f"\nstopped at step {state.step:,} ({stop_reason}); resume with the same command and --resume auto")
+            return exit_code
+        if state.has_diverged:
+            error = (
+                f"the validation loss of {checkpoint} is not finite: the training diverged. Train again in another "
+                "--output_dir with a lower optim.lr or more optim.warmup_steps, from the start or from an earlier "
+                "checkpoint (--resume)"
+            )
+            if is_main_process():
+                print_error(error)
+            self._write("failed", error=error)
+            return 1
+        if self._status() != "finished":
+            self._write("finished", step=state.step, val_loss=state.val_loss, checkpoint=str(checkpoint))
+        return 0
+
+    def _write(self, status: str, *, from_any_process: bool = False, **fields: Any) -> None:
+        """Write status.json, for scripts: launchers do not pass on the exit code of the program they launch."""
+        if is_main_process() or from_any_process:
+            write_json(self.path / "status.json", {"status": status, "pid": os.getpid(), **fields})
 
     def _status(self) -> str | None:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -136,10 +166,11 @@ class RunFolder:
         # "finished" and "resume me" are not overwritten either.
         if isinstance(error, UserError) and self._is_running:
             error.exit_code = 1
-        is_own = error is not None and not isinstance(error, MainProcessFailed)
-        if is_own and self._is_running and self._status() in ("running", None):
+        if error is None or isinstance(error, MainProcessFailed):
+            pass
+        elif self._is_running and self._status() in ("running", None):
             with contextlib.suppress(Exception):
-                self.mark_failed(_describe(error))
+                self._write("failed", from_any_process=True, error=_describe(error))
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -159,17 +190,14 @@ class StopRequest:
     A request to stop the run: SIGTERM, SIGUSR1, Ctrl-C, a time limit, or the launcher's death.
 
     A context manager: leaving it restores the signal handlers.
+
+    Args:
+        started: time.monotonic() when the program began.
     """
 
-    def __init__(self, max_hours: float | None, started: float, say: Callable[[str], object] = print):
-        """
-        Args:
-            started: time.monotonic() when the program began.
-            say: called with a line if signals cannot be handled.
-        """
+    def __init__(self, max_hours: float | None, started: float) -> None:
         self.reason: str | None = None
         """the signal's name or another reason; None if this process has no request"""
-        self._say = say
         self._handlers_before: dict[int, Any] = {}
         self._deadline = None if max_hours is None else started + 3600 * max_hours
         self._max_hours = max_hours
@@ -180,7 +208,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
-            self._say(
+            say(
                 "warning: training in a thread, which gets no signals: Ctrl-C and SIGTERM do not save a checkpoint "
                 "(--max_hours does)"
             )

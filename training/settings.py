@@ -213,8 +213,9 @@ def format_value(value: object) -> str:
 
 def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], dict[str, RawValue]]:
     """
-    Return the recipes that --config names, and the values of the settings by name. If a setting is repeated, the last
-    value counts.
+    Return the recipes that --config names, and the values of the settings by name.
+
+    If a setting is repeated, the last value counts.
 
     Raises:
         TrainingError: an unknown setting, a setting without a value, an argument that belongs to no setting.

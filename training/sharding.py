@@ -8,7 +8,7 @@ evaluation use full tensors by parameter name, so a run can be resumed with anot
 import contextlib
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,21 +17,32 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate
 
-if TYPE_CHECKING:
-    from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 # Optimizer state per parameter. The last entry has the parameter's shape.
 MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
+class TrainingModels(NamedTuple):
+    """One model, in the three forms that a run calls it by, and its optimizer."""
+
+    bare: GPT2ReproForCausalLM
+    """the module itself, for saving, scoring and sampling at any shape"""
+    compiled: torch.nn.Module
+    """`bare`, compiled if requested, for the validation loss"""
+    wrapped: torch.nn.Module
+    """`compiled`, wrapped by DDP or FSDP2 to exchange gradients, for training steps"""
+    optimizer: AcceleratedOptimizer
+
+
 def compile_and_wrap(
     accelerator: Accelerator,
-    model: "GPT2ReproForCausalLM",
+    model: GPT2ReproForCausalLM,
     optimizer: torch.optim.Optimizer,
+    accumulation: int,
     *,
     use_compile: bool,
-    accumulation: int,
-) -> tuple[torch.nn.Module, torch.nn.Module, AcceleratedOptimizer]:
+) -> TrainingModels:
     """
     Compile the model if requested and wrap it with `accelerator.prepare`.
 
@@ -39,23 +50,20 @@ def compile_and_wrap(
         model: the bare model on its device.
         optimizer: from `build_optimizer`, over the model's parameters.
         accumulation: micro-batches per optimizer step.
-
-    Returns:
-        (model for training steps, wrapped by DDP or FSDP2; the same before wrapping, compiled or not; the optimizer)
     """
     accelerator.gradient_accumulation_steps = accumulation
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    step_model = model
+    step_model: torch.nn.Module = model
     if use_compile and is_fsdp:
         for block in model.transformer.h:  # one graph per block: FSDP2 gathers a block's weights just before its call
             block.compile(dynamic=False)
     elif use_compile:
         # dynamic=None would recompile the training step for any batch size after a smaller last validation batch.
-        step_model = torch.compile(model, dynamic=False)
+        step_model = torch.compile(model, dynamic=False)  # type: ignore[assignment]  # a module, too
     if is_fsdp:
         accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
-    train_model, optimizer = accelerator.prepare(step_model, optimizer)
-    return train_model, step_model, optimizer
+    wrapped, optimizer = accelerator.prepare(step_model, optimizer)
+    return TrainingModels(model, step_model, wrapped, optimizer)
 
 
 def fsdp_precision_policy(mixed_precision: str) -> MixedPrecisionPolicy:
@@ -101,7 +109,7 @@ def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 def full_state_dict(
     model: torch.nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator, *, copy: bool
-) -> tuple[dict[str, torch.Tensor | None], dict[str, torch.Tensor | None]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     Gather parameters and optimizer state in the host's memory. Every process must call this.
 
@@ -112,18 +120,20 @@ def full_state_dict(
 
     Returns:
         ({"transformer.wte.weight": ..., ...}, {"exp_avg.transformer.wte.weight": ..., "step....": ..., ...}).
-        The values are None on every process but the main one.
+        Both are empty on every process but the main one.
     """
+    parameters: dict[str, torch.Tensor] = {}
+    moments: dict[str, torch.Tensor] = {}
 
-    def gather(tensor: torch.Tensor) -> torch.Tensor | None:
+    def gather(tensor: torch.Tensor, tensors: dict[str, torch.Tensor], name: str) -> None:
         tensor = full_tensor(tensor.detach())
-        return tensor.to("cpu", copy=copy).contiguous() if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            tensors[name] = tensor.to("cpu", copy=copy).contiguous()
 
-    parameters, moments = {}, {}
     for name, parameter in model.named_parameters():
-        parameters[name] = gather(parameter)
+        gather(parameter, parameters, name)
         for key, value in optimizer.state.get(parameter, {}).items():
-            moments[f"{key}.{name}"] = gather(value)
+            gather(value, moments, f"{key}.{name}")
     return parameters, moments
 
 
@@ -143,8 +153,8 @@ def load_moments(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optim
     index = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for name, parameter in model.named_parameters():
         kind = "Muon" if parameter in muon_params else "AdamW"
-        entry = {key: tensors.pop(f"{key}.{name}", None) for key in MOMENTS[kind]}
-        if any(value is None for value in entry.values()) or entry[MOMENTS[kind][-1]].shape != parameter.shape:
+        entry = {key: tensors.pop(f"{key}.{name}") for key in MOMENTS[kind] if f"{key}.{name}" in tensors}
+        if len(entry) < len(MOMENTS[kind]) or entry[MOMENTS[kind][-1]].shape != parameter.shape:
             raise ValueError(f"no fitting moments of {kind} for {name} {tuple(parameter.shape)}")
         if isinstance(parameter, DTensor):
             for key in [key for key in entry if key != "step"]:
@@ -167,15 +177,17 @@ def copy_from_file(model: torch.nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def meta_copy(model: "GPT2ReproForCausalLM") -> "GPT2ReproForCausalLM":
-    """Return a model of the same class and configuration on the meta device, without weights."""
+def meta_copy(model: GPT2ReproForCausalLM) -> GPT2ReproForCausalLM:
+    """Return a model of the same configuration on the meta device, without weights."""
     with torch.device("meta"):
-        meta_model = type(model)(deepcopy(model.config))
+        meta_model = GPT2ReproForCausalLM(
+            deepcopy(cast(GPT2ReproConfig, model.config))
+        )  # FSDP2 has changed the class of `model`
     meta_model.generation_config = deepcopy(model.generation_config)
     return meta_model
 
 
-def load_params(meta_model: "GPT2ReproForCausalLM", parameters: dict[str, torch.Tensor]) -> "GPT2ReproForCausalLM":
+def load_params(meta_model: GPT2ReproForCausalLM, parameters: dict[str, torch.Tensor]) -> GPT2ReproForCausalLM:
     """Assign parameters, without copying them, to a model from `meta_copy`. Return the model."""
     missing, unexpected = meta_model.load_state_dict(parameters, strict=False, assign=True)
     meta_model.tie_weights()
@@ -185,24 +197,20 @@ def load_params(meta_model: "GPT2ReproForCausalLM", parameters: dict[str, torch.
 
 
 @contextlib.contextmanager
-def unsharded_model(
-    model: "GPT2ReproForCausalLM", meta_model: "GPT2ReproForCausalLM"
-) -> Iterator["GPT2ReproForCausalLM"]:
+def unsharded_model(model: GPT2ReproForCausalLM) -> Iterator[GPT2ReproForCausalLM]:
     """
     Give a model in eval mode that each process can call alone. Every process must enter this.
 
     Args:
-        model: the bare model. It is given itself unless its parameters are sharded.
-        meta_model: from `meta_copy`. If the parameters are sharded, it is filled with the gathered parameters.
+        model: the bare model. It is given itself unless its parameters are sharded: then a copy with the gathered ones.
     """
     eval_model = model
     if any(isinstance(p, DTensor) for p in model.parameters()):
         with torch.no_grad():
-            eval_model = load_params(meta_model, {name: p.full_tensor() for name, p in model.named_parameters()})
+            parameters = {name: full_tensor(p) for name, p in model.named_parameters()}
+        eval_model = load_params(meta_copy(model), parameters)
     eval_model.eval()
     try:
         yield eval_model
     finally:
         model.train()
-        if eval_model is not model:
-            eval_model.to("meta")  # frees the gathered parameters

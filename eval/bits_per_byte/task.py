@@ -22,14 +22,12 @@ DEFAULT_MAX_LENGTH = 1024
 class Task(BaseTask):
     """The loss of a text or of shards, with every token scored once.
 
-    The first window scores as many tokens as fit the model. Each further window
-    scores `stride` more, after as many earlier ones as fit. These are the windows of lm-evaluation-harness (utils.py,
-    `get_rolling_token_windows`), whose stride is the full context, as in training's validation loss. A shorter stride
-    costs more forward passes and gives every token a longer context.
+    The first window scores as many tokens as fit the model. Each further window scores `stride` more, after as many
+    earlier ones as fit. With a stride of the full context, these are the windows of lm-evaluation-harness (utils.py,
+    `get_rolling_token_windows`) and of training's validation loss. A shorter stride gives tokens longer contexts.
 
         text       each document separately, after the model's beginning- or end-of-text token
-        shards     the validation split as one stream. The loss is over all its tokens, bits per byte over its text:
-                   end-of-text has no bytes
+        shards     the validation split as one stream; end-of-text counts for the loss but has no bytes
     """
 
     data: str = ""
@@ -52,12 +50,12 @@ class Task(BaseTask):
         stride = self.stride if self.stride is not None else max(1, max_length // 2)
         if not 1 <= stride <= max_length:
             raise EvalError(f"stride must be between 1 and the model's context of {max_length}, got {stride}")
-        from data import DataError
+        from common.errors import UserError
 
         try:
             read = self._read_shards if is_shards(self.data) else self._read_text
             return read(tokenizer, max_length, stride)
-        except DataError as error:
+        except UserError as error:
             # --errors is an option of data.prepare, not of this command.
             raise EvalError(str(error).replace(", or give --errors replace", "")) from error
 

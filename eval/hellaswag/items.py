@@ -1,8 +1,8 @@
 """Load HellaSwag's items from the Hub, a file, or the sample in this folder."""
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from eval.items import (
 
 HUB_ID = "Rowan/hellaswag"
 SAMPLE = Path(__file__).parent / "sample.jsonl"
-FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label")
 # The fields from which each prompt makes its context.
 CONTEXT_FIELDS = {"lecture": ("ctx",), "lm_eval": ("activity_label", "ctx_a", "ctx_b")}
 
@@ -51,6 +50,9 @@ class HellaSwagItem:
         return [lm_eval_text(ending) for ending in self.endings]
 
 
+FIELDS = tuple(field.name for field in fields(HellaSwagItem))
+
+
 def lm_eval_text(text: str) -> str:
     """Remove WikiHow's [tags] as lm-evaluation-harness does (tasks/hellaswag/utils.py, `preprocess`)."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -63,48 +65,44 @@ def load_items(
 
     Args:
         data: "hub": the validation split of Rowan/hellaswag, from the network or the local cache; if neither has it,
-            the sample is used instead and the description says so. "sample": 40 items written for this project, for
-            trying things out. Otherwise a .jsonl, .jsonl.gz or .jsonl.xz file with HellaSwag's fields: endings,
-            label, and those that the prompts need.
+            the sample is used instead and the description says so. "sample": 40 items written for this project.
+            Otherwise a file of JSON lines with HellaSwag's fields: endings, label, and those that the prompts need.
         limit: return only the first `limit` items; all are checked.
         prompts: names of CONTEXT_FIELDS.
 
     Raises:
-        EvalError: the file is missing or unreadable, or the item that the message names is malformed.
+        UserError: the file is missing or unreadable, or the item that the message names is malformed.
     """
     required = {"endings", "label"}.union(*(CONTEXT_FIELDS[prompt] for prompt in prompts))
-    fields = [name for name in FIELDS if name in required]
-    is_sample = data == "sample"
-    why = ""
+    is_sample, reason = data == "sample", ""
     if data == "hub":
         try:
             records, name = hub_records(HUB_ID, "validation"), f"{HUB_ID} (validation)"
         except HubUnavailableError as error:
             is_sample = True
-            why = f" ({HUB_ID} is not available: {error}; give a local copy of it to score that)"
-    if is_sample:
-        records = file_records(SAMPLE)
-    elif data != "hub":
+            reason = f" ({HUB_ID} is not available: {error}; give a local copy of it to score that)"
+    elif not is_sample:
         records, name = file_records(data, alternatives="'hub', 'sample', or "), str(data)
+    if is_sample:
+        records, name = file_records(SAMPLE), "sample"
 
-    items, count = first_items([_make_item(record, where, fields) for record, where in records], limit)
+    items, count = first_items([_make_item(record, where, required) for record, where in records], limit)
+    description = f"{name}, {count}"
     if is_sample:
         description = (
             f"SAMPLE of {len(items)} items written for this project, NOT HellaSwag: not comparable with "
-            f"published numbers{why}"
+            f"published numbers{reason}"
         )
-    else:
-        description = f"{name}, {count}"
     content = [[getattr(item, name) for name in FIELDS] for item in items]
     return list(items), DataInfo(description=description, is_sample=is_sample, sha256=sha256_of(content))
 
 
-def _make_item(record: Any, where: str, fields: Sequence[str]) -> HellaSwagItem:
-    check_fields(record, fields, where)
+def _make_item(record: Any, where: str, required: Collection[str]) -> HellaSwagItem:
+    check_fields(record, [name for name in FIELDS if name in required], where)
     endings, label = record["endings"], record["label"]
     context = {name: record.get(name, "") for name in ("activity_label", "ctx_a", "ctx_b", "ctx")}
     for name, text in context.items():
-        if name in fields:
+        if name in required:
             check_text(text, f"{where}: {name}", may_be_empty=name == "ctx_b")
     if not isinstance(endings, list) or len(endings) != 4:
         got = f"{len(endings)} of them" if isinstance(endings, list) else f"{endings!r:.60}"

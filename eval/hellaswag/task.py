@@ -41,13 +41,10 @@ class Task(BaseTask):
             raise EvalError(f"hellaswag: prompts must be one or more of {', '.join(_REQUESTS)}, got {self.prompts}")
         examples, data = load_items(self.data, self.limit, self.prompts)
         requests = [_REQUESTS[prompt](tokenizer, examples) for prompt in self.prompts]
-        items = [
-            Item(
-                list(item_requests),
-                {"label": example.label, "num_characters": [len(ending) for ending in example.lm_eval_endings]},
-            )
-            for example, *item_requests in zip(examples, *requests, strict=True)
-        ]
+        items = []
+        for example, *item_requests in zip(examples, *requests, strict=True):
+            num_characters = [len(ending) for ending in example.lm_eval_endings]
+            items.append(Item(item_requests, {"label": example.label, "num_characters": num_characters}))
         return items, data
 
     def process_item(self, item: Item, scores: ItemScores) -> ItemResult:

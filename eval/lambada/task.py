@@ -39,8 +39,8 @@ class Task(BaseTask):
     def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
         """Read the passages. See BaseTask.
 
-        `data` is "hub" (EleutherAI/lambada_openai), or a .jsonl, .jsonl.gz or .jsonl.xz file with the fields context
-        and continuation, or with the full passage as text.
+        `data` is "hub" (EleutherAI/lambada_openai), or a file of JSON lines with the fields context and continuation,
+        or with the full passage as text.
         """
         if self.data == "hub":
             try:

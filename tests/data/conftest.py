@@ -9,9 +9,21 @@ import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
 
-from data import hub
+from data.sources import sample_documents
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """Return the documents of the offline sample."""
+    return list(sample_documents())
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Make one part of each input file."""
+    monkeypatch.setattr("data.plan.PART_BYTES", 1)
 
 
 @pytest.fixture
@@ -22,7 +34,7 @@ def server():
 
 
 @pytest.fixture
-def client(server, monkeypatch, tmp_path):
+def client(server, monkeypatch, tmp_path, small_parts):
     """Point huggingface_hub in this process at the server."""
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost needs no network
@@ -31,27 +43,33 @@ def client(server, monkeypatch, tmp_path):
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + template.removeprefix("https://huggingface.co")
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
+    monkeypatch.setattr("common.hub.FIRST_PAUSE_SECONDS", 0.01)
     return server
 
 
 @pytest.fixture
-def run_command(tmp_path):
-    """run_command(*arguments, **environment) runs `python -m data.prepare ... --out tmp_path / "out"`."""
+def run_module(tmp_path):
+    """run_module("data.prepare", *arguments, **environment) runs a command of ours in a new process."""
 
     def run(*arguments, **environment):
-        return subprocess.run(
-            [sys.executable, "-m", "data.prepare", *map(str, arguments), "--out", tmp_path / "out"],
+        own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, arguments)],
             cwd=ROOT,
-            env={
-                **{name: value for name, value in os.environ.items() if not name.startswith("HF_")},
-                "HF_HOME": str(tmp_path / "hf_home"),
-                **environment,
-            },
+            env={**own, "HF_HOME": str(tmp_path / "hf_home"), **environment},
             capture_output=True,
             text=True,
             timeout=120,
         )
+        assert "Traceback" not in done.stderr
+        return done
 
     return run
+
+
+@pytest.fixture
+def run_command(run_module, tmp_path):
+    """run_command(*arguments, **environment) runs `python -m data.prepare ... --out tmp_path / "out"`."""
+    return lambda *arguments, **environment: run_module(
+        "data.prepare", *arguments, "--out", tmp_path / "out", **environment
+    )

@@ -17,6 +17,7 @@ from data.sources import FileSource
 
 TEXTS = [f"Document {i}. " + "Some words of it, again and again. " * (i % 9) for i in range(240)]
 FILES = 6
+PREPARED = {"name": "out", "val_fraction": 0.1}
 
 
 def parquet_file(texts):
@@ -62,18 +63,17 @@ def tokens_of(folder):
 
 
 @pytest.fixture
-def expected(tmp_path, monkeypatch):
+def expected(tmp_path, small_parts):
     """The shards that the same documents give from local files."""
-    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
     (tmp_path / "local").mkdir()
     for number, texts in enumerate(shares(TEXTS)):
         (tmp_path / "local" / f"{number}.parquet").write_bytes(parquet_file(texts))
-    prepare(FileSource([tmp_path / "local"]), tmp_path / "expected", name="out", val_fraction=0.1)
+    prepare(FileSource([tmp_path / "local"]), tmp_path / "expected", **PREPARED)
     return tokens_of(tmp_path / "expected")
 
 
 def test_subset_is_prepared_file_by_file(client, expected, tmp_path):
-    manifest = prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+    manifest = prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     assert tokens_of(tmp_path / "out") == expected
     assert manifest.source["revision"] == COMMIT
     assert manifest.source["subset"] == "sample-10BT"
@@ -84,7 +84,7 @@ def test_subset_is_prepared_file_by_file(client, expected, tmp_path):
 
 def test_keep_leaves_the_parquet_files(client, tmp_path):
     tmp_path = tmp_path / ".cache"  # the folder's own name must not matter
-    prepare(source(tmp_path, subset="sample-10BT", keep=True), tmp_path / "out", name="out", val_fraction=0.1)
+    prepare(source(tmp_path, subset="sample-10BT", keep=True), tmp_path / "out", **PREPARED)
     for path, content in FINEWEB.items():
         if path.startswith("sample"):
             assert (tmp_path / "out" / "downloads" / path).read_bytes() == content
@@ -96,26 +96,19 @@ FAULTS = [429, 500, 503, "drop", "truncate", "corrupt"]
 @pytest.mark.parametrize("fault", FAULTS)
 def test_transient_faults_are_retried(client, expected, tmp_path, fault, capsys):
     """Every fault on every kind of request; the last file fails twice, except with 429, which waits a second."""
-    asked = ["GET .*001_00000", "GET .*005_00000", "GET .*005_00000"][: 1 if fault == 429 else None]
-    client.faults += [
-        (pattern, fault) for pattern in [*asked, *(["revision", "tree"] if isinstance(fault, int) else [])]
-    ]
-    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+    patterns = ["GET .*001_00000", "GET .*005_00000", "GET .*005_00000"][: 1 if fault == 429 else None]
+    if isinstance(fault, int):
+        patterns += ["revision", "tree", "HEAD .*002_00000"]
+    client.faults += [(pattern, fault) for pattern in patterns]
+    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     assert client.faults == []
-    assert tokens_of(tmp_path / "out") == expected
-
-
-def test_each_file_fails_twice_and_is_retried(client, expected, tmp_path):
-    client.faults += [(f"GET .*00{i}_00000", fault) for i in range(FILES) for fault in ("corrupt", 500)]
-    client.faults += [("HEAD .*002_00000", 503)]
-    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
     assert tokens_of(tmp_path / "out") == expected
 
 
 def test_hanging_server_times_out_and_is_retried(client, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("data.hub._LISTING_SECONDS", 0.3)
     client.faults += [("revision", "hang"), ("tree", "hang")]
-    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     assert tokens_of(tmp_path / "out") == expected
     assert capsys.readouterr().err.count("no response in 0 seconds") == 2
 
@@ -123,11 +116,11 @@ def test_hanging_server_times_out_and_is_retried(client, expected, tmp_path, mon
 def test_failed_download_keeps_finished_parts_and_resumes(client, expected, tmp_path, capsys):
     client.faults += [("GET .*003_00000", 500)] * 100
     with pytest.raises(DataError, match=r"003_00000\.parquet: request to .* failed after 6 attempts \(HTTP 500\)"):
-        prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+        prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     assert "trying again" in capsys.readouterr().err
     client.faults.clear()
     client.log.clear()
-    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     assert tokens_of(tmp_path / "out") == expected
     assert not any(f"00{i}_00000" in path for i in range(3) for _, path in client.log)  # no download twice
 
@@ -135,10 +128,10 @@ def test_failed_download_keeps_finished_parts_and_resumes(client, expected, tmp_
 def test_resume_uses_the_commit_of_the_first_lookup(client, expected, tmp_path, monkeypatch):
     client.faults += [("GET .*003_00000", 404)]
     with pytest.raises(DataError):
-        prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+        prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     client.faults.clear()
     monkeypatch.setattr("hub_server.COMMIT", "d" * 40)  # a push in the meantime
-    manifest = prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1)
+    manifest = prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED)
     assert manifest.source["revision"] == "c" * 40
 
 
@@ -155,7 +148,7 @@ def test_resume_uses_the_commit_of_the_first_lookup(client, expected, tmp_path, 
 )
 def test_missing_names_are_errors(client, tmp_path, options, words):
     with pytest.raises(DataError, match=words) as error:
-        prepare(source(tmp_path, **options), tmp_path / "out", name="out", val_fraction=0.1)
+        prepare(source(tmp_path, **options), tmp_path / "out", **PREPARED)
     assert "\n" not in str(error.value)
 
 
@@ -181,7 +174,7 @@ def test_training_files_without_a_card(client, tmp_path):
 
 
 def test_max_tokens_downloads_no_more_than_it_needs(client, tmp_path):
-    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", name="out", val_fraction=0.1, max_tokens=2000)
+    prepare(source(tmp_path, subset="sample-10BT"), tmp_path / "out", **PREPARED, max_tokens=2000)
     assert not any("003_00000" in path for _, path in client.log)
 
 
@@ -206,7 +199,7 @@ def test_offline_mode_is_an_error_on_one_line(run_command, tmp_path):
 def test_no_network_is_an_error(client, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(DataError, match=r"request to http://127\.0\.0\.1:9 failed after 6 attempts .*HF_ENDPOINT"):
-        prepare(source(tmp_path), tmp_path / "out", name="out", val_fraction=0.1)
+        prepare(source(tmp_path), tmp_path / "out", **PREPARED)
     assert not (tmp_path / "out").exists()
 
 
@@ -214,5 +207,5 @@ def test_messages_never_contain_the_token(client, tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("HF_TOKEN", "hf_" + "secret" * 6)
     client.faults += [("revision", 500), ("revision", 403)]
     with pytest.raises(DataError) as error:
-        prepare(source(tmp_path), tmp_path / "out", name="out", val_fraction=0.1)
+        prepare(source(tmp_path), tmp_path / "out", **PREPARED)
     assert "secret" not in str(error.value) + capsys.readouterr().err

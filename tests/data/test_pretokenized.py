@@ -5,6 +5,7 @@ import struct
 import numpy as np
 import pytest
 from hub_server import COMMIT
+from shard_folders import content_of, llm_c
 
 from data import DataError
 from data.hub import HubRepository
@@ -18,11 +19,6 @@ TOKENS = {
     f"fineweb_{split}_{number:06d}": RNG.randint(0, 50257, 700)
     for split, number in [("val", 0), ("train", 1), ("train", 2), ("train", 3)]
 }
-
-
-def llm_c(tokens):
-    """Encode tokens as llm.c's dev/data/data_common.py does."""
-    return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 @pytest.fixture(params=["bin", "npy"])
@@ -46,17 +42,16 @@ EXPECTED = [tokens.tolist() for name, tokens in TOKENS.items() if "train" in nam
 @pytest.mark.parametrize("where", ["imported", "ours"])
 def test_local_shards_are_used_in_place(folder, tmp_path, where):
     """The manifest is written next to the shards or into another folder."""
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = content_of(folder)
     manifest = prepare(LocalShards(folder), tmp_path / where, name="any")
     assert train_tokens(tmp_path / where) == EXPECTED
     assert manifest.total("train", "documents") == sum(tokens.count(50256) for tokens in EXPECTED)
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"} == before
+    assert before.items() <= content_of(folder).items()
     assert {path.name for path in (tmp_path / "ours").glob("*")} <= {"manifest.json"}
     assert verify(tmp_path / where)[1] == {}
     victim = next(folder.glob("*_train_000002*"))
-    content = bytearray(victim.read_bytes())
-    content[-3] ^= 1
-    victim.write_bytes(content)
+    content = victim.read_bytes()
+    victim.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     with pytest.raises(DataError, match=r"_train_000002\.\w+: bytes .* do not match their checksum"):
         train_tokens(tmp_path / where)
     with pytest.raises(DataError, match="were imported; copy these again"):
@@ -102,16 +97,13 @@ def test_hub_shards_survive_faults_and_repair(hub, tmp_path):
     hub.faults += [("GET .*train_000002", fault) for fault in ("drop", "corrupt", "truncate")]
     manifest = prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
     assert manifest.source["revision"] == COMMIT
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "manifest.json",
-        *(f"{name}.bin" for name in TOKENS),
-    }
     assert train_tokens(tmp_path / "out") == EXPECTED
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = content_of(tmp_path / "out")
+    assert before.keys() == {"manifest.json", *(f"{name}.bin" for name in TOKENS)}
     (tmp_path / "out" / "fineweb_train_000002.bin").unlink()
     hub.log.clear()
     repair(tmp_path / "out", log=lambda line: None)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert content_of(tmp_path / "out") == before
     assert {path for method, path in hub.log if method == "GET" and "resolve" in path} == {
         f"/datasets/kjj0/fineweb10B-gpt2/resolve/{COMMIT}/fineweb_train_000002.bin"
     }

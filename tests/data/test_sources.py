@@ -6,6 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from common.errors import UserError
 from data import DataError
 from data.sources import FileSource, Progress, decode_record, docstrings, sample_documents
 
@@ -32,10 +33,9 @@ def zstd(content, *, frames=1):
     return sink.getvalue().to_pybytes()
 
 
-def test_sample_is_english_prose_and_deterministic():
-    texts = list(sample_documents())
-    assert texts == list(sample_documents())
-    text = "\n".join(texts)
+def test_sample_is_english_prose_and_deterministic(sample):
+    assert sample == list(sample_documents())
+    text = "\n".join(sample)
     assert 1_000_000 < len(text) < 5_000_000
     assert 'The "with" statement' in text  # the language reference
     assert "Return a list of" in text  # docstrings
@@ -147,7 +147,7 @@ def test_errors_replace_replaces_invalid_bytes(tmp_path):
 )
 def test_unreadable_input_names_file_and_line(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(UserError) as error:
         documents([tmp_path / name])
     for word in words:
         assert word in str(error.value)
@@ -167,7 +167,7 @@ def test_damaged_parquet_page_is_an_error(tmp_path):
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[2000:2100] = bytes(100)
     (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.parquet: damaged"):
+    with pytest.raises(UserError, match=r"a\.parquet: damaged"):
         documents([tmp_path / "a.parquet"])
 
 

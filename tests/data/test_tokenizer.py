@@ -10,7 +10,6 @@ from tiny_run import ROOT
 from transformers import AutoTokenizer
 
 from data import DataError, tokenizer
-from data.sources import sample_documents
 from data.tokenizer import EOT, VOCAB_SIZE, encode_document, load_encoder, load_hf_tokenizer, load_tiktoken
 
 # All of Unicode (hypothesis omits surrogates, which UTF-8 cannot have), and texts that are hard for tokenizers.
@@ -59,10 +58,9 @@ def test_gigatoken_agrees(both, text):
     assert load_encoder("gigatoken")(text).tolist() == both[0].encode_ordinary(text)
 
 
-def test_tokenizer_backends_agree_on_real_text(both):
+def test_tokenizer_backends_agree_on_real_text(both, sample):
     pytest.importorskip("gigatoken")
-    documents = list(sample_documents())
-    for text in documents:
+    for text in sample:
         expected = [EOT, *both[0].encode_ordinary(text)]
         assert encode_document(text).tolist() == expected
         assert encode_document(text, "gigatoken").tolist() == expected

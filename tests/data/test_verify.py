@@ -1,43 +1,28 @@
-import json
+"""`verify` and `repair`: every damage is found, named and repaired."""
+
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from shard_folders import DOCUMENTS, content_of, jsonl, jsonl_folder, times_of
 
+from common.errors import UserError
 from data import DataError
 from data.manifest import open_split, read_manifest
 from data.prepare import prepare
 from data.shards import write_shard
 from data.sources import FileSource
-from data.verify import repair, verify
+from data.verify import main, repair, verify
 
-ROOT = Path(__file__).parents[2]
-TEXTS = [f"Document {i}. " + "Some words of it, again and again. " * (i % 9) for i in range(120)]
+TEXTS = DOCUMENTS[:120]
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, small_parts):
     """Six parts of one or two shards."""
-    monkeypatch.setattr("data.prepare._PART_BYTES", 1)
-    (tmp_path / "text").mkdir()
-    for number in range(6):
-        lines = (f"{json.dumps(text)}\n" for text in TEXTS[number * 20 : number * 20 + 20])
-        (tmp_path / "text" / f"{number}.jsonl").write_text("".join(lines))
-    prepare(FileSource([tmp_path / "text"]), tmp_path / "out", name="t", val_fraction=0.2, shard_tokens=400)
+    source = FileSource([jsonl_folder(tmp_path / "text", TEXTS, 6)])
+    prepare(source, tmp_path / "out", name="t", val_fraction=0.2, shard_tokens=400)
     return tmp_path / "out"
-
-
-def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_intact_folder_has_no_problems(folder):
-    checked, problems = verify(folder)
-    assert len(checked) == len(read_manifest(folder).shards) > 12
-    assert problems == {}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +37,10 @@ def test_intact_folder_has_no_problems(folder):
     ],
 )
 def test_damaged_shard_is_named_and_repaired(folder, damage, words):
-    before = content_of(folder)
+    checked, problems = verify(folder)
+    assert len(checked) == len(read_manifest(folder).shards) > 6
+    assert problems == {}
+    before, times = content_of(folder), times_of(folder)
     entry = read_manifest(folder).shards[5]
     victim = folder / entry["file"]
     if damage:
@@ -62,25 +50,24 @@ def test_damaged_shard_is_named_and_repaired(folder, damage, words):
     _, problems = verify(folder)
     assert list(problems) == [victim.name]
     assert words in problems[victim.name]
-    others = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
     lines = []
     repair(folder, log=lines.append)
     assert lines == [f"repair    making part {entry['part']} again", f"repair    {victim.name} is repaired"]
     assert content_of(folder) == before
-    assert others == {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path != victim}
+    assert [name for name, time in times_of(folder).items() if times[name] != time] == [victim.name]
 
 
 def test_repair_refuses_a_changed_source(folder, tmp_path):
     victim = folder / read_manifest(folder).shards[0]["file"]
     victim.unlink()
-    text = (tmp_path / "text" / "0.jsonl").read_text()
-    (tmp_path / "text" / "0.jsonl").write_text(text.replace("Document 1.", "Document I."))
+    text = tmp_path / "text" / "0.jsonl"
+    text.write_text(text.read_text().replace("Document 1.", "Document I."))
     with pytest.raises(DataError, match="the source's documents have changed"):
         repair(folder)
     assert not victim.exists()
     assert not (folder / ".repair").exists()
-    (tmp_path / "text" / "0.jsonl").unlink()
-    with pytest.raises(DataError, match=r"0\.jsonl"):
+    text.unlink()
+    with pytest.raises(UserError, match=r"0\.jsonl"):
         repair(folder)
 
 
@@ -88,20 +75,19 @@ def test_repair_stops_at_max_tokens(folder, tmp_path):
     out = tmp_path / "some"
     prepare(FileSource([tmp_path / "text"]), out, name="t", val_fraction=0.2, shard_tokens=400, max_tokens=2500)
     before = content_of(out)
-    last = out / read_manifest(out).shards[-1]["file"]
-    last.unlink()
+    (out / read_manifest(out).shards[-1]["file"]).unlink()
     repair(out, log=lambda line: None)
     assert content_of(out) == before
 
 
 def test_shards_without_a_manifest(tmp_path):
-    write_shard(tmp_path / "x_train_000001.bin", np.arange(50))
+    path = tmp_path / "x_train_000001.bin"
+    write_shard(path, np.arange(50))
     write_shard(tmp_path / "x_val_000000.bin", np.arange(50))
     assert verify(tmp_path)[1] == {}
-    content = bytearray((tmp_path / "x_train_000001.bin").read_bytes())
-    content[1122:1124] = b"\xff\xff"
-    (tmp_path / "x_train_000001.bin").write_bytes(content)
-    assert "token 49 is 65535" in verify(tmp_path)[1]["x_train_000001.bin"]
+    content = path.read_bytes()
+    path.write_bytes(content[:1122] + b"\xff\xff" + content[1124:])
+    assert "token 49 is 65535" in verify(tmp_path)[1][path.name]
     with pytest.raises(DataError, match=r"no manifest\.json, which names the source"):
         repair(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
@@ -111,78 +97,63 @@ def test_shards_without_a_manifest(tmp_path):
         verify(tmp_path / "empty")
 
 
-def test_command_reports_damage_and_repairs(folder):
-    def run(*arguments):
-        command = [sys.executable, "-m", "data.verify", folder, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert "match their checksums" in done.stdout
+def test_command_reports_damage_and_repairs(folder, run_module, capsys):
+    assert main([str(folder)]) == 0
+    assert "match their checksums" in capsys.readouterr().out
     victim = next(folder.glob("*.bin"))
     victim.write_bytes(victim.read_bytes()[:-2])
-    done = run()
-    assert done.returncode == 1
-    assert f"error: {victim}: " in done.stderr
-    assert "1 of " in done.stderr
-    assert "Traceback" not in done.stderr
-    done = run("--repair")
-    assert done.returncode == 0, done.stderr
-    assert run().returncode == 0
+    assert main([str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {victim}: " in error
+    assert "error: 1 of " in error
+    assert run_module("data.verify", folder, "--repair").returncode == 0
+    assert main([str(folder)]) == 0
+
+
+MUTATIONS = {
+    "flip": lambda rng, content, at: content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :],
+    "bytes": lambda rng, content, at: content[:at] + rng.randbytes(rng.randrange(1, 20)) + content[at + 20 :],
+    "zero": lambda rng, content, at: content[:at] + bytes(len(content[at : at + 100])) + content[at + 100 :],
+    "cut": lambda rng, content, at: content[:at],
+    "longer": lambda rng, content, at: content + rng.randbytes(rng.randrange(1, 10)),
+    "shift": lambda rng, content, at: content[:at] + content[at + rng.randrange(1, 5) :],
+    "double": lambda rng, content, at: content[: at + rng.randrange(1, 100)] + content[at:],
+    "text": lambda rng, content, at: content.replace(b"train", b"val", rng.randrange(1, 3)),
+}
 
 
 def mutate(rng, folder):
     """Damage a random file in a random way; return the kind and the path."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    paths = sorted(folder.iterdir())
     path = rng.choice([*paths, folder / "manifest.json"])
-    content = bytearray(path.read_bytes())
-    kind = rng.choice(["flip", "flip", "bytes", "zero", "cut", "longer", "shift", "swap", "text", "missing", "double"])
-    offset = rng.randrange(len(content))
-    if kind == "flip":
-        content[offset] ^= 1 << rng.randrange(8)
-    elif kind == "bytes":
-        for _ in range(rng.randrange(1, 20)):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-    elif kind == "zero":
-        content[offset : offset + rng.randrange(1, 300)] = bytes(min(rng.randrange(1, 300), len(content) - offset))
-    elif kind == "cut":
-        del content[offset:]
-    elif kind == "longer":
-        content += bytes(rng.randrange(256) for _ in range(rng.randrange(1, 10)))
-    elif kind == "shift":
-        del content[offset : offset + rng.randrange(1, 5)]
-    elif kind == "swap":
-        other = rng.choice(paths).read_bytes()
-        content = bytearray(other)
-    elif kind == "text":
-        content = bytearray(bytes(content).replace(b"train", b"val", rng.randrange(1, 3)))
-    elif kind == "double":
-        content[offset:offset] = content[offset : offset + rng.randrange(1, 100)]
+    kind = rng.choice([*MUTATIONS, "flip", "swap", "missing"])
     if kind == "missing":
         path.unlink()
+    elif kind == "swap":
+        path.write_bytes(rng.choice(paths).read_bytes())
     else:
-        path.write_bytes(content)
+        content = path.read_bytes()
+        path.write_bytes(MUTATIONS[kind](rng, content, rng.randrange(len(content))))
     return kind, path
 
 
-def all_tokens(folder):
-    return {split: [shard[:].tolist() for shard in open_split(folder, split)] for split in ("train", "val")}
-
-
-def test_random_damage_is_always_detected(tmp_path, rounds=2500):
+def test_random_damage_is_always_detected(tmp_path, rounds=1000):
     """Reading a mutated shard or manifest gives the same tokens or a DataError; `verify` names the changed file."""
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "a.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in TEXTS))
+
+    def all_tokens():
+        return {split: [shard[:].tolist() for shard in open_split(folder, split)] for split in ("train", "val")}
+
     folder = tmp_path / "out"
-    prepare(FileSource([tmp_path / "text"]), folder, name="t", val_fraction=0.2, shard_tokens=1500)
-    intact, tokens = content_of(folder), all_tokens(folder)
+    source = FileSource([jsonl(tmp_path / "text" / "a.jsonl", TEXTS)])
+    prepare(source, folder, name="t", val_fraction=0.2, shard_tokens=1500)
+    intact, tokens = content_of(folder), all_tokens()
     rng = random.Random(rounds)
     refused = 0
     for _ in range(rounds):
         kind, path = mutate(rng, folder)
         is_changed = content_of(folder) != intact
         try:
-            assert all_tokens(folder) == tokens, (kind, path)
+            assert all_tokens() == tokens, (kind, path)
         except DataError as error:
             assert "\n" not in str(error)
             assert str(folder) in str(error)
@@ -196,7 +167,5 @@ def test_random_damage_is_always_detected(tmp_path, rounds=2500):
             assert list(problems) == [path.name], (kind, path)
         elif not is_changed:
             assert problems == {}
-        for name, content in intact.items():
-            if not (folder / name).exists() or (folder / name).read_bytes() != content:
-                (folder / name).write_bytes(content)
+        path.write_bytes(intact[path.name])
     assert refused > rounds / 2

@@ -12,6 +12,7 @@ from hub_server import HubServer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from data.tokenizer import load_hf_tokenizer
+from modeling_gpt2repro import GPT2ReproForCausalLM
 
 ROOT = Path(__file__).parents[2]
 # The discard port: connections are refused at once, on any machine.
@@ -41,6 +42,12 @@ def tiny_gpt2():
 
 
 @pytest.fixture(scope="session")
+def model(tiny_gpt2):
+    """Make the same model as this project's."""
+    return GPT2ReproForCausalLM.from_gpt2(tiny_gpt2).eval()
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
     """Save the tiny GPT-2 as a model of transformers' own, and return the folder."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -50,25 +57,12 @@ def checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def own_checkpoint(tmp_path_factory, tiny_gpt2, tokenizer):
+def own_checkpoint(tmp_path_factory, model, tokenizer):
     """Save the same model with this project's code, as train.py does, and return the folder."""
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-
     folder = tmp_path_factory.mktemp("runs") / "checkpoints" / "step_000100"
-    GPT2ReproForCausalLM.from_gpt2(tiny_gpt2).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def evaluate_cache(tmp_path_factory):
-    """Give `evaluate` a temporary folder for its copies of metrics instead of the user's cache."""
-    import evaluate
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(evaluate.config, "HF_METRICS_CACHE", tmp_path_factory.mktemp("metrics"))
-        yield
 
 
 @pytest.fixture

@@ -12,12 +12,11 @@ from lm_eval.models.huggingface import HFLM
 
 from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
-from eval.evaluator import load_tasks, score
+from eval.evaluator import load_tasks
 from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
-from modeling_gpt2repro import GPT2ReproForCausalLM
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 # A task of lm-eval with items from a file.
@@ -29,11 +28,6 @@ dataset_name: null
 dataset_kwargs: {{data_files: {{{split}: '{path}'}}}}
 training_split: null
 """
-
-
-@pytest.fixture(scope="module")
-def model(tiny_gpt2):
-    return GPT2ReproForCausalLM.from_gpt2(tiny_gpt2).eval()
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +137,7 @@ def test_bridge_returns_lm_evals_metrics_and_restores_training_mode(model, token
     loaded = load_tasks([name], tokenizer, model.config)
     model.train()
     try:
-        result = score(model, tokenizer, loaded)
+        result = evaluate(model, tokenizer, loaded)
         assert model.training
     finally:
         model.eval()

@@ -12,9 +12,11 @@ import pytest
 import torch
 from tiny_run import TWO_PROCESSES
 
-from eval import EvalError, command, evaluate
+from common.errors import UserError
+from common.models import load_model, load_tokenizer
+from common.weights import weights_sha256
 from eval import __main__ as program
-from eval.checkpoint import load_model, load_tokenizer, weights_sha256
+from eval import command, evaluate
 from eval.hellaswag import items
 from eval.hellaswag.items import SAMPLE
 from eval.hellaswag.task import Task as HellaSwag
@@ -57,7 +59,6 @@ def test_own_checkpoint_is_scored_on_a_file_of_items(run_python, own_checkpoint,
         *("--tasks", "hellaswag", "--device", "cpu", "--output", output),
     )
     assert (run.returncode, run.stderr) == (0, "")
-
     task = HellaSwag(data=str(data), limit=10)
     expected = evaluate(tiny_gpt2, tokenizer, [task])
     metrics = expected["results"]["hellaswag"]
@@ -67,7 +68,6 @@ def test_own_checkpoint_is_scored_on_a_file_of_items(run_python, own_checkpoint,
     [(name, description)] = result["tasks"].items()
     assert (name, description["version"], description["figures"]) == ("hellaswag", task.version, task.metrics)
     assert description["data"] == expected["tasks"]["hellaswag"]["data"]
-    assert description["data"]["source"] == f"{data}, the first 10 of 12 items"
     assert description["seconds"] > 0
     assert result["model"] == {
         **{"name": str(own_checkpoint), "revision": None, "class": "GPT2ReproForCausalLM", "dtype": "float32"},
@@ -137,21 +137,14 @@ def test_published_results_are_shown_for_the_full_set_only(in_process, monkeypat
         assert "OpenAI" not in printed.out
 
 
-def test_standard_error_of_one_item_is_null(in_process, tmp_path):
-    output = tmp_path / "result.json"
-    code, _ = in_process("--data", "sample", "--limit", 1, "--output", output)
-    assert code == 0
-    assert json.loads(output.read_text())["results"]["hellaswag"]["acc_stderr"] is None  # JSON has no nan
-
-
 def test_truncated_items_are_reported(in_process, tmp_path):
-    item = json.loads(GOOD)
+    item, words = json.loads(GOOD), "word " * 200  # too long for one prompt, for the other, for neither
+    items, output = [item | {"ctx": words}, item | {"ctx_a": words}, item], tmp_path / "result.json"
     data = tmp_path / "items.jsonl"
-    data.write_text(json.dumps(item | {"ctx": "word " * 200}) + "\n" + GOOD, encoding="utf-8")
-    output = tmp_path / "result.json"
+    data.write_text("\n".join(map(json.dumps, items)))
     _, printed = in_process("--data", data, "--output", output)
-    assert "hellaswag: 1 of 2 items did not fit the model's context and lost their beginning" in printed.out
-    assert json.loads(output.read_text())["results"]["hellaswag"]["num_truncated"] == 1
+    assert "hellaswag: 2 of 3 items did not fit the model's context and lost their beginning" in printed.out
+    assert json.loads(output.read_text())["results"]["hellaswag"]["num_truncated"] == 2
 
 
 def test_per_item_file_has_the_results_of_all_tasks(in_process, tmp_path):
@@ -219,38 +212,23 @@ def test_full_disk_keeps_the_older_file(in_process, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "helaswag"], "unknown task 'helaswag'; did you mean 'hellaswag'?"),
-        (
-            ["--tasks", "hellaswag", "zzz"],
-            "unknown task 'zzz'; choose from bits_per_byte, hellaswag, lambada, lm-eval:NAME",
-        ),
+        (["--tasks", "hellaswag", "zzz"], "choose from bits_per_byte, hellaswag, lambada, lm-eval:NAME"),
         (["--tasks", "lambada", "lambada"], "--tasks 'lambada' is listed twice"),
         (["--tasks", "lambada", "hellaswag", "--data", "x.jsonl"], "--data 'x.jsonl' must be TASK=PATH"),
-        (
-            ["--tasks", "lambada", "--data", "lambada=nowhere.jsonl"],
-            "items 'nowhere.jsonl': no such file; give 'hub' or a",
-        ),
         (["--tasks", "lambada", "--data", "helaswag=x.jsonl"], "--data 'helaswag=x.jsonl' must be TASK=PATH"),
+        (["--tasks", "lambada", "--data", "lambada=nowhere.jsonl"], "items 'nowhere.jsonl': no such file; give 'hub'"),
         (["--data", "hellaswag=a", "hellaswag=b"], "--data hellaswag=b: hellaswag already has 'a'"),
         (["--tasks", "lm-eval:piqa", "--data", "lm-eval:piqa=x"], "lm-eval finds its own data"),
         (["--tasks", "lm-eval:piqa", "--per_item", "x.jsonl"], "--per_item: not available for lm-eval's tasks"),
         (["--tasks", "bits_per_byte"], "bits_per_byte needs a text"),
         (["--tasks", "bits_per_byte", "--data", "nowhere"], "nowhere: no such file or folder"),
-        (["--tasks", "bits_per_byte", "--data", "LICENSE"], "LICENSE"),
+        (["--tasks", "bits_per_byte", "--data", "README.md", "--stride", "500"], "stride must be between 1 and"),
         (["--stride", "5"], "--stride 5: it is for bits_per_byte, which is not among --tasks"),
-        (
-            ["--tasks", "bits_per_byte", "--data", "README.md", "--stride", "500"],
-            "stride must be between 1 and",
-        ),
-        (["--per_item", "items.parquet"], "--per_item 'items.parquet' must end in .jsonl"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
-        (["--limit", "-3"], "--limit must be at least 1, got -3"),
-        (["--limit", "many"], "argument --limit: invalid int value: 'many'"),
         (["--tokens_per_batch", "0"], "--tokens_per_batch must be at least 1, got 0"),
-        (["--dtype", "float8"], "argument --dtype: invalid choice: 'float8'"),
-        (["--device", "abacus"], "device 'abacus' is not available"),
         (["--lim", "5"], "unrecognized arguments: --lim 5"),
-        (["--data", "nowhere.jsonl"], "items 'nowhere.jsonl': no such file; give"),
+        (["--device", "abacus"], "device 'abacus' is not available"),
+        (["--per_item", "items.parquet"], "--per_item 'items.parquet' must end in .jsonl"),
         (["--output", "no/such/folder/result.json"], "the folder 'no/such/folder' is not writable"),
         (["--output", "."], "--output '.' is a folder; name a file in it"),
     ],
@@ -259,50 +237,28 @@ def test_invalid_arguments_are_named(fails, checkpoint, arguments, message):
     assert message in fails("--model", checkpoint, *arguments)
 
 
-def test_model_is_required(fails):
-    assert "the following arguments are required: --model" in fails()
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "runs/my/run", "/no/such/folder", "a b"])
-def test_model_must_be_a_folder_or_hub_id(fails, name):
-    assert f"checkpoint {name!r}: no such folder, nor a Hub id" in fails("--model", name)
-
-
-def test_run_folder_suggests_its_checkpoint(fails, own_checkpoint):
-    assert f"give one of {own_checkpoint} " in fails("--model", own_checkpoint.parents[1])
+def test_model_must_be_a_folder_or_hub_id(fails, own_checkpoint):
+    """tests/test_mistakes.py has folders that are not checkpoints."""
+    assert "checkpoint 'a b': no such folder, nor a Hub id" in fails("--model", "a b")
     assert "is a file; give the folder" in fails("--model", own_checkpoint / "config.json")
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "[] is not a JSON object"),
-        (GOOD.replace('"label": ', '"label": 1'), "label must be 0, 1, 2 or 3"),
-        (GOOD.replace('"endings": ["', '"endings": ["", "'), "exactly 4 texts, got 5 of them"),
-        (json.dumps(json.loads(GOOD) | {"endings": ["a", "b", "", "d"]}), "ending 2 is empty"),
-        ('{"ctx": "a", "endings": ["a", "b", "c", "d"], "label": 1}', "the field 'activity_label' is missing"),
-    ],
-)
-def test_malformed_item_is_named_and_nothing_written(fails, checkpoint, tmp_path, line, message):
+def test_malformed_item_is_named_and_nothing_written(fails, checkpoint, tmp_path):
     data, output = tmp_path / "items.jsonl", tmp_path / "result.json"
-    data.write_text(f"{GOOD}\n{line}\n{GOOD}\n", encoding="utf-8")
+    data.write_text(f"{GOOD}\n{{}}\n", encoding="utf-8")
     error = fails("--model", checkpoint, "--data", data, "--limit", 1, "--output", output)
-    assert error.startswith(f"error: {data}:2: ")
-    assert message in error
+    assert error.startswith(f"error: {data}:2: the field 'activity_label' is missing")
     assert [path.name for path in tmp_path.iterdir()] == ["items.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------- models
 
 
-@pytest.mark.parametrize(("arguments", "dtype"), [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16)])
-def test_dtype_does_not_depend_on_the_saved_one(tiny_gpt2, tokenizer, tmp_path, arguments, dtype):
+def test_dtype_does_not_depend_on_the_saved_one(tiny_gpt2, tmp_path):
     copy.deepcopy(tiny_gpt2).to(torch.float16).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    args = program._parse_arguments(["--model", str(tmp_path), *arguments])
-    model = load_model(args.model, dtype=args.dtype, device="cpu")
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        model = load_model(str(tmp_path), dtype=name, device="cpu")
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 def test_weights_hash_depends_on_all_files_but_not_on_the_folders_name(tmp_path):
@@ -324,35 +280,26 @@ def _edit_config(folder, **changes):
 
 
 BREAKAGES = {
-    "no tokenizer": (
-        lambda f: [p.unlink() for p in f.glob("tokenizer*")],
-        "has no tokenizer; put one there with",
-    ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
-    "pickled weights": (
-        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        "no file named model.safetensors",
-    ),
-    "weights cut short": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "cannot be opened"),
-    "fewer weights": (
-        lambda f: _edit_config(f, n_layer=3),
-        "12 tensors that the weights lack or have in another",
-    ),
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer; put one there with"),
+    "fewer weights": (lambda f: _edit_config(f, n_layer=3), "12 tensors that the weights lack or have in another"),
     "other shapes": (lambda f: _edit_config(f, n_positions=64), "(transformer.wpe.weight, ...)"),
     "unknown kind": (lambda f: _edit_config(f, model_type="gpt7"), "model type `gpt7`"),
     "no kind": (lambda f: (f / "config.json").write_text("{}"), "Should have a `model_type` key"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "cannot be opened (TypeError: "),
-    "tokenizer broken": (
-        lambda f: (f / "tokenizer.json").write_text("{"),
-        "cannot be opened (JSONDecodeError: ",
+    "tokenizer broken": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be opened (JSONDecodeError: "),
+    "weights cut short": (lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100), "cannot be opened"),
+    "pickled weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "no file named model.safetensors",
     ),
 }
 
 
 def test_own_checkpoint_without_tokenizer_is_refused(own_checkpoint, tmp_path):
+    """transformers would return an empty tokenizer."""
     folder = tmp_path / "bare"
     shutil.copytree(own_checkpoint, folder, ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(EvalError, match="has no tokenizer; put one there with"):
+    with pytest.raises(UserError, match="has no tokenizer"):
         load_tokenizer(str(folder))
 
 
@@ -362,7 +309,7 @@ def test_broken_checkpoint_is_named(checkpoint, tmp_path, kind):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoint, folder)
     breakage(folder)
-    with pytest.raises(EvalError) as raised:
+    with pytest.raises(UserError) as raised:
         load_tokenizer(str(folder))
         load_model(str(folder), dtype="float32", device="cpu")
     assert f"checkpoint {str(folder)!r}" in str(raised.value)
@@ -406,7 +353,8 @@ def test_output_follows_links_and_refuses_pipes(in_process, tmp_path):
     (tmp_path / "link.json").symlink_to("real.json")
     assert in_process("--data", "sample", "--limit", 1, "--output", tmp_path / "link.json")[0] == 0
     assert (tmp_path / "link.json").is_symlink()
-    assert json.loads((tmp_path / "real.json").read_text())["results"]["hellaswag"]["n"] == 1
+    results = json.loads((tmp_path / "real.json").read_text())["results"]["hellaswag"]
+    assert (results["n"], results["acc_stderr"]) == (1, None)  # JSON has no nan
     os.mkfifo(tmp_path / "pipe")
     code, printed = in_process("--data", "sample", "--output", tmp_path / "pipe")
     assert code == 2 and "is not a regular file" in printed.err
@@ -417,21 +365,19 @@ def test_interrupt_writes_nothing(in_process, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "score", stop)
+    monkeypatch.setattr(command, "evaluate", stop)
     code, printed = in_process("--data", "sample", "--output", tmp_path / "result.json")
     assert (code, printed.err.splitlines()[-1]) == (130, "interrupted; nothing was written")
     assert not list(tmp_path.iterdir())
 
 
 def test_bug_keeps_its_traceback(in_process, monkeypatch):
-    monkeypatch.setattr(command, "score", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(command, "evaluate", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         in_process("--data", "sample")
 
 
-def test_help_states_when_modeling_code_runs(run_python):
-    run = run_python("-m", "eval", "--help")
-    assert run.returncode == 0
-    text = " ".join(run.stdout.split())
-    assert "Modeling code in the folder is run" in text
-    assert "modeling code from the Hub only with --trust_remote_code" in text
+def test_help_states_when_modeling_code_runs(capsys):
+    with pytest.raises(SystemExit):
+        program.main(["--help"])
+    assert "modeling code from the Hub only with --trust_remote_code" in " ".join(capsys.readouterr().out.split())

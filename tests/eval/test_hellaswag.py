@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import EvalError, hub
+from common import hub
+from common.errors import UserError
 from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
 from eval.hellaswag.task import Task
 from eval.task import interleave_ranks, score_items
@@ -65,15 +66,6 @@ def test_sample_labels_cannot_be_guessed_from_length_or_position():
         assert num_correct <= 17, rule
 
 
-def test_sample_is_described_as_a_sample():
-    items, source = load_items("sample", 7)
-    assert len(items) == 7
-    assert source.is_sample
-    assert source.description == (
-        "SAMPLE of 7 items written for this project, NOT HellaSwag: not comparable with published numbers"
-    )
-
-
 # ------------------------------------------------------------------------------------------------- files
 
 
@@ -108,7 +100,6 @@ BAD_LINES = {
     "not UTF-8": (b'{"ctx": "\xff"}', "not UTF-8 at byte 9"),
     "nested too deep": ("[" * 100_000, "not JSON"),
     "a list": ("[1, 2]", "[1, 2] is not a JSON object"),
-    "null": ("null", "None is not a JSON object"),
     **{
         f"no {field}": (
             jsonl({name: value for name, value in GOOD.items() if name != field}),
@@ -118,25 +109,22 @@ BAD_LINES = {
     },
     "no activity": (jsonl(GOOD | {"activity_label": " "}), "activity_label is empty"),
     "ctx_b a number": (jsonl(GOOD | {"ctx_b": 5}), "ctx_b must be text, got 5"),
+    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is not valid Unicode"),
+    "endings a text": (jsonl(GOOD | {"endings": "abcd"}), "list of exactly 4 texts, got 'abcd'"),
+    "five endings": (jsonl(GOOD | {"endings": ["a"] * 5}), "exactly 4 texts, got 5 of them"),
+    "an ending null": (jsonl(GOOD | {"endings": ["a", "b", None, "d"]}), "ending 2 must be text, got None"),
+    "an ending empty": (jsonl(GOOD | {"endings": ["a", "b", "c", ""]}), "ending 3 is empty"),
     "an ending all tags": (
         jsonl(GOOD | {"endings": ["a", "b", "[header]", "d"]}),
         "ending 2 without its [tags] is empty",
     ),
-    "ctx a number": (jsonl(GOOD | {"ctx": 5}), "ctx must be text, got 5"),
-    "ctx empty": (jsonl(GOOD | {"ctx": " "}), "ctx is empty"),
-    "endings a text": (jsonl(GOOD | {"endings": "abcd"}), "list of exactly 4 texts, got 'abcd'"),
-    "three endings": (jsonl(GOOD | {"endings": ["a", "b", "c"]}), "exactly 4 texts, got 3 of them"),
-    "five endings": (jsonl(GOOD | {"endings": ["a"] * 5}), "exactly 4 texts, got 5 of them"),
-    "an ending null": (jsonl(GOOD | {"endings": ["a", "b", None, "d"]}), "ending 2 must be text, got None"),
-    "an ending empty": (jsonl(GOOD | {"endings": ["a", "b", "c", ""]}), "ending 3 is empty"),
-    "half a character": (jsonl(GOOD | {"ctx": "a \ud800"}), "ctx is not valid Unicode"),
-    "label 4": (jsonl(GOOD | {"label": 4}), "label must be 0, 1, 2 or 3 (the correct ending), got 4"),
-    "label -1": (jsonl(GOOD | {"label": -1}), "got -1"),
-    "label text": (jsonl(GOOD | {"label": "one"}), "got 'one'"),
-    "label empty": (jsonl(GOOD | {"label": ""}), "got ''"),  # HellaSwag's test split
-    "label a fraction": (jsonl(GOOD | {"label": 1.0}), "got 1.0"),
-    "label true": (jsonl(GOOD | {"label": True}), "got True"),
-    "label a list": (jsonl(GOOD | {"label": [1]}), "got [1]"),
+    **{  # "" is HellaSwag's test split
+        f"label {label!r}": (
+            jsonl(GOOD | {"label": label}),
+            f"label must be 0, 1, 2 or 3 (the correct ending), got {label!r}",
+        )
+        for label in (4, -1, "one", "", 1.0, True, [1])
+    },
 }
 
 
@@ -145,7 +133,7 @@ def test_malformed_line_is_named(tmp_path, kind):
     line, message = BAD_LINES[kind]
     line = line if isinstance(line, bytes) else line.encode()
     path = write(tmp_path / "items.jsonl", jsonl(GOOD, GOOD).encode() + line.rstrip(b"\n") + b"\n")
-    with pytest.raises(EvalError) as raised:
+    with pytest.raises(UserError) as raised:
         load_items(path, 1)  # lines past the limit are checked too
     assert str(raised.value).startswith(f"{path}:3: ")
     assert message in str(raised.value)
@@ -158,25 +146,20 @@ def test_malformed_line_is_named(tmp_path, kind):
         ("absent.jsonl", None, "no such file; give 'hub', 'sample', or"),
         ("items.csv", "a,b", "cannot read files ending in '.csv'; give"),
         ("empty.jsonl", "\n \n", "has no items"),
-        ("not.jsonl.gz", "plain", "check that the file is complete"),
-        ("not.jsonl.xz", "plain", "check that the file is complete"),
-        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99, mtime=0)[:-20], "check that the file is complete"),
-        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "check that the file is complete"),
+        ("not.jsonl.gz", "plain", "damaged or truncated"),
+        ("not.jsonl.xz", "plain", "damaged or truncated"),
+        ("cut.jsonl.gz", gzip.compress(jsonl(GOOD).encode() * 99, mtime=0)[:-20], "damaged or truncated"),
+        ("cut.jsonl.xz", lzma.compress(jsonl(GOOD).encode() * 99)[:-20], "damaged or truncated"),
     ],
 )
 def test_unreadable_file_is_named(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
         write(path, content)
-    with pytest.raises(EvalError) as raised:
+    with pytest.raises(UserError) as raised:
         load_items(str(path))
     assert str(path) in str(raised.value)
     assert message in str(raised.value)
-
-
-def test_limit_below_one_is_refused():
-    with pytest.raises(EvalError, match="hellaswag: limit must be at least 1, got 0"):
-        Task(data="sample", limit=0)
 
 
 # ------------------------------------------------------------------------------------------------ the Hub
@@ -373,10 +356,3 @@ def test_special_tokens_in_items_are_encoded_as_text(tokenizer, tmp_path):
     item = BARE | {"ctx": "He types <|endoftext|> and", "endings": ["<|endoftext|>", "a", "b", "c"]}
     _, [result] = score_records(UnigramModel([0]), tokenizer, [item], prompts=("lecture",), path=tmp_path)
     assert result["lecture_num_tokens"] == [7, 1, 1, 1]  # " <", "|", "end", "of", "text", "|", ">"
-
-
-def test_truncated_items_are_counted(tiny_gpt2, tokenizer, tmp_path):
-    items = [GOOD, GOOD | {"ctx": "word " * 200}, GOOD | {"ctx_a": "word " * 200}]
-    task, item_results = score_records(tiny_gpt2, tokenizer, items, path=tmp_path)
-    assert [result["tokens_truncated"] > 0 for result in item_results] == [False, True, True]
-    assert task.aggregate(item_results)["num_truncated"] == 2

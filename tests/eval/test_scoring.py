@@ -24,19 +24,8 @@ CONTEXT = 24
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=2,
-            n_embd=32,
-            n_head=2,
-            n_positions=CONTEXT,
-            vocab_size=VOCABULARY,
-            initializer_range=0.3,
-            resid_pdrop=0.5,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": CONTEXT, "vocab_size": VOCABULARY}
+    return GPT2LMHeadModel(GPT2Config(**shape, initializer_range=0.3, resid_pdrop=0.5, bos_token_id=0, eos_token_id=0))
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +45,7 @@ def reference(model):
 
 
 class BigramModel(torch.nn.Module):
-    """
-    A model whose next token depends only on the last one: `a + 1` has probability 1/2 after `a`, and the other
-    tokens share the rest. After padding, every probability is 0.
-    """
+    """After `a`, `a + 1` has probability 1/2 and the other tokens share the rest; after padding, all have 0."""
 
     def __init__(self, max_length=16, dtype=torch.float32):
         super().__init__()
@@ -205,12 +191,6 @@ def test_other_models_get_right_padding_a_mask_and_logits_to_keep():
     assert logits_to_keep == 5  # position 2, after which 4 is scored, is the fifth from the end
 
 
-def test_longest_sequences_are_scored_first():
-    model = BigramModel()
-    loglikelihoods(model, [Request([1] * n, [[2]]) for n in (2, 9, 4, 7)], tokens_per_batch=1)
-    assert [input_ids.shape[1] for input_ids, *_ in model.calls] == [9, 7, 4, 2]
-
-
 def test_long_contexts_are_truncated_on_the_left_and_counted(any_model, reference):
     context, continuation = [t % VOCABULARY for t in range(40)], [7, 3, 11]
     fits = context[-(CONTEXT + 1 - 3) :]  # the last token is never an input, so one more than CONTEXT
@@ -306,12 +286,9 @@ def test_malformed_request_is_named_before_the_model_runs(request_, message):
     model = BigramModel()
     with pytest.raises(EvalError, match=message):
         loglikelihoods(model, [Request([1], [[2]]), Request(request_[0], [[3], request_[1]])])
-    assert not model.calls
-
-
-def test_tokens_per_batch_below_one_is_refused():
     with pytest.raises(EvalError, match="tokens_per_batch must be at least 1, got 0"):
-        loglikelihoods(BigramModel(), [Request([1], [[2]])], tokens_per_batch=0)
+        loglikelihoods(model, [Request([1], [[2]])], tokens_per_batch=0)
+    assert not model.calls
 
 
 def test_log_likelihoods_that_are_not_finite_are_an_error(model):

@@ -9,9 +9,8 @@ from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 
 from common.checkpoints import describe_file
+from common.errors import UserError
 from data.tokenizer import load_hf_tokenizer
-from eval import EvalError
-from hub import push
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -128,7 +127,7 @@ def server(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its storage is not on localhost
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setattr(push, "_FIRST_PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr("common.hub.FIRST_PAUSE_SECONDS", 0.01)
         yield server
 
 
@@ -148,7 +147,7 @@ def trust_requests(monkeypatch):
         def load(name, *, trust_remote_code, **_):
             requests.append(trust_remote_code)
             if len(requests) == 2:
-                raise EvalError("stop here")
+                raise UserError("stop here")
             return None, None
 
         monkeypatch.setattr(module, "load_tokenizer", load)

@@ -12,7 +12,7 @@ import torch
 from documents import commands_of, python_program
 from fresh_process import QUESTION
 from tiny_run import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
 from hub import HubError
 from hub import export as export_module
@@ -295,9 +295,9 @@ def test_model_that_is_not_a_gpt2_is_an_error(fails, checkpoint, tokenizer, tmp_
     def code(*_, **__):
         raise ValueError("Please pass the argument `trust_remote_code=True`")
 
-    monkeypatch.setattr("eval.checkpoint.why_unreachable", lambda: None)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", code)
-    assert "--trust" not in fails("only a GPT-2 (gpt2 or gpt2repro) can be exported", source="me/x")
+    monkeypatch.setattr("common.models.hub_error", lambda: None)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", code)
+    assert "--trust" not in fails("it must be a GPT-2", source="me/x")
 
 
 def test_missing_package_is_an_error(fails, monkeypatch):

@@ -13,8 +13,8 @@ import torch
 from hub_server import READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard, constants
 
-from eval.checkpoint import weights_sha256
-from hub import HubError, push
+from common.weights import weights_sha256
+from hub import HubError
 from hub.__main__ import main
 from hub.push import Repository, collect_files
 
@@ -93,7 +93,7 @@ def test_push_survives_fault(server, checkpoint, pattern, fault):
 def test_failed_push_leaves_no_files_and_next_push_reuses_uploads(server, checkpoint):
     repository = Repository("me/model")
     server.faults = [("/commit/", "drop")] * 20
-    with pytest.raises(HubError, match="tried 5 times"):
+    with pytest.raises(HubError, match="tried 6 times"):
         repository.push(plan_of(checkpoint))
     assert server.repos["models/me/model"] == {}
     server.faults = []
@@ -176,7 +176,7 @@ def test_push_without_access_ends_with_one_line(server, checkpoint, monkeypatch,
 
 
 def test_push_without_network(server, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(push, "_ATTEMPTS", 2)
+    monkeypatch.setattr("common.hub.ATTEMPTS", 2)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert main(["push", str(checkpoint), "me/model"]) == 2
     assert re.search("could not be pushed to http://127.0.0.1:9 .*tried 2 times", capsys.readouterr().err)

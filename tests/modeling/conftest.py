@@ -21,12 +21,11 @@ def model(tiny_config):
 def make_gpt2(**fields):
     """Create the reference, transformers' GPT-2, with weights large enough for all parts to change the output."""
     torch.manual_seed(0)
-    config = GPT2Config(**TINY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields)
-    model = GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(GPT2Config(**TINY, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
+    return model.eval()
 
 
 @pytest.fixture
@@ -35,9 +34,16 @@ def gpt2():
 
 
 @pytest.fixture
-def small_gpt2():
-    """Return a GPT-2 with 1,000 tokens (the last one is the end of text), for faster tests."""
-    return make_gpt2(vocab_size=1000, bos_token_id=999, eos_token_id=999)
+def pair(gpt2):
+    """Return this project's model and transformers' GPT-2 with the same weights, in evaluation mode."""
+    return GPT2ReproForCausalLM.from_gpt2(gpt2), gpt2
+
+
+@pytest.fixture
+def small_pair():
+    """Return a pair with 1,000 tokens (the last one is the end of text), for faster tests."""
+    gpt2 = make_gpt2(vocab_size=1000, bos_token_id=999, eos_token_id=999)
+    return GPT2ReproForCausalLM.from_gpt2(gpt2), gpt2
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
+"""GPT2ReproConfig: defaults, aliases, saving, refused values, and the lowest version of transformers."""
+
+import importlib.util
 import json
 
 import pytest
+import transformers
 from transformers import AutoConfig
 
-from modeling_gpt2repro import GPT2ReproConfig
+from modeling_gpt2repro import GPT2ReproConfig, configuration_gpt2repro
 
 
 def test_defaults_are_gpt2_124m():
@@ -23,13 +27,36 @@ def test_standard_names_are_aliases():
 
 
 def test_round_trip_through_auto_config(tmp_path):
-    config = GPT2ReproConfig(n_embd=96, n_layer=3, n_head=6, n_positions=64, resid_pdrop=0.1)
-    config.save_pretrained(tmp_path)
+    fields = {"n_embd": 96, "n_layer": 3, "n_head": 6, "n_positions": 64, "resid_pdrop": 0.1, "pad_token_id": 7}
+    fields |= {"vocab_size": 50304, "tie_word_embeddings": False, "num_labels": 4}
+    GPT2ReproConfig(**fields).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "gpt2repro"
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is GPT2ReproConfig
-    for name in ("n_embd", "n_layer", "n_head", "n_positions", "n_inner", "resid_pdrop", "vocab_size"):
-        assert getattr(loaded, name) == getattr(config, name)
+    assert {name: getattr(loaded, name) for name in fields} == fields
+    assert loaded.n_inner == 4 * 96
+
+
+def test_from_size_accepts_other_fields_and_refuses_unknown_sizes():
+    assert GPT2ReproConfig.from_size("124M", resid_pdrop=0.1).resid_pdrop == 0.1
+    with pytest.raises(ValueError, match=r"124M, 350M, 774M, 1558M.*'117M'"):
+        GPT2ReproConfig.from_size("117M")
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.3.0", "5.4.0", "5.10.0.dev0"])
+def test_older_transformers_are_refused_on_one_line(version, monkeypatch):
+    """The version is simulated. The configuration is the first file of a checkpoint that transformers imports."""
+    monkeypatch.setattr(transformers, "__version__", version)
+    spec = importlib.util.spec_from_file_location("older", configuration_gpt2repro.__file__)
+    module = importlib.util.module_from_spec(spec)
+    if version in ("5.4.0", "5.10.0.dev0"):
+        spec.loader.exec_module(module)
+        return
+    monkeypatch.delattr(transformers, "PreTrainedConfig")  # transformers 4 does not have it
+    with pytest.raises(ImportError) as error:
+        spec.loader.exec_module(module)
+    message = str(error.value)
+    assert "\n" not in message and version in message and "5.4" in message and "pip install" in message
 
 
 @pytest.mark.parametrize(

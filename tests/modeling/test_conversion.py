@@ -1,5 +1,14 @@
+"""Conversion from and to transformers' GPT-2."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_run import ROOT
 from transformers import GPT2LMHeadModel, GPT2Model
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -17,6 +26,7 @@ def test_round_trip_is_bit_exact(gpt2):
 
 def test_converted_model_shares_no_memory_with_the_source(gpt2):
     model = GPT2ReproForCausalLM.from_gpt2(gpt2)
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -57,13 +67,6 @@ def test_untied_gpt2_stays_untied(gpt2, input_ids):
         assert torch.equal(model.to_gpt2()(input_ids).logits, gpt2(input_ids).logits)
 
 
-def test_converted_model_trains(gpt2, input_ids):
-    model = GPT2ReproForCausalLM.from_gpt2(gpt2)
-    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
-    model.train()(input_ids, labels=input_ids).loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 def test_unsupported_models_are_refused(gpt2):
     with pytest.raises(ValueError, match="GPT2Model"):
         GPT2ReproForCausalLM.from_gpt2(GPT2Model(gpt2.config))
@@ -74,3 +77,15 @@ def test_unsupported_models_are_refused(gpt2):
     gpt2.config.scale_attn_by_inverse_layer_idx = True
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
         GPT2ReproForCausalLM.from_gpt2(gpt2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_conversion_peak_memory_is_two_copies():
+    """Measure the peak memory of a new process above its initial memory, in copies of the weights."""
+    command = [sys.executable, str(Path(__file__).with_name("conversion_memory.py"))]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    measured = json.loads(run.stdout.splitlines()[-1])
+    assert measured["size"] > 5e8
+    assert measured["one"] > 0.95  # the first copy was counted
+    assert 1.9 < measured["two"] < 2.3, measured

@@ -114,7 +114,7 @@ class LargestTensor(TorchDispatchMode):
 )
 def test_training_step_never_holds_the_full_logits(model, batch, make_trainer, monkeypatch, arguments, has_logits):
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": 4})
-    monkeypatch.setattr(loss_module, "SLAB_ROWS", {"cpu": 64})
+    monkeypatch.setattr(loss_module, "GRADIENT_ROWS", {"cpu": 64})
     model.config.logits_in_training = arguments.pop("logits_in_training", False)
     trainer = make_trainer(model, batch=batch, **arguments)
     with LargestTensor() as largest:

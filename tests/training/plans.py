@@ -7,14 +7,19 @@ from training.config import BatchConfig
 from training.estimate import Hardware, Plan
 
 
-def make_plan(layers, width, heads, seq_len, rows, accumulation, precision, dropout, parameters, max_steps=10):
+def make_plan(layers, width, heads, seq_len, rows, accumulation, precision, dropout=0.0, max_steps=10):
     """A plan for one process on a CPU."""
     hardware = Hardware(torch.device("cpu"), "cpu", 1, 1, precision, 1e12, "made up", None)
     return Plan(
-        shape=GPT2ReproConfig(n_layer=layers, n_embd=width, n_head=heads),
-        num_parameters=parameters,
+        shape=GPT2ReproConfig(
+            n_layer=layers,
+            n_embd=width,
+            n_head=heads,
+            n_positions=max(seq_len, 256),
+            attn_pdrop=dropout,
+            resid_pdrop=dropout,
+        ),
         batch=BatchConfig(tokens_per_step=rows * seq_len * accumulation, seq_len=seq_len),
         max_steps=max_steps,
-        dropout=dropout,
         hardware=hardware,
     )

@@ -14,20 +14,29 @@ from common.checkpoints import find_damage, resolve_checkpoint
 from data.tokenizer import load_hf_tokenizer
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
-from training.checkpoint import CheckpointWriter, SaveError, find_checkpoint, load_state, remove_leftovers
+from training.checkpoint import (
+    CheckpointWriter,
+    Keep,
+    LoopState,
+    SaveError,
+    checkpoint_folder,
+    find_checkpoint,
+    load_state,
+    remove_leftovers,
+)
 from training.config import OptimConfig
 from training.optim import build_optimizer
 
 
 @pytest.fixture(scope="module")
 def trained():
-    """(model, optimizer) after a step."""
+    """A model and its optimizer after a step, as `TrainingModels`."""
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_embd=8, n_head=2, n_positions=8))
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3), "cpu")
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    return model, optimizer
+    return SimpleNamespace(bare=model, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +49,21 @@ def make_writer(trained, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "gather_object", lambda of_this_process: of_this_process)
     accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), distributed_type=DistributedType.NO)
 
-    def make_writer(**options):
-        return CheckpointWriter(tmp_path, accelerator=accelerator, model=trained[0], tokenizer=tokenizer, **options)
+    def make_writer(in_background=None, **keep):
+        fingerprint = {"tokens_per_step": 8}
+        return CheckpointWriter(
+            tmp_path, accelerator, trained, tokenizer, fingerprint, Keep(**keep), in_background=in_background
+        )
 
     return make_writer
 
 
 @pytest.fixture
-def save(trained):
+def save(tmp_path):
     def save(writer, step, val_loss=None):
-        writer.save(*trained, {"step": step, "val_loss": val_loss})
-        return writer.poll(wait=True)
+        writer.save(LoopState(step=step, val_loss=val_loss, evaluated=val_loss is not None))
+        writer.finish()
+        return checkpoint_folder(tmp_path, step)
 
     return save
 
@@ -98,13 +111,13 @@ def test_kill_between_any_two_changes_of_the_disk_leaves_a_checkpoint(make_write
                 for owner, name in changes:
                     patch.setattr(owner, name, disk.count(getattr(owner, name)))
                 try:
-                    save(make_writer(keep_last=1), step)
+                    save(make_writer(last=1), step)
                     finished = True
                 except Killed:
                     finished = False
             remove_leftovers(tmp_path)
             assert not [name for name in names(tmp_path) if name.startswith(".step")]
-            found = find_checkpoint("auto", tmp_path, pytest.fail)
+            found = find_checkpoint("auto", tmp_path)
             assert found is not None and found.name in ("step_000001", f"step_{step:06d}")
             if finished:
                 assert found.name == f"step_{step:06d}"
@@ -114,7 +127,7 @@ def test_kill_between_any_two_changes_of_the_disk_leaves_a_checkpoint(make_write
 
 def test_kept_checkpoints(make_writer, save, tmp_path):
     losses = {1: 5.0, 2: 3.0, 3: None, 4: 4.0, 5: 4.5, 6: 4.2}
-    writer = make_writer(keep_last=2, keep_every=3)
+    writer = make_writer(last=2, every=3)
     for step, val_loss in losses.items():
         save(writer, step, val_loss)
     assert names(tmp_path) == ["step_000002", "step_000003", "step_000005", "step_000006"]
@@ -123,56 +136,55 @@ def test_kept_checkpoints(make_writer, save, tmp_path):
     for step in (7, 8, 9):
         save(keep_all, step)
     assert len(names(tmp_path)) == 7
-    save(make_writer(keep_last=1, keep_best=False), 10, 9.0)
+    save(make_writer(last=1, best=False), 10, 9.0)
     assert names(tmp_path) == ["step_000010"]
     assert best(tmp_path) == "step_000010"  # of those that are left
     # A diverged run is not the best, and steps after an earlier one are left alone.
     diverged = save(keep_all, 11, float("nan"))
     assert json.loads((diverged / "training_state" / "state.json").read_text())["val_loss"] is None
     assert best(tmp_path) != "step_000011"
-    save(make_writer(keep_last=1), 4)
+    save(make_writer(last=1), 4)
     assert {"step_000004", "step_000010"} <= set(names(tmp_path))
 
 
 def test_background_save_has_the_state_of_its_step(make_writer, trained, tmp_path):
-    model, optimizer = trained
+    model = trained.bare
     writer = make_writer(in_background=True)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    writer.save(model, optimizer, {"step": 3, "val_loss": None})
+    writer.save(LoopState(step=3))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)
-    folder = writer.poll(wait=True)
-    assert writer.poll() is None
-    reloaded = GPT2ReproForCausalLM.from_pretrained(folder)
+    writer.finish()
+    reloaded = GPT2ReproForCausalLM.from_pretrained(checkpoint_folder(tmp_path, 3))
     for name, p in reloaded.named_parameters():
         assert torch.equal(p, expected[name]), name
 
 
-def test_stale_best_link_is_removed_and_stale_copy_is_left_alone(make_writer, save, tmp_path):
+def test_stale_best_link_is_removed_and_stale_copy_is_left_alone(make_writer, save, tmp_path, capsys):
     """Both are left from an earlier version's run; neither decides which checkpoint is the best."""
     older = save(make_writer(), 1, 5.0)
-    path, lines = tmp_path / "checkpoints" / "best", []
+    path = tmp_path / "checkpoints" / "best"
     path.symlink_to("step_000001", target_is_directory=True)
-    save(make_writer(warn=lines.append), 2, 4.0)
-    assert not path.is_symlink() and lines == []
+    save(make_writer(), 2, 4.0)
+    assert not path.is_symlink() and "warning" not in capsys.readouterr().out
     shutil.copytree(older, path)
     assert best(tmp_path) == "step_000002"
-    writer = make_writer(warn=lines.append, keep_last=1)
+    writer = make_writer(last=1)
     for step in (3, 4):
         save(writer, step)
-    assert len(lines) == 1 and str(path) in lines[0]
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert str(path) in warning
     assert names(tmp_path) == ["best", "step_000002", "step_000004"]
 
 
-def test_failure_to_remove_old_checkpoints_is_a_warning(make_writer, save, monkeypatch):
+def test_failure_to_remove_old_checkpoints_is_a_warning(make_writer, save, monkeypatch, capsys):
     def refuse(self, step):
         raise PermissionError("not yours")
 
-    lines = []
     monkeypatch.setattr(CheckpointWriter, "_remove_old", refuse)
-    assert save(make_writer(warn=lines.append), 1).name == "step_000001"
-    assert "step_000001 is complete" in lines[0] and "not yours" in lines[0]
+    assert find_damage(save(make_writer(), 1)) is None
+    assert "not yours" in capsys.readouterr().out
 
 
 def test_full_disk_leaves_earlier_checkpoints_complete(make_writer, save, tokenizer, tmp_path, monkeypatch):
@@ -198,10 +210,10 @@ def test_resuming_in_the_runs_folder_is_from_its_newest_checkpoint(make_writer, 
     """From an earlier one, --resume auto would later jump back to the branch that was left."""
     writer = make_writer()
     older, newest = save(writer, 1), save(writer, 2)
-    assert find_checkpoint(str(newest), tmp_path, pytest.fail) == newest
-    assert find_checkpoint(str(older), tmp_path / "branch", pytest.fail) == older
+    assert find_checkpoint(str(newest), tmp_path) == newest
+    assert find_checkpoint(str(older), tmp_path / "branch") == older
     with pytest.raises(TrainingError, match=r"also holds step_000002.* another --output_dir"):
-        find_checkpoint(str(older), tmp_path, pytest.fail)
+        find_checkpoint(str(older), tmp_path)
 
 
 def test_damage_in_every_file_is_found(make_writer, save):
@@ -218,16 +230,15 @@ def test_damage_in_every_file_is_found(make_writer, save):
     assert find_damage(folder) is None
 
 
-def test_damaged_checkpoints_are_skipped_or_refused(make_writer, save, tmp_path):
-    lines = []
+def test_damaged_checkpoints_are_skipped_or_refused(make_writer, save, tmp_path, capsys):
     folder = save(make_writer(), 1)
     (folder / "model.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"every checkpoint in .* is damaged"):
-        find_checkpoint("auto", tmp_path, lines.append)
-    assert "model.safetensors is missing" in lines[0]
+        find_checkpoint("auto", tmp_path)
+    assert "model.safetensors is missing" in capsys.readouterr().out
     with pytest.raises(TrainingError, match=r"model\.safetensors is missing; resume from another"):
-        find_checkpoint(str(folder), tmp_path, lines.append)
-    assert find_checkpoint("auto", tmp_path / "nowhere", lines.append) is None
+        find_checkpoint(str(folder), tmp_path)
+    assert find_checkpoint("auto", tmp_path / "nowhere") is None
 
 
 def test_state_of_an_earlier_version_is_read(make_writer, save):
@@ -236,6 +247,6 @@ def test_state_of_an_earlier_version_is_read(make_writer, save):
     path = folder / "training_state" / "state.json"
     state = {"step": 1, "tokens": 8, "val_loss": None, "evaluated": False, "num_skipped": 2, "skipped_in_a_row": 1}
     path.write_text(json.dumps(state | {"seed": 3}))
-    assert load_state(folder, {"seed": 3}) == state | {"seed": 3}
+    assert load_state(folder, {"seed": 3}) == LoopState(step=1, num_skipped=2, consecutive_skips=1)
     with pytest.raises(TrainingError, match=r"seed=3.* 4"):
         load_state(folder, {"seed": 4})

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
+from common.errors import UserError
 from training import TrainingError, distributed
 from training.distributed import (
     isolated_accelerator_state,
@@ -65,7 +66,7 @@ def test_accelerator_settings():
         accelerator = start_accelerator("no")
         assert accelerator.ddp_handler.gradient_as_bucket_view
         assert accelerator.init_handler.timeout.total_seconds() == 30 * 60
-        assert run_on_main(accelerator, int, "11", base=2) == 3
+        assert run_on_main(int, "11", base=2) == 3
 
 
 @pytest.mark.usefixtures("_not_launched")
@@ -108,7 +109,7 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "Accelerator", alone)
-    with isolated_accelerator_state(), pytest.raises(TrainingError, match="started 2 processes, but this one sees 1"):
+    with isolated_accelerator_state(), pytest.raises(UserError, match="started 2 processes, but this one sees 1"):
         start_accelerator("no")
     accelerate.state.PartialState._reset_state()
 

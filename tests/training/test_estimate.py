@@ -6,6 +6,7 @@ import pytest
 import torch
 from plans import make_plan
 
+from modeling_gpt2repro import GPT2ReproConfig
 from training.estimate import (
     DEVICES,
     DOLLARS_PER_HOUR,
@@ -17,39 +18,49 @@ from training.estimate import (
     warn_of_repetition,
 )
 
-# Layers, width, heads, T, sequences, accumulation, precision, dropout, parameters; and the peak resident memory, GB, of
+# Layers, width, heads, T, sequences, accumulation, precision, dropout; and the peak resident memory, GB, of
 # processes that ran two steps of train.py (benchmarks/memory.py; RECORDS.md).
 MEASURED = [
-    (12, 768, 12, 1024, 4, 2, "bf16", 0.0, 124_439_808, 4.73),
-    (12, 768, 12, 1024, 4, 1, "bf16", 0.0, 124_439_808, 3.87),
-    (12, 768, 12, 1024, 2, 2, "no", 0.0, 124_439_808, 4.42),
-    (12, 768, 12, 512, 8, 2, "bf16", 0.1, 124_439_808, 11.32),
-    (24, 1024, 16, 1024, 1, 2, "bf16", 0.0, 354_823_168, 8.17),
-    (6, 384, 6, 256, 96, 2, "no", 0.0, 30_044_544, 6.69),
-    (6, 384, 6, 256, 2, 2, "bf16", 0.0, 30_044_544, 1.24),
+    (12, 768, 12, 1024, 4, 2, "bf16", 0.0, 4.73),
+    (12, 768, 12, 1024, 4, 1, "bf16", 0.0, 3.87),
+    (12, 768, 12, 1024, 2, 2, "no", 0.0, 4.42),
+    (12, 768, 12, 512, 8, 2, "bf16", 0.1, 11.32),
+    (24, 1024, 16, 1024, 1, 2, "bf16", 0.0, 8.17),
+    (6, 384, 6, 256, 96, 2, "no", 0.0, 6.69),
+    (6, 384, 6, 256, 2, 2, "bf16", 0.0, 1.24),
 ]
 
 
 @pytest.mark.parametrize("row", MEASURED, ids=str)
 def test_memory_estimate_is_within_15_percent_of_measured(row):
     *settings, peak = row
-    assert make_plan(*settings).estimate_memory(micro_batch_size=row[4]).total / 1e9 == pytest.approx(peak, rel=0.15)
+    plan = make_plan(*settings)
+    assert plan.estimate_memory(micro_batch_size=row[4]).total / 1e9 == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_parameters"),
+    [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
+)
+def test_number_of_parameters(size, num_parameters):
+    plan = dataclasses.replace(make_plan(1, 8, 1, 8, 1, 1, "no"), shape=GPT2ReproConfig.from_size(size))
+    assert plan.num_parameters == num_parameters
 
 
 def test_gradients_of_several_processes_include_the_buckets():
     """With several micro-batches, DDP's buckets come on top of the gradients."""
     for accumulation, copies in ((2, 1), (4, 2)):
-        plan = make_plan(12, 768, 12, 1024, 4, accumulation, "bf16", 0.0, 124_439_808)
+        plan = make_plan(12, 768, 12, 1024, 4, accumulation, "bf16")
         two = dataclasses.replace(plan, hardware=plan.hardware._replace(num_processes=2))
         assert two.estimate_memory(micro_batch_size=4).gradients == copies * 4 * 124_439_808
 
 
 def test_flops_and_rental_of_the_lectures_run():
-    plan = make_plan(12, 768, 12, 1024, 64, 8, "bf16", 0.0, 124_439_808, max_steps=19_073)
+    plan = make_plan(12, 768, 12, 1024, 64, 8, "bf16", max_steps=19_073)
     assert plan.total_tokens == 9_999_745_024
     assert plan.flops_per_token == FLOPS_PER_TOKEN_124M
     assert plan.flops_per_token == pytest.approx(0.857e9, rel=0.01)  # usually published
-    lines = plan.describe_rental()
+    lines = plan.describe_rental().splitlines()
     assert [line.split()[1] for line in lines] == ["A100", "H100", "H200"]
     assert all("estimated" in line for line in lines)
     assert "1:34" in lines[0]  # llm.c: 94 minutes on eight A100
@@ -65,9 +76,11 @@ def test_format_duration():
     assert format_duration(1e300).endswith(" years")  # too much for timedelta
 
 
-def test_frequent_repetition_of_the_data_is_warned_of():
-    assert [bool(warn_of_repetition(epochs)) for epochs in (0.1, 4.4, 4.6, 100)] == [False, False, True, True]
-    assert "100.0 times" in warn_of_repetition(100)[0]
+def test_frequent_repetition_of_the_data_is_warned_of(capsys):
+    for epochs in (0.1, 4.4, 4.6, 100):
+        warn_of_repetition(epochs)
+    warnings = capsys.readouterr().out.splitlines()
+    assert ["4.6 times" in warnings[0], "100.0 times" in warnings[1], len(warnings)] == [True, True, 2]
 
 
 def test_find_device():

@@ -6,12 +6,14 @@ import re
 import select
 import struct
 import sys
+from types import SimpleNamespace
 
 import pytest
 from plans import make_plan
 
 from common.errors import UserError
 from common.metrics import read_metrics, recover_metrics
+from training.checkpoint import LoopState
 from training.curves import plot_curves
 from training.logging import ConsoleLog, MetricsWriter, RunLog, records_up_to
 
@@ -25,22 +27,17 @@ RECORDS = [
 
 
 @pytest.fixture
-def lines():
-    return []
+def printed(capsys):
+    """Return a function that returns the lines printed since its last call."""
+    return lambda: capsys.readouterr().out.splitlines()
 
 
-def console(lines, **changes):
-    settings = {
-        "step": 0,
-        "max_steps": 1000,
-        "log_every": 10,
-        "eval_every": 100,
-        "tokens_per_step": 5000,
-        "flops_per_token": 1e9,
-        "peak_flops": 1e13,
-        "dollars_per_hour": 18.0,
-    }
-    return ConsoleLog(lines.append, **settings | changes)
+def console(first_step=0, max_steps=1000, log_every=10, eval_every=100, dollars_per_hour=9.0):
+    """Two devices of 5e12 FLOP/s each: 10,000 tokens/s together at most."""
+    hardware = SimpleNamespace(peak_flops=5e12, num_processes=2, dollars_per_hour=dollars_per_hour)
+    batch = SimpleNamespace(tokens_per_step=5000)
+    plan = SimpleNamespace(hardware=hardware, max_steps=max_steps, batch=batch, flops_per_token=1e9)
+    return ConsoleLog(plan, first_step=first_step, log_every=log_every, eval_every=eval_every)
 
 
 def record(step, ms):
@@ -128,24 +125,29 @@ def test_curves_have_a_second_panel_for_hellaswag(tmp_path):
 
 @pytest.mark.parametrize(("last_lr", "is_announced"), [(0.1, False), (0.1 + 1e-9, False), (0.2, True)])
 def test_resumed_log_continues_the_history_and_announces_another_learning_rate(
-    lines, metrics, tmp_path, last_lr, is_announced
+    printed, metrics, tmp_path, last_lr, is_announced
 ):
     output_dir = tmp_path / "branch"
-    plan = make_plan(1, 8, 1, 8, 1, 1, "no", 0.0, 1000)
-    options = {"log_every": 1, "eval_every": 1, "loss_lines": {}, "score_lines": {}}
-    log = RunLog(output_dir, say=lines.append, is_main_process=True, plan=plan, step=2, **options)
-    log.open([], {}, step=2, previous_folder=metrics.parent, is_evaluated=True, last_lr=last_lr)
-    log.log_step(RECORDS[4] | {"loss": 7.0, "ms": 10.0})
-    log.close()
-    assert read_metrics(output_dir / "metrics.jsonl") == [*RECORDS[:4], RECORDS[4] | {"loss": 7.0, "ms": 10.0}]
+    plan = make_plan(1, 8, 1, 8, 1, 1, "no")
+    settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
+    settings["optim"] = {"max_skipped_steps": 2}
+    state = LoopState(step=2, evaluated=True)
+    with RunLog(output_dir, plan, settings, 2, loss_lines={}, score_lines={}) as log:
+        log.open(state, {}, metrics.parent / "checkpoints" / "step_000002", last_lr)
+        state.advance(is_finite=True)
+        log.log_step(state, loss=7.0, lr=0.1, grad_norm=1.0, seconds=0.01, windows=[])
+    expected = RECORDS[4] | {"loss": 7.0, "ms": 10.0, "tokens_per_s": 800.0}
+    assert read_metrics(output_dir / "metrics.jsonl") == [*RECORDS[:4], expected]
+    lines = printed()
     assert (len(lines) == 2) == is_announced, lines
     assert not is_announced or ("0.1" in lines[0] and "0.2" in lines[0])
 
 
-def test_console_has_a_line_for_the_first_step_and_one_per_log_interval(lines):
-    shown = console(lines)
+def test_console_has_a_line_for_the_first_step_and_one_per_log_interval(printed):
+    shown = console()
     for step in range(1, 21):
         shown.log_step(record(step, 20_000 if step == 1 else 1000))
+    lines = printed()
     assert len(lines) == 3  # steps 1, 10 and 20
     # 5000 tokens/s of the 10,000 at the peak. 980 s are left at the pace of the steps after the first one, which also
     # compiles: $4.90 at $18 per hour.
@@ -156,41 +158,40 @@ def test_console_has_a_line_for_the_first_step_and_one_per_log_interval(lines):
     assert shown.training_seconds == 39
 
 
-def test_console_has_the_mean_of_the_interval_and_the_time_of_coming_evaluations(lines):
-    shown = console(lines, step=980, log_every=5, eval_every=10, dollars_per_hour=None)
+def test_console_has_the_mean_of_the_interval_and_the_time_of_coming_evaluations(printed):
+    shown = console(first_step=980, log_every=5, eval_every=10, dollars_per_hour=None)
     shown.log_evaluation({"step": 980, "val_loss": 3.5, "hellaswag": None, "seconds": 40.0})
     shown.log_evaluation({"step": 980, "val_loss": 3.5, "hellaswag": None, "seconds": 60.0})
     for step in range(981, 986):
         shown.log_step(record(step, 1000 * (step - 980)))
     # Steps 982 to 985, those since the last line, took 2 to 5 s. Two more evaluations, and 15 steps of 3.5 s.
-    assert lines[-1].endswith("| 3,500 ms | 1,429 tok/s | 14.3% of peak | 0:02:32 left")
+    assert printed()[-1].endswith("| 3,500 ms | 1,429 tok/s | 14.3% of peak | 0:02:32 left")
 
 
-def test_console_marks_sample_items_and_truncated_ones(lines):
+def test_console_marks_sample_items_and_truncated_ones(printed):
     scores = {"acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "is_sample": False, "n": 10042, "num_truncated": 0}
-    shown = console(lines)
+    shown = console()
     record = {"step": 250, "val_loss": 3.29243, "hellaswag": scores, "hellaswag_seconds": 8.06, "seconds": 12.34}
     shown.log_evaluation(record)
     shown.log_evaluation(record | {"hellaswag": scores | {"is_sample": True, "num_truncated": 7}})
-    assert lines == [
+    assert printed() == [
         f"step    250 | val loss 3.2924 | hellaswag acc_norm 0.2955 ± 0.0046 ({what}) | 12.3 s"
         for what in ("items, n=10042, 8.1 s", "SAMPLE items, n=10042, 7 truncated, 8.1 s")
     ]
 
 
-def test_console_shows_a_bar_on_a_terminal(lines, monkeypatch, capsys):
+def test_console_shows_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    shown = console(lines)
+    shown = console()
     for step in range(1, 11):
         shown.log_step(record(step, 1000))
     shown.close()
-    assert len(lines) == 2
     assert "10/1000" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal is made with pty")
 @pytest.mark.parametrize("max_steps", [1000, 19073, 1_000_000])
-def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(lines, monkeypatch, max_steps):
+def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(printed, monkeypatch, max_steps):
     import fcntl
     import pty
     import termios
@@ -199,7 +200,7 @@ def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(lines, monkeypatc
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
     with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr("sys.stderr", stream)
-        shown = console(lines, max_steps=max_steps, dollars_per_hour=None)
+        shown = console(max_steps=max_steps, dollars_per_hour=None)
         shown._bar.mininterval = 0  # every step
         shown.log_evaluation({"step": 0, "val_loss": 10.8, "hellaswag": None, "seconds": 60.0})
         for step in range(1, 21):
@@ -212,7 +213,7 @@ def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(lines, monkeypatc
     bars = [bar.rstrip() for bar in re.split(r"[\r\n]", text) if "left" in bar]
     assert len(bars) >= 20
     assert all(len(bar) <= 50 and bar.endswith(" left") for bar in bars), bars
-    for line in lines[1:]:
+    for line in printed()[1:]:
         step, left = re.search(r"step +(\d+)/.*\| (.*) left$", line).groups()
         shown_too = [bar for bar in bars if bar.startswith(f"{step}/{max_steps} ") and bar.endswith(f", {left} left")]
         assert shown_too, (line, bars)

@@ -1,0 +1,144 @@
+"""Preparations in processes of their own: killed, interrupted, and measured."""
+
+import contextlib
+import gzip
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+from shard_folders import content_of, jsonl
+
+PROGRAM = Path(__file__).with_name("prepare_as_in_a_terminal.py")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kills processes and reads /proc")
+
+
+@pytest.fixture(scope="module")
+def big(sample, tmp_path_factory):
+    """Return a folder of 8 files of 3 MB, and the folder that an uninterrupted preparation makes of them."""
+    folder = tmp_path_factory.mktemp("big")
+    documents = itertools.cycle(sample)
+    for number in range(8):
+        jsonl(folder / f"{number}.jsonl", [f"{number} {text}" for text in itertools.islice(documents, 700)])
+    process = start(folder, folder / "uninterrupted")
+    assert process.wait(timeout=120) == 0
+    # Renamed afterwards, since the name of --out is the prefix of the file names.
+    (folder / "uninterrupted").rename(folder / "result")
+    return folder, folder / "result"
+
+
+def start(files, out):
+    arguments = ["files", *sorted(files.glob("*.jsonl")), "--out", out, "--num_proc", 2, "--shard_tokens", 100_000]
+    return subprocess.Popen(
+        [sys.executable, PROGRAM, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def workers_of(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def num_parts(out):
+    return len(list(out.glob("parts/*.json")))
+
+
+@linux_only
+@pytest.mark.parametrize("seed", range(3))
+def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
+    files, result = big
+    out, rng = tmp_path / "uninterrupted", random.Random(seed)
+    kills = 0
+    for _ in range(30):
+        process = start(files, out)
+        try:
+            if kills < 4:
+                goal = rng.randrange(0, 4) + num_parts(out)
+                while process.poll() is None and num_parts(out) < goal:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0, 0.5))
+                workers = workers_of(process)
+                victim = rng.choice([process.pid, *workers])
+                kills += process.poll() is None
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, signal.SIGKILL)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        if process.returncode == 0:
+            break
+        assert process.returncode in (2, -signal.SIGKILL), errors
+        assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(is_running(pid) for pid in workers)
+    assert kills >= 1
+    assert content_of(out) == content_of(result)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_interrupt_exits_with_130_and_names_the_kept_parts(big, tmp_path):
+    process = start(big[0], tmp_path / "out")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not num_parts(tmp_path / "out"):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "parts are kept in" in errors
+    assert errors.count("\n") == 1
+
+
+@linux_only
+@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
+def test_memory_does_not_grow_with_the_input(tmp_path, kind):
+    """Compare the peak for 150 MB of text with that for 15 MB; Arrow alone has buffers of up to 130 MB."""
+    pytest.importorskip("gigatoken")
+    text = "".join(f"word{i % 9973} " for i in range(7_000))
+    peaks = []
+    for documents in (225, 2250):
+        texts = (f"{number} {text}" for number in range(documents))
+        path = tmp_path / f"{documents}.{kind}"
+        if kind == "txt":
+            path.write_text("\n--\n".join(texts))
+        elif kind == "parquet":
+            parquet.write_table(pyarrow.table({"text": list(texts)}), path, use_dictionary=False)  # one row group
+        else:
+            with gzip.open(path, "wt", compresslevel=1) as file:
+                file.writelines(f"{json.dumps(text)}\n" for text in texts)
+        options = {"separator": "\n--\n", "val_fraction": 0.1, "num_proc": 1, "shard_tokens": 2_000_000}
+        options |= {"tokenizer_backend": "gigatoken", "out": tmp_path / f"{documents}"}
+        done = subprocess.run(
+            [sys.executable, PROGRAM, "files", path, *(f"--{name}={value}" for name, value in options.items())],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) // 1024)
+    assert peaks[1] < peaks[0] + (100 if kind == "parquet" else 40), peaks
+    assert peaks[1] < 450
