@@ -60,12 +60,7 @@ class Results:
 
 
 def read_run(checkpoint: Path) -> Run | None:
-    """
-    Read what a run recorded about a checkpoint of its checkpoints/ folder. None for a checkpoint outside a run.
-
-    Raises:
-        HubError: the run's files exist but cannot be read.
-    """
+    """Read what a run recorded about a checkpoint; None outside a run. Raises HubError if its files are damaged."""
     checkpoint = checkpoint.resolve()
     folder = checkpoint.parent.parent
     if checkpoint.parent.name != "checkpoints" or not (folder / "provenance.json").is_file():
@@ -175,12 +170,7 @@ def license_id(run: Run | None, checkpoint: Path) -> str | None:
 
 
 def read_results(path: str | Path, checkpoint: Path, weights_sha256: str | None) -> Results:
-    """
-    Read a file written by `python -m eval --output`, about the weights with this hash.
-
-    Raises:
-        HubError: the file has another form, or scores other weights.
-    """
+    """Read a file written by `python -m eval --output`. Raises HubError if it is not one, or scores other weights."""
     try:
         result = _read_json(Path(path))
         results = _parse_results(result)
@@ -247,7 +237,6 @@ def model_card(
 
     Args:
         repo_id: "owner/name".
-        config: config of a GPT-2, gpt2repro or gpt2.
         license: license of the weights, by the Hub's name for it.
         has_license_file: True if the checkpoint brings a LICENSE file of its own.
         results: scores of these weights.

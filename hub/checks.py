@@ -42,14 +42,9 @@ def compare_logits(
     model: GPT2ReproForCausalLM, exported_logits: Callable[[torch.Tensor], torch.Tensor], *, tolerance: float
 ) -> None:
     """
-    Compare the logits of an exported model with those of the original on random tokens.
+    Compare logits with those of an exported model, which maps token ids [B, T] to logits [B, T, V].
 
-    Args:
-        exported_logits: maps token ids [B, T] to logits [B, T, V].
-        tolerance: largest allowed difference.
-
-    Raises:
-        HubError: the logits differ, or are not finite.
+    Raises HubError if they differ by more than the tolerance, or are not finite.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(_CHECKED_TOKENS, model.config.n_positions)

@@ -30,12 +30,7 @@ class Writer(NamedTuple):
 
 def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, trust_remote_code: bool = False) -> None:
     """
-    Serve the page at http://127.0.0.1:PORT until Ctrl-C.
-
-    Args:
-        checkpoints: one or two folders, or ids on the Hub.
-        device: "cuda", "mps" or "cpu"; None for the first that is available.
-        trust_remote_code: run the modeling code of a model from the Hub.
+    Serve the page for one or two checkpoints (folders, or ids on the Hub) at http://127.0.0.1:PORT until Ctrl-C.
 
     Raises:
         UserError: a checkpoint cannot be opened, the port is not free, or Gradio is not installed.

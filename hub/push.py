@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, constants, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from safetensors import SafetensorError, safe_open
@@ -212,16 +212,9 @@ class Repository:
             raise HubError("the token (HF_TOKEN or `hf auth login`) has invalid characters: set it again")
         self.repo_id, self._api = repo_id, HfApi()
         self._check_token()
-        try:
-            is_public = self._info(raises=RepositoryNotFoundError).private is False
-        except RepositoryNotFoundError:
-            is_public = not private
-        if private and is_public:
+        self.is_private = self._request(lambda: self._is_private(default=private))
+        if private and not self.is_private:
             raise HubError(f"{repo_id} exists and is public: give --public to push there, or choose another name")
-        self.is_private = not is_public
-
-    def _info(self, raises: type[Exception] | tuple[()] = ()) -> ModelInfo:
-        return _with_retries(lambda: self._api.model_info(self.repo_id), self.repo_id, raises=raises)
 
     def push(self, plan: CommitPlan) -> tuple[str, list[str]]:
         """
@@ -234,13 +227,19 @@ class Repository:
             HubError: the commit was not made.
         """
         api, repo_id = self._api, self.repo_id
-        _with_retries(lambda: api.create_repo(repo_id, private=self.is_private, exist_ok=True), repo_id)
-        info = self._info()
+        self._request(lambda: api.create_repo(repo_id, private=self.is_private, exist_ok=True))
+        info = self._request(lambda: api.model_info(repo_id))
         remote = [sibling.rfilename for sibling in info.siblings or []]
         stale = [path for path in remote if path not in plan.files and _WEIGHTS.fullmatch(path)]
         push_id = f"gpt2-repro push {uuid.uuid4().hex}"
 
+        attempts = itertools.count()
+
         def commit() -> str:
+            if next(attempts):  # an earlier attempt may have made the commit, and only the answer was lost
+                for made in api.list_repo_commits(repo_id):
+                    if push_id in made.message:
+                        return f"{api.endpoint}/{repo_id}/commit/{made.commit_id}"
             # New operations for each attempt: huggingface_hub stores in them what it has done.
             operations = [CommitOperationAdd(path, source) for path, source in plan.files.items()]
             return api.create_commit(
@@ -251,17 +250,16 @@ class Repository:
                 parent_commit=info.sha,
             ).commit_url
 
-        def commit_landed() -> str | None:
-            """Return the commit's URL if an earlier attempt made it and only the answer was lost."""
-            for made in api.list_repo_commits(repo_id):
-                if push_id in made.message:
-                    return f"{api.endpoint}/{repo_id}/commit/{made.commit_id}"
-            return None
+        return self._request(commit), stale
 
-        return _with_retries(commit, repo_id, landed=commit_landed), stale
+    def _is_private(self, *, default: bool) -> bool:
+        try:
+            return self._api.model_info(self.repo_id).private is not False
+        except RepositoryNotFoundError:  # the first push creates it
+            return default
 
     def _check_token(self) -> None:
-        who = _with_retries(self._api.whoami, self.repo_id)
+        who = self._request(self._api.whoami)
         token = who.get("auth", {}).get("accessToken", {})
         if token.get("role") == "read":
             raise HubError(
@@ -274,6 +272,17 @@ class Repository:
             raise HubError(
                 f"the token belongs to {who['name']}, who may not write to {owner}'s {self.repo_id}: check the name"
             )
+
+    def _request(self, call: Callable[[], Result]) -> Result:
+        """Return call(), and try again after errors that may pass. Raises HubError if no attempt succeeded."""
+        try:
+            return with_retries(call)
+        except HubRequestError as failure:
+            raise HubError(_explain(failure, self.repo_id)) from None
+        except OSError as error:
+            raise HubError(
+                f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})"
+            ) from error
 
 
 def push_last_checkpoint(
@@ -316,43 +325,7 @@ def push_last_checkpoint(
     return not problem
 
 
-def _with_retries(
-    call: Callable[[], Result],
-    repo_id: str,
-    *,
-    landed: Callable[[], Result | None] = lambda: None,
-    raises: type[Exception] | tuple[()] = (),
-) -> Result:
-    """
-    Return call(), and try again after errors that may pass.
-
-    Args:
-        landed: called before another attempt. A result that is not None is returned instead.
-        raises: exception to pass on to the caller.
-
-    Raises:
-        HubError: no attempt succeeded.
-    """
-    attempts = itertools.count()
-
-    def attempt() -> Result:
-        if next(attempts) and (result := landed()) is not None:
-            return result
-        return call()
-
-    try:
-        return with_retries(attempt, raises=(raises,) if raises else ())
-    except raises:
-        raise
-    except HubRequestError as failure:
-        raise HubError(_explain(failure, repo_id)) from None
-    except OSError as error:
-        raise HubError(f"{error.filename or 'a file of the checkpoint'} cannot be read ({error.strerror})") from error
-
-
 def _explain(failure: HubRequestError, repo_id: str) -> str:
-    from huggingface_hub import constants
-
     endpoint, status, reason = constants.ENDPOINT, failure.status, failure.reason
     if status is None and failure.is_final:
         return f"{endpoint} rejected the push, or is not a Hub ({reason})"

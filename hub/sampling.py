@@ -76,15 +76,7 @@ def generate(
     """
     Continue a prompt with `model.generate`, up to max_new_tokens, the end-of-text token or the end of the context.
 
-    Args:
-        prompt_ids: from `encode_prompt`.
-        streamer: gets the tokens while they are generated.
-
-    Returns:
-        The new token ids, without the end-of-text token.
-
-    Raises:
-        HubError: the model's logits are not finite.
+    Returns the new token ids, without the end-of-text token. Raises HubError if the model's logits are not finite.
     """
     torch.manual_seed(params.seed)
     ids = torch.tensor([prompt_ids], device=model.device)
@@ -99,11 +91,9 @@ def stream_tokens(
     """
     Yield the tokens of `generate` one by one, each with the probabilities of all tokens at its position.
 
-    Every token is a call of `model.generate` with the cache of the call before, so a caller can stop at any token and
-    no thread is needed. The calls share PyTorch's global random state: run one stream at a time.
-
-    Yields:
-        (token id, probabilities [V] before temperature, top_k and top_p)
+    The probabilities, [V], are those before temperature, top_k and top_p. Every token is a call of `model.generate`
+    with the cache of the call before, so a caller can stop at any token and no thread is needed. The calls share
+    PyTorch's global random state: run one stream at a time.
     """
     torch.manual_seed(params.seed)
     ids, cache = torch.tensor([prompt_ids], device=model.device), None

@@ -307,16 +307,14 @@ def test_missing_package_is_an_error(fails, monkeypatch):
 
 def test_export_failure_leaves_no_files(checkpoint, tmp_path, monkeypatch):
     """The check after writing finds weights that changed on the way."""
-    from modeling_gpt2repro import conversion
+    to_gpt2 = GPT2ReproForCausalLM.to_gpt2
 
-    adopt = conversion._copy
+    def wrong(model):
+        plain = to_gpt2(model)
+        plain.transformer.h[0].mlp.c_fc.weight.data *= 1.01
+        return plain
 
-    def wrong(*arguments):
-        adopted = adopt(*arguments)
-        adopted.transformer.h[0].mlp.c_fc.weight.data *= 1.01
-        return adopted
-
-    monkeypatch.setattr(conversion, "_copy", wrong)
+    monkeypatch.setattr(GPT2ReproForCausalLM, "to_gpt2", wrong)
     with pytest.raises(HubError, match="logits differ by"):
         export(str(checkpoint), to="gpt2", out=tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -62,12 +62,12 @@ def test_pushed_model_opens_without_this_project(
     assert server.private == {"models/me/model"}
     assert [title for _, title in server.commits["models/me/model"]] == ["Step 20"]
 
-    launch(checkpoint, "me/alone", script=FOLDER / "push_alone.py", environment=environment)
+    pushed = launch(checkpoint, "me/alone", script=FOLDER / "push_alone.py", environment=environment)
     assert server.repos["models/me/alone"].keys() >= FILES - {"LICENSE", "curves.png"}
 
     names = ("me/model", "me/alone")
-    done = launch(tmp_path / "logits-", *names, script=FOLDER / "pull.py", environment=environment)
-    assert TOKEN not in done.stdout + done.stderr
+    pulled = launch(tmp_path / "logits-", *names, script=FOLDER / "pull.py", environment=environment)
+    assert TOKEN not in pushed.stdout + pushed.stderr + pulled.stdout + pulled.stderr
     expected = model(tokenizer("Hello, I'm a language model,", return_tensors="pt").input_ids).logits
     for name in ("me-model", "me-alone"):
         assert torch.equal(torch.load(tmp_path / f"logits-{name}"), expected)
