@@ -115,11 +115,11 @@ def test_interrupt_exits_with_130_and_names_the_kept_parts(big, tmp_path):
 @linux_only
 @pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
-    """Compare the peak for 150 MB of text with that for 15 MB; Arrow alone has buffers of up to 130 MB."""
+    """Compare the peak for 200 MB of text with that for 20 MB; Arrow alone has buffers of up to 130 MB."""
     pytest.importorskip("gigatoken")
     text = "".join(f"word{i % 9973} " for i in range(7_000))
     peaks = []
-    for documents in (225, 2250):
+    for documents in (300, 3000):
         texts = (f"{number} {text}" for number in range(documents))
         path = tmp_path / f"{documents}.{kind}"
         if kind == "txt":
@@ -140,5 +140,5 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.splitlines()[-1]) // 1024)
-    assert peaks[1] < peaks[0] + (100 if kind == "parquet" else 40), peaks
+    assert peaks[1] < peaks[0] + (150 if kind == "parquet" else 50), peaks
     assert peaks[1] < 450
