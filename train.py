@@ -21,7 +21,8 @@ Writes into --output_dir (runs/<recipe>):
     status.json                "running", "resume me", "failed" or "finished"
 
 On SIGTERM, SIGUSR1, Ctrl-C or --max_hours it finishes the current step, saves a checkpoint and exits with code 75
-(resume with --resume auto).
+(resume with --resume auto). `accelerate launch` turns every code but 0 into 1, so scripts should read status.json.
+"the lecture" is Andrej Karpathy's "Let's reproduce GPT-2 (124M)", https://youtu.be/l8pRSuU81PU.
 Every setting is described by `python train.py --help` and in training/config.py.
 """
 
@@ -30,10 +31,13 @@ from common.cli import prepare_process, run_command, say
 if __name__ == "__main__":
     prepare_process()
 
+import time
+
+STARTED = time.monotonic()  # before the imports, which take seconds; --max_hours counts from here
+
 import dataclasses
 import math
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -59,15 +63,13 @@ from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.batch import check_memory, choose_micro_batch_size
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
-from training.config import SHAPE, Config, load_config, load_shape, settle_model
+from training.config import SHAPE, Config, load_config, load_shape, take_over_shape
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, find_hardware, warn_of_repetition
 from training.logging import RunLog
 from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.run import RunFolder, StopRequest, ignore_signals
 from training.sharding import TrainingModels, compile_and_wrap, unsharded_model
-
-STARTED = time.monotonic()  # what --max_hours counts from
 
 
 def train(argv: Sequence[str], *, started: float | None = None) -> int:
@@ -92,53 +94,58 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         repository = None
         if config.push_to_hub is not None and not config.dry_run:  # check that we may push before spending compute
             repository = run_on_main(Repository, config.push_to_hub, private=not config.push_public)
-        fingerprint: dict[str, Any] = {"init_from": config.init_from}  # as it was given, before it is resolved
-        config.init_from, shape = run_on_main(load_shape, config.init_from, resume_from)
-
-        model_config = settle_model(config, shape)
+        init_from, shape = run_on_main(load_shape, config.init_from, resume_from)
+        model_config = take_over_shape(config, shape)
         hardware = find_hardware(accelerator, config.dollars_per_hour)
         plan = Plan(shape=model_config, batch=config.batch, max_steps=config.max_steps, hardware=hardware)
         say(plan.describe())
         check_memory(plan, accelerator, is_dry_run=config.dry_run)
         if config.dry_run:
             return print_dry_run(config, accelerator, plan)
-        data, loader, val_shards, baselines = load_data(config, accelerator, plan)
+        data_info, loader, val_shards, baselines = load_data(config, accelerator, plan)
         evaluation = make_evaluation(config, loader, val_shards, stop)
 
-        # The fingerprint defines what step N is. It must match the checkpoint's.
-        fingerprint |= {"seed": config.seed, "order": config.data.order, "boundary": config.data.boundary}
-        fingerprint |= {"tokens_per_step": config.batch.tokens_per_step, "seq_len": config.batch.seq_len}
-        fingerprint |= {name: data[name] for name in ("train_tokens", "train_sha256")}
-        fingerprint |= {"model": {name: getattr(config.model, name) for name in SHAPE}}
+        fingerprint = {  # what defines step N: the checkpoint to resume from must have the same
+            "seed": config.seed,
+            "init_from": config.init_from,  # as it was given: `best` may mean another checkpoint by now
+            "model": {name: getattr(config.model, name) for name in SHAPE},
+            "tokens_per_step": config.batch.tokens_per_step,
+            "seq_len": config.batch.seq_len,
+            "order": config.data.order,
+            "boundary": config.data.boundary,
+            **{name: data_info[name] for name in ("train_tokens", "train_sha256")},
+        }
         state = LoopState() if resume_from is None else load_state(resume_from, fingerprint, run.path)
         if state.saved and state.evaluated and state.step >= config.max_steps:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             return finish(run, state, stop, repository)
 
-        model = build_model(config, model_config, resume_from).to(accelerator.device).train()
+        model = build_model(model_config, config.seed, resume_from or init_from).to(accelerator.device).train()
         micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model)
         say(plan.describe_batch(micro_batch_size, accumulation))
         optimizer = build_optimizer(model, config.optim, accelerator.device.type)
         models = compile_and_wrap(accelerator, model, optimizer, accumulation, use_compile=config.compile)
-        torch.manual_seed(config.seed + accelerator.process_index)  # of dropout
+        torch.manual_seed(config.seed + accelerator.process_index)  # each process drops other units
         if resume_from is not None:
             load_training_state(resume_from, models, accelerator)
         keep = Keep(config.keep_last, config.keep_every, best=config.keep_best)
         checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, fingerprint, keep)
         cleanup.callback(checkpoints.close)
-        settings = dataclasses.asdict(config)
-        losses, scores = published_lines(plan.shape, data["source"], evaluation.hellaswag and evaluation.hellaswag.data)
+        settings = dataclasses.asdict(config) | {"init_from": init_from}
+        losses, scores = published_lines(model_config, data_info["source"], evaluation.hellaswag)
         log = RunLog(run.path, plan, settings, state.step, loss_lines=baselines | losses, score_lines=scores)
         cleanup.enter_context(log)
-        lr = learning_rate(state.step - 1, config.optim, config.max_steps) if state.step else None
-        run_on_main(log.open, state, data, resume_from, lr)
+        last_lr = learning_rate(
+            state.step - 1, config.optim, config.max_steps
+        )  # log.open compares it with the logged one
+        run_on_main(log.open, state, data_info, resume_from, last_lr)
         cleanup.enter_context(stop)
         run.mark_running()
         say(f"training  from step {state.step:,} to {config.max_steps:,}, into {run.path}")
         batches = loader.batches(state.step, config.max_steps, pin_memory=accelerator.device.type == "cuda")
         cleanup.callback(batches.close)  # ends the thread that reads ahead
         is_stopped = train_steps(
-            config, accelerator, models, state, loader, batches, evaluation, checkpoints, log, stop
+            config, accelerator, models, micro_batch_size, state, loader, batches, evaluation, checkpoints, log, stop
         )
         return finish(run, state, stop, repository, log=log, is_stopped=is_stopped)
 
@@ -147,6 +154,7 @@ def train_steps(
     config: Config,
     accelerator: Accelerator,
     models: TrainingModels,
+    micro_batch_size: int,
     state: LoopState,
     loader: WindowLoader,
     batches: Iterator[Batch],
@@ -155,10 +163,8 @@ def train_steps(
     log: RunLog,
     stop: StopRequest,
 ) -> bool:
-    """Train until config.max_steps, or until a request to stop. Return True if it was the latter."""
+    """Train until config.max_steps, or until a request to stop. Return True if it was stopped."""
     optim, device, world_size = config.optim, accelerator.device, accelerator.num_processes
-    accumulation = accelerator.gradient_accumulation_steps
-    micro_batch_size = loader.batch_size // world_size // accumulation
     stopping = False  # agreed on by all processes
     while True:
         is_last = state.step >= config.max_steps  # the loop runs max_steps + 1 times, to evaluate and save at the end
@@ -171,49 +177,44 @@ def train_steps(
             if result is None:  # a request to stop came in
                 stopping = True
             else:
-                state.evaluated, state.saved, state.val_loss = True, False, result.val_loss
-                log.log_evaluation(state.step, vars(result))
+                state.evaluated, state.val_loss = True, result.val_loss
+                state.saved = False  # a checkpoint of this step is saved again, with its loss
+                log.log_evaluation(state.step, dataclasses.asdict(result))
 
         # (b) Save every save_every steps and at the end.
-        is_due = is_last or (state.step > 0 and state.step % (config.save_every or config.max_steps) == 0)
-        if (is_due or stopping) and not state.saved:
+        is_due = config.save_every is not None and state.step > 0 and state.step % config.save_every == 0
+        if (is_due or is_last or stopping) and not state.saved:
             checkpoints.save(state)
         if is_last or stopping:
             run_on_main(checkpoints.finish)
             return stopping
         checkpoints.report()
 
-        # (c) Take one optimizer step over all micro-batches of the global batch. Until its end, the host does not wait.
+        # (c) Take one optimizer step over all micro-batches. The host does not wait for the device until its end.
         start = time.perf_counter()
         lr = learning_rate(state.step, optim, config.max_steps)
         for group in models.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
         losses = []
-        for micro_batch in next(batches).split(micro_batch_size):  # of this process's [micro * accumulation, T]
-            inputs, targets, position_ids = micro_batch.to(device)
-            # DDP exchanges gradients once per step: accelerate lets it do so in the last micro-batch.
+        for micro_batch in next(batches).split(micro_batch_size):  # [micro_batch_size, T] each, of this process's rows
+            # Micro-batches have the same number of tokens, so the mean of their gradients is that of the global batch:
+            # `backward` divides by their number, and DDP or FSDP2 averages over processes, after the last one only.
+            inputs, targets, position_ids = micro_batch.to(device)  # position_ids: None unless documents are kept apart
             with accelerator.accumulate(models.wrapped):
-                # The model divides by the tokens of the global batch. DDP averages over processes and accelerate
-                # divides by the accumulation: times both, the gradient is the mean over those tokens.
-                loss = models.wrapped(
-                    input_ids=inputs,
-                    position_ids=position_ids,  # None unless documents are kept apart
-                    shift_labels=targets,
-                    num_items_in_batch=config.batch.tokens_per_step,
-                ).loss
-                accelerator.backward(loss * (world_size * accumulation))
+                loss = models.wrapped(input_ids=inputs, position_ids=position_ids, shift_labels=targets).loss
+                accelerator.backward(loss)
             losses.append(loss.detach())
         grad_norm = clip_gradients(accelerator, models.bare, optim.grad_clip)
-        # One exchange for both: the loss over all processes, and whether any of them was asked to stop.
+        # One exchange for both: the mean loss of all processes, and the share of them that was asked to stop.
         stop_vote = torch.full((), float(stop.is_requested), device=device)
-        sums = accelerator.reduce(torch.stack([sum(losses), stop_vote]), "sum")
-        step_if_finite(models.optimizer, sums[0].isfinite() & grad_norm.isfinite())
+        means = accelerator.reduce(torch.stack([torch.stack(losses).mean(), stop_vote]), "mean")
+        step_if_finite(models.optimizer, means[0].isfinite() & grad_norm.isfinite())
         models.optimizer.zero_grad()
         # Read the step's numbers with one copy from the device, the only one of a step.
-        train_loss, stop_votes, norm = torch.cat([sums, grad_norm.view(1)]).tolist()
+        train_loss, stop_share, norm = torch.cat([means, grad_norm.view(1)]).tolist()
         seconds = time.perf_counter() - start
-        # A single process also stops for a request that came after its vote.
-        stopping = stop_votes > 0 or (world_size == 1 and stop.is_requested)
+        # A single process also stops for a request after its vote; several stop one step later for that.
+        stopping = stop_share > 0 or (world_size == 1 and stop.is_requested)
 
         # (d) Log. A step that is not finite was skipped: log which windows caused it. Too many in a row are an error.
         is_finite = math.isfinite(train_loss) and math.isfinite(norm)
@@ -227,7 +228,7 @@ def train_steps(
 
 
 def print_dry_run(config: Config, accelerator: Accelerator, plan: Plan) -> int:
-    """Print what the plan takes here and on rented GPUs, and the size of the data. Return the exit code."""
+    """Print the memory that the run takes, time and cost on rented GPUs, and the size of the data. Return 0."""
     say(plan.describe_batch(*choose_micro_batch_size(plan, accelerator)))
     say(plan.describe_rental())
     tokens = "not there yet"
@@ -289,18 +290,14 @@ def make_evaluation(
     )
 
 
-def build_model(config: Config, model_config: GPT2ReproConfig, resume_from: Path | None) -> GPT2ReproForCausalLM:
-    """Return the model in float32: with the weights of a checkpoint, of --init_from, or random ones."""
-    dropout = {name: getattr(model_config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    if resume_from is not None:
-        model = GPT2ReproForCausalLM.from_pretrained(resume_from, dtype=torch.float32, **dropout)
-    elif config.init_from is not None:
-        model = load_gpt2(config.init_from, vocab_size=VOCAB_SIZE, **dropout)
-        say(f"weights   from {config.init_from}, and the shape too: settings of model.* but dropout do not count")
-    else:
-        set_seed(config.seed)  # the same on every process
-        model = GPT2ReproForCausalLM(model_config)
-    return model
+def build_model(config: GPT2ReproConfig, seed: int, source: str | Path | None) -> GPT2ReproForCausalLM:
+    """Return the model in float32, with the weights of a checkpoint or model, or random ones if `source` is None."""
+    if source is None:
+        set_seed(seed)  # the same on every process
+        return GPT2ReproForCausalLM(config)
+    say(f"weights   from {source}. Its shape replaces the settings model.*, except dropout")
+    dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    return load_gpt2(str(source), vocab_size=VOCAB_SIZE, **dropout)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -321,14 +318,14 @@ def finish(
     reason = next(filter(None, gather_object([stop.reason if is_stopped else None])), None)
     # status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.
     exit_code = run.finish(state, reason)
-    PartialState().wait_for_everyone()
+    PartialState().wait_for_everyone()  # a launcher may kill the others once one has ended
     if log is not None:
         log.close()
         if not reason and exit_code == 0:
             log.print_summary(state, folder)
     if reason or exit_code != 0:
         return exit_code
-    if repository is None or not PartialState().is_main_process:
+    if repository is None or not PartialState().is_main_process:  # only the main process pushes
         return 0
     return 0 if push_last_checkpoint(repository, folder, say, is_stopped=lambda: stop.is_requested) else 1
 

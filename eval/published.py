@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from eval.items import DataInfo
+    from eval.task import LoadedTask
     from modeling_gpt2repro import GPT2ReproConfig
 
 
@@ -77,18 +77,20 @@ def find_corpus(source: Any) -> str | None:
 
 
 def published_lines(
-    shape: "GPT2ReproConfig", data_source: Any, hellaswag_data: "DataInfo | None"
+    shape: "GPT2ReproConfig", data_source: Any, hellaswag: "LoadedTask | None"
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return ({name: loss}, {name: acc_norm}) of models of this size that can be compared with a training run's.
 
     Args:
         shape: has n_layer and n_embd.
         data_source: where the training data came from, see `find_corpus`.
-        hellaswag_data: a description of HellaSwag's items; None if it is not scored.
+        hellaswag: None if it is not scored.
     """
     corpus = find_corpus(data_source)
     models = [model for model in GPT2 + GPT3 if model.size == (shape.n_layer, shape.n_embd)]
     losses = {model.name: model.losses[corpus] for model in models if corpus in model.losses}
-    is_comparable = hellaswag_data is not None and not hellaswag_data.is_sample
-    scores = {model.name: model.results["hellaswag"]["acc_norm"] for model in models} if is_comparable else {}
-    return losses, scores
+    if hellaswag is None or not_comparable_reason(
+        {"is_sample": hellaswag.data.is_sample}, len(hellaswag.items), hellaswag.task.full_size
+    ):
+        return losses, {}
+    return losses, {model.name: model.results["hellaswag"]["acc_norm"] for model in models}

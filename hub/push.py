@@ -214,7 +214,10 @@ class Repository:
         self._check_token()
         self.is_private = self._request(lambda: self._is_private(default=private))
         if private and not self.is_private:
-            raise HubError(f"{repo_id} exists and is public: give --public to push there, or choose another name")
+            raise HubError(
+                f"{repo_id} exists and is public: give --public (train.py: --push_public) to push there, or choose "
+                "another name"
+            )
 
     def push(self, plan: CommitPlan) -> tuple[str, list[str]]:
         """

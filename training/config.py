@@ -273,7 +273,7 @@ def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | N
     return init_from, {name: getattr(source, name) for name in SHAPE}
 
 
-def settle_model(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
+def take_over_shape(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
     """
     Return the model's configuration, after writing the shape from `load_shape` into the settings.
 

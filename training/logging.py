@@ -61,9 +61,7 @@ class RunLog:
         )
         self.metrics_path = output_dir / "metrics.jsonl"
 
-    def open(
-        self, state: LoopState, data: dict[str, Any], resume_from: Path | None = None, last_lr: float | None = None
-    ) -> None:
+    def open(self, state: LoopState, data: dict[str, Any], resume_from: Path | None, last_lr: float) -> None:
         """
         Create the files, provenance.json among them, and start the trackers. Called on the main process.
 
@@ -86,7 +84,7 @@ class RunLog:
             records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir, warn=say)
             history = records_up_to(records, step, is_evaluated=state.evaluated)
             logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), None)
-            if last_lr is not None and logged_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
+            if logged_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
                 say(
                     f"resume    the learning rate of step {step:,} was {logged_lr:.3g} and is {last_lr:.3g} now: "
                     "max_steps or a setting of optim.* has changed"

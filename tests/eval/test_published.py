@@ -1,16 +1,20 @@
 """Test which published results are shown: only those that can be compared."""
 
-from types import SimpleNamespace
-
 import pytest
 
+from eval.hellaswag.task import Task
+from eval.items import DataInfo
 from eval.published import GPT2, find_corpus, published_lines
+from eval.task import LoadedTask
 from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
 
 def test_published_lines_match_size_corpus_and_items():
-    hellaswag, sample = SimpleNamespace(is_sample=False), SimpleNamespace(is_sample=True)
+    hellaswag, sample, part = (
+        LoadedTask(Task(), [None] * n, DataInfo(description="", sha256="", is_sample=is_sample))
+        for n, is_sample in ((10_042, False), (40, True), (100, False))
+    )
     losses, scores = published_lines(GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}, hellaswag)
     assert losses == {"OpenAI GPT-2 124M": 3.2924}
     assert scores == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
@@ -21,6 +25,7 @@ def test_published_lines_match_size_corpus_and_items():
     assert published_lines(GPT2ReproConfig(), {"paths": ["my.txt"]}, hellaswag)[0] == {}
     assert published_lines(GPT2ReproConfig(n_layer=3), None, hellaswag) == ({}, {})
     assert published_lines(GPT2ReproConfig(), None, sample)[1] == {}
+    assert published_lines(GPT2ReproConfig(), None, part)[1] == {}
 
 
 @pytest.mark.parametrize(
