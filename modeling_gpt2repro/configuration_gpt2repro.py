@@ -27,8 +27,8 @@ SIZES = {
 class GPT2ReproConfig(PreTrainedConfig):
     """Configuration of a GPT-2 (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners").
 
-    The defaults give the 124M model. The fields of transformers' `GPT2Config` are documented there. The standard names of
-    the library (`hidden_size`, `num_hidden_layers`, ...) are aliases.
+    The defaults give the 124M model. The fields of transformers' `GPT2Config` are documented there. The library's
+    standard names (`hidden_size`, `num_hidden_layers`, ...) are aliases.
 
     Args:
         is_causal: Attend only to earlier tokens. False makes a bidirectional model (a text encoder made from a
