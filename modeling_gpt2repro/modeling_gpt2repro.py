@@ -26,6 +26,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2repro import GPT2ReproConfig
+from .conversion import from_gpt2, to_gpt2
 from .loss import linear_cross_entropy
 from .mlp import mlp
 
@@ -219,11 +220,6 @@ class LogitsNotComputed:
 
 
 _LOGITS_NOT_COMPUTED = LogitsNotComputed()
-
-
-def is_wrapped_by_fsdp2(module: nn.Module) -> bool:
-    """Return True if FSDP2 wraps the module. Its full parameters then exist only while the module is called."""
-    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -493,8 +489,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
             num_items = num_items.to(hidden_states.device)
         if head.bias is None and is_plain(head):  # nn.Linear too: resizing the vocabulary creates one
             return linear_cross_entropy(hidden_states.flatten(0, 1), head.weight, targets, num_items)
-        if head.bias is None and isinstance(head, LanguageModelHead) and is_wrapped_by_fsdp2(head):
-            return head(hidden_states, targets, num_items)
+        is_fsdp2 = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
+        if head.bias is None and isinstance(head, LanguageModelHead) and is_fsdp2:
+            return head(hidden_states, targets, num_items)  # the full weight exists only while the head is called
         logits = head(hidden_states)  # LoRA, quantization, offloading, hooks
         return self.loss_function(logits, None, logits.shape[-1], num_items, shift_labels=targets)
 
@@ -505,14 +502,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         The keyword arguments are those of `GPT2LMHeadModel.from_pretrained`. A model in memory takes none. Options that
         the published GPT-2 does not have (cross-attention, ...) raise a ValueError.
         """
-        from .conversion import from_gpt2
-
         return from_gpt2(cls, model_or_path, **kwargs)
 
     def to_gpt2(self) -> GPT2LMHeadModel:
         """Copy the model into a `GPT2LMHeadModel`, which all engines that support GPT-2 can open."""
-        from .conversion import to_gpt2
-
         return to_gpt2(self)
 
 

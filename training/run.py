@@ -231,8 +231,8 @@ class StopRequest:
             self.reason = signal.Signals(number).name
             # print() must not be called here: the signal may have interrupted another print().
             line = (
-                f"\n{self.reason}: stopping after this step or the next; then a checkpoint is saved (Ctrl-C again stops "
-                "at once, without one)\n"
+                f"\n{self.reason}: stopping after this step or the next; then a checkpoint is saved (Ctrl-C again "
+                "stops at once, without one)\n"
             )
             with contextlib.suppress(OSError):  # after Ctrl-C, `2>&1 | tee` has closed the pipe
                 os.write(2, line.encode())

@@ -8,7 +8,6 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
-from modeling_gpt2repro.conversion import from_gpt2  # noqa: F401 (imported before the first measurement)
 
 torch.set_num_threads(1)
 

@@ -12,15 +12,15 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_forward_compiles_to_one_graph(model, input_ids, kernel):
     model.eval().set_attn_implementation(kernel)
     mask = torch.ones_like(input_ids)
     mask[0, :9] = 0
-    with torch.no_grad():
-        for inputs in ({"input_ids": input_ids}, {"input_ids": input_ids, "attention_mask": mask}):
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+    for inputs in ({"input_ids": input_ids}, {"input_ids": input_ids, "attention_mask": mask}):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -64,56 +64,49 @@ def test_gpu_code_path_of_the_loss_compiles(model, input_ids, monkeypatch):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_compiled_model_accepts_other_lengths(model, input_ids):
-    model.eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.no_grad():
-        for length in (48, 31, 17):
-            logits = compiled(input_ids[:, :length]).logits
-            torch.testing.assert_close(logits, model(input_ids[:, :length]).logits, atol=1e-5, rtol=1e-5)
+    compiled = torch.compile(model.eval(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (48, 31, 17):
+        logits = compiled(input_ids[:, :length]).logits
+        torch.testing.assert_close(logits, model(input_ids[:, :length]).logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
 def test_exported_program_runs_on_other_lengths(model, input_ids, tmp_path):
     """Export with a dynamic length, save, load and run on two lengths."""
-    model.eval()
-    length = torch.export.Dim("length", min=2, max=64)
 
     class Logits(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model
+            self.model = model.eval()
 
         def forward(self, input_ids):
             return self.model(input_ids, use_cache=False).logits
 
-    with torch.no_grad():
-        exported = torch.export.export(Logits(), (input_ids,), dynamic_shapes={"input_ids": {1: length}})
-        torch.export.save(exported, tmp_path / "model.pt2")
-        loaded = torch.export.load(tmp_path / "model.pt2").module()
-        for tokens in (48, 20):
-            ids = input_ids[:, :tokens]
-            torch.testing.assert_close(loaded(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
+    shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}}
+    exported = torch.export.export(Logits(), (input_ids,), dynamic_shapes=shapes)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    for ids in (input_ids, input_ids[:, :20]):
+        torch.testing.assert_close(loaded(ids), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
 def test_export_with_static_cache_decodes_like_the_model(model, input_ids):
     """On-device runtimes need one input token and a cache of fixed size inside the program."""
     from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-    model.eval()
-    model.generation_config.cache_implementation = "static"
+    model.eval().generation_config.cache_implementation = "static"
     exportable = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16, device="cpu")
-    exported = exportable.export(input_ids=input_ids[:1, :1], cache_position=torch.tensor([0]))
-    with torch.no_grad():
-        full = model(input_ids[:1, :6]).logits
-        steps = [
-            exported.module()(input_ids=input_ids[:1, t : t + 1], cache_position=torch.tensor([t])) for t in range(6)
-        ]
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, atol=1e-5, rtol=1e-5)
+    program = exportable.export(input_ids=input_ids[:1, :1], cache_position=torch.tensor([0])).module()
+    steps = [program(input_ids=input_ids[:1, t : t + 1], cache_position=torch.tensor([t])) for t in range(6)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), model(input_ids[:1, :6]).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("is_training", [True, False])
 def test_compiled_attention_has_no_mask(model, input_ids, monkeypatch, is_training):
-    """The flash kernels of CUDA do not accept a mask. torch 2.10 and 2.11 report an export while they compile."""
+    """The flash kernels of CUDA do not accept a mask. torch before 2.14 reports an export while it compiles."""
     monkeypatch.setattr("transformers.masking_utils.is_torchdynamo_exporting", lambda: True, raising=False)
     calls = []
 
@@ -126,24 +119,22 @@ def test_compiled_attention_has_no_mask(model, input_ids, monkeypatch, is_traini
     assert all(len(call.args) == 3 and call.kwargs["attn_mask"] is None and call.kwargs["is_causal"] for call in calls)
 
 
-def test_transformers_exporter_prefills_and_decodes_like_gpt2(gpt2, input_ids):
-    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")  # not in transformers 5.0
+@torch.no_grad()
+def test_transformers_exporter_prefills_and_decodes_like_gpt2(pair, input_ids):
+    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")  # not in transformers 5.4
     from transformers.exporters.configs import DynamoConfig
 
-    model = GPT2ReproForCausalLM.from_gpt2(gpt2).eval()
+    model, gpt2 = pair
     sample = {"input_ids": input_ids[:, :9], "attention_mask": torch.ones(3, 9, dtype=torch.long)}
     exported = exporters.DynamoExporter().export_for_generation(model, sample, DynamoConfig(dynamic=True))
     cache = DynamicCache(config=model.config)
     pieces = []
-    with torch.no_grad():
-        for name, start, end in (("prefill", 0, 12), ("decode", 12, 13), ("decode", 13, 14)):
-            positions = torch.arange(start, end).expand(3, -1)
-            outputs = exported.runners[name](
-                input_ids=input_ids[:, start:end], position_ids=positions, past_key_values=cache
-            )
-            cache = outputs["past_key_values"]
-            pieces.append(outputs["logits"])
-        expected = gpt2.eval()(input_ids[:, :14]).logits
+    for name, start, end in (("prefill", 0, 12), ("decode", 12, 13), ("decode", 13, 14)):
+        inputs = {"input_ids": input_ids[:, start:end], "position_ids": torch.arange(start, end).expand(3, -1)}
+        outputs = exported.runners[name](**inputs, past_key_values=cache)
+        cache = outputs["past_key_values"]
+        pieces.append(outputs["logits"])
+    expected = gpt2(input_ids[:, :14]).logits
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -18,18 +19,20 @@ from transformers import (
 )
 
 from modeling_gpt2repro import (
-    GPT2ReproConfig,
     GPT2ReproForCausalLM,
     GPT2ReproForSequenceClassification,
     GPT2ReproForTokenClassification,
+    GPT2ReproModel,
 )
 
 
+def next_token_loss(logits, input_ids):
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
+
+
+@torch.no_grad()
 def assert_same_logits(model, expected, input_ids, atol=0.0):
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids).logits
-    torch.testing.assert_close(logits.float(), expected, atol=atol, rtol=0)
+    torch.testing.assert_close(model.eval()(input_ids).logits.float(), expected, atol=atol, rtol=0)
 
 
 @pytest.fixture
@@ -64,25 +67,27 @@ def test_every_way_of_loading_keeps_the_tie_and_the_logits(saved, input_ids, arg
     assert_same_logits(model, expected, input_ids, atol)
 
 
+@torch.no_grad()
+def test_auto_model_opens_the_trunk(saved, input_ids):
+    path, expected = saved
+    trunk = AutoModel.from_pretrained(path)
+    assert type(trunk) is GPT2ReproModel
+    head = AutoModelForCausalLM.from_pretrained(path).lm_head
+    assert torch.equal(head(trunk(input_ids).last_hidden_state), expected)
+
+
 def test_offloaded_weights_give_the_same_logits_and_loss(saved, input_ids, tmp_path):
     """With offloading, the weight of a module is loaded only while the module is called."""
     path, expected = saved
-    device_map = {
-        "transformer.wte": "cpu",
-        "transformer.wpe": "cpu",
-        "transformer.drop": "cpu",
-        "transformer.h.0": "cpu",
-        "transformer.h.1": "disk",
-        "transformer.h.2": "disk",
-        "transformer.ln_f": "disk",
-        "lm_head": "cpu",
-    }
+    on_cpu = ["transformer.wte", "transformer.wpe", "transformer.drop", "transformer.h.0", "lm_head"]
+    on_disk = ["transformer.h.1", "transformer.h.2", "transformer.ln_f"]
+    device_map = dict.fromkeys(on_cpu, "cpu") | dict.fromkeys(on_disk, "disk")
     model = AutoModelForCausalLM.from_pretrained(path, device_map=device_map, offload_folder=tmp_path / "offload")
     assert model.transformer.h[1].mlp.c_fc.weight.device.type == "meta"
     assert_same_logits(model, expected, input_ids)
     with torch.no_grad():
         loss = model(input_ids, labels=input_ids).loss
-    torch.testing.assert_close(loss, F.cross_entropy(expected[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()))
+    torch.testing.assert_close(loss, next_token_loss(expected, input_ids))
 
 
 def test_bf16_checkpoint_loads_as_bf16(model, tmp_path):
@@ -105,18 +110,17 @@ def test_untied_head_stays_untied(tiny_config, input_ids, tmp_path):
 def test_resized_vocabulary_keeps_the_tie(model, input_ids, vocab_size, tmp_path):
     before = model.transformer.wte.weight.detach().clone()
     model.resize_token_embeddings(vocab_size)
-    kept = min(vocab_size, 50257)
     assert model.config.vocab_size == vocab_size
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.lm_head.weight.shape == (vocab_size, 64)
-    assert torch.equal(model.transformer.wte.weight[:kept], before[:kept])
+    assert torch.equal(model.transformer.wte.weight[:50257], before[:vocab_size])
     input_ids = input_ids % vocab_size
     loss = model.train()(input_ids, labels=input_ids).loss
     loss.backward()
     with torch.no_grad():
         logits = model.eval()(input_ids).logits
     assert logits.shape[-1] == vocab_size
-    torch.testing.assert_close(F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()), loss.detach())
+    torch.testing.assert_close(next_token_loss(logits, input_ids), loss.detach())
     model.save_pretrained(tmp_path)
     assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path), logits, input_ids)
 
@@ -129,11 +133,11 @@ def test_input_embeddings_can_be_replaced(model, input_ids):
     assert model.get_output_embeddings().weight is new.weight
 
 
+@torch.no_grad()
 def test_return_dict_false_gives_a_tuple(model, input_ids):
-    model.eval()
-    with torch.no_grad():
-        output = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True)
-        plain = model(input_ids, labels=input_ids, use_cache=False, output_hidden_states=True, return_dict=False)
+    arguments = {"labels": input_ids, "use_cache": False, "output_hidden_states": True}
+    output = model.eval()(input_ids, **arguments)
+    plain = model(input_ids, **arguments, return_dict=False)
     assert isinstance(plain, tuple)
     assert torch.equal(plain[0], output.loss)
     assert torch.equal(plain[1], output.logits)
@@ -162,33 +166,33 @@ def test_gradient_checkpointing_gives_the_same_gradients(model, input_ids, use_r
 
 def test_mlp_matches_autograd_and_saves_fewer_activations(model, input_ids):
     """Compare with calls of the three modules, in float64."""
-    block = model.transformer.h[0].mlp.double()
+    mlp = model.transformer.h[0].mlp
     x = torch.randn(3, 7, 64, dtype=torch.float64)
-    results = []
-    for plain in (True, False):
-        block.zero_grad()
-        leaf = x.clone().requires_grad_()
-        output = block.c_proj(block.act(block.c_fc(leaf))) if plain else block(leaf)
-        output.square().sum().backward()
-        results.append([output, leaf.grad, *(p.grad for p in block.parameters())])
-    for reference, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
 
-    with torch.autocast("cpu", torch.bfloat16):
-        block.float().zero_grad()
-        rounded = block(x.float())
-    rounded.float().square().sum().backward()
-    assert rounded.dtype is torch.bfloat16
-    for (name, parameter), reference in zip(block.named_parameters(), results[0][2:], strict=True):
-        assert parameter.grad.dtype is torch.float32
-        assert (parameter.grad - reference).norm() / reference.norm() < 0.02, name  # bf16 has 8 bits
-    block.double()
+    def results(call, leaf):
+        mlp.zero_grad()
+        output = call(leaf.requires_grad_())
+        output.double().square().sum().backward()
+        return [output, leaf.grad, *(parameter.grad for parameter in mlp.parameters())]
+
+    mlp.double()
+    references = results(lambda leaf: mlp.c_proj(mlp.act(mlp.c_fc(leaf))), x.clone())
+    for actual, reference in zip(results(mlp, x.clone()), references, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-12, atol=1e-12)
 
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        block(x.requires_grad_())
+        mlp(x.clone().requires_grad_())
     # Saved: the input, the output of c_fc and the two matrices. Autograd would save the output of GELU too.
     assert sum(t.numel() for t in saved) == 3 * 7 * (64 + 256) + 2 * 64 * 256
+
+    mlp.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, *gradients = results(mlp, x.float())
+    assert output.dtype is torch.bfloat16
+    for actual, reference in zip(gradients, references[1:], strict=True):
+        assert actual.dtype is torch.float32
+        assert (actual - reference).norm() / reference.norm() < 0.02  # bf16 has 8 bits
 
 
 def test_frozen_parameters_get_no_gradient(model, input_ids):
@@ -218,20 +222,18 @@ def test_sequence_classifier_trains_and_ignores_padding(saved, model, input_ids)
     assert torch.equal(head.transformer.wte.weight, model.transformer.wte.weight)
     padded = input_ids.clone()
     padded[1, 20:] = 50256
-    mask = (padded != 50256).long()
-    outputs = head(padded, attention_mask=mask, labels=torch.tensor([0, 1, 2]))
+    outputs = head(padded, attention_mask=(padded != 50256).long(), labels=torch.tensor([0, 1, 2]))
     assert outputs.logits.shape == (3, 3)
     outputs.loss.backward()
-    assert head.score.weight.grad.abs().sum() > 0
-    assert head.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+    for layer in (head.score, head.transformer.h[0].mlp.c_fc):
+        assert layer.weight.grad.abs().sum() > 0
     with torch.no_grad():
         single = head.eval()(input_ids[1:2, :20]).logits
     torch.testing.assert_close(outputs.logits[1:2], single, atol=1e-5, rtol=1e-5)
 
 
 def test_token_classifier_trains_and_reloads(saved, input_ids, tmp_path):
-    path, _ = saved
-    head = AutoModelForTokenClassification.from_pretrained(path, num_labels=5)
+    head = AutoModelForTokenClassification.from_pretrained(saved[0], num_labels=5)
     assert type(head) is GPT2ReproForTokenClassification
     outputs = head.train()(input_ids, labels=input_ids % 5)
     assert outputs.logits.shape == (3, 48, 5)
@@ -243,16 +245,16 @@ def test_token_classifier_trains_and_reloads(saved, input_ids, tmp_path):
 
 
 def test_trainer_trains_and_resumes(tiny_config, tmp_path):
-    """The loss decreases, and a run resumed at step 20 of 40 ends with the parameters of the full run."""
+    """The loss decreases, and a run resumed in the middle ends with the parameters of the full run."""
     tiny_config.vocab_size = 1000
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, 50, (64, 1), generator=generator) + torch.arange(32)
     data = [{"input_ids": row, "labels": row} for row in rows]
 
-    def train(folder, resume=False, stop_at=40):
+    def train(resume_from=None):
         torch.manual_seed(0)
         arguments = TrainingArguments(
-            tmp_path / folder,
+            tmp_path,
             max_steps=40,
             per_device_train_batch_size=4,
             gradient_accumulation_steps=2,
@@ -264,16 +266,15 @@ def test_trainer_trains_and_resumes(tiny_config, tmp_path):
             disable_tqdm=True,
         )
         trainer = Trainer(GPT2ReproForCausalLM(tiny_config), arguments, train_dataset=data, eval_dataset=data[:8])
-        checkpoint = str(tmp_path / folder / "checkpoint-20") if resume else None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=resume_from)
         return trainer
 
-    full = train("run")
+    full = train()
     losses = [entry["loss"] for entry in full.state.log_history if "loss" in entry]
     assert 4 < losses[0] < 7  # ln 1000 is 6.9, so gradient accumulation did not multiply the loss
     assert losses[-1] < losses[0] / 2
     assert full.evaluate()["eval_loss"] < losses[0] / 2
-    resumed = train("run", resume=True)
+    resumed = train(resume_from=str(tmp_path / "checkpoint-20"))
     for actual, reference in zip(resumed.model.parameters(), full.model.parameters(), strict=True):
         torch.testing.assert_close(actual, reference, atol=1e-6, rtol=1e-5)
 
@@ -323,8 +324,7 @@ def test_quantized_model_gives_close_logits(saved, input_ids, package):
         outputs = model(input_ids, labels=input_ids)
     error = (outputs.logits - expected).norm() / expected.norm()
     assert 0 < error < 0.05
-    reference = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
-    torch.testing.assert_close(outputs.loss, reference, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(outputs.loss, next_token_loss(outputs.logits, input_ids), atol=1e-3, rtol=1e-3)
 
 
 def test_remote_code_needs_only_torch_and_transformers(saved, input_ids, tmp_path):
@@ -339,8 +339,3 @@ def test_remote_code_needs_only_torch_and_transformers(saved, input_ids, tmp_pat
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert set(again["auto_map"]) >= {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert {"modeling_gpt2repro.py", "loss.py", "mlp.py"} <= {file.name for file in (tmp_path / "again").iterdir()}
-
-
-def test_config_round_trip_keeps_num_labels(tmp_path):
-    GPT2ReproConfig(num_labels=4, n_layer=2, n_embd=64, n_head=2).save_pretrained(tmp_path)
-    assert GPT2ReproConfig.from_pretrained(tmp_path).num_labels == 4

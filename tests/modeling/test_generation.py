@@ -10,7 +10,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     StaticCache,
-    TextStreamer,
     WatermarkingConfig,
 )
 
@@ -25,12 +24,7 @@ WAYS = {
     "several": {"do_sample": True, "num_return_sequences": 2},
     "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "static cache": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
-    "static cache, beams": {
-        "do_sample": False,
-        "num_beams": 2,
-        "cache_implementation": "static",
-        "disable_compile": True,
-    },
+    "static cache, beams": {"num_beams": 2, "cache_implementation": "static", "disable_compile": True},
     "cutoffs": {"do_sample": True, "min_p": 0.01, "typical_p": 0.9, "epsilon_cutoff": 1e-5, "eta_cutoff": 1e-5},
     "forbidden and forced": {
         "do_sample": False,
@@ -49,8 +43,13 @@ WAYS = {
 
 
 @pytest.fixture
-def pair(small_gpt2):
-    return GPT2ReproForCausalLM.from_gpt2(small_gpt2).eval(), small_gpt2.eval()
+def pair(small_pair):
+    return small_pair
+
+
+@pytest.fixture
+def model(pair):
+    return pair[0]
 
 
 @pytest.fixture
@@ -62,6 +61,11 @@ def prompts(input_ids):
     mask[2, :2] = 0
     ids[mask == 0] = 999
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def one_prompt(prompts):
+    return {name: tensor[1:2] for name, tensor in prompts.items()}
 
 
 def texts(model, inputs, **arguments):
@@ -100,11 +104,10 @@ def test_generate_returns_the_scores_and_states_of_gpt2(pair, prompts, kernel, n
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_generation_continued_from_a_cache_gives_the_tokens_of_gpt2(pair, prompts):
-    one = {name: tensor[1:2] for name, tensor in prompts.items()}
+def test_generation_continued_from_a_cache_gives_the_tokens_of_gpt2(pair, one_prompt):
     continuations = []
     for model in pair:
-        first = texts(model, one, do_sample=False, return_dict_in_generate=True)
+        first = texts(model, one_prompt, do_sample=False, return_dict_in_generate=True)
         ids = torch.cat([first.sequences, torch.tensor([[1, 2, 3]])], dim=1)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         continuations += [texts(model, inputs, past_key_values=first.past_key_values, do_sample=False)]
@@ -115,29 +118,19 @@ def test_generation_continued_from_a_cache_gives_the_tokens_of_gpt2(pair, prompt
 @pytest.mark.slow  # transformers' manager takes 10 seconds per model
 def test_continuous_batching_gives_the_tokens_of_gpt2(pair, prompts):
     """Continuous batching packs prompts of different lengths into one row and uses a paged cache."""
-    if not hasattr(GPT2LMHeadModel, "generate_batch"):
-        pytest.skip("this transformers has no generate_batch")
     rows = [ids[mask.bool()].tolist() for ids, mask in zip(*prompts.values(), strict=True)]
     settings = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=999)
     rows_of_tokens, reference_rows = (
         [result.generated_tokens for result in model.generate_batch(inputs=rows, generation_config=settings).values()]
         for model in pair
     )
+    if not reference_rows:
+        pytest.skip("this transformers (5.4, for example) fails for its own GPT-2 too")
     assert len(rows_of_tokens) == 3 and all(len(tokens) == 5 for tokens in rows_of_tokens)
     assert rows_of_tokens == reference_rows
 
 
-def test_padding_does_not_change_a_greedy_text(pair, prompts):
-    model, _ = pair
-    batch = texts(model, prompts, do_sample=False)
-    for row in range(3):
-        real = prompts["attention_mask"][row].bool()
-        single = {"input_ids": prompts["input_ids"][row][real][None], "attention_mask": real[real][None].long()}
-        assert torch.equal(texts(model, single, do_sample=False)[0][real.sum() :], batch[row][8:])
-
-
-def test_generation_from_embeddings_equals_generation_from_ids(pair, prompts):
-    model, _ = pair
+def test_generation_from_embeddings_equals_generation_from_ids(model, prompts):
     embeds = model.get_input_embeddings()(prompts["input_ids"])
     mask = {"attention_mask": prompts["attention_mask"]}
     continuation = texts(model, {"inputs_embeds": embeds, **mask}, do_sample=False)
@@ -145,32 +138,24 @@ def test_generation_from_embeddings_equals_generation_from_ids(pair, prompts):
 
 
 @pytest.mark.parametrize("assistant", ["a smaller model", "the prompt itself"])
-def test_assisted_decoding_gives_the_greedy_tokens(pair, prompts, assistant):
-    model, _ = pair
-    one = {name: tensor[1:2] for name, tensor in prompts.items()}
+def test_assisted_decoding_gives_the_greedy_tokens(model, one_prompt, assistant):
     if assistant == "a smaller model":
         torch.manual_seed(1)
         config = GPT2Config(n_layer=1, n_head=2, n_embd=32, n_positions=64, vocab_size=1000)
         helper = {"assistant_model": GPT2ReproForCausalLM.from_gpt2(GPT2LMHeadModel(config)).eval()}
     else:
         helper = {"prompt_lookup_num_tokens": 3}
-    assert torch.equal(texts(model, one, do_sample=False, **helper), texts(model, one, do_sample=False))
+    assert torch.equal(texts(model, one_prompt, do_sample=False, **helper), texts(model, one_prompt, do_sample=False))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
-def test_prefill_and_decode_equal_one_forward(pair, input_ids, cache_class):
-    model, _ = pair
+def test_prefill_and_decode_equal_one_forward(model, input_ids, cache_class):
     input_ids = input_ids % 1000
     cache = DynamicCache() if cache_class is DynamicCache else StaticCache(config=model.config, max_cache_len=60)
-    with torch.no_grad():
-        full = model(input_ids).logits
-        pieces, start = [], 0
-        for length in (30, 1, 1, 10, 1, 5):  # prompt, single tokens and chunks
-            piece = model(input_ids[:, start : start + length], past_key_values=cache, use_cache=True)
-            pieces.append(piece.logits)
-            start += length
-    assert start == 48
-    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-5, rtol=1e-5)
+    pieces = input_ids.split([30, 1, 1, 10, 1, 5], dim=1)  # prompt, single tokens and chunks
+    logits = [model(piece, past_key_values=cache, use_cache=True).logits for piece in pieces]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(input_ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_compiled_static_cache_gives_the_same_tokens(pair, prompts):
@@ -191,17 +176,6 @@ def test_compiled_static_cache_gives_the_same_tokens(pair, prompts):
     assert torch.equal(compiled, texts(gpt2, prompts, do_sample=False))
 
 
-def test_streamer_prints_the_returned_tokens(pair, prompts, capsys):
-    from data.tokenizer import load_hf_tokenizer
-
-    tokenizer = load_hf_tokenizer()
-    model, _ = pair
-    one = {name: tensor[1:2] for name, tensor in prompts.items()}
-    full = texts(model, one, do_sample=False, streamer=TextStreamer(tokenizer, skip_prompt=True))
-    assert capsys.readouterr().out.rstrip("\n") == tokenizer.decode(full[0, 8:]).rstrip("\n")
-
-
-def test_generation_beyond_n_positions_is_refused(pair, prompts):
-    model, _ = pair
+def test_generation_beyond_n_positions_is_refused(model, prompts):
     with pytest.raises(ValueError, match="n_positions=64"):
         model.generate(**prompts, max_new_tokens=80, do_sample=False, pad_token_id=999, eos_token_id=None)
