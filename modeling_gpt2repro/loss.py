@@ -166,3 +166,33 @@ def _shapes_of_loss_and_gradients(
         torch.empty_like(hidden) if needs_grad_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if needs_grad_weight else weight.new_empty(0),
     )
+
+
+class LogitsNotComputed:
+    """Placeholder for `outputs.logits` in training with labels. Used as a tensor, it raises an error with the remedy.
+
+    With None, the error would be "'NoneType' object is not subscriptable". The placeholder has none of the attributes
+    of a tensor, so accelerate, DDP and torch.compile leave it unchanged.
+    """
+
+    MESSAGE = (
+        "logits are not computed in training with labels, because they would be the largest tensor of the step. To get "
+        "them, set model.config.logits_in_training = True, call model(..., return_logits=True), or omit the labels"
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.MESSAGE} (outputs.logits.{name})")
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(cls.MESSAGE)
+
+    def _refuse(self, *args: Any) -> Any:
+        raise TypeError(self.MESSAGE)
+
+    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __array__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __pow__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+LOGITS_NOT_COMPUTED = LogitsNotComputed()

@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) as a Hugging Face model: attention, MLP, block, trunk, language model, classifiers.
 
-Modules and parameters have the names of the original GPT-2 (`transformer.h.0.attn.c_attn.weight`, ...). The linear
-layers are `nn.Linear`, so their weights are the transpose of the `Conv1D` weights in transformers' GPT-2.
+Modules and parameters have the names of transformers' GPT-2 (`transformer.h.0.attn.c_attn.weight`, ...). The linear
+layers are `nn.Linear`, so their weights are the transpose of the `Conv1D` weights there.
 
 Shapes:  B batch   T new tokens   S past + new tokens   D n_embd   H heads   V vocabulary
 """
@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import AutoModel, Cache, DynamicCache, GenerationMixin, GPT2LMHeadModel, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import (
@@ -27,7 +28,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2repro import GPT2ReproConfig
 from .conversion import from_gpt2, to_gpt2
-from .loss import linear_cross_entropy
+from .loss import LOGITS_NOT_COMPUTED, linear_cross_entropy
 from .mlp import mlp
 
 # Arguments of transformers' GPT-2 that would be passed on to the attention kernel, which ignores them.
@@ -46,7 +47,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention step by step, for `output_attentions` and as the reference for the fast kernels.
 
-    Query is [B, H, T, D/H], key and value are [B, H, S, D/H]. The mask [B or 1, 1, T, S] is added to the scores.
+    Query is [B, H, T, D/H], key and value are [B, H, S, D/H]. The mask [B or 1, 1 or H, T, S] is added to the scores.
 
     Returns:
         The output [B, T, H, D/H] and the attention weights [B, H, T, S].
@@ -57,6 +58,17 @@ def eager_attention(
     weights = torch.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
+
+
+def residual_projection(in_features: int, out_features: int) -> nn.Linear:
+    """Create a linear layer whose output is added to the residual stream, with a mark for its smaller initialization.
+
+    The mark is on the layer itself because transformers 5 calls `_init_weights` only for modules that own parameters,
+    not for the attention and the MLP around them.
+    """
+    linear: Any = nn.Linear(in_features, out_features)
+    linear.is_residual_projection = True
+    return linear
 
 
 class GPT2ReproAttention(nn.Module):
@@ -91,7 +103,7 @@ class GPT2ReproAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)  # [B, H, S, D/H]
         attend = eager_attention
         if self.config._attn_implementation != "eager":
-            # vLLM searches this source for the assignment, so keep it a separate statement.
+            # vLLM searches this source for the assignment, and does not recognize the get_interface() of Llama.
             attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output, weights = attend(
             self,
@@ -107,6 +119,21 @@ class GPT2ReproAttention(nn.Module):
         return self.resid_dropout(self.c_proj(output)), weights
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Return True if the parameters of a linear layer or GELU may be used without calling the module.
+
+    LoRA, quantization, tensor parallelism, offloading and hooks replace or wrap the module, and then it must be called.
+    """
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) in (nn.Linear, nn.GELU, LanguageModelHead)
+        and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantized weight is a subclass
+        and "forward" not in vars(module)  # accelerate's offloading replaces it
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks or _has_any_global_hook())
+    )
+
+
 class GPT2ReproMLP(nn.Module):
     """Two linear layers with the tanh approximation of GELU between them."""
 
@@ -119,12 +146,17 @@ class GPT2ReproMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [B, T, D] to [B, T, D]."""
-        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if eager and all(is_plain(layer) for layer in (self.c_fc, self.act, self.c_proj)):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._is_plain():
+            # Saves memory. torch.compile does this by itself.
             output = mlp(hidden_states, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
         else:
             output = self.c_proj(self.act(self.c_fc(hidden_states)))
         return self.dropout(output)
+
+    def _is_plain(self) -> bool:
+        has_biases = getattr(self.c_fc, "bias", None) is not None and getattr(self.c_proj, "bias", None) is not None
+        is_tanh = getattr(self.act, "approximate", None) == "tanh"
+        return has_biases and is_tanh and all(is_plain(layer) for layer in (self.c_fc, self.act, self.c_proj))
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
@@ -143,41 +175,13 @@ class GPT2ReproBlock(GradientCheckpointingLayer):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Map [B, T, D] to [B, T, D]. Also return the attention weights if the kernel computes them."""
-        attention_output, attention_weights = self.attn(
+    ) -> Tensor:
+        """Map [B, T, D] to [B, T, D]."""
+        attention_output, _ = self.attn(
             self.ln_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )
         hidden_states = hidden_states + attention_output
-        hidden_states = hidden_states + self.mlp(self.ln_2(hidden_states))
-        return hidden_states, attention_weights
-
-
-def residual_projection(in_features: int, out_features: int) -> nn.Linear:
-    """Create a linear layer whose output is added to the residual stream, with a mark for its smaller initialization.
-
-    The mark is on the layer itself because transformers 5 calls `_init_weights` only for modules that own parameters,
-    not for the attention and the MLP around them.
-    """
-    linear: Any = nn.Linear(in_features, out_features)
-    linear.is_residual_projection = True
-    return linear
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Return True if the parameters of a linear layer or GELU may be used without calling the module.
-
-    LoRA, quantization, tensor parallelism, offloading and hooks replace or wrap the module, and then it must be called.
-    """
-    weight = getattr(module, "weight", None)
-    return (
-        type(module) in (nn.Linear, nn.GELU, LanguageModelHead)
-        and type(weight) in (nn.Parameter, torch.Tensor, type(None))  # a quantized weight is a subclass
-        and "forward" not in vars(module)  # accelerate's offloading replaces it
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-    )
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
 class LanguageModelHead(nn.Linear):
@@ -190,36 +194,6 @@ class LanguageModelHead(nn.Linear):
         if targets is None:
             return super().forward(hidden_states)
         return linear_cross_entropy(hidden_states.flatten(0, -2), self.weight, targets, num_items)
-
-
-class LogitsNotComputed:
-    """Placeholder for `outputs.logits` in training with labels. Any use of it raises an error that names the remedy.
-
-    With None, the error would be "'NoneType' object is not subscriptable". The placeholder has none of the attributes
-    of a tensor, so accelerate, DDP and torch.compile leave it unchanged.
-    """
-
-    MESSAGE = (
-        "logits are not computed in training with labels, because they would be the largest tensor of the step. To get "
-        "them, set model.config.logits_in_training = True, call model(..., return_logits=True), or omit the labels"
-    )
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"{self.MESSAGE} (outputs.logits.{name})")
-
-    @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(cls.MESSAGE)
-
-    def _refuse(self, *args: Any) -> Any:
-        raise TypeError(self.MESSAGE)
-
-    __getitem__ = __iter__ = __len__ = __bool__ = __float__ = __neg__ = __array__ = _refuse
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = __pow__ = _refuse
-    __lt__ = __le__ = __gt__ = __ge__ = _refuse
-
-
-_LOGITS_NOT_COMPUTED = LogitsNotComputed()
 
 
 class GPT2ReproPreTrainedModel(PreTrainedModel):
@@ -240,16 +214,17 @@ class GPT2ReproPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Return True. transformers would search this file for `get_interface(`, which vLLM does not recognize."""
+        """Return True. transformers would search this file for `get_interface(`, which is avoided for vLLM."""
         return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize the parameters of one module as in the GPT-2 paper (section 2.3).
+        """Initialize the parameters of one module as transformers' GPT-2 does.
 
-        Weights are normal with standard deviation 0.02. Projections into the residual stream are scaled by 1/sqrt(N),
-        with N = 2 n_layer of them. Biases are 0 and LayerNorms are the identity. Use only `nn.init` functions here:
-        from_pretrained patches them so that they skip loaded weights.
+        Weights are normal with standard deviation 0.02 (OpenAI's code, which has 0.01 for the positions). Projections
+        into the residual stream are scaled by 1/sqrt(N), with N = 2 n_layer of them (GPT-2 paper, section 2.3). Biases
+        are 0 and LayerNorms are the identity. Use only `nn.init` functions here: from_pretrained patches them so that
+        they skip loaded weights.
         """
         if isinstance(module, nn.Linear | nn.Embedding):
             std = self.config.initializer_range
@@ -310,7 +285,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             use_cache: Return a cache. By default only outside training.
             is_causal: Attend only to earlier tokens. The default is `config.is_causal`.
             kwargs: Passed on to the attention kernel. `output_hidden_states=True` returns the n_layer + 1 hidden
-                states [B, T, D], the last one after ln_f (newer transformers: or those with the given indices). With
+                states [B, T, D], the last one after ln_f; newer transformers also take a list of indices. With
                 `output_attentions=True`, kernels that compute the attention weights [B, H, T, S] (eager) return them.
 
         Raises:
@@ -320,7 +295,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         for name in _UNSUPPORTED_ARGUMENTS:
             if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported: GPT-2 as published does not have it")
+                raise ValueError(f"{name} is not supported by this model")
         is_causal = self.config.is_causal if is_causal is None else is_causal
         if use_cache is None:
             use_cache = self.config.use_cache and is_causal and not self.training
@@ -331,9 +306,10 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
 
         num_new = inputs_embeds.shape[1]
         num_past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # Without a cache, a row with position ids may be longer: vLLM packs short texts into one row.
-        is_packed = position_ids is not None and not use_cache and past_key_values is None
-        if not is_packed and isinstance(num_past, int) and num_past + num_new > self.config.n_positions:
+        # A row may be longer if it has position ids and no cache: vLLM packs short texts into one row. A static cache
+        # has its length in a tensor, and comparing that would make the host wait for the device.
+        may_be_longer = position_ids is not None and not use_cache and past_key_values is None
+        if not may_be_longer and isinstance(num_past, int) and num_past + num_new > self.config.n_positions:
             raise ValueError(
                 f"a sequence of {num_past + num_new} tokens does not fit n_positions={self.config.n_positions}: "
                 "shorten the input or reduce max_new_tokens"
@@ -350,7 +326,7 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         del inputs_embeds  # otherwise it would stay in memory through all blocks
         for block in self.h:
-            hidden_states, _ = block(
+            hidden_states = block(
                 hidden_states,
                 attention_mask=mask,
                 past_key_values=past_key_values,
@@ -469,7 +445,7 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         logits: Any = None
         if return_logits is None and self.training and targets is not None and not self.config.logits_in_training:
             # nn.DataParallel can gather only tensors and None from its replicas.
-            logits = None if getattr(self, "_is_replica", False) else _LOGITS_NOT_COMPUTED
+            logits = None if getattr(self, "_is_replica", False) else LOGITS_NOT_COMPUTED
         elif return_logits is None or return_logits:
             positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, positions])
@@ -482,7 +458,10 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, hidden_states: Tensor, targets: Tensor, num_items: int | Tensor | None) -> Tensor:
-        """Compute the loss of the targets [N], without the full logits unless the head must be called for them."""
+        """Compute the loss of the targets [N], without the full logits unless the head must be called for them.
+
+        Where logits are returned too, the head is multiplied twice: that takes less memory than their float32 copy.
+        """
         head = self.lm_head
         targets = targets.to(hidden_states.device)
         if isinstance(num_items, Tensor):
@@ -522,13 +501,13 @@ class GPT2ReproClassifier(GPT2ReproPreTrainedModel):
 class GPT2ReproForSequenceClassification(GenericForSequenceClassification, GPT2ReproClassifier):
     """GPT-2 with a score per sequence, from its last token that is not padding (transformers' generic head)."""
 
-    base_model_prefix = "transformer"
+    base_model_prefix = "transformer"  # the generic head, which comes first, has "model"
 
 
 class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproClassifier):
     """GPT-2 with a score per token (transformers' generic head)."""
 
-    base_model_prefix = "transformer"
+    base_model_prefix = "transformer"  # as above
 
 
 AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
@@ -544,11 +523,11 @@ AUTO_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-for auto_class, (model_class, names) in AUTO_CLASSES.items():
+for auto_class, (model_class, task_names) in AUTO_CLASSES.items():
     # Let save_pretrained copy these files next to the weights.
     model_class.register_for_auto_class(auto_class)
     # Trainer (to shift labels for label smoothing), pipelines and model cards look up a model's task by class name.
-    names[GPT2ReproConfig.model_type] = model_class.__name__
+    task_names[GPT2ReproConfig.model_type] = model_class.__name__
 
 __all__ = [
     "GPT2ReproForCausalLM",

@@ -215,6 +215,33 @@ def test_hooks_on_linear_layers_are_called_in_training(model, input_ids):
     torch.testing.assert_close(loss, fresh.train()(input_ids, labels=input_ids).loss)
 
 
+@pytest.mark.parametrize("kind", ["backward", "backward_pre", "global"])
+def test_other_hooks_on_linear_layers_are_called_in_training(model, input_ids, kind):
+    seen = []
+    layers = [model.lm_head, model.transformer.h[0].mlp.c_fc, model.transformer.h[0].mlp.c_proj]
+    add = {"backward": "register_full_backward_hook", "backward_pre": "register_full_backward_pre_hook"}.get(kind)
+    if kind == "global":
+        handles = [torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))]
+    else:
+        handles = [getattr(layer, add)(lambda module, *_: seen.append(module)) for layer in layers]
+    try:
+        model.train()(input_ids=input_ids, labels=input_ids).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert set(layers) <= set(seen)
+
+
+def test_replaced_layers_of_the_mlp_are_used_in_training(model, input_ids):
+    """Another GELU and a linear layer without bias: the same loss with and without gradients."""
+    mlp = model.transformer.h[0].mlp
+    mlp.act = torch.nn.GELU()
+    mlp.c_fc = torch.nn.Linear(mlp.c_fc.in_features, mlp.c_fc.out_features, bias=False)
+    loss = model(input_ids=input_ids, labels=input_ids).loss
+    with torch.no_grad():
+        torch.testing.assert_close(loss, model(input_ids=input_ids, labels=input_ids).loss)
+
+
 def test_sequence_classifier_trains_and_ignores_padding(saved, model, input_ids):
     path, _ = saved
     head = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3, pad_token_id=50256).train()
