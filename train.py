@@ -12,28 +12,29 @@ Read `train_steps` first: (a) evaluate, (b) save, (c) take one optimizer step, (
 Writes into --output_dir (runs/<recipe>):
 
     checkpoints/step_000100/   a Hugging Face folder: AutoModelForCausalLM.from_pretrained opens it
-                               (checkpoints/best, as a name, is the one with the lowest validation loss: for --resume,
-                               --init_from, sample.py, eval and hub)
+                               (checkpoints/best is an alias, not a folder: the one with the lowest validation loss,
+                               for --resume, --init_from, sample.py, eval and hub)
     metrics.jsonl              one object per training step, one per evaluation
     curves.png                 losses and HellaSwag over tokens
     tensorboard/               the same numbers for TensorBoard
     provenance.json            settings, code, versions, hardware, data: what made this run
     status.json                "running", "resume me", "failed" or "finished"
 
-On SIGTERM, SIGUSR1, Ctrl-C or --max_hours it finishes the current step, saves a checkpoint and exits with code 75
+On SIGTERM, SIGUSR1, Ctrl-C or --max_hours it finishes its step, saves a checkpoint and exits with code 75
 (resume with --resume auto). `accelerate launch` turns every code but 0 into 1, so scripts should read status.json.
 "the lecture" is Andrej Karpathy's "Let's reproduce GPT-2 (124M)", https://youtu.be/l8pRSuU81PU.
 Every setting is described by `python train.py --help` and in training/config.py.
 """
 
-from common.cli import prepare_process, run_command, say
+from common.cli import is_main_process, prepare_process, run_command, say
 
+# Before the imports that take seconds: Ctrl-C during them is one line, too.
 if __name__ == "__main__":
     prepare_process()
 
 import time
 
-STARTED = time.monotonic()  # before the imports, which take seconds; --max_hours counts from here
+STARTED = time.monotonic()  # --max_hours counts from here
 
 import dataclasses
 import math
@@ -63,7 +64,7 @@ from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.batch import check_memory, choose_micro_batch_size
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
-from training.config import SHAPE, Config, load_config, load_shape, take_over_shape
+from training.config import SHAPE, Config, apply_shape, load_config, load_shape
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, find_hardware, warn_of_repetition
 from training.logging import RunLog
@@ -74,7 +75,7 @@ from training.sharding import TrainingModels, compile_and_wrap, unsharded_model
 
 def train(argv: Sequence[str], *, started: float | None = None) -> int:
     """
-    Train, also several times in a row in one process, as in a notebook. Raises UserError for what the user can fix.
+    Train. Can be called repeatedly in one process, as in a notebook. Raises UserError for what the user can fix.
 
     Args:
         argv: the command line's arguments.
@@ -88,14 +89,13 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
     with isolated_accelerator_state(), ExitStack() as cleanup:
         accelerator = start_accelerator(config.mixed_precision)
         stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
-        assert config.output_dir is not None  # load_config has set it
-        run = cleanup.enter_context(RunFolder(config.output_dir))
+        run = cleanup.enter_context(RunFolder(str(config.output_dir)))
         resume_from = None if config.dry_run else run_on_main(run.open, config.resume)
         repository = None
         if config.push_to_hub is not None and not config.dry_run:  # check that we may push before spending compute
             repository = run_on_main(Repository, config.push_to_hub, private=not config.push_public)
-        init_from, shape = run_on_main(load_shape, config.init_from, resume_from)
-        model_config = take_over_shape(config, shape)
+        resolved_init_from, shape = run_on_main(load_shape, config.init_from, resume_from)
+        model_config = apply_shape(config, shape)
         hardware = find_hardware(accelerator, config.dollars_per_hour)
         plan = Plan(shape=model_config, batch=config.batch, max_steps=config.max_steps, hardware=hardware)
         say(plan.describe())
@@ -105,7 +105,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         data_info, loader, val_shards, baselines = load_data(config, accelerator, plan)
         evaluation = make_evaluation(config, loader, val_shards, stop)
 
-        fingerprint = {  # what defines step N: the checkpoint to resume from must have the same
+        resume_fingerprint = {  # what defines step N: the checkpoint to resume from must have the same
             "seed": config.seed,
             "init_from": config.init_from,  # as it was given: `best` may mean another checkpoint by now
             "model": {name: getattr(config.model, name) for name in SHAPE},
@@ -115,12 +115,12 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             "boundary": config.data.boundary,
             **{name: data_info[name] for name in ("train_tokens", "train_sha256")},
         }
-        state = LoopState() if resume_from is None else load_state(resume_from, fingerprint, run.path)
+        state = LoopState() if resume_from is None else load_state(resume_from, resume_fingerprint, run.path)
         if state.saved and state.evaluated and state.step >= config.max_steps:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             return finish(run, state, stop, repository)
 
-        model = build_model(model_config, config.seed, resume_from or init_from).to(accelerator.device).train()
+        model = build_model(model_config, config.seed, resume_from or resolved_init_from).to(accelerator.device).train()
         micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model)
         say(plan.describe_batch(micro_batch_size, accumulation))
         optimizer = build_optimizer(model, config.optim, accelerator.device.type)
@@ -129,15 +129,14 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         if resume_from is not None:
             load_training_state(resume_from, models, accelerator)
         keep = Keep(config.keep_last, config.keep_every, best=config.keep_best)
-        checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, fingerprint, keep)
+        checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, resume_fingerprint, keep)
         cleanup.callback(checkpoints.close)
-        settings = dataclasses.asdict(config) | {"init_from": init_from}
+        settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
         losses, scores = published_lines(model_config, data_info["source"], evaluation.hellaswag)
         log = RunLog(run.path, plan, settings, state.step, loss_lines=baselines | losses, score_lines=scores)
         cleanup.enter_context(log)
-        last_lr = learning_rate(
-            state.step - 1, config.optim, config.max_steps
-        )  # log.open compares it with the logged one
+        # A resumed run warns if the learning rate of its last step is not the one in its log.
+        last_lr = None if resume_from is None else learning_rate(state.step - 1, config.optim, config.max_steps)
         run_on_main(log.open, state, data_info, resume_from, last_lr)
         cleanup.enter_context(stop)
         run.mark_running()
@@ -165,30 +164,30 @@ def train_steps(
 ) -> bool:
     """Train until config.max_steps, or until a request to stop. Return True if it was stopped."""
     optim, device, world_size = config.optim, accelerator.device, accelerator.num_processes
-    stopping = False  # agreed on by all processes
+    is_stopped = False  # agreed on by all processes
     while True:
         is_last = state.step >= config.max_steps  # the loop runs max_steps + 1 times, to evaluate and save at the end
 
         # (a) Evaluate every eval_every steps and at both ends.
-        if (is_last or state.step % config.eval_every == 0) and not state.evaluated and not stopping:
-            with unsharded_model(models.bare) as eval_model, accelerator.autocast():
-                compiled = models.compiled if eval_model is models.bare else None
-                result = evaluation.run(eval_model, micro_batch_size, loss_model=compiled)
+        if (is_last or state.step % config.eval_every == 0) and not state.evaluated and not is_stopped:
+            with unsharded_model(models) as (eval_model, loss_model), accelerator.autocast():
+                result = evaluation.run(eval_model, micro_batch_size, loss_model=loss_model)
             if result is None:  # a request to stop came in
-                stopping = True
+                is_stopped = True
             else:
                 state.evaluated, state.val_loss = True, result.val_loss
-                state.saved = False  # a checkpoint of this step is saved again, with its loss
                 log.log_evaluation(state.step, dataclasses.asdict(result))
+                if state.saved:  # this run was resumed from a checkpoint of this step without its loss
+                    checkpoints.save(state)
 
         # (b) Save every save_every steps and at the end.
         is_due = config.save_every is not None and state.step > 0 and state.step % config.save_every == 0
-        if (is_due or is_last or stopping) and not state.saved:
+        if (is_due or is_last or is_stopped) and not state.saved:
             checkpoints.save(state)
-        if is_last or stopping:
+        if is_last or is_stopped:
             run_on_main(checkpoints.finish)
-            return stopping
-        checkpoints.report()
+            return is_stopped
+        checkpoints.report_if_done()
 
         # (c) Take one optimizer step over all micro-batches. The host does not wait for the device until its end.
         start = time.perf_counter()
@@ -197,8 +196,8 @@ def train_steps(
             group["lr"] = lr * group["lr_ratio"]
         losses = []
         for micro_batch in next(batches).split(micro_batch_size):  # [micro_batch_size, T] each, of this process's rows
-            # Micro-batches have the same number of tokens, so the mean of their gradients is that of the global batch:
-            # `backward` divides by their number, and DDP or FSDP2 averages over processes, after the last one only.
+            # Micro-batches have the same number of tokens, so averaging their gradients gives that of the global batch.
+            # `backward` divides by their number; DDP or FSDP2 averages over processes, after the last one only.
             inputs, targets, position_ids = micro_batch.to(device)  # position_ids: None unless documents are kept apart
             with accelerator.accumulate(models.wrapped):
                 loss = models.wrapped(input_ids=inputs, position_ids=position_ids, shift_labels=targets).loss
@@ -210,11 +209,11 @@ def train_steps(
         means = accelerator.reduce(torch.stack([torch.stack(losses).mean(), stop_vote]), "mean")
         step_if_finite(models.optimizer, means[0].isfinite() & grad_norm.isfinite())
         models.optimizer.zero_grad()
-        # Read the step's numbers with one copy from the device, the only one of a step.
+        # Read the step's numbers with one copy from the device, on CUDA the only one of a step.
         train_loss, stop_share, norm = torch.cat([means, grad_norm.view(1)]).tolist()
         seconds = time.perf_counter() - start
-        # A single process also stops for a request after its vote; several stop one step later for that.
-        stopping = stop_share > 0 or (world_size == 1 and stop.is_requested)
+        # A request after the vote: a single process stops now, several processes one step later.
+        is_stopped = stop_share > 0 or (world_size == 1 and stop.is_requested)
 
         # (d) Log. A step that is not finite was skipped: log which windows caused it. Too many in a row are an error.
         is_finite = math.isfinite(train_loss) and math.isfinite(norm)
@@ -245,7 +244,7 @@ def load_data(
     """Open the text. Return its fingerprint, the loader, the validation shards, and the loss of n-gram models."""
     if config.data.prepare_sample:
         run_on_main(prepare_sample_if_missing, config.data.path)
-    fingerprint = run_on_main(dataset_fingerprint, config.data.path)
+    data_info = run_on_main(dataset_fingerprint, config.data.path)
     train_shards, val_shards = (open_split(config.data.path, split) for split in ("train", "val"))
     loader = WindowLoader(  # windows of tokens in a seeded order, the same for any number of processes
         train_shards,
@@ -259,12 +258,12 @@ def load_data(
     )
     epochs = plan.total_tokens / loader.tokens_per_epoch
     say(
-        f"data      {config.data.path}: {fingerprint['train_tokens']:,} training and {fingerprint['val_tokens']:,} "
+        f"data      {config.data.path}: {data_info['train_tokens']:,} training and {data_info['val_tokens']:,} "
         f"validation tokens; the run is {epochs:.2f} epochs"
     )
     warn_of_repetition(epochs)
     baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
-    return fingerprint, loader, val_shards, baselines
+    return data_info, loader, val_shards, baselines
 
 
 def make_evaluation(
@@ -295,7 +294,6 @@ def build_model(config: GPT2ReproConfig, seed: int, source: str | Path | None) -
     if source is None:
         set_seed(seed)  # the same on every process
         return GPT2ReproForCausalLM(config)
-    say(f"weights   from {source}. Its shape replaces the settings model.*, except dropout")
     dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     return load_gpt2(str(source), vocab_size=VOCAB_SIZE, **dropout)
 
@@ -319,19 +317,18 @@ def finish(
     # status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.
     exit_code = run.finish(state, reason)
     PartialState().wait_for_everyone()  # a launcher may kill the others once one has ended
+    is_complete = reason is None and exit_code == 0
     if log is not None:
         log.close()
-        if not reason and exit_code == 0:
+        if is_complete:
             log.print_summary(state, folder)
-    if reason or exit_code != 0:
+    if not is_complete or repository is None or not is_main_process():  # only the main process pushes
         return exit_code
-    if repository is None or not PartialState().is_main_process:  # only the main process pushes
-        return 0
-    return 0 if push_last_checkpoint(repository, folder, say, is_stopped=lambda: stop.is_requested) else 1
+    return 0 if push_last_checkpoint(repository, folder, should_stop=lambda: stop.reason is not None) else 1
 
 
 def command(argv: Sequence[str] | None) -> int:
-    """Train and leave the process group. Afterwards, a late signal does not change the exit code."""
+    """Train and leave the process group. From then on, a late signal does not change the exit code."""
     code = train(sys.argv[1:] if argv is None else argv, started=STARTED)
     ignore_signals()
     leave_process_group()
@@ -339,7 +336,12 @@ def command(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: that of `train`, 2 for a user's mistake, 130 for Ctrl-C."""
+    """
+    Run the command line; in a notebook, call `train`.
+
+    Returns:
+        exit code: that of `train`, 2 for a user's mistake, or 130 for Ctrl-C before training begins, or twice.
+    """
     return run_command(command, argv, on_interrupt="interrupted; earlier checkpoints are complete: add --resume auto")
 
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
+from common.cli import say
 from common.errors import UserError
 from common.hub import HubRequestError, with_retries
 from common.weights import weights_problem, weights_sha256
@@ -289,13 +290,13 @@ class Repository:
 
 
 def push_last_checkpoint(
-    repository: Repository, folder: Path, say: Callable[[str], None], *, is_stopped: Callable[[], bool] = lambda: False
+    repository: Repository, folder: Path, *, should_stop: Callable[[], bool] = lambda: False
 ) -> bool:
     """
     Push the last checkpoint of a run. A push that fails or is stopped is a warning with the command to push by hand.
 
     Args:
-        is_stopped: polled during the push, which ends if it returns True.
+        should_stop: polled during the push, which ends if it returns True.
 
     Returns:
         True if the checkpoint is on the Hub.
@@ -314,10 +315,10 @@ def push_last_checkpoint(
         finally:
             done.set()
 
-    # A thread, since a stop request only sets a flag, and the requests of a push last. A daemon, to end with us.
+    # A thread, since a stop request only sets a flag, and a push takes long. A daemon, to end with us.
     threading.Thread(target=push, daemon=True).start()
     try:
-        while not done.wait(0.2) and not is_stopped():
+        while not done.wait(0.2) and not should_stop():
             pass
     finally:  # also after Ctrl-C
         if problem:

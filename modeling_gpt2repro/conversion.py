@@ -28,7 +28,7 @@ _CONV1D_WEIGHTS = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight"
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def from_gpt2(model_class: type[Model], model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> Model:
+def convert_from_gpt2(model_class: type[Model], model_or_path: GPT2LMHeadModel | str, **kwargs: Any) -> Model:
     """Copy a transformers GPT-2 into `model_class` (see `GPT2ReproForCausalLM.from_gpt2`)."""
     if not isinstance(model_or_path, torch.nn.Module):
         gpt2 = GPT2LMHeadModel.from_pretrained(model_or_path, **kwargs)
@@ -46,7 +46,7 @@ def from_gpt2(model_class: type[Model], model_or_path: GPT2LMHeadModel | str, **
     return _copy(gpt2, model_class, config)
 
 
-def to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
+def convert_to_gpt2(model: PreTrainedModel) -> GPT2LMHeadModel:
     """Copy the model into a transformers GPT-2 (see `GPT2ReproForCausalLM.to_gpt2`)."""
     if not model.config.is_causal:
         raise ValueError(

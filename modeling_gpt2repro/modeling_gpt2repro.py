@@ -27,9 +27,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gpt2repro import GPT2ReproConfig
-from .conversion import from_gpt2, to_gpt2
+from .conversion import convert_from_gpt2, convert_to_gpt2
 from .loss import LOGITS_NOT_COMPUTED, linear_cross_entropy
-from .mlp import mlp
+from .mlp import recomputing_mlp
 
 # Arguments of transformers' GPT-2 that would be passed on to the attention kernel, which ignores them.
 _UNSUPPORTED_ARGUMENTS = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "head_mask")
@@ -63,8 +63,8 @@ def eager_attention(
 def residual_projection(in_features: int, out_features: int) -> nn.Linear:
     """Create a linear layer whose output is added to the residual stream, with a mark for its smaller initialization.
 
-    The mark is on the layer itself because transformers 5 calls `_init_weights` only for modules that own parameters,
-    not for the attention and the MLP around them.
+    The mark is on the layer itself because transformers 5 calls `_init_weights` of models outside the library only for
+    modules that own parameters, not for the attention and the MLP around them.
     """
     linear: Any = nn.Linear(in_features, out_features)
     linear.is_residual_projection = True
@@ -72,7 +72,7 @@ def residual_projection(in_features: int, out_features: int) -> nn.Linear:
 
 
 class GPT2ReproAttention(nn.Module):
-    """Multi-head causal self-attention with the kernel that `config._attn_implementation` names."""
+    """Multi-head self-attention with the kernel that `config._attn_implementation` names."""
 
     def __init__(self, config: GPT2ReproConfig, layer_idx: int) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class GPT2ReproAttention(nn.Module):
         return self.resid_dropout(self.c_proj(output)), weights
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_unmodified(module: nn.Module) -> bool:
     """Return True if the parameters of a linear layer or GELU may be used without calling the module.
 
     LoRA, quantization, tensor parallelism, offloading and hooks replace or wrap the module, and then it must be called.
@@ -146,17 +146,19 @@ class GPT2ReproMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [B, T, D] to [B, T, D]."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._is_plain():
-            # Saves memory. torch.compile does this by itself.
-            output = mlp(hidden_states, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._is_unmodified():
+            # The same, but it saves the GELU's output in memory (2% slower). torch.compile does this by itself.
+            output = recomputing_mlp(
+                hidden_states, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, self.c_proj.bias
+            )
         else:
             output = self.c_proj(self.act(self.c_fc(hidden_states)))
         return self.dropout(output)
 
-    def _is_plain(self) -> bool:
+    def _is_unmodified(self) -> bool:
         has_biases = getattr(self.c_fc, "bias", None) is not None and getattr(self.c_proj, "bias", None) is not None
         is_tanh = getattr(self.act, "approximate", None) == "tanh"
-        return has_biases and is_tanh and all(is_plain(layer) for layer in (self.c_fc, self.act, self.c_proj))
+        return has_biases and is_tanh and all(is_unmodified(layer) for layer in (self.c_fc, self.act, self.c_proj))
 
 
 class GPT2ReproBlock(GradientCheckpointingLayer):
@@ -357,15 +359,24 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
                     f"attn_implementation={kernel!r} does not support a 4D attention_mask tensor: use 'sdpa' or "
                     "'eager', or pass a BlockMask to 'flex_attention'"
                 )
+            if attention_mask.dtype == torch.bool and kernel == "sdpa":
+                return attention_mask
             if attention_mask.dtype == torch.bool:
-                lowest = torch.finfo(inputs_embeds.dtype).min
                 additive = torch.zeros_like(attention_mask, dtype=inputs_embeds.dtype)
-                return attention_mask if kernel == "sdpa" else additive.masked_fill(~attention_mask, lowest)
+                return additive.masked_fill(~attention_mask, torch.finfo(inputs_embeds.dtype).min)
             if attention_mask.is_floating_point():
                 return attention_mask.to(inputs_embeds.dtype)
             raise ValueError(f"a 4D attention_mask must be boolean or floating point, got {attention_mask.dtype}")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be 2D or 4D, got shape {tuple(attention_mask.shape)}")
+        # transformers finds packed documents only for causal masks, and for flash attention only in a batch of one row.
+        may_leak = not is_causal or ("flash" in kernel and len(inputs_embeds) > 1)
+        may_leak = may_leak and attention_mask is None and not torch.compiler.is_compiling()
+        if may_leak and position_ids is not None and (position_ids.diff(dim=-1) < 0).any():
+            raise ValueError(
+                "packed documents (position_ids that restart) need causal attention, and with flash attention a batch "
+                "of one row: use 'sdpa'"
+            )
         if not is_causal:
             return create_bidirectional_mask(self.config, inputs_embeds, attention_mask)
         if kernel == "sdpa" and attention_mask is None and position_ids is None and past_key_values is None:
@@ -466,8 +477,9 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         targets = targets.to(hidden_states.device)
         if isinstance(num_items, Tensor):
             num_items = num_items.to(hidden_states.device)
-        if head.bias is None and is_plain(head):  # nn.Linear too: resizing the vocabulary creates one
+        if head.bias is None and is_unmodified(head):  # nn.Linear too: resizing the vocabulary creates one
             return linear_cross_entropy(hidden_states.flatten(0, 1), head.weight, targets, num_items)
+        # By name: importing FSDP takes time, and fails where torch is built without it.
         is_fsdp2 = any(base.__name__ == "FSDPModule" for base in type(head).__mro__)
         if head.bias is None and isinstance(head, LanguageModelHead) and is_fsdp2:
             return head(hidden_states, targets, num_items)  # the full weight exists only while the head is called
@@ -481,11 +493,11 @@ class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):
         The keyword arguments are those of `GPT2LMHeadModel.from_pretrained`. A model in memory takes none. Options that
         the published GPT-2 does not have (cross-attention, ...) raise a ValueError.
         """
-        return from_gpt2(cls, model_or_path, **kwargs)
+        return convert_from_gpt2(cls, model_or_path, **kwargs)
 
     def to_gpt2(self) -> GPT2LMHeadModel:
         """Copy the model into a `GPT2LMHeadModel`, which all engines that support GPT-2 can open."""
-        return to_gpt2(self)
+        return convert_to_gpt2(self)
 
 
 class GPT2ReproClassifier(GPT2ReproPreTrainedModel):
@@ -510,6 +522,7 @@ class GPT2ReproForTokenClassification(GenericForTokenClassification, GPT2ReproCl
     base_model_prefix = "transformer"  # as above
 
 
+# The classifiers' generic heads call AutoModel; __init__.py registers the other Auto classes.
 AutoModel.register(GPT2ReproConfig, GPT2ReproModel, exist_ok=True)
 AUTO_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "AutoModel": (GPT2ReproModel, modeling_auto.MODEL_MAPPING_NAMES),
@@ -523,11 +536,11 @@ AUTO_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
         modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-for auto_class, (model_class, task_names) in AUTO_CLASSES.items():
+for auto_class, (model_class, class_names) in AUTO_CLASSES.items():
     # Let save_pretrained copy these files next to the weights.
     model_class.register_for_auto_class(auto_class)
     # Trainer (to shift labels for label smoothing), pipelines and model cards look up a model's task by class name.
-    task_names[GPT2ReproConfig.model_type] = model_class.__name__
+    class_names[GPT2ReproConfig.model_type] = model_class.__name__
 
 __all__ = [
     "GPT2ReproForCausalLM",

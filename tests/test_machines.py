@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import itertools
 import json
 import os
 import shutil
@@ -410,6 +411,26 @@ def test_train_is_called_again_and_again(tiny, tmp_path, monkeypatch):
     assert conditions.user_of(tmp_path) is None
     assert call("four") == 0
     assert time.monotonic() - started < 60  # no call has waited for another one
+
+
+def test_resuming_in_an_evaluation_adds_its_loss_to_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """Also where no checkpoint would be due: `best` looks for the loss there."""
+    output, calls = tmp_path / "run", itertools.count()
+    run = train.TrainingEvaluation.run
+
+    def run_until_stopped(evaluation, *args, **kwargs):
+        if next(calls) == 1:
+            evaluation.stop.reason = "SIGTERM"
+            return None
+        return run(evaluation, *args, **kwargs)
+
+    monkeypatch.setattr(train.TrainingEvaluation, "run", run_until_stopped)
+    arguments = ["--config", str(tiny), "--output_dir", str(output), *QUICK, "--max_steps", "4", "--save_every", "4"]
+    assert train.train(arguments) == 75  # stopped in the evaluation of step 2
+    state = output / "checkpoints" / "step_000002" / "training_state" / "state.json"
+    assert json.loads(state.read_text())["val_loss"] is None
+    assert train.train([*arguments, "--resume", "auto"]) == 0
+    assert json.loads(state.read_text())["val_loss"] > 0
 
 
 def test_train_in_a_thread(tiny, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ class CheckpointWriter:
 
         Waits for the previous checkpoint: at most one is in memory.
         """
-        self.report(wait=True)
+        self.report_if_done(wait=True)
         state.saved = True
         accelerator = self.accelerator
         tensors, moments = full_state_dict(
@@ -156,7 +156,7 @@ class CheckpointWriter:
             if not self._in_background:
                 futures.wait([self._pending])
 
-    def report(self, *, wait: bool = False) -> None:
+    def report_if_done(self, *, wait: bool = False) -> None:
         """Print a line if a checkpoint was completed since the last call, or a warning if it could not be written."""
         try:
             if wait or (self._pending is not None and self._pending.done()):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+from common.cli import say
 from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
@@ -269,13 +270,14 @@ def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | N
         return None, {}
     if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
         init_from = check_name(init_from)
+        say(f"weights   from {init_from}. Its shape replaces the settings model.*, except dropout")
     source = load_gpt2_config(str(resume_from or init_from), vocab_size=VOCAB_SIZE)
     return init_from, {name: getattr(source, name) for name in SHAPE}
 
 
-def take_over_shape(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
+def apply_shape(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
     """
-    Return the model's configuration, after writing the shape from `load_shape` into the settings.
+    Write the shape from `load_shape` into the settings, and return the model's configuration.
 
     Raises:
         TrainingError: the shape is impossible, or too short for the training sequences.

@@ -61,13 +61,15 @@ class RunLog:
         )
         self.metrics_path = output_dir / "metrics.jsonl"
 
-    def open(self, state: LoopState, data: dict[str, Any], resume_from: Path | None, last_lr: float) -> None:
+    def open(
+        self, state: LoopState, data_info: dict[str, Any], resume_from: Path | None, last_lr: float | None
+    ) -> None:
         """
         Create the files, provenance.json among them, and start the trackers. Called on the main process.
 
         Args:
             state: the loop's, where this launch starts.
-            data: fingerprint of the training data.
+            data_info: from `dataset_fingerprint`.
             resume_from: a checkpoint. If it is in another run's folder, that run's history is copied.
             last_lr: this launch's learning rate for the last step of the history.
 
@@ -84,7 +86,7 @@ class RunLog:
             records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir, warn=say)
             history = records_up_to(records, step, is_evaluated=state.evaluated)
             logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), None)
-            if logged_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
+            if logged_lr is not None and last_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
                 say(
                     f"resume    the learning rate of step {step:,} was {logged_lr:.3g} and is {last_lr:.3g} now: "
                     "max_steps or a setting of optim.* has changed"
@@ -92,7 +94,7 @@ class RunLog:
         resume_step = None if resume_from is None else step
         self._trackers = start_trackers(self._settings, self._output_dir, resume_step=resume_step)
         self._metrics = MetricsWriter(self.metrics_path, history=history)
-        write_provenance(self._output_dir, self._settings, data, self._plan, step, previous_folder)
+        write_provenance(self._output_dir, self._settings, data_info, self._plan, step, previous_folder)
 
     def __enter__(self) -> Self:
         return self
@@ -410,15 +412,14 @@ def start_trackers(settings: dict[str, Any], output_dir: Path, *, resume_step: i
 
 
 def finish_tracker(tracker: GeneralTracker, *, has_failed: bool) -> None:
-    """Let a tracker send what it has. If the run failed, W&B shows that, and the tracker's own errors are ignored."""
+    """Let a tracker send what it has. If the run failed, W&B shows that. An error of the tracker is a warning."""
     try:
         if has_failed and tracker.name == "wandb":
             tracker.run.finish(exit_code=1)
         else:
             tracker.finish()
-    except Exception:
-        if not has_failed:
-            raise
+    except Exception as error:  # each client has its own classes, and the run is over
+        say(f"warning: {tracker.name} could not finish ({one_line(error)})")
 
 
 def _run_id(output_dir: Path, is_fresh: bool) -> str:

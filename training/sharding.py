@@ -187,20 +187,19 @@ def load_params(meta_model: GPT2ReproForCausalLM, parameters: dict[str, torch.Te
 
 
 @contextlib.contextmanager
-def unsharded_model(model: GPT2ReproForCausalLM) -> Iterator[GPT2ReproForCausalLM]:
+def unsharded_model(models: TrainingModels) -> Iterator[tuple[GPT2ReproForCausalLM, torch.nn.Module]]:
     """
-    Give a model in eval mode that each process can call alone. Every process must enter this.
+    Give (the model, the same compiled if that was requested), in eval mode, that each process can call alone.
 
-    Args:
-        model: the bare model. It is given itself unless its parameters are sharded: then a copy with the gathered ones.
+    If the parameters are sharded, both are a copy with the gathered parameters. Every process must enter this.
     """
-    eval_model = model
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    eval_model, loss_model = models.bare, models.compiled
+    if any(isinstance(p, DTensor) for p in models.bare.parameters()):
         with torch.no_grad():
-            parameters = {name: full_tensor(p) for name, p in model.named_parameters()}
-        eval_model = load_params(meta_copy(model), parameters)
+            parameters = {name: full_tensor(p) for name, p in models.bare.named_parameters()}
+        eval_model = loss_model = load_params(meta_copy(models.bare), parameters)
     eval_model.eval()
     try:
-        yield eval_model
+        yield eval_model, loss_model
     finally:
-        model.train()
+        models.bare.train()

@@ -86,12 +86,11 @@ def by_hand(checkpoint, reason):
 @pytest.mark.parametrize(
     ("error", "reason"), [(HubError("the network is down"), "the network is down"), (KeyError("a bug"), "KeyError")]
 )
-def test_failed_push_is_a_warning_with_the_command(checkpoint, repository, error, reason):
-    lines = []
+def test_failed_push_is_a_warning_with_the_command(checkpoint, repository, error, reason, capsys):
     repository.release.set()
     repository.error = error
-    assert not push_last_checkpoint(repository, checkpoint, lines.append)
-    assert lines == [by_hand(checkpoint, reason)]
+    assert not push_last_checkpoint(repository, checkpoint)
+    assert capsys.readouterr().out.splitlines() == [by_hand(checkpoint, reason)]
 
 
 @pytest.fixture
@@ -103,12 +102,12 @@ def default_ctrl_c():
 
 
 @pytest.mark.usefixtures("default_ctrl_c")
-def test_stop_request_and_ctrl_c_end_a_push(checkpoint, repository):
-    lines, began = [], time.monotonic()
+def test_stop_request_and_ctrl_c_end_a_push(checkpoint, repository, capsys):
+    began = time.monotonic()
     is_late = lambda: time.monotonic() - began > 0.3  # noqa: E731
-    assert not push_last_checkpoint(repository, checkpoint, lines.append, is_stopped=is_late)
+    assert not push_last_checkpoint(repository, checkpoint, should_stop=is_late)
     threading.Timer(0.3, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
-        push_last_checkpoint(repository, checkpoint, lines.append)
+        push_last_checkpoint(repository, checkpoint)
     assert time.monotonic() - began < 5
-    assert lines == [by_hand(checkpoint, "the program ended before the push did")] * 2
+    assert capsys.readouterr().out.splitlines() == [by_hand(checkpoint, "the program ended before the push did")] * 2

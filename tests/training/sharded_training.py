@@ -92,7 +92,8 @@ def check_training(name, optim):
         num_messages = train_step(model, optimizer, batch[rank * 4 : rank * 4 + 4], is_sharded=True, **step)
         assert num_messages == (NUM_MATRICES if optim.muon_lr else 0)  # each matrix is gathered once
     parameters, moments = full_state_dict(model, optimizer, accelerator, copy=True)
-    with unsharded_model(model) as full_model:
+    with unsharded_model(SimpleNamespace(bare=model, compiled=model)) as (full_model, loss_model):
+        assert loss_model is full_model
         assert type(full_model) is GPT2ReproForCausalLM
         assert full_model.lm_head.weight is full_model.transformer.wte.weight
         assert not full_model.training
