@@ -1,5 +1,4 @@
-"""
-Print text from a checkpoint while the model writes it.
+"""Print text from a checkpoint while the model writes it.
 
     python sample.py runs/sample/checkpoints/best "Return a list of"
     python sample.py openai-community/gpt2 "Hello, I'm a language model," --n 3 --temperature 0.8

@@ -1,5 +1,4 @@
-"""
-Train a GPT-2.
+"""Train a GPT-2.
 
 Read `train_steps` first: (a) evaluate, (b) save, (c) take one optimizer step, (d) log. `train` sets up what it uses.
 
@@ -74,8 +73,7 @@ from training.sharding import TrainingModels, compile_and_wrap, unsharded_model
 
 
 def train(argv: Sequence[str], *, started: float | None = None) -> int:
-    """
-    Train. Can be called repeatedly in one process, as in a notebook. Raises UserError for what the user can fix.
+    """Train. Can be called repeatedly in one process, as in a notebook. Raises UserError for what the user can fix.
 
     Args:
         argv: the command line's arguments.
@@ -336,8 +334,7 @@ def command(argv: Sequence[str] | None) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """
-    Run the command line; in a notebook, call `train`.
+    """Run the command line; in a notebook, call `train`.
 
     Returns:
         exit code: that of `train`, 2 for a user's mistake, or 130 for Ctrl-C before training begins, or twice.

@@ -1,5 +1,4 @@
-"""
-Time HellaSwag on one model: our evaluation, lm-evaluation-harness's own backend, and the lecture's loop.
+"""Time HellaSwag on one model: our evaluation, lm-evaluation-harness's own backend, and the lecture's loop.
 
     python -m benchmarks.eval_hellaswag --data hellaswag_val.jsonl.xz          # 124M, float32, 60 items
     python -m benchmarks.eval_hellaswag --data ... --lecture build-nanogpt/hellaswag.py            # and the lecture

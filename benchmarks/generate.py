@@ -1,5 +1,4 @@
-"""
-Time greedy decoding with a cache: this model and transformers' GPT-2 with the same weights.
+"""Time greedy decoding with a cache: this model and transformers' GPT-2 with the same weights.
 
     python -m benchmarks.generate                       # 124M, batches of 1 and 16, bf16
     python -m benchmarks.generate --static              # a compiled static cache instead of a growing one

@@ -1,5 +1,4 @@
-"""
-Shared by the benchmarks: rounds, medians, ratios within a round, Markdown tables, the name of the hardware.
+"""Shared by the benchmarks: rounds, medians, ratios within a round, Markdown tables, the name of the hardware.
 
 Candidates take turns, round by round, so that a slow minute of the machine affects all of them. Ratios compare two
 results of the same round for the same reason.
@@ -38,8 +37,7 @@ def make_parser(doc: str | None, *, rounds: int | None = None) -> argparse.Argum
 def take_turns(
     candidates: Mapping[str, Callable[[], Result]], rounds: int, describe: Callable[[Result], str]
 ) -> dict[str, list[Result]]:
-    """
-    Measure each candidate once per round, and return the results of each candidate in the order of the rounds.
+    """Measure each candidate once per round, and return the results of each candidate in the order of the rounds.
 
     Args:
         candidates: functions that measure, by name.

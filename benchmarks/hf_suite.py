@@ -1,5 +1,4 @@
-"""
-Run transformers' own tests of a model on ours and on transformers' GPT-2, and print where they differ.
+"""Run transformers' own tests of a model on ours and on transformers' GPT-2, and print where they differ.
 
     python -m benchmarks.hf_suite                      # all tests, some minutes on a CPU
     python -m benchmarks.hf_suite -k "resize or save"  # pytest's -k

@@ -1,5 +1,4 @@
-"""
-Time the data loader in one process, at T = 1,024 and 512 windows per step (as in the lecture).
+"""Time the data loader in one process, at T = 1,024 and 512 windows per step (as in the lecture).
 
     python -m benchmarks.loader shards/mine                 # warm and cold, with boundary "ignore" and "document"
     python -m benchmarks.loader shards/mine --seconds 60    # longer, to see whether memory grows

@@ -1,5 +1,4 @@
-"""
-Time what train.py does in a step besides forward, backward, clipping and optimizer: data, logging, the loop itself.
+"""Time what train.py does in a step besides forward, backward, clipping and optimizer: data, logging, the loop itself.
 
     python -m benchmarks.loop_overhead --max_steps 200          # the sample recipe; takes every setting of train.py
     python -m benchmarks.loop_overhead --config recipes/gpt2_124m.yaml --max_steps 5 --compile false ...

@@ -1,5 +1,4 @@
-"""
-Compare the plan's memory estimate with the peak resident memory of real runs on a CPU.
+"""Compare the plan's memory estimate with the peak resident memory of real runs on a CPU.
 
     python -m benchmarks.memory [--only TEXT]
 

@@ -1,5 +1,4 @@
-r"""
-Train the same model by several recipes, and compare the tokens and seconds each needs to reach a validation loss.
+r"""Train the same model by several recipes, and compare the tokens and seconds each needs to reach a validation loss.
 
     python -m benchmarks.race adamw=recipes/gpt2_124m.yaml fast=recipes/gpt2_124m_fast.yaml --out runs/race
     python -m benchmarks.race adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \
@@ -185,8 +184,7 @@ def reach(curve: Curve, loss: float) -> Point | None:
 
 
 def compare(curves: Curves) -> list[dict[str, Any]]:
-    """
-    Compare each runner with the reference.
+    """Compare each runner with the reference.
 
     Returns:
         One dict per runner: "name", and lists over the seeds. "loss": last one, infinite if the run diverged;

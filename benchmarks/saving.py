@@ -1,5 +1,4 @@
-"""
-Time what a checkpoint costs training: written in the foreground, in the background, and never.
+"""Time what a checkpoint costs training: written in the foreground, in the background, and never.
 
     python -m benchmarks.saving [--layers 12 --width 768] [--steps 12 --every 4] [--rounds 3]
 

@@ -1,5 +1,4 @@
-r"""
-Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, and `python -m data.prepare`.
+r"""Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, and `python -m data.prepare`.
 
     python -m benchmarks.tokenization corpus/*.txt --separator '\n<|endoftext|>\n' --num_proc 2 --rounds 3
 

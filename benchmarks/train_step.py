@@ -1,5 +1,4 @@
-"""
-Time one optimizer step (forward, backward, AdamW) of GPT-2: this model, transformers', and any lecture-like script.
+"""Time one optimizer step (forward, backward, AdamW) of GPT-2: this model, transformers', and any lecture-like script.
 
     python -m benchmarks.train_step                                  # 124M, 4 x 1024 tokens, bf16, eager and compiled
     python -m benchmarks.train_step --no-compiled --candidates ours transformers script:build-nanogpt/train_gpt2.py

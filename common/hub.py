@@ -83,8 +83,7 @@ def with_retries(
     raises: tuple[type[Exception], ...] = (),
     log: Callable[[str], object] = lambda line: None,
 ) -> Result:
-    """
-    Return call(), and try again after errors that may be temporary, with growing pauses.
+    """Return call(), and try again after errors that may be temporary, with growing pauses.
 
     huggingface_hub itself repeats only some requests: uploads and downloads of files, but not commits and listings.
 

@@ -16,8 +16,7 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """
-    Yield the location ("PATH:LINE") and the JSON value of each line that is not blank.
+    """Yield the location ("PATH:LINE") and the JSON value of each line that is not blank.
 
     Raises:
         UserError: the file cannot be read or is damaged, or a line is not JSON.

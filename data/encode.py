@@ -41,8 +41,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """
-    Tokenize records and split them into train and val.
+    """Tokenize records and split them into train and val.
 
     A hash of its text decides the split of a document, so exact duplicates are always in the same split. The result
     does not depend on the number of processes, which live until the end of the `with` block.
@@ -57,8 +56,7 @@ class Encoder:
         errors: str = "strict",
         tokenizer_backend: str = "tiktoken",
     ) -> None:
-        """
-        Check the tokenizer backend; `__enter__` starts the processes.
+        """Check the tokenizer backend; `__enter__` starts the processes.
 
         Args:
             num_proc: worker processes; 1 tokenizes in the current process.
@@ -118,8 +116,7 @@ class Encoder:
 
 @contextlib.contextmanager
 def _block_interrupts() -> Iterator[None]:
-    """
-    Block SIGINT while workers start: a process inherits its parent's blocked signals.
+    """Block SIGINT while workers start: a process inherits its parent's blocked signals.
 
     A terminal sends Ctrl-C to all processes, and only the parent may handle it. A worker that ends on Ctrl-C may hold
     the lock of the queue, and then the other workers wait forever. Windows cannot block signals; only `_start_worker`

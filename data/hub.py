@@ -1,5 +1,4 @@
-"""
-Data sets on the Hugging Face Hub: list their files and download them, with retries and checks.
+"""Data sets on the Hugging Face Hub: list their files and download them, with retries and checks.
 
 huggingface_hub downloads (so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply). This module repeats
 failed requests (common/hub.py), and checks each file's size and SHA-256 against those that the Hub lists.
@@ -184,8 +183,7 @@ class HubSource:
         errors: str = "strict",
         keep: bool = False,
     ) -> None:
-        """
-        Record the settings; `inputs` looks for the files. See data.sources.FileSource.
+        """Record the settings; `inputs` looks for the files. See data.sources.FileSource.
 
         Args:
             subset: subset of the data set (a "config" in its card); None for the default.

@@ -1,5 +1,4 @@
-"""
-Batches of windows.
+"""Batches of windows.
 
 Window w of a shard is its tokens [w T, w T + T], T + 1 of them: T inputs, and for each the token that follows it. The
 windows of a step are a pure function of (seed, step):
@@ -111,8 +110,7 @@ class WindowLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """
-        Check the settings and number the windows.
+        """Check the settings and number the windows.
 
         Args:
             shards: the training shards, from `data.manifest.open_split`.
@@ -164,8 +162,7 @@ class WindowLoader:
         return windows
 
     def _lecture_batch(self, step: int) -> np.ndarray:
-        """
-        Return the windows that the lecture's 8 GPUs read (DataLoaderLite of build-nanogpt's train_gpt2.py).
+        """Return the windows that the lecture's 8 GPUs read (DataLoaderLite of build-nanogpt's train_gpt2.py).
 
         GPU g starts a shard at the g-th eighth of its first B T tokens and advances by B T per step, as long as one
         more such step and a token fit after its position. So the last GPUs finish a shard one step before the first
@@ -200,8 +197,7 @@ class WindowLoader:
         return self.global_batch(step)[self.rank * rows : (self.rank + 1) * rows]
 
     def batch(self, step: int) -> Batch:
-        """
-        Read this process's B / world_size rows of a step; step 0 is the first.
+        """Read this process's B / world_size rows of a step; step 0 is the first.
 
         Raises:
             DataError: a token differs from the one that was written, or is not in GPT-2's vocabulary.
@@ -209,8 +205,7 @@ class WindowLoader:
         return self.windows.read(self._rank_windows(step), self.boundary)
 
     def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
-        """
-        Read the batches of the steps first_step ... last_step - 1 ahead of time, in a background thread.
+        """Read the batches of the steps first_step ... last_step - 1 ahead of time, in a background thread.
 
         With `pin_memory` they are in pinned memory, from which a GPU copies asynchronously.
         """
@@ -265,8 +260,7 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[Batch]:
-    """
-    Read the first windows of the validation split, in order, each on exactly one process; see WindowLoader.
+    """Read the first windows of the validation split, in order, each on exactly one process; see WindowLoader.
 
     Processes may get different numbers of windows: sum the losses and the token counts over the processes at the end.
 

@@ -1,5 +1,4 @@
-"""
-manifest.json describes a folder of shards: its files, their source and their checksums.
+"""manifest.json describes a folder of shards: its files, their source and their checksums.
 
 data.prepare writes it last, so a folder that has one is complete. Until then the folder has preparing.json, the same
 without shards. A folder without either has shards made by another tool; the file names give the splits.
@@ -100,8 +99,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
-    """
-    Read a folder's MANIFEST (or PREPARING); None if the folder does not have one.
+    """Read a folder's MANIFEST (or PREPARING); None if the folder does not have one.
 
     Raises:
         DataError: the manifest cannot be read, is damaged, has another format version, or names another tokenizer.
@@ -127,8 +125,7 @@ def needs_preparing(folder: str | Path) -> bool:
 
 
 def open_split(folder: str | Path, split: str) -> list[Shard]:
-    """
-    Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order.
+    """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order.
 
     Raises:
         DataError: the folder does not exist or is not finished, has no shards of the split, or one is damaged.
@@ -200,8 +197,7 @@ def split_of(path: str | PurePath) -> str | None:
 
 
 def dataset_fingerprint(folder: str | Path) -> dict[str, Any]:
-    """
-    Describe a folder of shards, for provenance.json and the console; see `open_split` for errors.
+    """Describe a folder of shards, for provenance.json and the console; see `open_split` for errors.
 
     Returns:
         train_tokens, val_tokens and shards (number of files); manifest_sha256, train_sha256 (a hash over the training

@@ -12,8 +12,7 @@ from data.tokenizer import VOCAB_SIZE
 def ngram_baselines(
     train: Sequence[Shard | np.ndarray], val: Sequence[Shard | np.ndarray], vocab_size: int = VOCAB_SIZE
 ) -> dict[str, float]:
-    """
-    Compute the cross-entropy of the validation tokens under a unigram and a bigram model of the training tokens.
+    """Compute the cross-entropy of the validation tokens under a unigram and a bigram model of the training tokens.
 
     The unigram is add-one smoothed. The bigram is interpolated absolute discounting over that unigram, with the
     discount n1 / (n1 + 2 n2) (Ney, Essen and Kneser 1994; Chen and Goodman 1999, section 2.6). This is a strong

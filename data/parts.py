@@ -1,5 +1,4 @@
-"""
-Make the parts of a preparation: fetch the input files, and tokenize them or import them as shards.
+"""Make the parts of a preparation: fetch the input files, and tokenize them or import them as shards.
 
 The shards of a part depend only on the plan and the part (with max_tokens, also on the parts before it).
 """
@@ -112,8 +111,7 @@ class PartMaker:
         tokenizer_backend: str = "tiktoken",
         log: Callable[[str], object] = lambda line: None,
     ) -> None:
-        """
-        Set up the encoder, unless the source has shards.
+        """Set up the encoder, unless the source has shards.
 
         Args:
             plan: the folder's plan, or its manifest.

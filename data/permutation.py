@@ -1,5 +1,4 @@
-"""
-A pseudo-random permutation that computes any position without the others.
+"""A pseudo-random permutation that computes any position without the others.
 
 A shuffled list of the windows of 10 billion tokens would cost 80 MB per process and half a second per epoch, and would
 depend on the version of NumPy.
@@ -13,8 +12,7 @@ _ROUNDS = 8
 
 
 class Permutation:
-    """
-    A permutation of 0 ... size - 1 (size >= 1) that is selected by a key.
+    """A permutation of 0 ... size - 1 (size >= 1) that is selected by a key.
 
     It is a Feistel network over the next power of four; results beyond the size are enciphered again ("cycle walking";
     Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).

@@ -1,5 +1,4 @@
-"""
-The plan of a preparation, and the records of its finished parts.
+"""The plan of a preparation, and the records of its finished parts.
 
 DIR/preparing.json is the plan, a Manifest without shards. DIR/parts/00003.json records the shards of part 3. When all
 parts are recorded, `finish` writes DIR/manifest.json and removes the rest.
@@ -217,8 +216,7 @@ def _remove_everything(manifest: Manifest, out: Path) -> None:
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Manifest:
-    """
-    Merge the folders in which several machines prepared their parts of the same source; `out` may be one of them.
+    """Merge the folders in which several machines prepared their parts of the same source; `out` may be one of them.
 
     Raises:
         DataError: a folder has no parts, the parts are of different preparations, or a part is missing.

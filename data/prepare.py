@@ -1,5 +1,4 @@
-"""
-Make shards from text.
+"""Make shards from text.
 
     python -m data.prepare sample --out shards/sample
     python -m data.prepare fineweb-edu --out shards/fineweb-edu
@@ -77,8 +76,7 @@ def prepare(
     shard_count: int = 1,
     log: Callable[[str], object] = lambda line: None,
 ) -> Manifest | None:
-    """
-    Make a folder of shards with a manifest, or resume making it.
+    """Make a folder of shards with a manifest, or resume making it.
 
     A document is never split over two shards. The bytes of the shards depend on the source, `val_fraction`,
     `shard_tokens` and `max_tokens`, but not on `num_proc`, `tokenizer_backend`, `shard_count` or interruptions.
@@ -237,8 +235,7 @@ def _prepare_parts(
 def source_of(
     settings: Mapping[str, Any], *, out: str | Path, keep: bool = False, max_tokens: int | None = None
 ) -> Source:
-    """
-    Make the source that has these settings.
+    """Make the source that has these settings.
 
     Args:
         settings: settings of a source, or `Manifest.source`, which also has the provenance.

@@ -1,5 +1,4 @@
-"""
-Shards: files of tokens in llm.c's format, as the pretokenized FineWeb data sets on the Hub.
+"""Shards: files of tokens in llm.c's format, as the pretokenized FineWeb data sets on the Hub.
 
     256 int32, little-endian    20240520 (magic), 1 (version), number of tokens, zeros
     tokens, uint16              each document begins with token 50256
@@ -44,8 +43,7 @@ class Shard:
         offset: int = HEADER_BYTES,
         crc32: str | None = None,
     ) -> None:
-        """
-        Wrap an array of tokens.
+        """Wrap an array of tokens.
 
         Args:
             tokens: [N] uint16 array, or memory map.
@@ -62,8 +60,7 @@ class Shard:
         return len(self.tokens)
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """
-        Return a contiguous slice of tokens, [n] uint16, a view of the file.
+        """Return a contiguous slice of tokens, [n] uint16, a view of the file.
 
         Raises:
             DataError: the tokens differ from those that were written, or GPT-2 does not have them.
@@ -94,8 +91,7 @@ class Shard:
         self._is_checked[block] = True
 
     def check_block(self, block: int, tokens: np.ndarray) -> str:
-        """
-        Check a block's tokens, as read from the file; return their CRC-32, 8 hex digits.
+        """Check a block's tokens, as read from the file; return their CRC-32, 8 hex digits.
 
         Raises:
             DataError: the tokens differ from those that were written, or GPT-2 does not have them.
@@ -120,16 +116,14 @@ class Shard:
 
 
 class ShardWriter:
-    """
-    Write documents to the shards of one split: {prefix}000.bin, {prefix}001.bin, ...
+    """Write documents to the shards of one split: {prefix}000.bin, {prefix}001.bin, ...
 
     A document is never split over two shards: a shard ends when the next document does not fit. A file is written under
     another name, flushed to the disk, read again, and renamed.
     """
 
     def __init__(self, folder: str | Path, prefix: str, *, shard_tokens: int, executor: Executor) -> None:
-        """
-        Prepare to write; the first document creates the first file.
+        """Prepare to write; the first document creates the first file.
 
         Args:
             shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
@@ -171,8 +165,7 @@ class ShardWriter:
         self._finishing.append(self._executor.submit(_finish_shard, file, self._path, self._num_tokens, self._crc32))
 
     def finish(self) -> list[dict[str, Any]]:
-        """
-        Wait until all shards are complete and on the disk; return `scan_shard`'s dict of each, with "file", in order.
+        """Wait until all shards are on the disk; return `scan_shard`'s dict of each, with "file", in order.
 
         Raises:
             OSError: a shard cannot be written.
@@ -226,8 +219,7 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray) -> None:
 
 
 def open_shard(path: str | Path, crc32: str | None = None) -> Shard:
-    """
-    Map a shard into memory: a .bin file in llm.c's format, or a .npy file in build-nanogpt's; see `Shard` for `crc32`.
+    """Map a shard into memory: a .bin file in llm.c's format, or a .npy file of build-nanogpt (`crc32`: see `Shard`).
 
     Raises:
         DataError: the file is missing, or its header and size are not those of a complete shard.
@@ -289,8 +281,7 @@ def _npy_extent(path: Path) -> tuple[int, int]:
 
 
 def scan_shard(path: str | Path, crc32: str | None = None) -> dict[str, Any]:
-    """
-    Read all of a shard (see `open_shard`), check it and compute its checksums.
+    """Read all of a shard (see `open_shard`), check it and compute its checksums.
 
     Returns:
         "tokens", "documents" (number of tokens 50256), "sha256" (of the file, hex), "crc32" (of each block of

@@ -1,5 +1,4 @@
-"""
-Sources of documents.
+"""Sources of documents.
 
 A source has
 
@@ -63,8 +62,7 @@ class Progress:
 
 
 class SampleSource:
-    """
-    English prose that comes with Python, about 2 million characters; it differs slightly between Python versions.
+    """English prose that comes with Python, about 2 million characters; it differs slightly between Python versions.
 
     The documents are the topics of the language reference (pydoc_data.topics) and the docstrings of each source file
     of the standard library.
@@ -143,8 +141,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 class FileSource:
-    """
-    Files on this machine: .txt and .jsonl, each also compressed (.gz, .xz, .zst), and .parquet.
+    """Files on this machine: .txt and .jsonl, each also compressed (.gz, .xz, .zst), and .parquet.
 
     A .txt file is one document, or several with a separator between them. Each line of a .jsonl file and each row of a
     .parquet file is a document.
@@ -158,8 +155,7 @@ class FileSource:
         separator: str | None = None,
         errors: str = "strict",
     ) -> None:
-        """
-        Record the settings; `inputs` looks for the files.
+        """Record the settings; `inputs` looks for the files.
 
         Args:
             paths: files, folders (searched for such files, in the order of their names), or patterns like
@@ -319,8 +315,7 @@ def _parquet_records(path: Path, where: str, text_column: str, progress: Progres
 
 
 def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str:
-    """
-    Return the text of a record, see FileSource.
+    """Return the text of a record, see FileSource.
 
     Half a surrogate pair, which JSON allows, is not Unicode text and becomes U+FFFD.
     """

@@ -1,5 +1,4 @@
-"""
-GPT-2's byte-level BPE (50,000 merges, 256 bytes, `<|endoftext|>`), without a download.
+"""GPT-2's byte-level BPE (50,000 merges, 256 bytes, `<|endoftext|>`), without a download.
 
 tiktoken and transformers download OpenAI's two vocabulary files, vocab.bpe and encoder.json, at first use. vocab.bpe is
 in this folder (vocab.bpe.LICENSE names its source), and encoder.json follows from it: it numbers the 256 bytes, the
@@ -86,8 +85,7 @@ def tokenizer_sha256() -> str:
 
 @cache
 def load_tiktoken() -> "tiktoken.Encoding":
-    """
-    Build tiktoken's encoding "gpt2", equal to tiktoken.get_encoding("gpt2").
+    """Build tiktoken's encoding "gpt2", equal to tiktoken.get_encoding("gpt2").
 
     Its `encode_ordinary` treats `<|endoftext|>` in a text as plain characters. Use `encode_document` for documents.
     """
@@ -116,8 +114,7 @@ def check_backend(backend: str) -> None:
 
 @cache
 def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
-    """
-    Load the function that encodes text: str -> [N] token ids. It treats `<|endoftext|>` as plain characters.
+    """Load the function that encodes text: str -> [N] token ids. It treats `<|endoftext|>` as plain characters.
 
     Args:
         backend: "tiktoken", or "gigatoken" (the extra `fast`), which gives the same ids several times as fast.
@@ -165,8 +162,7 @@ def _pieces(text: str) -> Iterator[tuple[int, int]]:
 
 
 def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2Tokenizer":
-    """
-    Build the Hugging Face tokenizer that is saved with checkpoints.
+    """Build the Hugging Face tokenizer that is saved with checkpoints.
 
     `tokenizer(text)` encodes `<|endoftext|>` in a text as the special token. With `split_special_tokens=True` it is
     plain characters, as in tiktoken's `encode_ordinary`.

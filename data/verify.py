@@ -1,5 +1,4 @@
-"""
-Check every byte of a folder of shards.
+"""Check every byte of a folder of shards.
 
     python -m data.verify shards/fineweb-edu
     python -m data.verify shards/fineweb-edu --repair
@@ -59,8 +58,7 @@ def _find_problem(path: Path, entry: dict[str, Any] | None) -> str | None:
 
 
 def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[str, str]]:
-    """
-    Check all shards of a folder, with or without a manifest, `num_proc` at the same time.
+    """Check all shards of a folder, with or without a manifest, `num_proc` at the same time.
 
     Returns:
         The names of the checked files, and {file name: error message} of the bad ones.
@@ -89,8 +87,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
 
 
 def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object] = print) -> None:
-    """
-    Make the damaged shards of a folder again, and only those.
+    """Make the damaged shards of a folder again, and only those.
 
     Raises:
         DataError: the folder has no manifest, the source is missing or has changed, or the shards were imported.

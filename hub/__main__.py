@@ -1,9 +1,8 @@
-"""
-Publish, export and try checkpoints.
+"""Publish, export and try checkpoints.
 
-    python -m hub push CHECKPOINT USER/NAME               push to the Hub with a model card, in one commit
-    python -m hub export CHECKPOINT --to gpt2|onnx|gguf --out DIR
-    python -m hub demo CHECKPOINT [CHECKPOINT]            try a checkpoint in the browser, or compare two
+python -m hub push CHECKPOINT USER/NAME               push to the Hub with a model card, in one commit
+python -m hub export CHECKPOINT --to gpt2|onnx|gguf --out DIR
+python -m hub demo CHECKPOINT [CHECKPOINT]            try a checkpoint in the browser, or compare two
 """
 
 import argparse

@@ -1,5 +1,4 @@
-"""
-The model card of a checkpoint: its facts, gathered here, and card.md.jinja, which shows them.
+"""The model card of a checkpoint: its facts, gathered here, and card.md.jinja, which shows them.
 
 The facts come from the checkpoint, from the run it belongs to (provenance.json, metrics.jsonl) and from the files that
 `python -m eval --output` wrote. The card leaves out what is not known.
@@ -232,8 +231,7 @@ def model_card(
     has_license_file: bool = False,
     results: Sequence[Results] = (),
 ) -> str:
-    """
-    Return the text of README.md.
+    """Return the text of README.md.
 
     Args:
         repo_id: "owner/name".

@@ -41,8 +41,7 @@ def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
 def compare_logits(
     model: GPT2ReproForCausalLM, exported_logits: Callable[[torch.Tensor], torch.Tensor], *, tolerance: float
 ) -> None:
-    """
-    Compare logits with those of an exported model, which maps token ids [B, T] to logits [B, T, V].
+    """Compare logits with those of an exported model, which maps token ids [B, T] to logits [B, T, V].
 
     Raises HubError if they differ by more than the tolerance, or are not finite.
     """

@@ -29,8 +29,7 @@ class Writer(NamedTuple):
 
 
 def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, trust_remote_code: bool = False) -> None:
-    """
-    Serve the page for one or two checkpoints (folders, or ids on the Hub) at http://127.0.0.1:PORT until Ctrl-C.
+    """Serve the page for one or two checkpoints (folders, or ids on the Hub) at http://127.0.0.1:PORT until Ctrl-C.
 
     Raises:
         UserError: a checkpoint cannot be opened, the port is not free, or Gradio is not installed.

@@ -1,5 +1,4 @@
-"""
-Export a checkpoint to the formats of other engines.
+"""Export a checkpoint to the formats of other engines.
 
 The library that defines a format writes it, and the result is read back and compared before it gets its name.
 """
@@ -30,8 +29,7 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
 
 
 def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
-    """
-    Write a checkpoint in another format and return the paths of the files.
+    """Write a checkpoint in another format and return the paths of the files.
 
     Args:
         checkpoint: folder of a checkpoint or of a plain GPT-2, or its id on the Hub.

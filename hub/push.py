@@ -1,5 +1,4 @@
-"""
-Push a checkpoint to the Hub in one commit, so that a repository never shows part of a model.
+"""Push a checkpoint to the Hub in one commit, so that a repository never shows part of a model.
 
 The commit is made by huggingface_hub's `create_commit`. Its `upload_folder` may split a push into several commits where
 hf_xet is installed (2.4.0: more than 20 files, after refused commits). The token stays in huggingface_hub: it is in no
@@ -54,8 +53,7 @@ class CommitPlan(NamedTuple):
 
 
 def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str | Path] = ()) -> CommitPlan:
-    """
-    Check a checkpoint and collect the files to push, model card included. Nothing is sent.
+    """Check a checkpoint and collect the files to push, model card included. Nothing is sent.
 
     Args:
         checkpoint: folder of a model. A README.md in it is pushed unchanged; otherwise a model card is written.
@@ -193,8 +191,7 @@ class Repository:
     """A model repository on the Hub that this machine may write to."""
 
     def __init__(self, repo_id: str, *, private: bool = True) -> None:
-        """
-        Check that we may push. This changes nothing on the Hub.
+        """Check that we may push. This changes nothing on the Hub.
 
         Args:
             repo_id: "owner/name".
@@ -221,8 +218,7 @@ class Repository:
             )
 
     def push(self, plan: CommitPlan) -> tuple[str, list[str]]:
-        """
-        Make one commit with all files of a plan, on top of the current commit. Creates the repository if necessary.
+        """Make one commit with all files of a plan, on top of the current commit. Creates the repository if necessary.
 
         Returns:
             (URL of the commit, weight files of an earlier push that it deleted)
@@ -292,8 +288,7 @@ class Repository:
 def push_last_checkpoint(
     repository: Repository, folder: Path, *, should_stop: Callable[[], bool] = lambda: False
 ) -> bool:
-    """
-    Push the last checkpoint of a run. A push that fails or is stopped is a warning with the command to push by hand.
+    """Push the last checkpoint of a run. A push that fails or is stopped is a warning with the command to push by hand.
 
     Args:
         should_stop: polled during the push, which ends if it returns True.

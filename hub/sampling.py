@@ -34,8 +34,7 @@ class SamplingParams:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, config: PreTrainedConfig) -> list[int]:
-    """
-    Return the token ids of a prompt: at least one, and fewer than the model's context holds.
+    """Return the token ids of a prompt: at least one, and fewer than the model's context holds.
 
     An empty prompt becomes the token that begins texts.
 
@@ -73,8 +72,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, config: PreTr
 def generate(
     model: PreTrainedModel, prompt_ids: list[int], params: SamplingParams, streamer: BaseStreamer | None = None
 ) -> list[int]:
-    """
-    Continue a prompt with `model.generate`, up to max_new_tokens, the end-of-text token or the end of the context.
+    """Continue a prompt with `model.generate`, up to max_new_tokens, the end-of-text token or the end of the context.
 
     Returns the new token ids, without the end-of-text token. Raises HubError if the model's logits are not finite.
     """
@@ -88,8 +86,7 @@ def generate(
 def stream_tokens(
     model: PreTrainedModel, prompt_ids: list[int], params: SamplingParams
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """
-    Yield the tokens of `generate` one by one, each with the probabilities of all tokens at its position.
+    """Yield the tokens of `generate` one by one, each with the probabilities of all tokens at its position.
 
     The probabilities, [V], are those before temperature, top_k and top_p. Every token is a call of `model.generate`
     with the cache of the call before, so a caller can stop at any token and no thread is needed. The calls share

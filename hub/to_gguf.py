@@ -1,5 +1,4 @@
-"""
-Write GGUF files, F16 and Q8_0, for llama.cpp and the programs built on it, with the package gguf.
+"""Write GGUF files, F16 and Q8_0, for llama.cpp and the programs built on it, with the package gguf.
 
 Names of tensors and metadata are the package's own for GPT-2. Types follow llama.cpp's converter: matrices in the
 file's type, the position embedding and one-dimensional tensors in F32. A tied head is not written: llama.cpp uses the
@@ -24,8 +23,7 @@ if TYPE_CHECKING:
 def write_gguf(
     model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, *, name: str, license: str | None
 ) -> None:
-    """
-    Write NAME-F16.gguf and NAME-Q8_0.gguf and read them back.
+    """Write NAME-F16.gguf and NAME-Q8_0.gguf and read them back.
 
     Args:
         license: license of the weights, by the Hub's name for it; None if it is not known.

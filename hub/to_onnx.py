@@ -1,5 +1,4 @@
-"""
-Write ONNX graphs with torch.onnx.
+"""Write ONNX graphs with torch.onnx.
 
     onnx/model.onnx                 one step of generation: new tokens, and the keys and values of those before them
     onnx/model_without_past.onnx    a full text at once
@@ -39,8 +38,7 @@ class _Graph(torch.nn.Module):
         position_ids: torch.Tensor,
         past: Sequence[torch.Tensor] = (),
     ) -> tuple[torch.Tensor, ...]:
-        """
-        Return logits [B, T, V] and, with `past`, the keys and values of all S tokens.
+        """Return logits [B, T, V] and, with `past`, the keys and values of all S tokens.
 
         Args:
             input_ids, position_ids: [B, T].
@@ -64,8 +62,7 @@ class _Graph(torch.nn.Module):
 
 
 def write_onnx(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """
-    Write both graphs with config and tokenizer, run them in ONNX Runtime and compare their logits with the model's.
+    """Write both graphs with config and tokenizer, run them in ONNX Runtime and compare their logits with the model's.
 
     The model's attention implementation is set to eager.
     """

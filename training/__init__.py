@@ -1,5 +1,4 @@
-"""
-Training: everything outside train.py that has tests of its own.
+"""Training: everything outside train.py that has tests of its own.
 
     config.py       settings as dataclasses; settings.py reads them from recipes (YAML) and the command line
     distributed.py  the accelerator and its precision, threads and memory on a CPU, the main process

@@ -24,8 +24,7 @@ _RESERVED_SHARE = 0.1
 
 
 def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | None = None) -> tuple[int, int]:
-    """
-    Split an optimizer step: micro-batch x seq_len x accumulation x processes = tokens per step, exactly.
+    """Split an optimizer step: micro-batch x seq_len x accumulation x processes = tokens per step, exactly.
 
     Args:
         num_processes: data-parallel processes.
@@ -52,8 +51,7 @@ def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | No
 
 
 def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
-    """
-    Return the sizes that "auto" chooses from: the divisors of a process's sequences per step, [1, ..., all].
+    """Return the sizes that "auto" chooses from: the divisors of a process's sequences per step, [1, ..., all].
 
     Raises:
         TrainingError: the sequences cannot be divided among the processes. The message has the nearest values.
@@ -73,8 +71,7 @@ def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
 def choose_micro_batch_size(
     plan: Plan, accelerator: Accelerator, model: torch.nn.Module | None = None
 ) -> tuple[int, int]:
-    """
-    Return (micro_batch_size, accumulation), the same on every process. Every process must call this.
+    """Return (micro_batch_size, accumulation), the same on every process. Every process must call this.
 
     Args:
         model: on its device, before it is wrapped; None to use the memory estimate alone.
@@ -104,8 +101,7 @@ def largest_fitting_batch(
     device: torch.device,
     local_world_size: int,
 ) -> int:
-    """
-    Return the largest number of sequences that a process can train on at once.
+    """Return the largest number of sequences that a process can train on at once.
 
     accelerate's find_executable_batch_size would try sizes that do not divide the batch, and has no estimate to start
     from.
@@ -136,8 +132,7 @@ def largest_fitting_batch(
 
 
 def probe_memory(model: torch.nn.Module, accelerator: Accelerator, size: int, seq_len: int) -> None:
-    """
-    Run forward and backward passes on `size` sequences, without leaving gradients or optimizer state.
+    """Run forward and backward passes on `size` sequences, without leaving gradients or optimizer state.
 
     Args:
         model: on its device, before it is wrapped.
@@ -161,8 +156,7 @@ def probe_memory(model: torch.nn.Module, accelerator: Accelerator, size: int, se
 
 
 def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> None:
-    """
-    Compare the memory that the run needs with the machine's, before anything is loaded, and print a warning.
+    """Compare the memory that the run needs with the machine's, before anything is loaded, and print a warning.
 
     With sharded parameters (FSDP2), which the estimate does not cover, this does nothing.
 

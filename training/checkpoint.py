@@ -1,5 +1,4 @@
-"""
-Checkpoints: `checkpoints/step_000100/`, a Hugging Face model folder plus `training_state/`.
+"""Checkpoints: `checkpoints/step_000100/`, a Hugging Face model folder plus `training_state/`.
 
     config.json, model.safetensors, tokenizer.json, ...   for from_pretrained
     training_state/state.json                             step, validation loss, and the settings that step numbers need
@@ -103,8 +102,7 @@ def run_folder_of(checkpoint: str | Path, output_dir: str | Path) -> Path:
 
 
 class CheckpointWriter:
-    """
-    Writes checkpoints and removes old ones.
+    """Writes checkpoints and removes old ones.
 
     On a GPU, training waits only while the state is copied to the host's memory; a thread hashes and writes it, one
     checkpoint at a time.
@@ -135,8 +133,7 @@ class CheckpointWriter:
         self._has_warned_of_best = False
 
     def save(self, state: LoopState) -> None:
-        """
-        Write a checkpoint, or start to. Every process must call this; the main process writes.
+        """Write a checkpoint, or start to. Every process must call this; the main process writes.
 
         Waits for the previous checkpoint: at most one is in memory.
         """
@@ -165,8 +162,7 @@ class CheckpointWriter:
             say(f"warning: {error}. Training continues")
 
     def finish(self) -> None:
-        """
-        Wait for the checkpoint that is being written, and print a line when it is complete.
+        """Wait for the checkpoint that is being written, and print a line when it is complete.
 
         Raises:
             SaveError: it could not be written.
@@ -280,8 +276,7 @@ def remove_leftovers(output_dir: str | Path) -> None:
 
 
 def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
-    """
-    Refuse a start that cannot succeed, without reading the checkpoints.
+    """Refuse a start that cannot succeed, without reading the checkpoints.
 
     Returns:
         The checkpoint whose path `resume` is; None for "auto" and for a fresh start (None).
@@ -314,8 +309,7 @@ def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
 
 
 def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
-    """
-    Find the checkpoint to resume from, and check every byte of it. Print a line about each damaged one it skips.
+    """Find the checkpoint to resume from, and check every byte of it. Print a line about each damaged one it skips.
 
     Args:
         resume: "auto", the path of a checkpoint, or None for a fresh start.
@@ -346,8 +340,7 @@ def find_checkpoint(resume: str | None, output_dir: str | Path) -> Path | None:
 
 
 def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str | Path) -> LoopState:
-    """
-    Return a checkpoint's loop state.
+    """Return a checkpoint's loop state.
 
     Args:
         output_dir: this run's folder, which may be another one than the checkpoint's.

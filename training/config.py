@@ -1,5 +1,4 @@
-"""
-Define a run's settings: the defaults below < the recipe (`--config recipes/x.yaml`) < the command line.
+"""Define a run's settings: the defaults below < the recipe (`--config recipes/x.yaml`) < the command line.
 
     accelerate launch train.py --config recipes/gpt2_124m.yaml --optim.lr 3e-4 --batch.micro_batch_size 32
 
@@ -179,8 +178,7 @@ class Config:
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """
-    Read a run's settings, and check all that can be checked without knowing the hardware.
+    """Read a run's settings, and check all that can be checked without knowing the hardware.
 
     Args:
         argv: the command line without the program's name.
@@ -258,8 +256,7 @@ def _check(config: Config) -> None:
 
 
 def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | None, dict[str, int]]:
-    """
-    Return (the model that init_from means now, its shape by the names of SHAPE).
+    """Return (the model that init_from means now, its shape by the names of SHAPE).
 
     Once a run has begun, its own checkpoints have the shape. Without init_from the shape is empty.
 
@@ -276,8 +273,7 @@ def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | N
 
 
 def apply_shape(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
-    """
-    Write the shape from `load_shape` into the settings, and return the model's configuration.
+    """Write the shape from `load_shape` into the settings, and return the model's configuration.
 
     Raises:
         TrainingError: the shape is impossible, or too short for the training sequences.

@@ -18,8 +18,7 @@ def plot_curves(
     loss_lines: Mapping[str, float],
     hellaswag_lines: Mapping[str, float],
 ) -> None:
-    """
-    Draw training and validation loss, and HellaSwag accuracy if it was scored, over training tokens.
+    """Draw training and validation loss, and HellaSwag accuracy if it was scored, over training tokens.
 
     Args:
         records: of metrics.jsonl.

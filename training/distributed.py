@@ -34,8 +34,7 @@ class MainProcessFailed(SystemExit):
 
 
 def start_accelerator(mixed_precision: str) -> Accelerator:
-    """
-    Return an Accelerator for the launcher's settings and this hardware.
+    """Return an Accelerator for the launcher's settings and this hardware.
 
     Args:
         mixed_precision: "auto", "no" or "bf16".
@@ -81,8 +80,7 @@ def _refuse_sharding(name: str) -> None:
 
 
 def resolve_mixed_precision(setting: str) -> str:
-    """
-    Return "no" or "bf16" for "auto", "no" or "bf16".
+    """Return "no" or "bf16" for "auto", "no" or "bf16".
 
     "auto" is bf16 if the launcher's setting or the hardware says so. The launcher's "no" is also its default, so the
     hardware decides then; `--mixed_precision no` as a setting of train.py selects float32.
@@ -114,8 +112,7 @@ def supports_bf16() -> bool:
 
 
 def use_all_cores(local_world_size: int) -> None:
-    """
-    Give this process its share of the cores if `accelerate launch` has given it one thread.
+    """Give this process its share of the cores if `accelerate launch` has given it one thread.
 
     One thread is the launcher's default (--num_cpu_threads_per_process changes it). Without the launcher,
     OMP_NUM_THREADS=1 is the user's choice and stays.
@@ -129,8 +126,7 @@ def use_all_cores(local_world_size: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """
-    Set glibc's malloc to keep freed memory instead of returning it to the kernel. Other C libraries stay as they are.
+    """Set glibc's malloc to keep freed memory instead of returning it to the kernel. Other C libraries do not change.
 
     By default, glibc unmaps every freed block of more than 32 MB and trims the heap, so that each step faults the same
     pages in again: a fifth of a step's time on a CPU (benchmarks/LOG.md). Keeping it takes a few percent more memory.
@@ -142,8 +138,7 @@ def keep_freed_memory() -> None:
 
 
 def run_on_main(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
-    """
-    Call `function(*args, **kwargs)` on the main process and return its result, which is pickled, on every process.
+    """Call `function(*args, **kwargs)` on the main process and return its result, which is pickled, on every process.
 
     If the function raises an error, every process exits: if only one process exited, the others would hang until the
     process-group timeout.
@@ -164,8 +159,7 @@ def run_on_main(function: Callable[..., Result], *args: Any, **kwargs: Any) -> R
 
 @contextlib.contextmanager
 def isolated_accelerator_state() -> Iterator[None]:
-    """
-    Keep accelerate's global state of this run apart from Accelerators before and after it in the same process.
+    """Keep accelerate's global state of this run apart from Accelerators before and after it in the same process.
 
     Otherwise the next Accelerator inherits this one's mixed precision, or refuses a different one.
     """
@@ -184,8 +178,7 @@ def isolated_accelerator_state() -> Iterator[None]:
 
 
 def leave_process_group() -> None:
-    """
-    Destroy the process group. Call this when nothing refers to the wrapped model anymore.
+    """Destroy the process group. Call this when nothing refers to the wrapped model anymore.
 
     DDP's reducer refers to the process group. If the reducer's reference is the last one, the reducer waits for gloo's
     threads while it holds Python's lock, and hangs if a thread needs the lock to drop a tensor (torch 2.13). Destroying

@@ -101,8 +101,7 @@ class Hardware(NamedTuple):
 
 
 def find_hardware(accelerator: Accelerator, dollars_per_hour: float | None = None) -> Hardware:
-    """
-    Find out what the run's hardware is.
+    """Find out what the run's hardware is.
 
     Args:
         dollars_per_hour: price of one device, in place of the table's.
@@ -139,8 +138,7 @@ def find_device(name: str) -> str | None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """
-    Return (peak FLOP/s, "data sheet" or "measured matmul").
+    """Return (peak FLOP/s, "data sheet" or "measured matmul").
 
     The peak is measured if the device is not in the table, and in float32, whose peak depends on settings (TF32).
     """
@@ -213,8 +211,7 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        """
-        Training FLOPs per token (PaLM paper, appendix B).
+        """Training FLOPs per token (PaLM paper, appendix B).
 
         6 per parameter (forward 2, backward 4), and attention's two T x T matmuls. Position embeddings are looked up,
         not multiplied.
@@ -228,8 +225,7 @@ class Plan:
         return self.max_steps * self.batch.tokens_per_step
 
     def estimate_memory(self, micro_batch_size: int) -> MemoryEstimate:
-        """
-        Estimate the memory of a process at the peak of a training step, without sharding (FSDP2).
+        """Estimate the memory of a process at the peak of a training step, without sharding (FSDP2).
 
         It is this project's model: an MLP keeps its input and the GELU's, attention does not keep its T x T weights
         (except with dropout on a CPU), and logits are made in chunks. benchmarks/RECORDS.md compares it with runs.
@@ -294,8 +290,7 @@ class Plan:
         )
 
     def describe_rental(self) -> str:
-        """
-        Return time and cost on rented GPUs, one and eight, with the source of each rate.
+        """Return time and cost on rented GPUs, one and eight, with the source of each rate.
 
         The rate is GPT-2 124M's, scaled by the FLOPs per token; larger models come a little closer to the peak.
         """

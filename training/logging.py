@@ -64,8 +64,7 @@ class RunLog:
     def open(
         self, state: LoopState, data_info: dict[str, Any], resume_from: Path | None, last_lr: float | None
     ) -> None:
-        """
-        Create the files, provenance.json among them, and start the trackers. Called on the main process.
+        """Create the files, provenance.json among them, and start the trackers. Called on the main process.
 
         Args:
             state: the loop's, where this launch starts.
@@ -105,8 +104,7 @@ class RunLog:
     def log_step(
         self, state: LoopState, *, loss: float, lr: float, grad_norm: float, seconds: float, windows: Sequence[Any]
     ) -> None:
-        """
-        Log a training step.
+        """Log a training step.
 
         Args:
             state: the loop's, after the step.
@@ -145,8 +143,7 @@ class RunLog:
             )
 
     def log_evaluation(self, step: int, result: dict[str, Any]) -> None:
-        """
-        Log an evaluation and draw curves.png.
+        """Log an evaluation and draw curves.png.
 
         Args:
             result: val_loss, hellaswag (its metrics, n, num_truncated and is_sample; or None), hellaswag_seconds,
@@ -235,8 +232,7 @@ share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""
 
 
 class MetricsWriter:
-    """
-    Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
+    """Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
 
     A step's is {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}, an evaluation's {"step", "tokens",
     "val_loss", "hellaswag", "hellaswag_seconds", "seconds"}. `step` counts optimizer steps. A skipped step also has
@@ -270,8 +266,7 @@ class MetricsWriter:
 
 
 def records_up_to(records: Iterable[dict[str, Any]], step: int, *, is_evaluated: bool) -> list[dict[str, Any]]:
-    """
-    Drop records newer than a checkpoint; the resumed run writes those steps again.
+    """Drop records newer than a checkpoint; the resumed run writes those steps again.
 
     Args:
         step: the checkpoint's.
@@ -373,8 +368,7 @@ def check_trackers(names: Iterable[str]) -> None:
 
 
 def start_trackers(settings: dict[str, Any], output_dir: Path, *, resume_step: int | None) -> list[GeneralTracker]:
-    """
-    Start accelerate's trackers. Called on the main process.
+    """Start accelerate's trackers. Called on the main process.
 
     Args:
         settings: the run's, shown next to the curves. Its "trackers" are to be started.

@@ -31,8 +31,7 @@ Window = TypeVar("Window")
 
 
 def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
-    """
-    Return the learning rate of a step, a pure function of the step.
+    """Return the learning rate of a step, a pure function of the step.
 
     Linear warm-up, then a cosine down to `final_lr_fraction` of the peak (GPT-3 paper, appendix B; the lecture's). With
     `cooldown_fraction`, the rate stays at its peak and falls linearly over that last part of the steps (Hägele et al.
@@ -58,8 +57,7 @@ def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
 
 
 def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_type: str) -> torch.optim.Optimizer:
-    """
-    Build AdamW over all parameters or, with `optim.muon_lr`, Muon over the blocks' matrices and AdamW over the rest.
+    """Build AdamW over all parameters or, with `optim.muon_lr`, Muon over the blocks' matrices and AdamW over the rest.
 
     Weight decay applies to matrices and embeddings, not to biases and LayerNorms.
 
@@ -94,8 +92,7 @@ def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """
-    Muon and AdamW as one optimizer.
+    """Muon and AdamW as one optimizer.
 
     Muon computes the update of torch.optim.Muon, with these differences for training a language model:
 
@@ -144,8 +141,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     self._muon_step(parameters[first : first + batch_size], group, skip)
 
     def _muon_step(self, parameters: list[torch.Tensor], group: dict[str, Any], skip: torch.Tensor | None) -> None:
-        """
-        Update matrices of the same shape.
+        """Update matrices of the same shape.
 
         Args:
             parameters: [rows, columns] each.
@@ -177,8 +173,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
-    """
-    Orthogonalize matrices approximately, by the Newton-Schulz iteration.
+    """Orthogonalize matrices approximately, by the Newton-Schulz iteration.
 
     Args:
         matrices: [N, rows, columns].
@@ -199,8 +194,7 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: float) -> torch.Tensor:
-    """
-    Scale the gradients down to a global norm of `max_norm`. Every process must call this.
+    """Scale the gradients down to a global norm of `max_norm`. Every process must call this.
 
     Returns:
         scalar float32 tensor on the device, the norm before clipping.
@@ -210,8 +204,7 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
 
 
 def step_if_finite(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> None:
-    """
-    Take the optimizer's step if the loss and the gradient are finite; otherwise change nothing.
+    """Take the optimizer's step if the loss and the gradient are finite; otherwise change nothing.
 
     On CUDA the optimizer decides on the device, and the host does not wait.
 
@@ -226,8 +219,7 @@ def step_if_finite(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> 
 
 
 def windows_with_nonfinite_loss(losses: list[torch.Tensor], windows: Sequence[Window]) -> list[Window]:
-    """
-    Return all processes' windows of the micro-batches whose loss is not finite. Every process must call this.
+    """Return all processes' windows of the micro-batches whose loss is not finite. Every process must call this.
 
     If all losses are finite (and the gradient is not), return all windows.
 

@@ -31,8 +31,7 @@ def write_provenance(
     step: int,
     previous_folder: Path | None,
 ) -> None:
-    """
-    Write provenance.json: this launch, and under "earlier_launches" the launches before it.
+    """Write provenance.json: this launch, and under "earlier_launches" the launches before it.
 
     Args:
         settings: all resolved settings.
@@ -78,8 +77,7 @@ def describe_launch(settings: dict[str, Any], data: dict[str, Any], plan: Plan, 
 
 
 def earlier_launches(path: Path, step: int) -> list[dict[str, Any]]:
-    """
-    Return the launches in a provenance.json up to a step, oldest first.
+    """Return the launches in a provenance.json up to a step, oldest first.
 
     Args:
         path: a missing file and a damaged file give an empty list.

@@ -31,8 +31,7 @@ _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
 
 
 class RunFolder:
-    """
-    A run's folder, from the lock to the last status.
+    """A run's folder, from the lock to the last status.
 
     A context manager in every process of the run: leaving it releases the lock, and if an exception ends the run,
     status.json says "failed" and names the exception. Only the main process writes.
@@ -50,8 +49,7 @@ class RunFolder:
         self._is_running = False
 
     def open(self, resume: str | None) -> Path | None:
-        """
-        Lock the folder and return the checkpoint to resume from. Called on the main process.
+        """Lock the folder and return the checkpoint to resume from. Called on the main process.
 
         Args:
             resume: None, "auto" or the path of a checkpoint.
@@ -64,8 +62,7 @@ class RunFolder:
         return find_checkpoint(resume, self.path)
 
     def lock(self, resume: str | None) -> None:
-        """
-        Keep other runs out of the folder. Wait for another run that is about to stop.
+        """Keep other runs out of the folder. Wait for another run that is about to stop.
 
         Raises:
             TrainingError: another process does not leave, waiting is useless since `check_start` refuses the start, or
@@ -112,8 +109,7 @@ class RunFolder:
         self._is_running = True
 
     def finish(self, state: LoopState, stop_reason: str | None) -> int:
-        """
-        Write the run's last status, and print a line unless that is "finished". Every process must call this.
+        """Write the run's last status, and print a line unless that is "finished". Every process must call this.
 
         Args:
             stop_reason: why the run stops before its last step; None if it does not.
@@ -181,8 +177,7 @@ def _describe(error: BaseException) -> str:
 
 
 class StopRequest:
-    """
-    A request to stop the run: SIGTERM, SIGUSR1, Ctrl-C, a time limit, or the launcher's death.
+    """A request to stop the run: SIGTERM, SIGUSR1, Ctrl-C, a time limit, or the launcher's death.
 
     A context manager: leaving it restores the signal handlers.
 
@@ -249,8 +244,7 @@ class StopRequest:
 
 
 def stop_exit_code(reason: str) -> int:
-    """
-    Return the exit code of a run that stops on request: EXIT_RESUME.
+    """Return the exit code of a run that stops on request: EXIT_RESUME.
 
     But 0 under a launcher that mistakes other codes for a crash: one that restarts the run (--max_restarts), or
     accelerate's after Ctrl-C, which prints a traceback.

@@ -1,5 +1,4 @@
-"""
-Read a run's settings with jsonargparse: defaults of a dataclass < recipe (YAML) < command line.
+"""Read a run's settings with jsonargparse: defaults of a dataclass < recipe (YAML) < command line.
 
 jsonargparse checks and converts the values, describes the settings and builds the dataclass. This module collects the
 values as text from the recipe and the command line, and replaces the library's errors with one line that names the
@@ -60,8 +59,7 @@ def help_text(config_class: type) -> str:
 
 
 def build(config_class: type, raw_values: dict[str, RawValue]) -> Any:
-    """
-    Make a dataclass from values by dotted name, and defaults for the others.
+    """Make a dataclass from values by dotted name, and defaults for the others.
 
     Raises:
         TrainingError: a value does not have its setting's type.
@@ -212,8 +210,7 @@ def format_value(value: object) -> str:
 
 
 def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tuple[list[str], dict[str, RawValue]]:
-    """
-    Return the recipes that --config names, and the values of the settings by name.
+    """Return the recipes that --config names, and the values of the settings by name.
 
     If a setting is repeated, the last value counts.
 
@@ -278,8 +275,7 @@ def _describe_unexpected(argument: str, settings: dict[str, Setting], after: tup
 
 
 def read_recipe(path: str, settings: dict[str, Setting]) -> dict[str, RawValue]:
-    """
-    Return the values of a YAML file (JSON is YAML too) by dotted name.
+    """Return the values of a YAML file (JSON is YAML too) by dotted name.
 
     Raises:
         TrainingError: the file does not exist, is not a recipe, or has an unknown setting.

@@ -1,5 +1,4 @@
-"""
-Wrap the model for training, and convert parameters and optimizer state from and to full float32 tensors.
+"""Wrap the model for training, and convert parameters and optimizer state from and to full float32 tensors.
 
 A process has every parameter in full, alone and under DDP, or a shard of each under FSDP2 (a DTensor). Checkpoints and
 evaluation use full tensors by parameter name, so a run can be resumed with another way of sharding.
@@ -43,8 +42,7 @@ def compile_and_wrap(
     *,
     use_compile: bool,
 ) -> TrainingModels:
-    """
-    Compile the model if requested and wrap it with `accelerator.prepare`.
+    """Compile the model if requested and wrap it with `accelerator.prepare`.
 
     Args:
         model: the bare model on its device.
@@ -68,8 +66,7 @@ def compile_and_wrap(
 
 
 def fsdp_precision_policy(mixed_precision: str) -> MixedPrecisionPolicy:
-    """
-    Return FSDP2's precision: gather weights in bfloat16, sum gradients over micro-batches and processes in float32.
+    """Return FSDP2's precision: gather weights in bfloat16, sum gradients over micro-batches and processes in float32.
 
     accelerate's default sums in bfloat16 too, and rounds the loss to bfloat16.
     """
@@ -84,8 +81,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """
-    Shard a replicated tensor like `parameter`; return it unchanged if the parameter is not a DTensor.
+    """Shard a replicated tensor like `parameter`; return it unchanged if the parameter is not a DTensor.
 
     Args:
         tensor: of the parameter's global shape, the same on every process.
@@ -100,8 +96,7 @@ def shard_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def full_state_dict(
     model: torch.nn.Module, optimizer: AcceleratedOptimizer, accelerator: Accelerator, *, copy: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """
-    Gather parameters and optimizer state in the host's memory. Every process must call this.
+    """Gather parameters and optimizer state in the host's memory. Every process must call this.
 
     Args:
         model: the bare model.
@@ -128,8 +123,7 @@ def full_state_dict(
 
 
 def load_moments(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: AcceleratedOptimizer) -> None:
-    """
-    Load the optimizer state that `full_state_dict` returned. Every process must call this with all tensors.
+    """Load the optimizer state that `full_state_dict` returned. Every process must call this with all tensors.
 
     Raises:
         ValueError: the tensors do not fit the parameters.
@@ -157,8 +151,7 @@ def load_moments(tensors: dict[str, torch.Tensor], model: torch.nn.Module, optim
 
 @torch.no_grad()
 def copy_from_file(model: torch.nn.Module) -> None:
-    """
-    Copy a model's parameters into memory; on a CPU, from_pretrained maps them from the file.
+    """Copy a model's parameters into memory; on a CPU, from_pretrained maps them from the file.
 
     Windows can neither rename nor remove a mapped file, and a run removes the checkpoint it was resumed from.
     """
@@ -188,8 +181,7 @@ def load_params(meta_model: GPT2ReproForCausalLM, parameters: dict[str, torch.Te
 
 @contextlib.contextmanager
 def unsharded_model(models: TrainingModels) -> Iterator[tuple[GPT2ReproForCausalLM, torch.nn.Module]]:
-    """
-    Give (the model, the same compiled if that was requested), in eval mode, that each process can call alone.
+    """Give (the model, the same compiled if that was requested), in eval mode, that each process can call alone.
 
     If the parameters are sharded, both are a copy with the gathered parameters. Every process must enter this.
     """
