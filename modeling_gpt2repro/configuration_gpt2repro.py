@@ -6,9 +6,9 @@ from typing import Any, Self
 import transformers
 
 # Checked before the import below, since transformers 4 has no PreTrainedConfig.
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4):
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 9):
     raise ImportError(
-        f"the code of gpt2repro models needs transformers 5.4 or newer, this is {transformers.__version__}: run "
+        f"the code of gpt2repro models needs transformers 5.9 or newer, this is {transformers.__version__}: run "
         "`pip install -U transformers`"
     )
 

@@ -383,13 +383,8 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             # create_causal_mask returns None too, except under torch.compile: in torch before 2.14, transformers
             # mistakes it for an export.
             return None
-        return create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # By position: the fourth parameter has another name from transformers 5.24 on.
+        return create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
 
 
 class GPT2ReproForCausalLM(GPT2ReproPreTrainedModel, GenerationMixin):

@@ -74,7 +74,7 @@ getattr(transformers, name).from_pretrained(path, **({"trust_remote_code": True}
 """
     for name in ("AutoTokenizer", "AutoConfig", "AutoProcessor", "AutoModelForCausalLM"):
         runs(fresh.run(program, checkout / STEP, name, "True", cwd=tmp_path))
-        # transformers 5.4 to 5.23; where this fails, the documents' trust_remote_code for tokenizers can go
+        # transformers 5.9 to 5.24; where this fails, the documents' trust_remote_code for tokenizers can go
         assert QUESTION in fresh.run(program, checkout / STEP, name, "False", cwd=tmp_path).output
     for name in ("GenerationConfig", "GPT2Tokenizer"):
         runs(fresh.run(program, checkout / STEP, name, "False", cwd=tmp_path))

@@ -121,7 +121,7 @@ def test_compiled_attention_has_no_mask(model, input_ids, monkeypatch, is_traini
 
 @torch.no_grad()
 def test_transformers_exporter_prefills_and_decodes_like_gpt2(pair, input_ids):
-    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")  # not in transformers 5.4
+    exporters = pytest.importorskip("transformers.exporters.exporter_dynamo")  # not in transformers 5.9
     from transformers.exporters.configs import DynamoConfig
 
     model, gpt2 = pair
