@@ -6,6 +6,7 @@ takes `optim.betas` from the defaults, `max_steps` from the recipe and the two n
 line. The resolved settings are written to the run's provenance.json before the first step.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from common.cli import say
 from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
-from training.logging import check_trackers
 from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
 
 VOCAB_SIZE = 50257  # GPT-2's
@@ -225,7 +225,9 @@ def _expand_path(name: str, text: str | None) -> str | None:
 
 def _check(config: Config) -> None:
     """Raise TrainingError for values that are not possible, alone or together."""
-    check_trackers(config.trackers)
+    for name in config.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise TrainingError(f"trackers: {name} is not installed: pip install {name}, or leave it out")
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints are kept")
     if config.push_to_hub is None and config.push_public:

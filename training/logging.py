@@ -1,6 +1,5 @@
 """Log a run: metrics.jsonl, the console, trackers (TensorBoard, W&B, Trackio) and curves.png."""
 
-import importlib.util
 import json
 import math
 import os
@@ -358,13 +357,6 @@ class ConsoleLog:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Trackers
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raise TrainingError if a tracker's package is not installed."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise TrainingError(f"trackers: {name} is not installed: pip install {name}, or leave it out")
 
 
 def start_trackers(settings: dict[str, Any], output_dir: Path, *, resume_step: int | None) -> list[GeneralTracker]:
