@@ -21,7 +21,7 @@ HARDWARE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
-def test_they_are_all_there():
+def test_recipes_and_accelerate_configs_exist():
     names = {path.stem for path in HARDWARE}
     assert names == {
         *("cpu", "cpu_2proc", "single_gpu", "ddp_8gpu", "multi_node_ddp", "fsdp2", "mps"),

@@ -156,7 +156,7 @@ def test_a_branch_in_a_folder_of_its_own_takes_its_past_along(finished_run, laun
     assert len(branch) == 20
 
 
-def test_what_a_run_takes_along_of_the_one_before(tmp_path):
+def test_a_resumed_run_keeps_the_launches_before_its_step(tmp_path):
     before = tmp_path / "before.json"
     before.write_text(json.dumps({"from_step": 10, "earlier_launches": [{"from_step": 0}, {"from_step": 4}]}))
     for step, launches in ((10, [0, 4, 10]), (9, [0, 4]), (0, [0])):  # not what came after the step it branches off
