@@ -322,7 +322,7 @@ def finish(
             log.print_summary(state, folder)
     if not is_complete or repository is None or not is_main_process():  # only the main process pushes
         return exit_code
-    return 0 if push_last_checkpoint(repository, folder, should_stop=lambda: stop.reason is not None) else 1
+    return 0 if push_last_checkpoint(repository, folder, should_stop=lambda: stop.is_requested) else 1
 
 
 def command(argv: Sequence[str] | None) -> int:

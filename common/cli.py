@@ -137,6 +137,8 @@ def shell_quote(argument: object) -> str:
 def check_world_size(num_processes: int) -> None:
     """Raise UserError if the launcher started more processes than the `num_processes` that work together."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == num_processes and int(os.environ.get("RANK", "0")) >= num_processes:
+        raise UserError(f"RANK={os.environ['RANK']} is set, but there are {num_processes} process(es): unset it")
     if launched != num_processes:
         raise UserError(
             f"the launcher started {launched} processes, but this one sees {num_processes}: each would do all the work "

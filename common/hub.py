@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from common.errors import one_line
+from common.errors import UserError, one_line
 
 PROBE_SECONDS = 10
 ATTEMPTS = 6
@@ -67,7 +67,7 @@ class HubRequestError(Exception):
         self.retry_after = str(response.headers.get("retry-after", "")) if response is not None else ""
         if self.status is None:
             self.is_final = isinstance(error, ValueError)  # the response is not what a Hub sends
-            self.reason = one_line(cause, 200)
+            self.reason = f"{type(cause).__name__}: {one_line(cause, 200)}"
         else:
             # 403 from the storage: a signed address has expired, and another attempt gets a new one.
             is_expired = self.status == 403 and not self.is_from_hub
@@ -100,11 +100,12 @@ def with_retries(
 
     # The first base is the error class of the HTTP library (httpx, httpx2), which depends on the version.
     errors: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
+    passed_on: tuple[type[Exception], ...] = (UserError, *raises)  # UserError: of another request inside the call
     attempt = 1
     while True:
         try:
             return call()
-        except raises:
+        except passed_on:
             raise
         except errors as error:
             if getattr(error, "errno", None) and not isinstance(error, ConnectionError | TimeoutError):

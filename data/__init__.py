@@ -1,19 +1,19 @@
 """Training data: text -> tokens -> shards -> batches.
 
-    sources.py        documents from the offline sample and from your own files
-    hub.py            data sets on the Hugging Face Hub, with retries and checked downloads
-    pretokenized.py   shards made by others
-    tokenizer.py      GPT-2's BPE, twice: tiktoken for speed, a Hugging Face tokenizer for the checkpoint
-    encode.py         records to tokens, over several processes
-    shards.py         the shard file format: write, read, check
-    manifest.py       manifest.json, which describes a folder of shards
-    prepare.py        python -m data.prepare SOURCE --out DIR
-    plan.py           what prepare has to do and has done: the plan, locks, finished parts, merging
-    parts.py          the work of prepare: fetch, tokenize and write one part after the other
-    verify.py         python -m data.verify DIR
-    loader.py         seeded batches that depend on the step alone
-    permutation.py    the shuffled order of the windows
-    ngram.py          the unigram and bigram losses of a corpus, to compare a model with
+sources.py        documents from the offline sample and from your own files
+hub.py            data sets on the Hugging Face Hub, with retries and checked downloads
+pretokenized.py   shards made by others
+tokenizer.py      GPT-2's BPE, twice: tiktoken for speed, a Hugging Face tokenizer for the checkpoint
+encode.py         records to tokens, over several processes
+shards.py         the shard file format: write, read, check
+manifest.py       manifest.json, which describes a folder of shards
+prepare.py        python -m data.prepare SOURCE --out DIR
+plan.py           what prepare has to do and has done: the plan, locks, finished parts, merging
+parts.py          the work of prepare: fetch, tokenize and write one part after the other
+verify.py         python -m data.verify DIR
+loader.py         seeded batches that depend on the step alone
+permutation.py    the shuffled order of the windows
+ngram.py          the unigram and bigram losses of a corpus, to compare a model with
 """
 
 from common.errors import UserError

@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, shell_quote
+from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, say, shell_quote
 
 if __name__ == "__main__":
     prepare_process()
@@ -133,7 +133,7 @@ def prepare(
 def prepare_sample_if_missing(out: str | Path) -> None:
     """Prepare the offline sample corpus if nothing is there, or only what an interrupted preparation left."""
     if needs_preparing(out):
-        print(f"data      preparing the offline sample corpus in {out}")
+        say(f"data      preparing the offline sample corpus in {out}")
         prepare_sample(out)
 
 

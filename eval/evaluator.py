@@ -45,7 +45,7 @@ def evaluate(
             item_results  {task: [a dict per item]}, if keep_item_results
 
     Raises:
-        EvalError: an unknown task, items that are missing or malformed, log-likelihoods that are not finite.
+        UserError: an unknown task, items that are missing or malformed, log-likelihoods that are not finite.
     """
     import transformers
 

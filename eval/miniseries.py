@@ -87,6 +87,8 @@ def read_result(path: str | Path) -> dict[str, Any]:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
         _, footnotes = published_rows(result)
         table(rows_of([result]), result, footnotes)  # fails if anything is missing or of another type
+        if not result["tasks"] or not all(isinstance(about["figures"], dict) for about in result["tasks"].values()):
+            raise ValueError
     except OSError as error:
         raise EvalError(f"{path!r} cannot be read ({error.strerror}); give a file from python -m eval") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -193,7 +193,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
         version, source = about["version"], about["data"]["source"]
         dataset, split, dataset_name = _PUBLIC_DATASETS.get(task, ("", "", ""))
         is_public = bool(dataset) and source.startswith(f"{dataset} (")
-        for metric, protocol in about.get("metrics", about.get("figures")).items():  # "figures" before 2026-12
+        for metric, protocol in about["figures"].items():
             value, stderr = values.get(metric), values.get(f"{metric}_stderr")
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue

@@ -369,6 +369,11 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
             raise ValueError(f"a 4D attention_mask must be boolean or floating point, got {attention_mask.dtype}")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask must be 2D or 4D, got shape {tuple(attention_mask.shape)}")
+        if attention_mask is not None and past_key_values is None and attention_mask.shape != inputs_embeds.shape[:2]:
+            raise ValueError(  # transformers would read the first columns of a longer mask
+                f"attention_mask has shape {tuple(attention_mask.shape)}, and the input without a cache has "
+                f"{tuple(inputs_embeds.shape[:2])}"
+            )
         # transformers finds packed documents only for causal masks, and for flash attention only in a batch of one row.
         may_leak = not is_causal or ("flash" in kernel and len(inputs_embeds) > 1)
         may_leak = may_leak and attention_mask is None and not torch.compiler.is_compiling()

@@ -30,7 +30,7 @@ from common.checkpoints import BEST, best_of, describe_file, find_damage, list_c
 from common.cli import say
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.sharding import TrainingModels, full_state_dict, load_moments, load_params, meta_copy
+from training.sharding import TrainingModels, full_state_dict, load_moments, load_params
 
 _LEFTOVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Tokenizer, configuration, code, and the disk's rounding up.
@@ -191,8 +191,8 @@ class CheckpointWriter:
             free = shutil.disk_usage(tmp_folder).free
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
-            # A copy, since the thread must not save the model that is being trained.
-            load_params(meta_copy(self._models.bare), tensors).save_pretrained(save_directory=tmp_folder)
+            # Not the model itself: the thread must not save what is being trained.
+            load_params(self._models.empty, tensors).save_pretrained(save_directory=tmp_folder)
             try:
                 self.tokenizer.save_pretrained(tmp_folder)
             except Exception as error:  # the tokenizers package has no class for a full disk
@@ -224,6 +224,8 @@ class CheckpointWriter:
                 f"could not write the checkpoint {folder}: {error}. It needs {needed / 1e9:.2f} GB: make room on the "
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
+        finally:
+            self._models.empty.to("meta")  # type: ignore[arg-type]  # frees the copies
         try:
             self._remove_old(state["step"])
         except OSError as error:
@@ -370,7 +372,7 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str 
             f"has {value}. Resume with the same setting, {new_run}"
         )
     state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
-    state["saved"] = run_folder_of(folder, output_dir) == Path(output_dir)
+    state["saved"] = Path(folder).resolve() == checkpoint_folder(output_dir, state["step"]).resolve()
     say(f"resume    from {folder}, step {state['step']:,}")
     return LoopState(**{field.name: state[field.name] for field in fields(LoopState)})
 

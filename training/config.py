@@ -271,6 +271,8 @@ def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | N
         init_from = check_name(init_from)
         say(f"weights   from {init_from}. Its shape replaces the settings model.*, except dropout")
     source = load_gpt2_config(str(resume_from or init_from), vocab_size=VOCAB_SIZE)
+    if added := source.vocab_size - VOCAB_SIZE:  # padding (nanoGPT's 50,304), or added tokens
+        say(f"weights   the last {added} rows of the embedding are dropped: GPT-2 has {VOCAB_SIZE:,} tokens")
     return init_from, {name: getattr(source, name) for name in SHAPE}
 
 

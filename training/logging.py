@@ -125,6 +125,9 @@ class RunLog:
         if windows:
             skips = {"so_far": state.num_skipped, "in_a_row": state.consecutive_skips, "windows": windows}
             record["skipped"] = {"loss": str(loss), "grad_norm": str(grad_norm), **skips}
+        if self._metrics is not None:
+            self._metrics.write(record)
+        if windows:
             say(
                 f"step {state.step:>6,} | SKIPPED: loss {loss}, gradient norm {grad_norm}; its windows are in "
                 f"metrics.jsonl; skipped so far: {state.num_skipped}, in a row: {state.consecutive_skips}"
@@ -132,7 +135,6 @@ class RunLog:
         else:
             self._track(state.step, {name: value for name, value in record.items() if name != "step"})
         if self._metrics is not None:
-            self._metrics.write(record)
             self._console.log_step(record)
         if state.consecutive_skips >= self._settings["optim"]["max_skipped_steps"]:
             raise TrainingError(

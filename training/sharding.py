@@ -32,6 +32,8 @@ class TrainingModels(NamedTuple):
     wrapped: torch.nn.Module
     """`compiled`, wrapped by DDP or FSDP2 to exchange gradients, for training steps"""
     optimizer: AcceleratedOptimizer
+    empty: GPT2ReproForCausalLM
+    """from `meta_copy`, to be filled with gathered weights and saved"""
 
 
 def compile_and_wrap(
@@ -61,8 +63,9 @@ def compile_and_wrap(
         step_model = torch.compile(model, dynamic=False)  # type: ignore[assignment]  # a module, too
     if is_fsdp:
         accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
+    empty = meta_copy(model)
     wrapped, optimizer = accelerator.prepare(step_model, optimizer)
-    return TrainingModels(model, step_model, wrapped, optimizer)
+    return TrainingModels(model, step_model, wrapped, optimizer, empty)
 
 
 def fsdp_precision_policy(mixed_precision: str) -> MixedPrecisionPolicy:
@@ -195,3 +198,5 @@ def unsharded_model(models: TrainingModels) -> Iterator[tuple[GPT2ReproForCausal
         yield eval_model, loss_model
     finally:
         models.bare.train()
+        if eval_model is not models.bare:
+            eval_model.to("meta")  # type: ignore[arg-type]  # frees the gathered parameters

@@ -13,6 +13,7 @@ from data import DataError
 from data.hub import HubRepository, HubSource
 from data.manifest import read_manifest
 from data.prepare import prepare
+from data.pretokenized import HubShards
 from data.sources import FileSource
 
 TEXTS = [f"Document {i}. " + "Some words of it, again and again. " * (i % 9) for i in range(240)]
@@ -152,6 +153,13 @@ def test_missing_names_are_errors(client, tmp_path, options, words):
     with pytest.raises(DataError, match=words) as error:
         prepare(source(tmp_path, **options), tmp_path / "out", **PREPARED)
     assert "\n" not in str(error.value)
+
+
+def test_missing_data_set_of_shards_is_named(client, tmp_path):
+    """Its files are listed before anything else is asked."""
+    repository = HubRepository("missing/missing", download_folder=tmp_path / "downloads")
+    with pytest.raises(DataError, match=r"no data set missing/missing"):
+        HubShards(repository).inputs()
 
 
 def test_training_files_without_a_card(client, tmp_path):

@@ -292,7 +292,6 @@ def test_license_of_the_project_is_not_added_to_another(standalone):
 def results_file(path, checkpoint, **changes):
     def about(version, source, full_size, metric, protocol):
         data = {"source": source, "sha256": "f" * 64, "is_sample": False}
-        # "figures": the name of "metrics" before 2026-12
         return {"version": version, "data": data, "figures": {metric: protocol}, "full_size": full_size}
 
     hellaswag_source = "Rowan/hellaswag (validation), all 10,042 items"

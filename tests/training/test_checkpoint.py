@@ -26,6 +26,7 @@ from training.checkpoint import (
 )
 from training.config import OptimConfig
 from training.optim import build_optimizer
+from training.sharding import meta_copy
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def trained():
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    return SimpleNamespace(bare=model, optimizer=optimizer)
+    return SimpleNamespace(bare=model, optimizer=optimizer, empty=meta_copy(model))
 
 
 @pytest.fixture(scope="module")
@@ -250,5 +251,6 @@ def test_state_of_an_earlier_version_is_read(make_writer, save, tmp_path):
     state = load_state(folder, {"seed": 3}, tmp_path)
     assert state == LoopState(step=1, num_skipped=2, consecutive_skips=1, saved=True)
     assert not load_state(folder, {"seed": 3}, tmp_path / "another").saved
+    assert not load_state(folder.rename(tmp_path / "checkpoints" / "final"), {"seed": 3}, tmp_path).saved
     with pytest.raises(TrainingError, match=r"seed=3.* 4"):
-        load_state(folder, {"seed": 4}, tmp_path)
+        load_state(tmp_path / "checkpoints" / "final", {"seed": 4}, tmp_path)
