@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import multiprocessing
 import os
 import shutil
@@ -13,7 +12,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -64,87 +63,77 @@ class Encoder:
             text_column: see data.sources.decode_record, as for `errors`.
         """
         self._options = (val_fraction, text_column, errors, tokenizer_backend)
-        self._num_proc, self._numbers = num_proc, itertools.count()
+        self._num_proc = num_proc
         self._pool: ProcessPoolExecutor | None = None
-        self._folder = Path()  # of the workers' results
+        self._stack = contextlib.ExitStack()
         check_backend(tokenizer_backend)  # one error here instead of one in each process
 
     def __enter__(self) -> Self:
         if self._num_proc > 1:
             # Workers return results in files. A worker killed in the middle of a write to the pipe that all workers
             # share would leave the other workers and this process waiting forever for the rest.
-            self._folder = Path(tempfile.mkdtemp(prefix="gpt2-repro-"))
+            folder = tempfile.TemporaryDirectory(prefix="gpt2-repro-", ignore_cleanup_errors=True)
+            self._folder = Path(self._stack.enter_context(folder))
             # spawn works on every platform, and forking a process that has threads is not safe.
-            self._pool = ProcessPoolExecutor(
-                self._num_proc,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(self._options[-1], self._folder),
-            )
+            context = multiprocessing.get_context("spawn")
+            end, open_end = context.Pipe(duplex=False)
+            arguments = (self._options[-1], self._folder, end)
+            self._pool = ProcessPoolExecutor(self._num_proc, context, _start_worker, arguments)
+            self._stack.callback(self._pool.shutdown)
+            self._stack.enter_context(open_end)  # closed first, so that the workers exit
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._stack.close()
 
     def encode(self, records: Iterable[Record]) -> Generator[Encoded, None, None]:
         """Tokenize records in batches. Raises UserError for a record without text, or if a worker was killed."""
         if self._pool is None:
             yield from (_encode_batch(batch, *self._options) for batch in _batches(records))
             return
-        pending: deque[tuple[Path, Future[None]]] = deque()
+        pending: deque[Future[Path]] = deque()
         try:
-            # Read only a few batches ahead of the workers, so that memory does not grow with the source.
-            for batch in itertools.chain(_batches(records), [None]):
-                if batch is not None:
-                    path = self._folder / str(next(self._numbers))
-                    with _block_interrupts():  # submit may start a process
-                        pending.append((path, self._pool.submit(_encode_to_file, path, batch, *self._options)))
-                while pending and (batch is None or len(pending) > 3 * self._num_proc or pending[0][1].done()):
-                    path, future = pending.popleft()
-                    future.result()
-                    yield _read(path)
+            for batch in _batches(records):
+                with _block_signals():  # submit may start a process
+                    pending.append(self._pool.submit(_encode_to_file, self._folder, batch, *self._options))
+                # Read only a few batches ahead of the workers, so that memory does not grow with the source.
+                while len(pending) > 3 * self._num_proc or (pending and pending[0].done()):
+                    yield _read(pending.popleft().result())
+            while pending:
+                yield _read(pending.popleft().result())
         except BrokenProcessPool as error:
             raise DataError(
                 "a tokenizer process was killed (usually out of memory); try again with a smaller --num_proc"
             ) from error
-        finally:
-            for _, future in pending:
-                future.cancel()
 
 
 @contextlib.contextmanager
-def _block_interrupts() -> Iterator[None]:
-    """Block SIGINT while workers start: a process inherits its parent's blocked signals.
+def _block_signals() -> Iterator[None]:
+    """Block Ctrl-C and SIGTERM while workers start: a process inherits its parent's blocked signals.
 
-    A terminal sends Ctrl-C to all processes, and only the parent may handle it. A worker that ends on Ctrl-C may hold
-    the lock of the queue, and then the other workers wait forever. Windows cannot block signals; only `_start_worker`
-    protects the workers there.
+    A terminal or a scheduler sends them to all processes, and only the parent may handle them; see `_exit_at_the_end`.
     """
-    if not hasattr(signal, "pthread_sigmask"):
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, which cannot block signals
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending SIGINT arrives now
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending signal arrives now
 
 
-def _start_worker(tokenizer_backend: str, folder: Path) -> None:
+def _start_worker(tokenizer_backend: str, folder: Path, end: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_at_the_end, args=[folder, end], daemon=True).start()
     load_encoder(tokenizer_backend)
-    threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
 
 
-def _exit_with_parent(folder: Path) -> None:
-    """Remove the folder of results and exit when the parent was killed; the worker would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+def _exit_at_the_end(folder: Path, end: Connection) -> None:
+    """Exit, also in the middle of a batch, when the parent has closed its end of the pipe or was killed."""
+    wait([end])
+    shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot remove it
+    os._exit(0)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -160,14 +149,16 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_to_file(path: Path, batch: list[Record], *options: Any) -> None:
+def _encode_to_file(folder: Path, batch: list[Record], *options: Any) -> Path:
     encoded = _encode_batch(batch, *options)
+    descriptor, path = tempfile.mkstemp(dir=folder)
     try:
-        with path.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             for array in encoded:
                 np.save(file, array)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, path) from error
+    return Path(path)
 
 
 def _read(path: Path) -> Encoded:
