@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -76,11 +77,13 @@ class Encoder:
             self._folder = Path(self._stack.enter_context(folder))
             # spawn works on every platform, and forking a process that has threads is not safe.
             context = multiprocessing.get_context("spawn")
-            end, open_end = context.Pipe(duplex=False)
-            arguments = (self._options[-1], self._folder, end)
+            pipe, open_end = context.Pipe(duplex=False)
+            arguments = (self._options[-1], self._folder, pipe)
             self._pool = ProcessPoolExecutor(self._num_proc, context, _start_worker, arguments)
+            if sys.version_info < (3, 11, 5):  # shutdown would wait forever for the thread that sends to ended workers
+                self._pool._call_queue.cancel_join_thread()  # type: ignore[attr-defined]
             self._stack.callback(self._pool.shutdown)
-            self._stack.enter_context(open_end)  # closed first, so that the workers exit
+            self._stack.enter_context(open_end)  # closed first: _exit_when_closed ends the workers
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -111,7 +114,7 @@ class Encoder:
 def _block_signals() -> Iterator[None]:
     """Block Ctrl-C and SIGTERM while workers start: a process inherits its parent's blocked signals.
 
-    A terminal or a scheduler sends them to all processes, and only the parent may handle them; see `_exit_at_the_end`.
+    A terminal or a scheduler sends them to all processes, and only the parent may handle them; see `_exit_when_closed`.
     """
     if not hasattr(signal, "pthread_sigmask"):  # on Windows, which cannot block signals
         yield
@@ -123,15 +126,15 @@ def _block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending signal arrives now
 
 
-def _start_worker(tokenizer_backend: str, folder: Path, end: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_at_the_end, args=[folder, end], daemon=True).start()
+def _start_worker(tokenizer_backend: str, folder: Path, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
+    threading.Thread(target=_exit_when_closed, args=[folder, pipe], daemon=True).start()
     load_encoder(tokenizer_backend)
 
 
-def _exit_at_the_end(folder: Path, end: Connection) -> None:
+def _exit_when_closed(folder: Path, pipe: Connection) -> None:
     """Exit, also in the middle of a batch, when the parent has closed its end of the pipe or was killed."""
-    wait([end])
+    wait([pipe])
     shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot remove it
     os._exit(0)
 

@@ -112,18 +112,19 @@ def test_interrupts_at_random_moments_end_in_two_seconds_and_keep_parts(big, tmp
     files, result = big
     rng = random.Random(times)
     seconds = []
-    for number in range(times):
-        out = tmp_path / str(number) / "uninterrupted"
+    for attempt in range(times):
+        out = tmp_path / str(attempt) / "uninterrupted"
         process = start(files, out)
         try:
             while process.poll() is None and not out.exists():
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 1))
             begin = time.monotonic()
-            signal_number = rng.choice([signal.SIGINT, signal.SIGTERM])
-            for send in rng.choice([[os.kill], [os.killpg], [os.killpg, os.killpg]]):
+            number = rng.choice([signal.SIGINT, signal.SIGTERM])
+            sends = rng.choice([[os.kill], [os.killpg], [os.killpg, os.killpg]])
+            for send in sends:
                 with contextlib.suppress(ProcessLookupError):
-                    send(process.pid, signal_number)
+                    send(process.pid, number)
                 time.sleep(0.01)
             _, errors = process.communicate(timeout=60)
             seconds.append(time.monotonic() - begin)
@@ -131,10 +132,14 @@ def test_interrupts_at_random_moments_end_in_two_seconds_and_keep_parts(big, tmp
             process.kill()
         if process.returncode == 0:
             continue  # finished before
-        assert process.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGTERM), errors
-        if signal_number == signal.SIGINT:
-            assert errors.count("\n") == 1, errors
-            assert ("parts are kept in" in errors) == (num_parts(out) > 0)
+        if number == signal.SIGINT:
+            assert process.returncode in (130, -number)  # -SIGINT, a shell's 130: the second one came as Python exited
+            assert errors.startswith("interrupted"), errors
+            assert "Traceback" not in errors
+            assert errors.count("\n") <= len(sends), errors
+            assert ("parts are kept in" in errors) == (num_parts(out) > 0) or len(sends) == 2
+        else:
+            assert process.returncode == -number, errors
         assert_all_end(process)
     print(f"{times} interrupts: median {statistics.median(seconds):.2f} s, maximum {max(seconds):.2f} s to end")
     assert max(seconds) < 2
