@@ -87,7 +87,8 @@ class Encoder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        with _delay_interrupts():  # a second Ctrl-C
+            self._stack.close()
 
     def encode(self, records: Iterable[Record]) -> Generator[Encoded, None, None]:
         """Tokenize records in batches. Raises UserError for a record without text, or if a worker was killed."""
@@ -97,7 +98,7 @@ class Encoder:
         pending: deque[Future[Path]] = deque()
         try:
             for batch in _batches(records):
-                with _block_signals():  # submit may start a process
+                with _delay_interrupts():  # submit may start a process
                     pending.append(self._pool.submit(_encode_to_file, self._folder, batch, *self._options))
                 # Read only a few batches ahead of the workers, so that memory does not grow with the source.
                 while len(pending) > 3 * self._num_proc or (pending and pending[0].done()):
@@ -111,19 +112,27 @@ class Encoder:
 
 
 @contextlib.contextmanager
-def _block_signals() -> Iterator[None]:
-    """Block Ctrl-C and SIGTERM while workers start: a process inherits its parent's blocked signals.
+def _delay_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C while workers start or end, and start them with Ctrl-C and SIGTERM blocked.
 
-    A terminal or a scheduler sends them to all processes, and only the parent may handle them; see `_exit_when_closed`.
+    A terminal or a scheduler sends these signals to all processes, and only the parent may handle them; see
+    `_exit_when_closed`. Windows cannot block signals.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # on Windows, which cannot block signals
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    received: list[int] = []
+    mask = handler = None
+    if threading.current_thread() is threading.main_thread():  # otherwise Python handles the signals elsewhere
+        handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    if hasattr(signal, "pthread_sigmask"):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending signal arrives now
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker(tokenizer_backend: str, folder: Path, pipe: Connection) -> None:
