@@ -60,7 +60,6 @@ class Encoder:
 
         Args:
             num_proc: worker processes; 1 tokenizes in the current process.
-            val_fraction: fraction of the documents that go to validation.
             text_column: see data.sources.decode_record, as for `errors`.
         """
         self._options = (val_fraction, text_column, errors, tokenizer_backend)
@@ -189,13 +188,9 @@ def _encode_batch(
         if text and not text.isspace():
             # The content of a record that is not JSON is its text, unless some bytes were replaced.
             content = record.content if errors == "strict" and not record.is_json else text.encode()
-            is_val.append(_hash_fraction(content) < val_fraction)
+            hashed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+            is_val.append(hashed / 2**64 < val_fraction)
             documents.append(encode_document(text, tokenizer_backend))
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.uint16)
     return Encoded(tokens, lengths, np.array(is_val, dtype=bool))
-
-
-def _hash_fraction(content: bytes) -> float:
-    """Hash the text to a number in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64
