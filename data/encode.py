@@ -2,18 +2,18 @@
 
 import contextlib
 import hashlib
-import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -60,91 +60,91 @@ class Encoder:
 
         Args:
             num_proc: worker processes; 1 tokenizes in the current process.
-            val_fraction: fraction of the documents that go to validation.
             text_column: see data.sources.decode_record, as for `errors`.
         """
         self._options = (val_fraction, text_column, errors, tokenizer_backend)
-        self._num_proc, self._numbers = num_proc, itertools.count()
+        self._num_proc = num_proc
         self._pool: ProcessPoolExecutor | None = None
-        self._folder = Path()  # of the workers' results
+        self._stack = contextlib.ExitStack()
         check_backend(tokenizer_backend)  # one error here instead of one in each process
 
     def __enter__(self) -> Self:
         if self._num_proc > 1:
             # Workers return results in files. A worker killed in the middle of a write to the pipe that all workers
             # share would leave the other workers and this process waiting forever for the rest.
-            self._folder = Path(tempfile.mkdtemp(prefix="gpt2-repro-"))
+            folder = tempfile.TemporaryDirectory(prefix="gpt2-repro-", ignore_cleanup_errors=True)
+            self._folder = Path(self._stack.enter_context(folder))
             # spawn works on every platform, and forking a process that has threads is not safe.
-            self._pool = ProcessPoolExecutor(
-                self._num_proc,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(self._options[-1], self._folder),
-            )
+            context = multiprocessing.get_context("spawn")
+            pipe, open_end = context.Pipe(duplex=False)
+            arguments = (self._options[-1], self._folder, pipe)
+            self._pool = ProcessPoolExecutor(self._num_proc, context, _start_worker, arguments)
+            if sys.version_info < (3, 11, 5):  # shutdown would wait forever for the thread that sends to ended workers
+                self._pool._call_queue.cancel_join_thread()  # type: ignore[attr-defined]
+            self._stack.callback(self._pool.shutdown)
+            self._stack.enter_context(open_end)  # closed first: _exit_when_closed ends the workers
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with _delay_interrupts():  # a second Ctrl-C
+            self._stack.close()
 
     def encode(self, records: Iterable[Record]) -> Generator[Encoded, None, None]:
         """Tokenize records in batches. Raises UserError for a record without text, or if a worker was killed."""
         if self._pool is None:
             yield from (_encode_batch(batch, *self._options) for batch in _batches(records))
             return
-        pending: deque[tuple[Path, Future[None]]] = deque()
+        pending: deque[Future[Path]] = deque()
         try:
-            # Read only a few batches ahead of the workers, so that memory does not grow with the source.
-            for batch in itertools.chain(_batches(records), [None]):
-                if batch is not None:
-                    path = self._folder / str(next(self._numbers))
-                    with _block_interrupts():  # submit may start a process
-                        pending.append((path, self._pool.submit(_encode_to_file, path, batch, *self._options)))
-                while pending and (batch is None or len(pending) > 3 * self._num_proc or pending[0][1].done()):
-                    path, future = pending.popleft()
-                    future.result()
-                    yield _read(path)
+            for batch in _batches(records):
+                with _delay_interrupts():  # submit may start a process
+                    pending.append(self._pool.submit(_encode_to_file, self._folder, batch, *self._options))
+                # Read only a few batches ahead of the workers, so that memory does not grow with the source.
+                while len(pending) > 3 * self._num_proc or (pending and pending[0].done()):
+                    yield _read(pending.popleft().result())
+            while pending:
+                yield _read(pending.popleft().result())
         except BrokenProcessPool as error:
             raise DataError(
                 "a tokenizer process was killed (usually out of memory); try again with a smaller --num_proc"
             ) from error
-        finally:
-            for _, future in pending:
-                future.cancel()
 
 
 @contextlib.contextmanager
-def _block_interrupts() -> Iterator[None]:
-    """Block SIGINT while workers start: a process inherits its parent's blocked signals.
+def _delay_interrupts() -> Iterator[None]:
+    """Delay Ctrl-C while workers start or end, and start them with Ctrl-C and SIGTERM blocked.
 
-    A terminal sends Ctrl-C to all processes, and only the parent may handle it. A worker that ends on Ctrl-C may hold
-    the lock of the queue, and then the other workers wait forever. Windows cannot block signals; only `_start_worker`
-    protects the workers there.
+    A terminal or a scheduler sends these signals to all processes, and only the parent may handle them; see
+    `_exit_when_closed`. Windows cannot block signals.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    received: list[int] = []
+    mask = handler = None
+    if threading.current_thread() is threading.main_thread():  # otherwise Python handles the signals elsewhere
+        handler = signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    if hasattr(signal, "pthread_sigmask"):
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)  # a pending SIGINT arrives now
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if received:
+            signal.raise_signal(signal.SIGINT)
 
 
-def _start_worker(tokenizer_backend: str, folder: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(tokenizer_backend: str, folder: Path, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
+    threading.Thread(target=_exit_when_closed, args=[folder, pipe], daemon=True).start()
     load_encoder(tokenizer_backend)
-    threading.Thread(target=_exit_with_parent, args=[folder], daemon=True).start()
 
 
-def _exit_with_parent(folder: Path) -> None:
-    """Remove the folder of results and exit when the parent was killed; the worker would wait for work forever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+def _exit_when_closed(folder: Path, pipe: Connection) -> None:
+    """Exit, also in the middle of a batch, when the parent has closed its end of the pipe or was killed."""
+    wait([pipe])
+    shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot remove it
+    os._exit(0)
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -160,14 +160,16 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_to_file(path: Path, batch: list[Record], *options: Any) -> None:
+def _encode_to_file(folder: Path, batch: list[Record], *options: Any) -> Path:
     encoded = _encode_batch(batch, *options)
+    descriptor, path = tempfile.mkstemp(dir=folder)
     try:
-        with path.open("wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             for array in encoded:
                 np.save(file, array)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, path) from error
+    return Path(path)
 
 
 def _read(path: Path) -> Encoded:
@@ -186,13 +188,9 @@ def _encode_batch(
         if text and not text.isspace():
             # The content of a record that is not JSON is its text, unless some bytes were replaced.
             content = record.content if errors == "strict" and not record.is_json else text.encode()
-            is_val.append(_hash_fraction(content) < val_fraction)
+            hashed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+            is_val.append(hashed / 2**64 < val_fraction)
             documents.append(encode_document(text, tokenizer_backend))
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
     tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.uint16)
     return Encoded(tokens, lengths, np.array(is_val, dtype=bool))
-
-
-def _hash_fraction(content: bytes) -> float:
-    """Hash the text to a number in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") / 2**64

@@ -397,7 +397,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; see `common.cli.run_command`."""
-    return run_command(_main, argv)
+    return run_command(_main, argv, on_interrupt="interrupted: run the same command to resume")
 
 
 if __name__ == "__main__":

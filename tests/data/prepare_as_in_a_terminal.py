@@ -5,8 +5,10 @@ if __name__ == "__main__":  # the imports too: worker processes import this file
     import sys
     from pathlib import Path
 
+    from common.cli import prepare_process
     from data import encode, plan, prepare
 
+    prepare_process()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the tests run in the background
     plan.PART_BYTES, encode._BATCH_BYTES = 1, 20_000
     code = prepare.main(sys.argv[1:])

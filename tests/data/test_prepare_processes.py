@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -43,11 +44,13 @@ def start(files, out):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
-def workers_of(process):
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+def processes(option, process):
+    """Return the children (-P) of a process, or the processes of its group (-g)."""
+    found = subprocess.run(["pgrep", option, str(process.pid)], capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -56,6 +59,14 @@ def is_running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def assert_all_end(process):
+    """Wait until no process of the preparation runs."""
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in processes("-g", process)):
+        assert time.monotonic() < deadline, "processes are left"
+        time.sleep(0.05)
 
 
 def num_parts(out):
@@ -76,11 +87,12 @@ def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
                 while process.poll() is None and num_parts(out) < goal:
                     time.sleep(0.01)
                 time.sleep(rng.uniform(0, 0.5))
-                workers = workers_of(process)
-                victim = rng.choice([process.pid, *workers])
+                workers = processes("-P", process)
+                victims = rng.choice([[process.pid], [process.pid, *workers], *([worker] for worker in workers)])
                 kills += process.poll() is None
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(victim, signal.SIGKILL)
+                for victim in victims:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(victim, signal.SIGKILL)
             _, errors = process.communicate(timeout=60)
         finally:
             process.kill()
@@ -88,28 +100,67 @@ def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
             break
         assert process.returncode in (2, -signal.SIGKILL), errors
         assert "Traceback" not in errors
-    deadline = time.monotonic() + 10
-    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(is_running(pid) for pid in workers)
+        assert_all_end(process)
     assert kills >= 1
     assert content_of(out) == content_of(result)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_interrupt_exits_with_130_and_names_the_kept_parts(big, tmp_path):
-    process = start(big[0], tmp_path / "out")
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not num_parts(tmp_path / "out"):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+@linux_only
+@pytest.mark.parametrize("times", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_interrupts_at_random_moments_end_in_two_seconds_and_keep_parts(big, tmp_path, times):
+    """Interrupt the main process alone, all processes as a terminal does, or all of them twice."""
+    files, result = big
+    rng = random.Random(times)
+    seconds = []
+    for attempt in range(times):
+        out = tmp_path / str(attempt) / "uninterrupted"
+        process = start(files, out)
+        try:
+            while process.poll() is None and not out.exists():
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 1))
+            begin = time.monotonic()
+            number = rng.choice([signal.SIGINT, signal.SIGTERM])
+            sends = rng.choice([[os.kill], [os.killpg], [os.killpg, os.killpg]])
+            for send in sends:
+                with contextlib.suppress(ProcessLookupError):
+                    send(process.pid, number)
+                time.sleep(0.01)
+            _, errors = process.communicate(timeout=60)
+            seconds.append(time.monotonic() - begin)
+        finally:
+            process.kill()
+        if process.returncode == 0:
+            continue  # finished before
+        if number == signal.SIGINT:
+            assert process.returncode in (130, -number)  # -SIGINT, a shell's 130: the second one came as Python exited
+            assert errors.startswith("interrupted"), errors
+            assert "Traceback" not in errors
+            assert errors.count("\n") <= len(sends), errors
+            assert ("parts are kept in" in errors) == (num_parts(out) > 0) or len(sends) == 2
+        else:
+            assert process.returncode == -number, errors
+        assert_all_end(process)
+    print(f"{times} interrupts: median {statistics.median(seconds):.2f} s, maximum {max(seconds):.2f} s to end")
+    assert max(seconds) < 2
+    process = start(files, out)
+    assert process.wait(timeout=60) == 0
+    assert content_of(out) == content_of(result)
+
+
+@linux_only
+def test_interrupt_does_not_wait_for_a_large_document(tmp_path):
+    jsonl(tmp_path / "0.jsonl", ["".join(f"{number} words of a book\n" for number in range(3_000_000))])
+    process = start(tmp_path, tmp_path / "out")
     try:
-        _, errors = process.communicate(timeout=60)
+        while not (tmp_path / "out").exists():
+            time.sleep(0.01)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=2)
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert "parts are kept in" in errors
-    assert errors.count("\n") == 1
 
 
 @linux_only
