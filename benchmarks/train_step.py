@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,6 +86,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--steps", type=int, default=5, help="timed steps per turn; the median is reported")
     args = parser.parse_args()
+    for candidate in args.candidates:  # before the turns, which take minutes
+        name, _, path = candidate.partition(":")
+        if candidate not in ("ours", "ours-50304", "transformers") and not (name == "script" and Path(path).is_file()):
+            parser.error(f"candidate {candidate!r} must be ours, ours-50304, transformers or script:PATH of a file")
     args.layers, args.heads, args.width = sizes[args.size]
     return args
 
@@ -167,7 +172,7 @@ def build(turn: argparse.Namespace) -> tuple[torch.nn.Module, LossFunction]:
         names = harness.load_definitions(turn.candidate.partition(":")[2])
         gpt = names["GPT"](names["GPTConfig"](**shape, block_size=n_positions, vocab_size=50304))
         return gpt, lambda model, tokens, targets: model(tokens, targets)[1]
-    raise SystemExit(f"unknown candidate {turn.candidate!r}: use ours, ours-50304, transformers or script:PATH")
+    raise AssertionError(turn.candidate)  # parse_args has checked it
 
 
 def peak_memory_gb(device: torch.device) -> float:
