@@ -315,6 +315,7 @@ def test_a_full_disk_does_not_stop_training(tiny, undisturbed, halfway, tmp_path
     assert_same_run(output, undisturbed, STEPS)
 
 
+@pytest.mark.slow  # test_machines.py has the same in one process
 def test_stopped_in_the_last_evaluation(tiny, undisturbed, halfway, tmp_path):
     """The steps are all there; what is missing is evaluated and saved after resuming."""
     output = halfway
