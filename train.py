@@ -169,7 +169,7 @@ def train_steps(
         # (a) Evaluate every eval_every steps and at both ends.
         if (is_last or state.step % config.eval_every == 0) and not state.evaluated and not is_stopped:
             with unsharded_model(models) as (eval_model, loss_model), accelerator.autocast():
-                result = evaluation.run(eval_model, micro_batch_size, loss_model=loss_model)
+                result = evaluation.run(eval_model, loss_model, micro_batch_size)
             if result is None:  # a request to stop came in
                 is_stopped = True
             else:

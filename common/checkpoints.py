@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from common.cli import is_main_process
 from common.errors import UserError
 
 BEST = "best"
@@ -174,5 +175,5 @@ def _listed(checkpoints: list[Checkpoint]) -> str:
 
 
 def _print_on_stderr(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(line, file=sys.stderr)

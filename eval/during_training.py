@@ -76,19 +76,18 @@ class TrainingEvaluation:
     """of the samples"""
     stop: StopRequest
 
-    def run(self, model: Model, batch_size: int, loss_model: nn.Module | None = None) -> EvaluationResult | None:
+    def run(self, model: Model, loss_model: nn.Module, batch_size: int) -> EvaluationResult | None:
         """Evaluate a model and return the results, or None after a stop request to any process.
 
         Call it on every process, within the run's autocast.
 
         Args:
             model: the unwrapped and unsharded model, in eval mode.
+            loss_model: the same model, compiled or not, for the validation loss.
             batch_size: of the validation loss.
-            loss_model: the same model, compiled, for the validation loss; by default `model`.
         """
         start = time.perf_counter()
-        loss_model = model if loss_model is None else loss_model
-        shares: list[_Share] = gather_object([self._score_share(model, batch_size, loss_model)])
+        shares: list[_Share] = gather_object([self._score_share(model, loss_model, batch_size)])
         if any(share.is_stop_requested for share in shares):
             return None
         val_loss = sum(share.loss_sum for share in shares) / sum(share.num_tokens for share in shares)
@@ -110,7 +109,7 @@ class TrainingEvaluation:
             samples=samples,
         )
 
-    def _score_share(self, model: Model, batch_size: int, loss_model: nn.Module) -> _Share:
+    def _score_share(self, model: Model, loss_model: nn.Module, batch_size: int) -> _Share:
         loss_sum, num_tokens, item_results, seconds = 0.0, 0, None, 0.0
         try:
             loss_sum, num_tokens = validation_loss(loss_model, self.val_batches(batch_size), on_batch=self._check_stop)

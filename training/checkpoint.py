@@ -47,7 +47,7 @@ _SETTINGS = {
 
 @dataclass(kw_only=True)
 class LoopState:
-    """Where the training loop is. Each checkpoint has it in state.json."""
+    """State of the training loop, which each checkpoint has in state.json."""
 
     step: int = 0
     """optimizer steps taken, skipped ones included"""
@@ -59,7 +59,7 @@ class LoopState:
     val_loss: float | None = None
     """None before the first evaluation, and where a saved loss was not finite"""
     saved: bool = False
-    """True if the newest checkpoint of the run's folder has this state"""
+    """True once a checkpoint of this step is written, or being written, in the run's folder"""
 
     @property
     def has_diverged(self) -> bool:
@@ -75,7 +75,7 @@ class LoopState:
 
 
 class Keep(NamedTuple):
-    """Which checkpoints to keep on the disk."""
+    """Choose the checkpoints that stay on the disk."""
 
     last: int | None = None
     """number of newest checkpoints; None keeps all"""

@@ -18,7 +18,7 @@ from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
 from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
 
-VOCAB_SIZE = 50257  # GPT-2's
+VOCAB_SIZE = GPT2ReproConfig().vocab_size  # GPT-2's
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 

@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import functools
 import operator
-import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from jsonargparse.typing import register_type
 
+from common.cli import is_main_process
 from training import TrainingError
 from training.setting_names import HINTS, RENAMED
 
@@ -359,7 +359,7 @@ def _suggest_recipes(path: str) -> str:
 @functools.cache
 def _current_name(name: str) -> str:
     """Return a setting's name. For a name of an earlier release, return the current one and print it once."""
-    if name in RENAMED and os.environ.get("RANK", "0") == "0":
+    if name in RENAMED and is_main_process():
         print(f"--{name} is now called --{RENAMED[name]}", file=sys.stderr)
     return RENAMED.get(name, name)
 

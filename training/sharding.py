@@ -23,7 +23,7 @@ MOMENTS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer
 
 
 class TrainingModels(NamedTuple):
-    """One model, in the three forms that a run calls it by, and its optimizer."""
+    """One model in the forms that a run needs, and its optimizer."""
 
     bare: GPT2ReproForCausalLM
     """the module itself, for saving, scoring and sampling at any shape"""

@@ -156,7 +156,7 @@ def test_missing_names_are_errors(client, tmp_path, options, words):
 
 
 def test_missing_data_set_of_shards_is_named(client, tmp_path):
-    """Its files are listed before anything else is asked."""
+    """Listing the files is the first request."""
     repository = HubRepository("missing/missing", download_folder=tmp_path / "downloads")
     with pytest.raises(DataError, match=r"no data set missing/missing"):
         HubShards(repository).inputs()

@@ -66,7 +66,7 @@ def test_validation_loss_matches_float64_logits(model, batches):
 
 def test_result_has_loss_metrics_and_samples(model, batches, hellaswag, make_evaluation, tokenizer):
     evaluation = make_evaluation()
-    result = evaluation.run(model, 4)
+    result = evaluation.run(model, model, 4)
     loss_sum, num_tokens = validation_loss(model, batches)
     assert result.val_loss == loss_sum / num_tokens
     assert result.hellaswag["n"] == NUM_ITEMS
@@ -74,22 +74,22 @@ def test_result_has_loss_metrics_and_samples(model, batches, hellaswag, make_eva
     assert result.hellaswag["num_truncated"] == 0
     assert 0 < result.hellaswag_seconds < result.seconds
     assert result.samples == sample_texts(model, tokenizer, PROMPTS, num_tokens=4, seed=1)
-    again = evaluation.run(model, 4, torch.nn.DataParallel(model))  # reads the batches again; a wrapped loss model
+    again = evaluation.run(model, torch.nn.DataParallel(model), 4)  # reads the batches again; a wrapped loss model
     assert (again.val_loss, again.hellaswag) == (result.val_loss, result.hellaswag)
 
-    without = make_evaluation(hellaswag=None, prompts=[]).run(model, 4)
+    without = make_evaluation(hellaswag=None, prompts=[]).run(model, model, 4)
     assert (without.val_loss, without.hellaswag, without.hellaswag_seconds) == (result.val_loss, None, 0.0)
     assert without.samples == []
 
 
 def test_two_processes_give_the_result_of_one(model, batches, make_evaluation, monkeypatch):
-    expected = make_evaluation().run(model, 4)
+    expected = make_evaluation().run(model, model, 4)
     shares, results = [], []
     for rank in (1, 0):  # rank 0 runs last and has both shares
         state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
         monkeypatch.setattr(during_training, "PartialState", lambda state=state: state)
         monkeypatch.setattr(during_training, "gather_object", lambda share: shares.insert(0, *share) or shares)
-        results.append(make_evaluation(val_batches=lambda batch_size, rank=rank: batches[rank::2]).run(model, 4))
+        results.append(make_evaluation(val_batches=lambda batch_size, rank=rank: batches[rank::2]).run(model, model, 4))
     assert [len(share.item_results) for share in shares] == [3, 2]
     assert results[1].val_loss == pytest.approx(expected.val_loss, rel=1e-6)
     assert results[1].hellaswag == pytest.approx(expected.hellaswag)
@@ -98,7 +98,7 @@ def test_two_processes_give_the_result_of_one(model, batches, make_evaluation, m
 
     # A stop request to either process ends the evaluation on both.
     shares[:] = [shares[1]._replace(is_stop_requested=True)]
-    assert make_evaluation(val_batches=lambda batch_size: batches[::2]).run(model, 4) is None
+    assert make_evaluation(val_batches=lambda batch_size: batches[::2]).run(model, model, 4) is None
 
 
 @pytest.mark.parametrize(("after", "num_forwards"), [(0, 1), (2, 3), (3, 4), (4, 4)])
@@ -107,7 +107,7 @@ def test_stop_request_ends_the_evaluation_after_the_current_batch(model, make_ev
     forwards = []
     hook = model.transformer.register_forward_hook(lambda *_: forwards.append(None))
     try:
-        assert make_evaluation(stop=Stop(after)).run(model, 4) is None
+        assert make_evaluation(stop=Stop(after)).run(model, model, 4) is None
     finally:
         hook.remove()
     assert len(forwards) == num_forwards
@@ -116,7 +116,7 @@ def test_stop_request_ends_the_evaluation_after_the_current_batch(model, make_ev
 def test_diverged_model_has_a_loss_but_no_metrics_or_samples(model, make_evaluation, capsys):
     diverged = copy.deepcopy(model)
     torch.nn.init.constant_(diverged.transformer.ln_f.weight, float("nan"))
-    result = make_evaluation().run(diverged, 4)
+    result = make_evaluation().run(diverged, diverged, 4)
     assert math.isnan(result.val_loss)
     assert (result.hellaswag, result.samples) == (None, [])
     assert capsys.readouterr().out.startswith("warning: HellaSwag was not scored: the model's log-likelihoods are not")
