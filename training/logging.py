@@ -134,8 +134,7 @@ class RunLog:
             )
         else:
             self._track(state.step, {name: value for name, value in record.items() if name != "step"})
-        if self._metrics is not None:
-            self._console.log_step(record)
+        self._console.log_step(record)
         if state.consecutive_skips >= self._settings["optim"]["max_skipped_steps"]:
             raise TrainingError(
                 f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the last {state.consecutive_skips} steps "
