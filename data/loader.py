@@ -1,29 +1,30 @@
-"""Batches of windows.
+"""Training and validation batches.
 
-Window w of a shard is its tokens [w T, w T + T], T + 1 of them: T inputs, and for each the token that follows it. The
-windows of a step are a pure function of (seed, step):
+The windows (see windows.py) of a step are a pure function of (seed, step):
 
     stream    permutation of all windows by (seed, epoch 0), then by (seed, epoch 1), ...
     step s    the stream's positions s B ... s B + B - 1, for a global batch of B windows
     rank r    of W processes takes rows r B/W ... (r + 1) B/W - 1 of them
 
 So each window comes once per epoch, any step can be read directly, and the training data does not depend on the number
-of processes or on a crash.
+of processes or on a crash. With several sources (see mixture.py), each has its own stream, of which a step takes the
+next positions, and the rows of a step are permuted by (seed, step), so that every process gets windows of all sources.
 """
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from operator import itemgetter
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import Any
 
 import numpy as np
 import torch
 
 from data import DataError
+from data.mixture import Shares, normalize
 from data.permutation import Permutation
 from data.shards import Shard
-from data.tokenizer import EOT
+from data.windows import Batch, Windows
 
 ORDERS = ("shuffled", "sequential", "lecture")
 BOUNDARIES = ("ignore", "document")
@@ -31,77 +32,14 @@ _LECTURE_GPUS = 8
 _STEPS_AHEAD = 2
 
 
-class Batch(NamedTuple):
-    """Inputs and targets of a training or validation step, each [rows, T] int64."""
-
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    """the token after each input"""
-    position_ids: torch.Tensor | None
-    """0 at the beginning of each document; None if windows ignore documents"""
-
-    def split(self, rows: int) -> list["Batch"]:
-        """Split into batches of this many rows each."""
-        starts = range(0, len(self.inputs), rows)
-        return [self.map(itemgetter(slice(start, start + rows))) for start in starts]
-
-    def to(self, device: torch.device) -> "Batch":
-        """Copy to a device; from pinned memory to a GPU, the host does not wait."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        """Apply a function to each tensor."""
-        position_ids = None if self.position_ids is None else function(self.position_ids)
-        return Batch(function(self.inputs), function(self.targets), position_ids)
-
-
-class _Windows:
-    """All windows of several shards, numbered consecutively."""
-
-    def __init__(self, shards: Sequence[Shard], seq_len: int) -> None:
-        self.shards, self.seq_len = shards, seq_len
-        counts = [max(0, (len(shard) - 1) // seq_len) for shard in shards]
-        self.starts = np.cumsum([0, *counts])  # first window of each shard
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard number and the offset of the first token in it of each window, both [N]."""
-        numbers = np.searchsorted(self.starts, indices, side="right") - 1
-        return numbers, (indices - self.starts[numbers]) * self.seq_len
-
-    def read(self, indices: np.ndarray, boundary: str) -> Batch:
-        """Read windows into a batch, one row each."""
-        T = self.seq_len
-        numbers, begins = self.locate(indices)
-        rows = np.empty((len(indices), T + 1), dtype=np.uint16)
-        for row, number, begin in zip(rows, numbers.tolist(), begins.tolist(), strict=True):
-            row[:] = self.shards[number][begin : begin + T + 1]
-        # Not in torch, which would start its own threads for each operation in the reader thread.
-        tokens = rows.astype(np.int64)
-        position_ids = _document_positions(rows[:, :-1]) if boundary == "document" else None
-        return Batch(
-            torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
-            torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
-            None if position_ids is None else torch.from_numpy(position_ids),
-        )
-
-
-def _document_positions(inputs: np.ndarray) -> np.ndarray:
-    """Return the position of each token in its document, [rows, T]; a document cut at the front counts from there."""
-    position = np.arange(inputs.shape[1])
-    begin = np.maximum.accumulate(np.where(inputs == EOT, position, 0), axis=1)
-    return position - begin
-
-
 class WindowLoader:
     """The training batches of one process; see the top of this file."""
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        sources: Sequence[Sequence[Shard]],
         *,
+        weights: Sequence[float] = (1.0,),
         seq_len: int,
         batch_size: int,
         seed: int,
@@ -110,10 +48,11 @@ class WindowLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Check the settings and number the windows.
+        """Check the settings and number the windows, those of the first source first.
 
         Args:
-            shards: the training shards, from `data.manifest.open_split`.
+            sources: the training shards of each folder, from `data.manifest.open_split`.
+            weights: of the sources; only their proportions matter.
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows per step over all processes.
             order: "shuffled"; "sequential", the order in the shards, the same in each epoch; or "lecture", see
@@ -121,44 +60,53 @@ class WindowLoader:
             boundary: "ignore", or "document": position ids restart at each document.
 
         Raises:
-            DataError: the shards have no window, or the settings do not fit.
+            DataError: a source has no window, or the settings do not fit.
         """
         if batch_size % world_size:
             raise DataError(f"a batch of {batch_size} windows cannot be divided evenly by {world_size} processes")
         for name, value, choices in (("order", order, ORDERS), ("boundary", boundary, BOUNDARIES)):
             if value not in choices:
                 raise DataError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        self.windows = _Windows(shards, seq_len)
-        if not len(self.windows):
-            raise DataError(
-                f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s) have no window of "
-                f"{seq_len} + 1 tokens; give more text or a shorter batch.seq_len"
-            )
+        self.windows = Windows([*chain(*sources)], seq_len)
+        self.counts = [_count_windows(shards, seq_len) for shards in sources]
+        """windows of each source, per epoch"""
         if order == "lecture":
-            _check_lecture_order(shards, seq_len, batch_size)
+            _check_lecture_order(sources, seq_len, batch_size)
+        self.weights = [float(share) for share in normalize(weights)]
+        """shares of the sources, which add up to 1"""
+        self._shares = Shares(weights, batch_size)
         self.batch_size, self.seed, self.order, self.boundary = batch_size, seed, order, boundary
         self.rank, self.world_size = rank, world_size
 
-    @property
-    def num_windows(self) -> int:
-        """Windows per epoch."""
-        return len(self.windows)
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Training tokens per epoch."""
-        return len(self.windows) * self.windows.seq_len
+    def epochs(self, num_steps: int) -> list[float]:
+        """Return how often the first steps of a run read each source."""
+        windows = self._shares.windows_before(num_steps)
+        return [read / count for read, count in zip(windows, self.counts, strict=True)]
 
     def global_batch(self, step: int) -> np.ndarray:
         """Return the window numbers of a step, [B] int64, the same on every process."""
         if self.order == "lecture":
             return self._lecture_batch(step)
-        stream = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, windows = np.divmod(stream, len(self.windows))
+        begins, ends = self._shares.windows_before(step), self._shares.windows_before(step + 1)
+        firsts = accumulate(self.counts, initial=0)  # of the sources' windows
+        parts = [
+            first + self._source_windows(source, np.arange(begin, end))
+            for source, (first, begin, end) in enumerate(zip(firsts, begins, ends, strict=False))
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        rows = Permutation(self.batch_size, f"seed {self.seed}, step {step}")(np.arange(self.batch_size))
+        return np.concatenate(parts)[rows]
+
+    def _source_windows(self, source: int, positions: np.ndarray) -> np.ndarray:
+        """Return the windows at positions of a source's stream, numbered from its first one."""
+        count = self.counts[source]
+        epochs, windows = np.divmod(positions, count)
         if self.order == "shuffled":
+            key = f"seed {self.seed}" if len(self.counts) == 1 else f"seed {self.seed}, source {source}"
             for epoch in np.unique(epochs):
-                permutation = Permutation(len(self.windows), f"seed {self.seed}, epoch {epoch}")
-                windows[epochs == epoch] = permutation(windows[epochs == epoch])
+                is_in_epoch = epochs == epoch
+                windows[is_in_epoch] = Permutation(count, f"{key}, epoch {epoch}")(windows[is_in_epoch])
         return windows
 
     def _lecture_batch(self, step: int) -> np.ndarray:
@@ -184,11 +132,17 @@ class WindowLoader:
         return np.concatenate(parts)
 
     def window_origins(self, step: int) -> list[dict[str, Any]]:
-        """Return {"shard": file name, "first_token": offset in it} of each of this process's windows of a step."""
+        """Return {"shard": file name, "first_token": offset in it} of each of this process's windows of a step.
+
+        With several sources, they also have "folder".
+        """
         numbers, begins = self.windows.locate(self._rank_windows(step))
-        names = [shard.path and shard.path.name for shard in self.windows.shards]
+        paths = [shard.path for shard in self.windows.shards]
+        names = [{"shard": path and path.name} for path in paths]
+        if len(self.counts) > 1:
+            names = [{"folder": path and str(path.parent), **name} for path, name in zip(paths, names, strict=True)]
         return [
-            {"shard": names[number], "first_token": begin}
+            {**names[number], "first_token": begin}
             for number, begin in zip(numbers.tolist(), begins.tolist(), strict=True)
         ]
 
@@ -239,7 +193,22 @@ class WindowLoader:
         )
 
 
-def _check_lecture_order(shards: Sequence[Shard], seq_len: int, batch_size: int) -> None:
+def _count_windows(shards: Sequence[Shard], seq_len: int) -> int:
+    count = len(Windows(shards, seq_len))
+    if not count:
+        path = next((shard.path for shard in shards), None)
+        folder = f" of {path.parent}" if path else ""
+        raise DataError(
+            f"{sum(len(shard) for shard in shards):,} training tokens in {len(shards)} shard(s){folder} have no window "
+            f"of {seq_len} + 1 tokens; give more text or a shorter batch.seq_len"
+        )
+    return count
+
+
+def _check_lecture_order(sources: Sequence[Sequence[Shard]], seq_len: int, batch_size: int) -> None:
+    if len(sources) > 1:
+        raise DataError("order 'lecture' reads one folder, and data.mix has several; use order 'shuffled'")
+    shards = sources[0]
     tokens = batch_size * seq_len
     num_short = sum(len(shard) < 2 * tokens for shard in shards)
     if batch_size % _LECTURE_GPUS or num_short:
@@ -269,7 +238,7 @@ def validation_batches(
         batch_size: maximum number of rows in a batch.
         max_tokens: maximum number of tokens to score, over all processes.
     """
-    windows = _Windows(shards, seq_len)
+    windows = Windows(shards, seq_len)
     count = min(len(windows), max_tokens // seq_len)
     if count == 0:
         raise DataError(

@@ -16,7 +16,16 @@ from common.cli import say
 from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
-from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
+from training.settings import (
+    NULLS,
+    RawValue,
+    build,
+    format_value,
+    help_text,
+    read_recipe,
+    settings_of,
+    split_command_line,
+)
 
 VOCAB_SIZE = GPT2ReproConfig().vocab_size  # GPT-2's
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
@@ -52,13 +61,18 @@ class DataConfig:
 
     path: str = "shards/sample"
     """folder of shards, as written by `python -m data.prepare`"""
+    mix: dict[str, Positive] | None = None
+    """weights of several folders of shards, which replace `path`: {shards/web: 0.7, shards/code: 0.3}. They are shares of
+    the tokens of every step, rounded to a window, and need not add up to 1; a new run is needed to change them"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` if nothing is there"""
     order: Literal["shuffled", "sequential", "lecture"] = "shuffled"
     """order of the windows: shuffled by (seed, epoch); sequential, as in the shards; lecture, as the lecture's 8 GPUs
-    read them at each step"""
+    read them at each step (not with `mix`)"""
     boundary: Literal["ignore", "document"] = "ignore"
-    """document: positions restart at each document of a window, and attention does not cross documents"""
+    """ignore: a window is a range of the stream of tokens, whatever documents are in it; document: positions restart at
+    each document of a window, and attention does not cross documents, which is slower: attention needs a mask, and flash
+    kernels do not take one"""
 
 
 @dataclass(kw_only=True)
@@ -108,9 +122,10 @@ class EvalConfig:
     """Evaluation every `eval_every` steps, before the first step and after the last."""
 
     val_tokens: Annotated[int, "[1, 1e12]"] = 10_485_760
-    """validation tokens to score, from the start of the validation split"""
+    """validation tokens to score, from the start of the validation split; with data.mix, each folder has an equal part
+    of them, and the total is the mean of the folders' losses by their weights"""
     ngram_baselines: bool = False
-    """compute the unigram and bigram loss of the corpus for comparison (small corpora only)"""
+    """compute the unigram and bigram loss of the corpus for comparison (small corpora only, and not with data.mix)"""
     hellaswag: str | None = "hub"
     """source of the items: `hub` (Rowan/hellaswag), `sample` (40 items written for this project), a .jsonl file;
     null: HellaSwag is not scored"""
@@ -196,9 +211,14 @@ def load_config(argv: Sequence[str]) -> Config:
     values: dict[str, RawValue] = {}
     for layer in (*(read_recipe(recipe, settings) for recipe in recipes), options):
         path, earlier_path = layer.get("data.path"), values.get("data.path")
-        if path is not None and (earlier_path is None or path.value != earlier_path.value):
+        is_mixed = "data.mix" in layer and layer["data.mix"].value not in NULLS
+        if path is not None and is_mixed:
+            raise TrainingError(f"{layer['data.mix'].location}data.mix replaces data.path: give one of them")
+        if is_mixed or (path is not None and (earlier_path is None or path.value != earlier_path.value)):
             # prepare_sample belongs to the path given with it: do not make the sample at another, perhaps mistyped one.
             values.pop("data.prepare_sample", None)
+        if is_mixed or path is not None:
+            values.pop("data.path" if is_mixed else "data.mix", None)
         values |= layer
     config = build(Config, values)
     if config.output_dir is None:
@@ -207,6 +227,9 @@ def load_config(argv: Sequence[str]) -> Config:
         group, _, field_name = name.rpartition(".")
         owner = getattr(config, group) if group else config
         setattr(owner, field_name, _expand_path(name, getattr(owner, field_name)))
+    if config.data.mix is not None:
+        config.data.mix = {str(_expand_path("data.mix", path)): weight for path, weight in config.data.mix.items()}
+        _check_mix(config, config.data.mix)
     _check(config)
     return config
 
@@ -254,6 +277,22 @@ def _check(config: Config) -> None:
             f"batch.tokens_per_step={config.batch.tokens_per_step} is not a multiple of "
             f"batch.seq_len={config.batch.seq_len}; "
             f"nearest: {nearest_multiples(config.batch.tokens_per_step, config.batch.seq_len)}"
+        )
+
+
+def _check_mix(config: Config, mix: dict[str, float]) -> None:
+    if len({Path(folder).resolve() for folder in mix}) < max(2, len(mix)):
+        raise TrainingError(
+            f"data.mix needs two or more different folders, got {', '.join(mix) or '{}'}; write --data.path for one"
+        )
+    if config.data.prepare_sample:
+        raise TrainingError("data.prepare_sample is for data.path, not for data.mix: prepare the folders first")
+    if config.data.order == "lecture":
+        raise TrainingError("data.order=lecture reads one folder, and data.mix has several; use shuffled")
+    if config.eval.val_tokens // len(mix) < config.batch.seq_len:
+        raise TrainingError(
+            f"eval.val_tokens={config.eval.val_tokens} is less than a sequence of "
+            f"batch.seq_len={config.batch.seq_len} for each of the {len(mix)} folders of data.mix"
         )
 
 

@@ -29,7 +29,7 @@ from training.setting_names import HINTS, RENAMED
 
 HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # a larger file is not a recipe but perhaps weights
-_NULLS = ("null", "none", "~")
+NULLS = ("null", "none", "~")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}
 
 
@@ -122,8 +122,8 @@ def _with_intervals(type_hint: Any) -> Any:
     origin, options = get_origin(type_hint), get_args(type_hint)
     if origin in (Union, UnionType):
         return functools.reduce(operator.or_, map(_with_intervals, options))
-    if origin is tuple:
-        return GenericAlias(tuple, tuple(map(_with_intervals, options)))
+    if origin in (tuple, dict):
+        return GenericAlias(origin, tuple(map(_with_intervals, options)))
     if origin is not Annotated:
         return type_hint
     base, interval = options
@@ -154,12 +154,16 @@ def _integer(text: str) -> int:
 def _normalize(value: str | list | dict, type_hint: Any) -> object:
     """Return a value in the form that jsonargparse takes, or raise ValueError."""
     is_list = get_origin(type_hint) in (list, tuple)
-    if isinstance(value, str) and value.lower() in _NULLS and (is_list or NoneType in get_args(type_hint)):
+    if _is_mapping(type_hint) and isinstance(value, str) and value.startswith("{"):
+        value = _to_texts(_compose(value))
+    if isinstance(value, str) and value.lower() in NULLS and (is_list or NoneType in get_args(type_hint)):
         return [] if is_list else None
     if is_list:
         return _split_list(value, is_text=get_args(type_hint)[0] is str)
     if type_hint is bool and value in ("0", "1"):
         return value == "1"
+    if isinstance(value, dict) and not all(isinstance(text, str) for text in value.values()):
+        raise ValueError
     if isinstance(value, str) and (not value.strip() or "\0" in value):
         raise ValueError
     return value
@@ -182,6 +186,18 @@ def _split_list(value: str | list | dict, is_text: bool) -> list[str]:
     return value
 
 
+def _is_mapping(type_hint: Any) -> bool:
+    """Return True for `dict[...]` and `dict[...] | None`."""
+    return dict in map(get_origin, (type_hint, *get_args(type_hint)))
+
+
+def _compose(text: str) -> yaml.Node:
+    try:
+        return yaml.compose(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError:
+        raise ValueError from None
+
+
 def describe_type(type_hint: Any) -> str:
     """Say in words which values a setting takes."""
     origin, options = get_origin(type_hint), get_args(type_hint)
@@ -193,6 +209,8 @@ def describe_type(type_hint: Any) -> str:
         return f"{len(options)} values such as 0.9 0.95, each {describe_type(options[0])}"
     if origin is list:
         return f"a list of {describe_type(options[0])}"
+    if origin is dict:
+        return f"a mapping such as {{a: 0.7, b: 0.3}}, each value {describe_type(options[1])}"
     return _WORDS.get(type_hint) or type_hint.__name__
 
 
@@ -239,7 +257,7 @@ def split_command_line(argv: Sequence[str], settings: dict[str, Setting]) -> tup
         if not texts and type_hint is not bool:
             raise TrainingError(f"--{name} needs a value, {describe_type(type_hint)}: {description}")
         texts = texts or ["true"]
-        is_one_list = texts[0].startswith("[") and texts[-1].endswith("]")  # [a, b] without quotes
+        is_one_list = texts[0][:1] + texts[-1][-1:] in ("[]", "{}")  # [a, b] without quotes
         raw_values[name] = RawValue(" ".join(texts) if is_one_list or len(texts) == 1 else texts)
     return recipes, raw_values
 
@@ -249,7 +267,8 @@ def _takes_value(name: str, texts: list[str], argument: str, settings: dict[str,
     type_hint = settings[name].type_hint if name in settings else None
     if type_hint is bool and _looks_like_recipe(argument):
         return False
-    return not texts or get_origin(type_hint) in (list, tuple) or (type_hint is None and name != "config")
+    takes_several = get_origin(type_hint) in (list, tuple) or _is_mapping(type_hint)
+    return not texts or takes_several or (type_hint is None and name != "config")
 
 
 def _looks_like_recipe(argument: str) -> bool:
