@@ -51,6 +51,7 @@ from accelerate.utils import gather_object, set_seed
 from common.models import load_gpt2
 from data.loader import Batch, WindowLoader
 from data.manifest import dataset_fingerprint, open_split
+from data.mixture import mixture_fingerprint
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample_if_missing
 from data.shards import Shard
@@ -100,8 +101,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         check_memory(plan, accelerator, is_dry_run=config.dry_run)
         if config.dry_run:
             return print_dry_run(config, accelerator, plan)
-        data_info, loader, val_shards, baselines = load_data(config, accelerator, plan)
-        evaluation = make_evaluation(config, loader, val_shards, stop)
+        data_info, loader, val_sources, baselines = load_data(config, accelerator)
+        evaluation = make_evaluation(config, loader, val_sources, stop)
 
         resume_fingerprint = {  # what defines step N: the checkpoint to resume from must have the same
             "seed": config.seed,
@@ -111,7 +112,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             "seq_len": config.batch.seq_len,
             "order": config.data.order,
             "boundary": config.data.boundary,
-            **{name: data_info[name] for name in ("train_tokens", "train_sha256")},
+            **{name: data_info.get(name) for name in ("mix_weights", "train_tokens", "train_sha256")},
         }
         state = LoopState() if resume_from is None else load_state(resume_from, resume_fingerprint, run.path)
         if state.saved and state.evaluated and state.step >= config.max_steps:
@@ -228,24 +229,27 @@ def print_dry_run(config: Config, accelerator: Accelerator, plan: Plan) -> int:
     """Print the memory that the run takes, time and cost on rented GPUs, and the size of the data. Return 0."""
     say(plan.describe_batch(*choose_micro_batch_size(plan, accelerator)))
     say(plan.describe_rental())
-    tokens = "not there yet"
-    if Path(config.data.path).exists():
-        tokens = f"{dataset_fingerprint(config.data.path)['train_tokens']:,} training tokens"
-    say(f"data      {config.data.path}: {tokens}")
+    for folder in config.data.mix or [config.data.path]:
+        tokens = "not there yet"
+        if Path(folder).exists():
+            tokens = f"{dataset_fingerprint(folder)['train_tokens']:,} training tokens"
+        say(f"data      {folder}: {tokens}")
     say(f"run       {config.output_dir} (dry run: nothing was written)")
     return 0
 
 
 def load_data(
-    config: Config, accelerator: Accelerator, plan: Plan
-) -> tuple[dict[str, Any], WindowLoader, list[Shard], dict[str, float]]:
-    """Open the text. Return its fingerprint, the loader, the validation shards, and the loss of n-gram models."""
+    config: Config, accelerator: Accelerator
+) -> tuple[dict[str, Any], WindowLoader, dict[str, list[Shard]], dict[str, float]]:
+    """Open the text. Return its fingerprint, the loader, the validation shards by folder, and losses of n-gram models."""
     if config.data.prepare_sample:
         run_on_main(prepare_sample_if_missing, config.data.path)
-    data_info = run_on_main(dataset_fingerprint, config.data.path)
-    train_shards, val_shards = (open_split(config.data.path, split) for split in ("train", "val"))
+    mix = config.data.mix or {config.data.path: 1.0}
+    data_info = run_on_main(mixture_fingerprint, mix)
+    train_sources, val_sources = ({folder: open_split(folder, split) for folder in mix} for split in ("train", "val"))
     loader = WindowLoader(  # windows of tokens in a seeded order, the same for any number of processes
-        train_shards,
+        [*train_sources.values()],
+        weights=[*mix.values()],
         seq_len=config.batch.seq_len,
         batch_size=config.batch.tokens_per_step // config.batch.seq_len,
         seed=config.seed,
@@ -254,18 +258,22 @@ def load_data(
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
-    epochs = plan.total_tokens / loader.tokens_per_epoch
-    say(
-        f"data      {config.data.path}: {data_info['train_tokens']:,} training and {data_info['val_tokens']:,} "
-        f"validation tokens; the run is {epochs:.2f} epochs"
-    )
-    warn_of_repetition(epochs)
-    baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
-    return data_info, loader, val_shards, baselines
+    is_mixed = len(mix) > 1
+    for folder, share, epochs in zip(mix, loader.weights, loader.epochs(config.max_steps), strict=True):
+        train_tokens, val_tokens = (sum(map(len, sources[folder])) for sources in (train_sources, val_sources))
+        say(
+            f"data      {folder}: {f'weight {share:.4g}, ' if is_mixed else ''}{train_tokens:,} training and "
+            f"{val_tokens:,} validation tokens; the run is {epochs:.2f} epochs"
+        )
+        warn_of_repetition(folder, epochs)
+    baselines = {}
+    if config.eval.ngram_baselines and not is_mixed:  # they describe one corpus
+        baselines = ngram_baselines(train_sources[config.data.path], val_sources[config.data.path])
+    return data_info, loader, val_sources, baselines
 
 
 def make_evaluation(
-    config: Config, loader: WindowLoader, val_shards: list[Shard], stop: StopRequest
+    config: Config, loader: WindowLoader, val_sources: dict[str, list[Shard]], stop: StopRequest
 ) -> TrainingEvaluation:
     """Open HellaSwag and the tokenizer, and check that items and prompts fit the model's context."""
     n_positions = config.model.n_positions
@@ -277,7 +285,11 @@ def make_evaluation(
         hellaswag = run_on_main(task.load, tokenizer, n_positions)
         say(f"hellaswag {hellaswag.data.description}")
     return TrainingEvaluation(
-        val_batches=partial(loader.val_batches, val_shards, max_tokens=config.eval.val_tokens),
+        val_batches={
+            folder: partial(loader.val_batches, shards, max_tokens=config.eval.val_tokens // len(val_sources))
+            for folder, shards in val_sources.items()
+        },
+        val_weights=loader.weights,
         hellaswag=hellaswag,
         tokenizer=tokenizer,
         prompts=config.eval.prompts,

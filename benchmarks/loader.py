@@ -1,6 +1,7 @@
 """Time the data loader in one process, at T = 1,024 and 512 windows per step (as in the lecture).
 
     python -m benchmarks.loader shards/mine                 # warm and cold, with boundary "ignore" and "document"
+    python -m benchmarks.loader shards/a shards/b shards/c  # a mixture with equal weights
     python -m benchmarks.loader shards/mine --seconds 60    # longer, to see whether memory grows
     python -m benchmarks.loader --ten_billion               # time to the first batch of 10B tokens, in sparse files
 
@@ -37,7 +38,7 @@ from data.manifest import open_split
 times.append(time.perf_counter())
 shards = open_split(sys.argv[1], "train")
 times.append(time.perf_counter())
-loader = WindowLoader(shards, seq_len={SEQ_LEN}, batch_size={WINDOWS}, seed=1)
+loader = WindowLoader([shards], seq_len={SEQ_LEN}, batch_size={WINDOWS}, seed=1)
 next(loader.batches(int(sys.argv[2]), 10**9))
 times.append(time.perf_counter())
 print(json.dumps([after - before for before, after in zip(times, times[1:])]))
@@ -47,7 +48,7 @@ print(json.dumps([after - before for before, after in zip(times, times[1:])]))
 def main() -> None:
     """Parse the arguments, measure and print the tables."""
     parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("folder", nargs="?", type=Path, help="folder of shards")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of shards")
     parser.add_argument("--seconds", type=float, default=5, help="length of each turn")
     parser.add_argument("--ten_billion", action="store_true", help="measure the first batch of 10B tokens")
     args = parser.parse_args()
@@ -57,9 +58,9 @@ def main() -> None:
             # A new run, one resumed at its end, and one after 50 epochs.
             rows = [first_batch(folder, step) for step in (0, 19_000, 1_000_000)]
         print(table(FIRST_BATCH_COLUMNS, rows))
-    if args.folder:
+    if args.folders:
         candidates = {
-            f"{boundary} {cache}": partial(deliver, args.folder, args.seconds, boundary, cache == "cold")
+            f"{boundary} {cache}": partial(deliver, args.folders, args.seconds, boundary, cache == "cold")
             for boundary in ("ignore", "document")
             for cache in ("warm", "cold")
         }
@@ -71,19 +72,25 @@ def main() -> None:
         print_report(f"T = {SEQ_LEN:,}, {WINDOWS} windows per step", args.rounds, COLUMNS, rows)
 
 
-def deliver(folder: Path, seconds: float, boundary: str, is_cold: bool) -> tuple[float, float]:
+def deliver(folders: list[Path], seconds: float, boundary: str, is_cold: bool) -> tuple[float, float]:
     """Read batches, at most one epoch if `is_cold`. Return (M tokens/s, MB that memory grew after the first steps)."""
     if is_cold:
-        drop_from_page_cache(folder)
+        for folder in folders:
+            drop_from_page_cache(folder)
     loader = WindowLoader(
-        open_split(folder, "train"), seq_len=SEQ_LEN, batch_size=WINDOWS, seed=int(time.time()), boundary=boundary
+        [open_split(folder, "train") for folder in folders],
+        weights=[1.0] * len(folders),
+        seq_len=SEQ_LEN,
+        batch_size=WINDOWS,
+        seed=int(time.time()),
+        boundary=boundary,
     )
     start, steps, before = time.perf_counter(), 0, None
     for _ in loader.batches(0, 10**9):
         steps += 1
         if steps == 10:
             before = own_megabytes()
-        if time.perf_counter() - start > seconds or (is_cold and steps * WINDOWS > loader.num_windows):
+        if time.perf_counter() - start > seconds or (is_cold and max(loader.epochs(steps)) >= 1):
             break
     rate = steps * WINDOWS * SEQ_LEN / (time.perf_counter() - start)
     return rate / 1e6, own_megabytes() - (before or own_megabytes())

@@ -17,6 +17,7 @@ from typing import Any
 
 from data import DataError
 from data.manifest import dataset_fingerprint, read_manifest
+from data.tokenizer import tokenizer_sha256
 
 _GOLDEN = (1134903170, 1836311903)  # two Fibonacci numbers, whose ratio is the golden ratio's to 18 digits
 
@@ -97,7 +98,7 @@ def mixture_fingerprint(mix: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def _tokenizer_sha256(folder: str) -> str | None:
-    """Return what two folders made with the same tokenizer have in common; None: GPT-2's, which needs no manifest."""
+def _tokenizer_sha256(folder: str) -> str:
+    """Return the identity of a folder's tokenizer; shards without a manifest have GPT-2's."""
     manifest = read_manifest(folder)
-    return manifest and manifest.tokenizer_sha256
+    return manifest.tokenizer_sha256 if manifest else tokenizer_sha256()

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -34,7 +34,9 @@ class EvaluationResult:
     """The results of one evaluation, the same on every process except for the samples."""
 
     val_loss: float
-    """nats per token"""
+    """nats per token; for a mixture, the mean of the folders' losses by their weights"""
+    val_losses: dict[str, float] | None
+    """loss of each folder of a mixture; None for one folder"""
     hellaswag: dict[str, float] | None
     """HellaSwag's metrics, n, num_truncated and is_sample; None if it was not scored"""
     hellaswag_seconds: float
@@ -48,8 +50,7 @@ class EvaluationResult:
 class _Share(NamedTuple):
     """The results of one process."""
 
-    loss_sum: float
-    num_tokens: int
+    losses: list[tuple[float, int]]  # `validation_loss` of each folder, up to a stop request
     item_results: list[ItemResult] | None  # None: HellaSwag was not scored
     hellaswag_seconds: float
     is_stop_requested: bool
@@ -63,8 +64,10 @@ class _Stopped(Exception):
 class TrainingEvaluation:
     """The evaluations of a run. Every process creates one and calls `run` at the same steps."""
 
-    val_batches: Callable[[int], Iterable[Batch]]
-    """called with a batch size, returns this process's share of the validation batches"""
+    val_batches: Mapping[str, Callable[[int], Iterable[Batch]]]
+    """of each folder: called with a batch size, returns this process's share of the validation batches"""
+    val_weights: Sequence[float] = (1.0,)
+    """of the folders, in order; they add up to 1"""
     hellaswag: LoadedTask | None
     """HellaSwag with all its items; None to leave it out"""
     tokenizer: Tokenizer
@@ -90,7 +93,9 @@ class TrainingEvaluation:
         shares: list[_Share] = gather_object([self._score_share(model, loss_model, batch_size)])
         if any(share.is_stop_requested for share in shares):
             return None
-        val_loss = sum(share.loss_sum for share in shares) / sum(share.num_tokens for share in shares)
+        sums = [map(sum, zip(*folder, strict=True)) for folder in zip(*(s.losses for s in shares), strict=True)]
+        losses = [loss_sum / num_tokens for loss_sum, num_tokens in sums]
+        val_loss = sum(weight * loss for weight, loss in zip(self.val_weights, losses, strict=True))
         item_results = [share.item_results for share in shares if share.item_results is not None]
         metrics = None
         if self.hellaswag is not None and len(item_results) == len(shares):
@@ -103,6 +108,7 @@ class TrainingEvaluation:
             samples = sample_texts(model, self.tokenizer, self.prompts, num_tokens=self.sample_tokens, seed=self.seed)
         return EvaluationResult(
             val_loss=val_loss,
+            val_losses=dict(zip(self.val_batches, losses, strict=True)) if len(losses) > 1 else None,
             hellaswag=metrics,
             hellaswag_seconds=max(share.hellaswag_seconds for share in shares),
             seconds=seconds,
@@ -110,9 +116,11 @@ class TrainingEvaluation:
         )
 
     def _score_share(self, model: Model, loss_model: nn.Module, batch_size: int) -> _Share:
-        loss_sum, num_tokens, item_results, seconds = 0.0, 0, None, 0.0
+        losses: list[tuple[float, int]] = []
+        item_results, seconds = None, 0.0
         try:
-            loss_sum, num_tokens = validation_loss(loss_model, self.val_batches(batch_size), on_batch=self._check_stop)
+            for batches in self.val_batches.values():
+                losses.append(validation_loss(loss_model, batches(batch_size), on_batch=self._check_stop))
             if self.hellaswag is not None:
                 state = PartialState()
                 items = self.hellaswag.items[state.process_index :: state.num_processes]
@@ -123,7 +131,7 @@ class TrainingEvaluation:
             pass
         except EvalError as error:  # a diverged model, which its losses show too
             tqdm.write(encodable(f"warning: HellaSwag was not scored: {error}"))
-        return _Share(loss_sum, num_tokens, item_results, seconds, self.stop.is_requested)
+        return _Share(losses, item_results, seconds, self.stop.is_requested)
 
     def _check_stop(self, *_: object) -> None:
         if self.stop.is_requested:

@@ -42,6 +42,7 @@ _SETTINGS = {
     "seq_len": "batch.seq_len",
     "order": "data.order",
     "boundary": "data.boundary",
+    "mix_weights": "the weights of data.mix",
 }
 
 

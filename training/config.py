@@ -62,17 +62,16 @@ class DataConfig:
     path: str = "shards/sample"
     """folder of shards, as written by `python -m data.prepare`"""
     mix: dict[str, Positive] | None = None
-    """weights of several folders of shards, which replace `path`: {shards/web: 0.7, shards/code: 0.3}. They are shares of
-    the tokens of every step, rounded to a window, and need not add up to 1; a new run is needed to change them"""
+    """weights of several folders of shards, in place of `path`: {shards/web: 0.7, shards/code: 0.3}. They are shares of
+    the tokens of each step, to one window, and need not add up to 1. A run cannot change them when it is resumed"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` if nothing is there"""
     order: Literal["shuffled", "sequential", "lecture"] = "shuffled"
     """order of the windows: shuffled by (seed, epoch); sequential, as in the shards; lecture, as the lecture's 8 GPUs
     read them at each step (not with `mix`)"""
     boundary: Literal["ignore", "document"] = "ignore"
-    """ignore: a window is a range of the stream of tokens, whatever documents are in it; document: positions restart at
-    each document of a window, and attention does not cross documents, which is slower: attention needs a mask, and flash
-    kernels do not take one"""
+    """ignore: a window is a range of the token stream and may span several documents; document: positions restart at
+    each document of a window, and attention does not cross documents (slower: flash kernels do not take the mask)"""
 
 
 @dataclass(kw_only=True)

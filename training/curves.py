@@ -48,6 +48,9 @@ def plot_curves(
         ms=4,
         label=f"validation ({evaluations[-1]['val_loss']:.3f})" if evaluations else "validation",
     )
+    for folder in evaluations[-1].get("val_losses", {}) if evaluations else {}:
+        losses = [r["val_losses"][folder] for r in evaluations]
+        axes[0].plot([r["tokens"] for r in evaluations], losses, lw=1, label=f"{folder} ({losses[-1]:.3f})")
     for number, record in enumerate(skipped):
         label = f"skipped steps ({len(skipped)})" if number == 0 else None
         axes[0].axvline(record["tokens"], color="tab:purple", lw=1, alpha=0.5, label=label)

@@ -314,10 +314,11 @@ def format_duration(seconds: float) -> str:
     return f"{years:,.0f} years" if years >= 100 else str(timedelta(seconds=round(seconds)))
 
 
-def warn_of_repetition(epochs: float) -> None:
-    """Print a warning if the data is repeated more often than repetition helps."""
+def warn_of_repetition(folder: str, epochs: float) -> None:
+    """Print a warning if a folder's data is repeated more often than repetition helps."""
     if round(epochs) > _MAX_USEFUL_EPOCHS:
         say(
-            f"warning: each training token is seen {epochs:,.1f} times; after about {_MAX_USEFUL_EPOCHS}, repeating "
-            "teaches less and less (arXiv 2305.16264): prepare more text, lower max_steps, or raise model.dropout"
+            f"warning: each training token of {folder} is seen {epochs:,.1f} times; after about {_MAX_USEFUL_EPOCHS}, "
+            "repeating teaches less and less (arXiv 2305.16264): prepare more text, lower max_steps (or its weight in "
+            "data.mix), or raise model.dropout"
         )

@@ -146,16 +146,19 @@ class RunLog:
         """Log an evaluation and draw curves.png.
 
         Args:
-            result: val_loss, hellaswag (its metrics, n, num_truncated and is_sample; or None), hellaswag_seconds,
-                seconds and samples, which are printed only.
+            result: val_loss, val_losses (of each folder of a mixture; or None), hellaswag (its metrics, n,
+                num_truncated and is_sample; or None), hellaswag_seconds, seconds and samples, which are printed only.
         """
         if self._metrics is None:
             return
         samples = result.pop("samples")
+        if not result["val_losses"]:
+            del result["val_losses"]
         record = {"step": step, "tokens": step * self._tokens_per_step, **result}
         self._metrics.write(record)
         scores = record["hellaswag"] or {}
         tracked = {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if scores}
+        tracked |= {f"val_loss/{folder}": loss for folder, loss in record.get("val_losses", {}).items()}
         self._track(step, {"val_loss": record["val_loss"], **tracked})
         self._console.log_evaluation(record)
         for text in samples:
@@ -235,8 +238,8 @@ class MetricsWriter:
     """Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
 
     A step's is {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}, an evaluation's {"step", "tokens",
-    "val_loss", "hellaswag", "hellaswag_seconds", "seconds"}. `step` counts optimizer steps. A skipped step also has
-    "skipped", and null for a number that is not finite.
+    "val_loss", "hellaswag", "hellaswag_seconds", "seconds"}, and "val_losses" by folder for a mixture. `step` counts
+    optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
 
     Args:
         path: the file, which is replaced.
@@ -329,6 +332,8 @@ class ConsoleLog:
         """Print the line of an evaluation."""
         self._evaluation_seconds.append(record["seconds"])
         line = f"step {record['step']:>6,} | val loss {record['val_loss']:.4f}"
+        if folders := record.get("val_losses"):
+            line += f" ({', '.join(f'{folder} {loss:.4f}' for folder, loss in folders.items())})"
         scores = record["hellaswag"]
         if scores:
             truncated = f", {scores['num_truncated']} truncated" if scores["num_truncated"] else ""

@@ -155,7 +155,7 @@ def _normalize(value: str | list | dict, type_hint: Any) -> object:
     """Return a value in the form that jsonargparse takes, or raise ValueError."""
     is_list = get_origin(type_hint) in (list, tuple)
     if _is_mapping(type_hint) and isinstance(value, str) and value.startswith("{"):
-        value = _to_texts(_compose(value))
+        value = _parse_yaml(value)
     if isinstance(value, str) and value.lower() in NULLS and (is_list or NoneType in get_args(type_hint)):
         return [] if is_list else None
     if is_list:
@@ -188,12 +188,12 @@ def _split_list(value: str | list | dict, is_text: bool) -> list[str]:
 
 def _is_mapping(type_hint: Any) -> bool:
     """Return True for `dict[...]` and `dict[...] | None`."""
-    return dict in map(get_origin, (type_hint, *get_args(type_hint)))
+    return any(get_origin(option) is dict for option in (type_hint, *get_args(type_hint)))
 
 
-def _compose(text: str) -> yaml.Node:
+def _parse_yaml(text: str) -> str | list | dict:
     try:
-        return yaml.compose(text, Loader=yaml.BaseLoader)
+        return _to_texts(yaml.compose(text, Loader=yaml.BaseLoader))
     except yaml.YAMLError:
         raise ValueError from None
 
@@ -361,7 +361,13 @@ def _to_texts(node: yaml.Node) -> str | list | dict:
         return node.value or ("null" if node.style is None else "")
     if isinstance(node, yaml.SequenceNode):
         return [_to_texts(item) for item in node.value]
-    return {format_value(_to_texts(key)): _to_texts(value) for key, value in node.value}
+    values = {}
+    for key, value in node.value:
+        name = key.value if isinstance(key, yaml.ScalarNode) else format_value(_to_texts(key))
+        if name in values:
+            raise yaml.MarkedYAMLError(problem=f"{name} appears twice", problem_mark=key.start_mark)
+        values[name] = _to_texts(value)
+    return values
 
 
 def _suggest_recipes(path: str) -> str:
