@@ -241,7 +241,7 @@ def print_dry_run(config: Config, accelerator: Accelerator, plan: Plan) -> int:
 def load_data(
     config: Config, accelerator: Accelerator
 ) -> tuple[dict[str, Any], WindowLoader, dict[str, list[Shard]], dict[str, float]]:
-    """Open the text. Return its fingerprint, the loader, the validation shards by folder, and losses of n-gram models."""
+    """Open the text. Return its fingerprint, the loader, validation shards by folder, and losses of n-gram models."""
     if config.data.prepare_sample:
         run_on_main(prepare_sample_if_missing, config.data.path)
     mix = config.data.mix or {config.data.path: 1.0}

@@ -11,6 +11,8 @@ prepare.py        python -m data.prepare SOURCE --out DIR
 plan.py           what prepare has to do and has done: the plan, locks, finished parts, merging
 parts.py          the work of prepare: fetch, tokenize and write one part after the other
 verify.py         python -m data.verify DIR
+windows.py        windows of shards, and batches of them
+mixture.py        the shares of several folders in each step
 loader.py         seeded batches that depend on the step alone
 permutation.py    the shuffled order of the windows
 ngram.py          the unigram and bigram losses of a corpus, to compare a model with

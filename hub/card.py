@@ -89,8 +89,9 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
     launches = [*earlier, provenance]
     init_from, base_model = _initial_weights(launches, folder)
     items = config["eval"].get("hellaswag")
+    mix = {_file_name(path): weight for path, weight in (config["data"].get("mix") or {}).items()}
     settings = {key: value for key, value in config.items() if key not in _NOT_SHOWN} | {
-        "data": config["data"] | {"path": _file_name(config["data"]["path"])},
+        "data": config["data"] | ({"mix": mix} if mix else {"path": _file_name(config["data"]["path"])}),
         "eval": config["eval"] | {"hellaswag": items and _file_name(items)},
         "init_from": init_from,
     }
@@ -117,6 +118,7 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
         "subset": source.get("subset"),
         "sample_python": source["python"] if source.get("kind") == "sample" else None,
         "files": [_file_name(path) for path in source.get("paths") or []],
+        "mix": mix,
         "hellaswag": evaluation["hellaswag"] if evaluation else None,
         "init_from": init_from,
     }

@@ -1,5 +1,6 @@
 """Batches: every window once, the same for any number of processes, and any step directly."""
 
+import hashlib
 import itertools
 import threading
 
@@ -54,10 +55,10 @@ def test_epoch_has_each_window_once_for_any_world_size(sizes, seq_len, accumulat
     expected = sorted(windows_of(shards, seq_len))
     batch_size = accumulation * world_size
     options = {"seq_len": seq_len, "batch_size": batch_size, "seed": seed, "order": order}
-    alone = WindowLoader(shards, **options)
-    assert alone.num_windows == len(expected)
-    assert alone.tokens_per_epoch == len(expected) * seq_len
-    ranks = [WindowLoader(shards, **options, rank=r, world_size=world_size) for r in range(world_size)]
+    alone = WindowLoader([shards], **options)
+    assert alone.counts == [len(expected)]
+    assert alone.epochs(3) == [3 * batch_size / len(expected)]
+    ranks = [WindowLoader([shards], **options, rank=r, world_size=world_size) for r in range(world_size)]
     stream = []
     for step in range(2 * len(expected) // batch_size + 1):
         batches = [rank.batch(step) for rank in ranks]
@@ -75,19 +76,30 @@ def test_epoch_has_each_window_once_for_any_world_size(sizes, seq_len, accumulat
 def test_any_step_can_be_read_directly():
     shards = make([500, 300])
     options = {"seq_len": 4, "batch_size": 12, "seed": 3}
-    walked = WindowLoader(shards, **options)
+    walked = WindowLoader([shards], **options)
     batches = [walked.batch(step) for step in range(60)]  # three and a half epochs
     for step in (59, 0, 17, 16, 33):
-        assert rows(WindowLoader(shards, **options).batch(step)) == rows(batches[step])
-        ahead = list(WindowLoader(shards, **options).batches(step, min(60, step + 7)))  # resumed there, read ahead
+        assert rows(WindowLoader([shards], **options).batch(step)) == rows(batches[step])
+        ahead = list(WindowLoader([shards], **options).batches(step, min(60, step + 7)))  # resumed there, read ahead
         assert [rows(batch) for batch in ahead] == [rows(batch) for batch in batches[step : step + 7]]
 
 
 def test_shuffled_order_never_changes():
     """If this order changed, resumed runs would train on other data. Golden values of 2026-11-24."""
-    loader = WindowLoader(make([81]), seq_len=4, batch_size=5, seed=1337)
+    loader = WindowLoader([make([81])], seq_len=4, batch_size=5, seed=1337)
     golden = [[17, 10, 4, 16, 19], [9, 14, 6, 8, 3], [7, 18, 4, 2, 8]]
     assert [loader.global_batch(step).tolist() for step in (0, 3, 4)] == golden
+
+
+def test_every_order_of_one_source_never_changes():
+    """Golden value of 2026-11-27, of the loader before it knew mixtures."""
+    digest = hashlib.sha256()
+    for order in ("shuffled", "sequential", "lecture"):
+        loader = WindowLoader([make([500, 301, 777])], seq_len=4, batch_size=24, seed=1337, order=order)
+        for step in (0, 1, 2, 15, 16, 17, 18, 19072, 10**6):
+            digest.update(loader.global_batch(step).astype("<i8").tobytes())
+            digest.update(loader.batch(step).inputs.numpy().astype("<i8").tobytes())
+    assert digest.hexdigest() == "1de0dfe8177455f7f171fe97c1d3508e7d01e71fd998d0c6b4feb4f482ef654d"
 
 
 class LectureLoader:
@@ -112,8 +124,8 @@ def test_lecture_order_equals_the_8_gpus_of_the_lecture(rows_of_a_gpu):
     shards = make([1000, 1001, 850, 1337, 769])
     gpus = [LectureLoader(shards, rows_of_a_gpu, 4, gpu) for gpu in range(8)]
     options = {"seq_len": 4, "batch_size": 8 * rows_of_a_gpu, "seed": 1, "order": "lecture"}
-    alone = WindowLoader(shards, **options)
-    two = [WindowLoader(shards, **options, rank=rank, world_size=2) for rank in range(2)]
+    alone = WindowLoader([shards], **options)
+    two = [WindowLoader([shards], **options, rank=rank, world_size=2) for rank in range(2)]
     apart = False
     for step in range(400):
         expected = [row for gpu in gpus for row in gpu.next()]
@@ -143,8 +155,8 @@ def test_permutations_look_random():
 
 def test_any_step_of_ten_billion_tokens_is_read_directly():
     """A list of all windows of 10B tokens is never made."""
-    loader = WindowLoader(make([81]), seq_len=4, batch_size=512, seed=1)
-    loader.windows.starts = np.array([0, 9_765_625])
+    loader = WindowLoader([make([81])], seq_len=4, batch_size=512, seed=1)
+    loader.counts = [9_765_625]
     for step in (0, 19_072, 10**6):
         batch = loader.global_batch(step)
         assert len(set(batch.tolist())) == 512
@@ -153,9 +165,9 @@ def test_any_step_of_ten_billion_tokens_is_read_directly():
 
 def test_epochs_and_seeds_differ():
     options = {"seq_len": 4, "batch_size": 100}
-    first = WindowLoader(make([401]), **options, seed=1)
+    first = WindowLoader([make([401])], **options, seed=1)
     assert not np.array_equal(first.global_batch(0), first.global_batch(1))
-    assert not np.array_equal(first.global_batch(0), WindowLoader(make([401]), **options, seed=2).global_batch(0))
+    assert not np.array_equal(first.global_batch(0), WindowLoader([make([401])], **options, seed=2).global_batch(0))
 
 
 @pytest.mark.parametrize(
@@ -171,20 +183,20 @@ def test_epochs_and_seeds_differ():
 )
 def test_invalid_settings_are_errors(options, words):
     with pytest.raises(DataError, match=words):
-        WindowLoader(make([100]), **{"seq_len": 4, "batch_size": 10, "seed": 0, **options})
+        WindowLoader([make([100])], **{"seq_len": 4, "batch_size": 10, "seed": 0, **options})
 
 
 def test_token_outside_the_vocabulary_is_an_error_of_the_batch():
     tokens = np.arange(100, dtype=np.uint16)
     tokens[41] = 60000
-    loader = WindowLoader([Shard(tokens)], seq_len=4, batch_size=24, seed=0)
+    loader = WindowLoader([[Shard(tokens)]], seq_len=4, batch_size=24, seed=0)
     with pytest.raises(DataError, match="token 41 is 60000"):
         next(loader.batches(0, 3))
 
 
 def test_closing_the_iterator_stops_the_reader_thread():
     before = threading.active_count()
-    batches = WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 10**6)
+    batches = WindowLoader([make([500])], seq_len=4, batch_size=2, seed=0).batches(0, 10**6)
     next(batches)
     assert threading.active_count() == before + 1
     batches.close()
@@ -196,8 +208,8 @@ def test_closing_the_iterator_stops_the_reader_thread():
 def test_position_ids_restart_at_each_document(data, seq_len):
     tokens = data.draw(st.lists(st.sampled_from([EOT, 1, 2]), min_size=20, max_size=60))
     shard = Shard(np.array(tokens, dtype=np.uint16))
-    loader = WindowLoader([shard], seq_len=seq_len, batch_size=1, seed=0, boundary="document")
-    for step in range(loader.num_windows):
+    loader = WindowLoader([[shard]], seq_len=seq_len, batch_size=1, seed=0, boundary="document")
+    for step in range(loader.counts[0]):
         batch = loader.batch(step)
         expected, position = [], -1
         for token in batch.inputs[0].tolist():
@@ -209,7 +221,7 @@ def test_position_ids_restart_at_each_document(data, seq_len):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_batches_are_in_pinned_memory():
-    batch = next(WindowLoader(make([500]), seq_len=4, batch_size=2, seed=0).batches(0, 3, pin_memory=True))
+    batch = next(WindowLoader([make([500])], seq_len=4, batch_size=2, seed=0).batches(0, 3, pin_memory=True))
     assert batch.inputs.is_pinned()
     assert batch.targets.is_pinned()
     assert batch.to(torch.device("cuda")).inputs.is_cuda

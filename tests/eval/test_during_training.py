@@ -45,7 +45,11 @@ class Stop:
 @pytest.fixture
 def make_evaluation(batches, hellaswag, tokenizer):
     def make(**changes):
-        settings = {"val_batches": lambda batch_size: iter(batches), "hellaswag": hellaswag, "tokenizer": tokenizer}
+        settings = {
+            "val_batches": {"a": lambda batch_size: iter(batches)},
+            "hellaswag": hellaswag,
+            "tokenizer": tokenizer,
+        }
         settings |= {"prompts": PROMPTS, "sample_tokens": 4, "seed": 1, "stop": Stop()}
         return TrainingEvaluation(**settings | changes)
 
@@ -77,6 +81,15 @@ def test_result_has_loss_metrics_and_samples(model, batches, hellaswag, make_eva
     again = evaluation.run(model, torch.nn.DataParallel(model), 4)  # reads the batches again; a wrapped loss model
     assert (again.val_loss, again.hellaswag) == (result.val_loss, result.hellaswag)
 
+    assert result.val_losses is None
+
+    folders = {"x": lambda _: batches[:1], "y": lambda _: batches[1:]}
+    mixed = make_evaluation(hellaswag=None, prompts=[], val_batches=folders, val_weights=[0.75, 0.25])
+    mixed = mixed.run(model, model, 4)
+    x, y = (validation_loss(model, part) for part in (batches[:1], batches[1:]))
+    assert mixed.val_losses == {"x": x[0] / x[1], "y": y[0] / y[1]}
+    assert mixed.val_loss == 0.75 * mixed.val_losses["x"] + 0.25 * mixed.val_losses["y"]
+
     without = make_evaluation(hellaswag=None, prompts=[]).run(model, model, 4)
     assert (without.val_loss, without.hellaswag, without.hellaswag_seconds) == (result.val_loss, None, 0.0)
     assert without.samples == []
@@ -89,7 +102,7 @@ def test_two_processes_give_the_result_of_one(model, batches, make_evaluation, m
         state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
         monkeypatch.setattr(during_training, "PartialState", lambda state=state: state)
         monkeypatch.setattr(during_training, "gather_object", lambda share: shares.insert(0, *share) or shares)
-        results.append(make_evaluation(val_batches=lambda batch_size, rank=rank: batches[rank::2]).run(model, model, 4))
+        results.append(make_evaluation(val_batches={"a": lambda _, rank=rank: batches[rank::2]}).run(model, model, 4))
     assert [len(share.item_results) for share in shares] == [3, 2]
     assert results[1].val_loss == pytest.approx(expected.val_loss, rel=1e-6)
     assert results[1].hellaswag == pytest.approx(expected.hellaswag)
@@ -98,7 +111,7 @@ def test_two_processes_give_the_result_of_one(model, batches, make_evaluation, m
 
     # A stop request to either process ends the evaluation on both.
     shares[:] = [shares[1]._replace(is_stop_requested=True)]
-    assert make_evaluation(val_batches=lambda batch_size: batches[::2]).run(model, model, 4) is None
+    assert make_evaluation(val_batches={"a": lambda _: batches[::2]}).run(model, model, 4) is None
 
 
 @pytest.mark.parametrize(("after", "num_forwards"), [(0, 1), (2, 3), (3, 4), (4, 4)])

@@ -108,6 +108,9 @@ def test_defaults_are_accepted_in_a_recipe(recipe):
         # The sample is made only at the path that its recipe names.
         ("--data.path shards/sample", "data.prepare_sample", True),
         ("--data.path shards/smaple", "data.prepare_sample", False),
+        ("--data.mix {a: 0.7, b/c: 3}", "data.mix", {"a": 0.7, "b/c": 3.0}),
+        ("--data.mix {a: 0.7, b/c: 3}", "data.prepare_sample", False),
+        ("--data.mix none", "data.prepare_sample", True),
         (f"--config {DEFAULT_RECIPE} --config recipes/shakespeare.yaml", "data.prepare_sample", False),
     ],
 )
@@ -143,12 +146,45 @@ def test_command_line_wins_also_if_it_comes_before_config(recipe):
         ("eval: {prompts: '[a'}\n", "eval.prompts", ["[a"]),
         ('{"max_steps": 5, "optim": {"betas": [0.8, 9e-1]}}', "optim.betas", [0.8, 0.9]),
         ("\ufeffmax_steps: 5\r\n", "max_steps", 5),
+        ("data: {mix: {'my shards': 1, b: 2.5e-1}}\n", "data.mix", {"my shards": 1.0, "b": 0.25}),
         ("output_dir: 2024-01-01\n", "output_dir", "2024-01-01"),
     ],
 )
 def test_recipe_forms(recipe, text, name, expected):
     value = value_of(load_config(["--config", recipe(text)]), name)
     assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--data.mix {a: 1, b: 1} --data.path c", "data.mix replaces data.path: give one of them"),
+        ("--data.mix {a: 1}", "two or more different folders, got a; write --data.path"),
+        ("--data.mix {a: 1, a/: 2}", "two or more different folders, got a, a/"),
+        (
+            "--data.mix {a: 1, b: 0}",
+            r"data.mix must be a mapping such as .*number in \(0, inf\) or null, got '{a: 1, b: 0}'",
+        ),
+        ("--data.mix {a: 1, a: 2, b: 1}", "data.mix must be a mapping"),
+        ("--data.mix a", "data.mix must be a mapping"),
+        ("--data.mix {a: 1, b: 1} --data.prepare_sample", "prepare_sample is for data.path"),
+        ("--data.mix {a: 1, b: 1} --data.order lecture", "data.order=lecture reads one folder"),
+        ("--data.mix {a: 1, b: 1} --eval.val_tokens 200", "for each of the 2 folders of data.mix"),
+    ],
+)
+def test_mixtures_that_are_not_possible_are_errors(arguments, words):
+    with pytest.raises(TrainingError, match=words):
+        load_config(arguments.split(" "))
+
+
+def test_folder_twice_in_a_recipe_is_an_error(recipe):
+    with pytest.raises(TrainingError, match=r"mine.yaml:2: .*a appears twice"):
+        load_config(["--config", recipe("data: {mix: {a: 1,\n  a: 2, b: 1}}\n")])
+
+
+def test_path_on_the_command_line_replaces_a_recipes_mix(recipe):
+    data = load_config(["--config", recipe("data: {mix: {a: 1, b: 2}}\n"), "--data.path", "c"]).data
+    assert (data.path, data.mix) == ("c", None)
 
 
 def test_hints_name_existing_settings_and_files():

@@ -78,9 +78,9 @@ def test_format_duration():
 
 def test_frequent_repetition_of_the_data_is_warned_of(capsys):
     for epochs in (0.1, 4.4, 4.6, 100):
-        warn_of_repetition(epochs)
+        warn_of_repetition("shards/a", epochs)
     warnings = capsys.readouterr().out.splitlines()
-    assert ["4.6 times" in warnings[0], "100.0 times" in warnings[1], len(warnings)] == [True, True, 2]
+    assert ["shards/a is seen 4.6 times" in warnings[0], "100.0 times" in warnings[1], len(warnings)] == [True, True, 2]
 
 
 def test_find_device():
