@@ -8,8 +8,8 @@ import pytest
 from killing import assert_same_run, kill_at_random, status
 
 import train
-from data.prepare import prepare
-from data.sources import FileSource, sample_documents
+from data.manifest import open_split
+from data.shards import write_shard
 from training import TrainingError
 from training.logging import RunLog
 from training.run import EXIT_RESUME
@@ -22,13 +22,14 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tiny, tmp_path_factory):
     """Three folders of shards, the last one small enough to be read more than four times."""
     root = tmp_path_factory.mktemp("mix")
-    documents = [text[:1500] for text, _ in zip(sample_documents(), range(60), strict=False)]
-    for name, part in (("a", documents[:30]), ("b", documents[30:54]), ("c", documents[54:])):
-        (root / f"{name}.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in part))
-        prepare(FileSource([root / f"{name}.jsonl"]), root / name, name=name, val_fraction=0.2)
+    train_tokens, val_tokens = (open_split(tiny.parent / "shards", split)[0][:] for split in ("train", "val"))
+    for name, first, end in (("a", 0, 4000), ("b", 4000, 7000), ("c", 7000, 7200)):
+        (root / name).mkdir()
+        write_shard(root / name / f"{name}_train_000001.bin", train_tokens[first:end])
+        write_shard(root / name / f"{name}_val_000000.bin", val_tokens[first // 4 : first // 4 + 400])
     return [root / name for name in "abc"]
 
 
@@ -82,12 +83,16 @@ def test_stopped_run_resumes_bit_for_bit(tiny, folders, undisturbed, tmp_path, m
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_run_resumes_bit_for_bit(tiny, folders, undisturbed, tmp_path, seed):
-    output = tmp_path / "run"
-    kill_at_random(
-        *(output, tmp_path, *arguments(tiny, folders)), random=random.Random(seed), most_seconds=0.6, times=4
-    )
-    assert_same_run(output, undisturbed, STEPS)
+def test_killed_run_resumes_bit_for_bit(tiny, folders, tmp_path, seed):
+    """The reference is a process with one thread, too."""
+    for name, times in (("reference", 0), ("killed", 4)):
+        kill_at_random(
+            *(tmp_path / name, tmp_path, *arguments(tiny, folders)),
+            random=random.Random(seed),
+            most_seconds=1.0,
+            times=times,
+        )
+    assert_same_run(tmp_path / "killed", tmp_path / "reference", STEPS)
 
 
 def test_resuming_with_other_weights_is_refused(tiny, folders, undisturbed, tmp_path):
