@@ -7,6 +7,7 @@ line. The resolved settings are written to the run's provenance.json before the 
 """
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,16 @@ from common.cli import say
 from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
-from training.settings import RawValue, build, format_value, help_text, read_recipe, settings_of, split_command_line
+from training.settings import (
+    NULLS,
+    RawValue,
+    build,
+    format_value,
+    help_text,
+    read_recipe,
+    settings_of,
+    split_command_line,
+)
 
 VOCAB_SIZE = GPT2ReproConfig().vocab_size  # GPT-2's
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
@@ -52,6 +62,9 @@ class DataConfig:
 
     path: str = "shards/sample"
     """folder of shards, as written by `python -m data.prepare`"""
+    text: str | None = None
+    """instead of path, also as --text: a file, folder or pattern ("notes/*.txt") of text, or a data set on the Hub; its
+    shards are made in shards/NAME-HASH, unless they are there"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` if nothing is there"""
     order: Literal["shuffled", "sequential", "lecture"] = "shuffled"
@@ -137,7 +150,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation during training"""
     output_dir: str | None = None
-    """the run's folder; null: runs/<name of the recipe>"""
+    """the run's folder; null: runs/<name of the recipe, or of data.text without one>"""
     max_steps: Count = 19073
     """optimizer steps; the learning rate schedule ends here"""
     eval_every: Count = 250
@@ -191,24 +204,37 @@ def load_config(argv: Sequence[str]) -> Config:
         print(help_text(Config), end="")
         raise SystemExit(0)
     settings = settings_of(Config)
-    recipes, options = split_command_line(argv, settings)
-    recipes = recipes or [str(DEFAULT_RECIPE)]
+    given_recipes, options = split_command_line(argv, settings)
+    recipes = given_recipes or [str(DEFAULT_RECIPE)]
     values: dict[str, RawValue] = {}
     for layer in (*(read_recipe(recipe, settings) for recipe in recipes), options):
         path, earlier_path = layer.get("data.path"), values.get("data.path")
         if path is not None and (earlier_path is None or path.value != earlier_path.value):
             # prepare_sample belongs to the path given with it: do not make the sample at another, perhaps mistyped one.
             values.pop("data.prepare_sample", None)
+        if _names_text(layer):
+            if path is not None:
+                raise TrainingError(f"{path.location}data.text and data.path are given together: leave one of them out")
+            values.pop("data.path", None)
+        elif path is not None:
+            values.pop("data.text", None)
         values |= layer
     config = build(Config, values)
     if config.output_dir is None:
-        config.output_dir = str(Path("runs") / Path(recipes[-1]).stem)
-    for name in ("output_dir", "data.path", "init_from", "resume", "eval.hellaswag"):
+        name = Path(recipes[-1]).stem
+        if config.data.text is not None and not given_recipes:  # the text's name; a pattern has none
+            name = re.sub(r"[^\w.-]+", "-", Path(config.data.text).absolute().stem).strip("-.") or "text"
+        config.output_dir = str(Path("runs") / name)
+    for name in ("output_dir", "data.path", "data.text", "init_from", "resume", "eval.hellaswag"):
         group, _, field_name = name.rpartition(".")
         owner = getattr(config, group) if group else config
         setattr(owner, field_name, _expand_path(name, getattr(owner, field_name)))
     _check(config)
     return config
+
+
+def _names_text(values: dict[str, RawValue]) -> bool:
+    return "data.text" in values and str(values["data.text"].value).lower() not in NULLS
 
 
 def _expand_path(name: str, text: str | None) -> str | None:

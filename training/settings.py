@@ -25,11 +25,11 @@ from jsonargparse.typing import register_type
 
 from common.cli import is_main_process
 from training import TrainingError
-from training.setting_names import HINTS, RENAMED
+from training.setting_names import HINTS, RENAMED, SHORT
 
 HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # a larger file is not a recipe but perhaps weights
-_NULLS = ("null", "none", "~")
+NULLS = ("null", "none", "~")
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text (not empty)", NoneType: "null"}
 
 
@@ -154,7 +154,7 @@ def _integer(text: str) -> int:
 def _normalize(value: str | list | dict, type_hint: Any) -> object:
     """Return a value in the form that jsonargparse takes, or raise ValueError."""
     is_list = get_origin(type_hint) in (list, tuple)
-    if isinstance(value, str) and value.lower() in _NULLS and (is_list or NoneType in get_args(type_hint)):
+    if isinstance(value, str) and value.lower() in NULLS and (is_list or NoneType in get_args(type_hint)):
         return [] if is_list else None
     if is_list:
         return _split_list(value, is_text=get_args(type_hint)[0] is str)
@@ -358,10 +358,10 @@ def _suggest_recipes(path: str) -> str:
 
 @functools.cache
 def _current_name(name: str) -> str:
-    """Return a setting's name. For a name of an earlier release, return the current one and print it once."""
+    """Return the name that a setting has now, for a short or an earlier one. Print it once for an earlier one."""
     if name in RENAMED and is_main_process():
         print(f"--{name} is now called --{RENAMED[name]}", file=sys.stderr)
-    return RENAMED.get(name, name)
+    return RENAMED.get(name) or SHORT.get(name, name)
 
 
 def describe_unknown(name: str, settings: dict[str, Setting]) -> str:
