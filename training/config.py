@@ -216,6 +216,7 @@ def load_config(argv: Sequence[str]) -> Config:
             if path is not None:
                 raise TrainingError(f"{path.location}data.text and data.path are given together: leave one of them out")
             values.pop("data.path", None)
+            values.pop("data.prepare_sample", None)
         elif path is not None:
             values.pop("data.text", None)
         values |= layer

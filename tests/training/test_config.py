@@ -109,6 +109,12 @@ def test_defaults_are_accepted_in_a_recipe(recipe):
         ("--data.path shards/sample", "data.prepare_sample", True),
         ("--data.path shards/smaple", "data.prepare_sample", False),
         (f"--config {DEFAULT_RECIPE} --config recipes/shakespeare.yaml", "data.prepare_sample", False),
+        ("--text book.txt", "data.text", "book.txt"),
+        ("--text book.txt", "data.prepare_sample", False),
+        ("--text texts/book.txt", "output_dir", "runs/book"),
+        ("--text texts/*.txt", "output_dir", "runs/text"),
+        ("--config recipes/shakespeare.yaml --text book.txt", "output_dir", "runs/shakespeare"),
+        ("--data.text null --data.path elsewhere", "data.path", "elsewhere"),
     ],
 )
 def test_command_line_forms(arguments, name, expected, monkeypatch):
