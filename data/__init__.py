@@ -13,6 +13,7 @@ parts.py          the work of prepare: fetch, tokenize and write one part after 
 verify.py         python -m data.verify DIR
 loader.py         seeded batches that depend on the step alone
 permutation.py    the shuffled order of the windows
+text_cache.py     train.py --text: the folder that a text is prepared into
 ngram.py          the unigram and bigram losses of a corpus, to compare a model with
 """
 

@@ -77,7 +77,7 @@ def _open_text(text: str) -> tuple[FileSource | HubSource, Any]:
     except UserError as error:
         ready = [str(path.parent) for path in CACHE.glob(f"{name}-*/{MANIFEST}")]
         hint = f"; prepared earlier: --data.path {' or '.join(ready)}" if ready else ""
-        raise DataError(f"text={text} is no file or folder here. As a data set: {error}{hint}") from error
+        raise DataError(f"text={text} is not a file or folder here. As a data set: {error}{hint}") from error
 
 
 def _identify(files: list[Path]) -> list[tuple[str, str | tuple[int, int]]]:

@@ -79,7 +79,7 @@ MISTAKES = [
     ("data_other_recipe", "train --config {tiny} --data.path nowhere", "no data in nowhere"),
     # Text.
     ("text_missing", "train --text book.txt", "text=book.txt: no such file", ".parquet", "OWNER/NAME"),
-    ("text_or_data_set", "train --text texts/mine", "texts/mine is no file or folder here", "HF_HUB_OFFLINE"),
+    ("text_or_data_set", "train --text texts/mine", "texts/mine is not a file or folder here", "HF_HUB_OFFLINE"),
     ("text_kind", "train --text text.yaml", "text.yaml", "'.yaml' are not supported", ".jsonl"),
     ("text_folder", "train --text shards", "shards: no .txt", "in this folder"),
     ("text_pattern", "train --text 'notes/*.txt'", "notes/*.txt: no file matches"),

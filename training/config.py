@@ -63,7 +63,7 @@ class DataConfig:
     path: str = "shards/sample"
     """folder of shards, as written by `python -m data.prepare`"""
     text: str | None = None
-    """instead of path, also as --text: a file, folder or pattern ("notes/*.txt") of text, or a data set on the Hub; its
+    """instead of path: a file, folder or pattern ("notes/*.txt") of text, or a data set on the Hub; its
     shards are made in shards/NAME-HASH, unless they are there"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` if nothing is there"""

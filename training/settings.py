@@ -107,7 +107,9 @@ def _parser_and_settings(config_class: type) -> tuple[ArgumentParser, dict[str, 
             action._typehint = _with_intervals(action._typehint)
             settings[action.dest] = Setting(action._typehint, " ".join(action.help.split()))
             text = f"{action.help} [{describe_type(action._typehint)}; default: {format_value(action.default)}]"
-            action.option_strings, action.metavar, action.help = [f"--{action.dest}"], "", text.replace("%", "%%")
+            names = [*(short for short, name in SHORT.items() if name == action.dest), action.dest]
+            action.option_strings = [f"--{name}" for name in names]
+            action.metavar, action.help = "", text.replace("%", "%%")
         elif action.dest != "config":  # --optim and the other groups, which take no value here
             action.help = argparse.SUPPRESS
     return parser, settings
