@@ -9,8 +9,8 @@ them waits in vain, or ends without cause:
 - Launches at the same time have different master ports, and so notes of their own.
 - A note from before this process is an earlier launch's, unless its writer is alive (this process started late).
 - Killed before its note: the others give up after five minutes without one.
-- A process on another machine cannot see if the writer is alive: "failed" gets there through the shared disk, and the launcher
-  ends what waits for a killed process. A disk that is not shared has no note.
+- A process on another machine cannot see if the writer is alive: "failed" gets there through the shared disk, and the
+  launcher ends what waits for a killed process. A disk that is not shared has no note.
 """
 
 import contextlib
