@@ -3,6 +3,7 @@
 Read `train_steps` first: (a) evaluate, (b) save, (c) take one optimizer step, (d) log. `train` sets up what it uses.
 
     accelerate launch train.py                                        small model, offline sample corpus
+    accelerate launch train.py --text book.txt                        the same on your file, folder or Hub data set
     accelerate launch train.py --config recipes/gpt2_124m.yaml        the lecture's run, on all GPUs here
     accelerate launch train.py --config recipes/gpt2_124m.yaml --dry_run        the plan, nothing written
     accelerate launch train.py --config ... --resume auto             continue from the newest checkpoint
@@ -55,6 +56,7 @@ from data.mixture import mixture_fingerprint
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample_if_missing
 from data.shards import Shard
+from data.text_cache import prepare_text
 from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
 from eval.during_training import TrainingEvaluation, check_prompts
 from eval.hellaswag.task import LECTURE
@@ -84,6 +86,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         exit code: 0, 75 (resume me), or 1 (the training diverged, or the last checkpoint could not be pushed).
     """
     config = load_config(argv)
+    if config.data.text is not None:  # before the process group, whose timeout would end a long preparation
+        config.data.path = prepare_text(config.data.text, is_dry_run=config.dry_run)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
     with isolated_accelerator_state(), ExitStack() as cleanup:
         accelerator = start_accelerator(config.mixed_precision)
@@ -351,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         exit code: that of `train`, 2 for a user's mistake, or 130 for Ctrl-C before training begins, or twice.
     """
-    return run_command(command, argv, on_interrupt="interrupted; earlier checkpoints are complete: add --resume auto")
+    return run_command(command, argv, on_interrupt="interrupted; what is complete is kept: add --resume auto")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ windows.py        windows of shards, and batches of them
 mixture.py        the shares of several folders in each step
 loader.py         seeded batches that depend on the step alone
 permutation.py    the shuffled order of the windows
+text_cache.py     train.py --text: the folder that a text is prepared into
 ngram.py          the unigram and bigram losses of a corpus, to compare a model with
 """
 

@@ -133,8 +133,8 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
     folder = Path(folder)
     if folder.is_file():
         raise DataError(
-            f"{folder} is a file, not a folder of shards. Make shards from it with `python -m data.prepare files "
-            f"{shell_quote(folder)} --out {shell_quote(Path('shards') / folder.stem)}`"
+            f"{folder} is a file, not a folder of shards. Train on it with `train.py --text {shell_quote(folder)}`, or "
+            f"make shards with `python -m data.prepare files {shell_quote(folder)} --out DIR`"
         )
     if not folder.is_dir():
         raise DataError(

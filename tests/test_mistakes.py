@@ -75,8 +75,15 @@ MISTAKES = [
     ("data_default_recipe", "train --data.path shards/mine", "no data in shards/mine", "data.prepare files"),
     ("data_near_name", "train --data.path shards/shakespear", "did you mean shards/shakespeare?"),
     ("data_quoted", "train --data.path 'my shards'", "--out 'my shards'"),
-    ("data_is_a_text_file", "train --data.path text.yaml", "data.prepare files text.yaml --out shards/text"),
+    ("data_is_a_text_file", "train --data.path text.yaml", "train.py --text text.yaml"),
     ("data_other_recipe", "train --config {tiny} --data.path nowhere", "no data in nowhere"),
+    # Text.
+    ("text_missing", "train --text book.txt", "text=book.txt: no such file", ".parquet", "OWNER/NAME"),
+    ("text_or_data_set", "train --text texts/mine", "texts/mine is not a file or folder here", "HF_HUB_OFFLINE"),
+    ("text_kind", "train --text text.yaml", "text.yaml", "'.yaml' are not supported", ".jsonl"),
+    ("text_folder", "train --text shards", "shards: no .txt", "in this folder"),
+    ("text_pattern", "train --text 'notes/*.txt'", "notes/*.txt: no file matches"),
+    ("text_and_path", "train --data.path shards/sample --text text.yaml", "data.path and data.text", "leave one"),
     # Recipes that are none.
     ("recipe_missing", "train --config recipes/gpt2_124.yaml", "No such file", "did you mean", "gpt2_124m.yaml"),
     ("recipe_missing_unlike", "train --config zzz.yaml", "zzz.yaml", "the recipes are recipes/gpt2_124m.yaml"),

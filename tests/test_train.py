@@ -13,7 +13,7 @@ import pytest
 import torch
 from fresh_process import run_on_terminal
 from safetensors.torch import load_file
-from tiny_run import ROOT, TWO_PROCESSES, clean_environment, losses
+from tiny_run import RECIPE, ROOT, TWO_PROCESSES, clean_environment, losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
@@ -475,6 +475,33 @@ def test_the_launched_command_fails_with_one_line(launch, tiny, tmp_path):
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_text_is_prepared_once_by_one_of_two_processes(launch, tiny, tmp_path):
+    """In one command; the second run finds the shards, a changed text is not the run's, and a bad one ends both."""
+    text, recipe = tmp_path / "book.jsonl", tmp_path / "tiny.yaml"
+    shutil.copy(tiny.parent / "tiny.jsonl", text)
+    recipe.write_text(RECIPE)
+    command = ("--config", recipe, "--text", text, "--output_dir", tmp_path / "run", "--resume", "auto")
+    two = ["--quiet", *TWO_PROCESSES]
+    cache = "shards/book-*"
+    before = set(ROOT.glob(cache))
+    try:
+        first = launch(*command, "--max_steps", 10, accelerate=two).stdout
+        assert first.count("preparing") == 1
+        assert len(set(ROOT.glob(cache)) - before) == 1
+        again = launch(*command, "--max_steps", 10, accelerate=two).stdout
+        assert "preparing" not in again and "nothing left to do" in again
+        text.write_text(text.read_text() + json.dumps("Another document. " * 20))
+        changed = launch(*command, accelerate=two, check=False)
+        assert "preparing" in changed.stdout and changed.returncode != 0 and "train_" in changed.stderr
+        text.write_text("{")
+        bad = launch(*command, accelerate=two, check=False)
+        assert bad.returncode != 0 and "book.jsonl:1: not JSON" in bad.stderr
+    finally:
+        for path in {*ROOT.glob(cache), *ROOT.glob("shards/.book-*")} - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def test_open_split_reads_what_the_loop_reads(tiny):

@@ -7,6 +7,7 @@ line. The resolved settings are written to the run's provenance.json before the 
 """
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from training.settings import (
 )
 
 VOCAB_SIZE = GPT2ReproConfig().vocab_size  # GPT-2's
+_DATA_NAMES = ("data.path", "data.mix", "data.text")  # a run has one of them
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 
@@ -64,6 +66,9 @@ class DataConfig:
     mix: dict[str, Positive] | None = None
     """weights of several folders of shards, in place of `path`: {shards/web: 0.7, shards/code: 0.3}. They are shares of
     the tokens of each step, to one window, and need not add up to 1. A run cannot change them when it is resumed"""
+    text: str | None = None
+    """instead of path: a file, folder or pattern ("notes/*.txt") of text, or a data set on the Hub; its
+    shards are made in shards/NAME-HASH, unless they are there"""
     prepare_sample: bool = False
     """make the offline sample corpus in `path` if nothing is there"""
     order: Literal["shuffled", "sequential", "lecture"] = "shuffled"
@@ -151,7 +156,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation during training"""
     output_dir: str | None = None
-    """the run's folder; null: runs/<name of the recipe>"""
+    """the run's folder; null: runs/<name of the recipe, or of data.text without one>"""
     max_steps: Count = 19073
     """optimizer steps; the learning rate schedule ends here"""
     eval_every: Count = 250
@@ -205,24 +210,30 @@ def load_config(argv: Sequence[str]) -> Config:
         print(help_text(Config), end="")
         raise SystemExit(0)
     settings = settings_of(Config)
-    recipes, options = split_command_line(argv, settings)
-    recipes = recipes or [str(DEFAULT_RECIPE)]
+    given_recipes, options = split_command_line(argv, settings)
+    recipes = given_recipes or [str(DEFAULT_RECIPE)]
     values: dict[str, RawValue] = {}
     for layer in (*(read_recipe(recipe, settings) for recipe in recipes), options):
-        path, earlier_path = layer.get("data.path"), values.get("data.path")
-        is_mixed = "data.mix" in layer and layer["data.mix"].value not in NULLS
-        if path is not None and is_mixed:
-            raise TrainingError(f"{layer['data.mix'].location}data.mix replaces data.path: give one of them")
-        if is_mixed or (path is not None and (earlier_path is None or path.value != earlier_path.value)):
-            # prepare_sample belongs to the path given with it: do not make the sample at another, perhaps mistyped one.
-            values.pop("data.prepare_sample", None)
-        if is_mixed or path is not None:
-            values.pop("data.path" if is_mixed else "data.mix", None)
+        named = [name for name in _DATA_NAMES if name in layer and _is_given(layer[name])]
+        if len(named) > 1:
+            raise TrainingError(
+                f"{layer[named[0]].location}{named[0]} and {named[1]} are given together: leave one of them out"
+            )
+        for name in named:
+            # The data of a later layer replaces that of an earlier one, in whichever way it is named. prepare_sample
+            # belongs to the path given with it: do not make the sample at another, perhaps mistyped one.
+            if name not in values or values[name].value != layer[name].value:
+                values.pop("data.prepare_sample", None)
+            for other in _DATA_NAMES:
+                values.pop(other, None)
         values |= layer
     config = build(Config, values)
     if config.output_dir is None:
-        config.output_dir = str(Path("runs") / Path(recipes[-1]).stem)
-    for name in ("output_dir", "data.path", "init_from", "resume", "eval.hellaswag"):
+        name = Path(recipes[-1]).stem
+        if config.data.text is not None and not given_recipes:  # the text's name; a pattern has none
+            name = re.sub(r"[^\w.-]+", "-", Path(config.data.text).absolute().stem).strip("-.") or "text"
+        config.output_dir = str(Path("runs") / name)
+    for name in ("output_dir", "data.path", "data.text", "init_from", "resume", "eval.hellaswag"):
         group, _, field_name = name.rpartition(".")
         owner = getattr(config, group) if group else config
         setattr(owner, field_name, _expand_path(name, getattr(owner, field_name)))
@@ -231,6 +242,10 @@ def load_config(argv: Sequence[str]) -> Config:
         _check_mix(config, config.data.mix)
     _check(config)
     return config
+
+
+def _is_given(value: RawValue) -> bool:
+    return str(value.value).lower() not in NULLS
 
 
 def _expand_path(name: str, text: str | None) -> str | None:

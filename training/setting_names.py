@@ -2,6 +2,8 @@
 
 # {old name: new name}. An old name works in this release and prints the new one.
 RENAMED = {"dollars_an_hour": "dollars_per_hour"}
+# {short name: name}
+SHORT = {"text": "data.text"}
 
 # {hint in the error about an unknown setting: names elsewhere}. They are not aliases, since units and meanings differ.
 _NAMES_BY_HINT = {
@@ -20,7 +22,7 @@ _NAMES_BY_HINT = {
     "GPT-2 has biases in all linear layers and LayerNorms": "bias",
     "--config recipes/gpt2_124m.yaml (or 350m, 774m, 1558m)": "model_type model_size model_name config_name",
     # Data
-    "data.path, a folder of shards that `python -m data.prepare` writes": (
+    "text, a file, folder or Hub id; or data.path, a folder of shards that `python -m data.prepare` writes": (
         "dataset dataset_name dataset_path data_dir data_path data_root input_file input_bin input_val_bin train_file"
         " train_files train_data validation_file val_data"
     ),

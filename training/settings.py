@@ -25,7 +25,7 @@ from jsonargparse.typing import register_type
 
 from common.cli import is_main_process
 from training import TrainingError
-from training.setting_names import HINTS, RENAMED
+from training.setting_names import HINTS, RENAMED, SHORT
 
 HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # a larger file is not a recipe but perhaps weights
@@ -107,7 +107,10 @@ def _parser_and_settings(config_class: type) -> tuple[ArgumentParser, dict[str, 
             action._typehint = _with_intervals(action._typehint)
             settings[action.dest] = Setting(action._typehint, " ".join(action.help.split()))
             text = f"{action.help} [{describe_type(action._typehint)}; default: {format_value(action.default)}]"
-            action.option_strings, action.metavar, action.help = [f"--{action.dest}"], "", text.replace("%", "%%")
+            names = [*(short for short, name in SHORT.items() if name == action.dest), action.dest]
+            action.option_strings = [f"--{name}" for name in names]
+            parser._option_string_actions.update(dict.fromkeys(action.option_strings, action))
+            action.metavar, action.help = "", text.replace("%", "%%")
         elif action.dest != "config":  # --optim and the other groups, which take no value here
             action.help = argparse.SUPPRESS
     return parser, settings
@@ -383,10 +386,10 @@ def _suggest_recipes(path: str) -> str:
 
 @functools.cache
 def _current_name(name: str) -> str:
-    """Return a setting's name. For a name of an earlier release, return the current one and print it once."""
+    """Return the name that a setting has now, for a short or an earlier one. Print it once for an earlier one."""
     if name in RENAMED and is_main_process():
         print(f"--{name} is now called --{RENAMED[name]}", file=sys.stderr)
-    return RENAMED.get(name, name)
+    return RENAMED.get(name) or SHORT.get(name, name)
 
 
 def describe_unknown(name: str, settings: dict[str, Setting]) -> str:

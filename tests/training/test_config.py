@@ -112,6 +112,12 @@ def test_defaults_are_accepted_in_a_recipe(recipe):
         ("--data.mix {a: 0.7, b/c: 3}", "data.prepare_sample", False),
         ("--data.mix none", "data.prepare_sample", True),
         (f"--config {DEFAULT_RECIPE} --config recipes/shakespeare.yaml", "data.prepare_sample", False),
+        ("--text book.txt", "data.text", "book.txt"),
+        ("--text book.txt", "data.prepare_sample", False),
+        ("--text texts/book.txt", "output_dir", "runs/book"),
+        ("--text texts/*.txt", "output_dir", "runs/text"),
+        ("--config recipes/shakespeare.yaml --text book.txt", "output_dir", "runs/shakespeare"),
+        ("--data.text null --data.path elsewhere", "data.path", "elsewhere"),
     ],
 )
 def test_command_line_forms(arguments, name, expected, monkeypatch):
@@ -158,7 +164,7 @@ def test_recipe_forms(recipe, text, name, expected):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--data.mix {a: 1, b: 1} --data.path c", "data.mix replaces data.path: give one of them"),
+        ("--data.mix {a: 1, b: 1} --data.path c", "data.path and data.mix are given together"),
         ("--data.mix {a: 1}", "two or more different folders, got a; write --data.path"),
         ("--data.mix {a: 1, a/: 2}", "two or more different folders, got a, a/"),
         (

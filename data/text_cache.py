@@ -1,0 +1,100 @@
+"""`train.py --text`: the shards of a text, in a folder named by its content. Only this file knows how they are made."""
+
+import glob
+import hashlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.cli import say
+from common.errors import UserError
+from common.jsonl import name_unreadable_file
+from common.launch import make_once
+from data import DataError
+from data.hub import HubRepository, HubSource
+from data.manifest import FORMAT_VERSION, MANIFEST
+from data.prepare import prepare
+from data.sources import FileSource, file_kind
+from data.tokenizer import tokenizer_sha256
+
+CACHE = Path("shards")
+_VAL_FRACTION = 0.01
+_HASHED_BYTES = 2**30  # read in a second or two; reading 100 GB at every start would take minutes
+
+
+def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
+    """Return the folder of a text's shards; make it first if it is not there. Every process of a launch calls this.
+
+    Args:
+        text: a file, a folder, a pattern like "notes/**/*.txt", or the id of a data set on the Hub.
+        is_dry_run: only return the folder's name.
+
+    Raises:
+        DataError: there is no such text, or it cannot be prepared.
+    """
+    source, content = _open_text(text)
+    settings = {key: value for key, value in source.settings.items() if key != "paths"}
+    decisive = [content, settings, _VAL_FRACTION, tokenizer_sha256(), FORMAT_VERSION]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    name = _name_of(text)
+    out = CACHE / f"{name}-{digest[:12]}"
+
+    def make() -> None:
+        say(f"data      preparing {text} in {out}")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        main = vars(sys.modules["__main__"])
+        main_file = main.pop("__file__", None)  # worker processes would import train.py, and with it torch
+        try:
+            prepare(source, out, name=name, val_fraction=_VAL_FRACTION, num_proc=cores, log=say)
+        finally:
+            if main_file is not None:
+                main["__file__"] = main_file
+
+    if not is_dry_run:
+        make_once(out, (out / MANIFEST).exists, make)
+    return str(out)
+
+
+def _open_text(text: str) -> tuple[FileSource | HubSource, Any]:
+    """Return the source of a text, and what its content is known by: its files' hashes, or the commit on the Hub."""
+    path, name = Path(text), _name_of(text)
+    if path.exists() or glob.has_magic(text):
+        if (path / MANIFEST).exists():
+            raise DataError(f"text={text} is a folder of shards, not of text: give it as --data.path {text}")
+        source = FileSource([path.absolute()])
+        return source, _identify([Path(file["path"]) for file in source.inputs()])
+    if file_kind(text) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
+        raise DataError(
+            f"text={text}: no such file or folder. Give a file or folder of .txt, .jsonl (also .gz, .xz, .zst) or "
+            '.parquet, a pattern in quotes ("notes/**/*.txt"), or a data set on the Hub (OWNER/NAME)'
+        )
+    try:
+        repository = HubRepository(text, download_folder=CACHE / f".{name}.downloads")
+        return HubSource(repository), repository.commit
+    except UserError as error:
+        ready = [str(path.parent) for path in CACHE.glob(f"{name}-*/{MANIFEST}")]
+        hint = f"; prepared earlier: --data.path {' or '.join(ready)}" if ready else ""
+        raise DataError(f"text={text} is not a file or folder here. As a data set: {error}{hint}") from error
+
+
+def _identify(files: list[Path]) -> list[tuple[str, str | tuple[int, int]]]:
+    """Return each file's path below their common folder, and its SHA-256 (its size and time if they are large)."""
+    is_large = sum(file.stat().st_size for file in files) > _HASHED_BYTES
+    common, identity = os.path.commonpath(files), []
+    for file in files:
+        with name_unreadable_file(file), file.open("rb") as stream:
+            stat = file.stat()
+            digest = None if is_large else hashlib.file_digest(stream, "sha256").hexdigest()
+        name = Path(os.path.relpath(file, common)).as_posix()
+        identity.append((name, digest or (stat.st_size, stat.st_mtime_ns)))
+    return identity
+
+
+def _name_of(text: str) -> str:
+    """Return a name for the folder: book for texts/book.jsonl.zst, OWNER-NAME for a data set."""
+    path = Path(text)
+    name = path.absolute().name.split(".")[0] if path.exists() else text
+    return re.sub(r"[^\w-]+", "-", name).strip("-")[-40:] or "text"
