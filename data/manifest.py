@@ -261,10 +261,7 @@ def _open_entry(folder: Path, entry: dict[str, Any], vocabulary: Vocabulary) -> 
 
 
 def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:
-    """Find the {split: shards in order} of a folder by llm.c's names, {name}_{split}_{number}.bin (or .npy), or nanoGPT's.
-
-    Those are train.bin and val.bin.
-    """
+    """Find the {split: shards in order} of a folder by name: llm.c's {name}_{split}_{number}.bin (or .npy), or nanoGPT's."""
     shards: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).iterdir()):
         split = split_of(path)

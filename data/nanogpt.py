@@ -73,7 +73,7 @@ def read_plain_pickle(path: Path) -> dict[Any, Any]:
             raise ValueError("not a dict")
     except (OSError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: not a dict of texts and numbers ({error}); it is not unpickled, which could run any code. Name the "
-            "tokenizer with --tokenizer, and move the file away"
+            f"{path}: not a dict of texts and numbers ({error}); it is not unpickled, which could run any code. "
+            "Name the tokenizer with --tokenizer"
         ) from error
     return content

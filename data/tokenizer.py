@@ -95,7 +95,7 @@ class Tokenizer:
     pad_text: str | None = None
     unk_text: str | None = None
     definition: str = ""
-    """content of tokenizer.json, as `_define` leaves it; "" for GPT-2's tokenizer"""
+    """content of tokenizer.json; "" for GPT-2's tokenizer"""
     backend: str = "tiktoken"
     """for GPT-2's tokenizer, one of TOKENIZER_BACKENDS with the same ids; others use the package tokenizers"""
 
@@ -140,7 +140,7 @@ class Tokenizer:
         """Hash over tokenizer.json's content and the eos token. Two tokenizers with the same hash are the same."""
         if self.is_gpt2:
             return tokenizer_sha256()
-        content = json.dumps(json.loads(self.definition), sort_keys=True)
+        content = json.dumps(plain_definition(self.definition), sort_keys=True)
         return hashlib.sha256(f"{content}\n{self.eos_text}".encode()).hexdigest()
 
     @cached_property
@@ -188,7 +188,7 @@ class Tokenizer:
         if self.is_gpt2:
             return load_hf_tokenizer(model_max_length)
         return _build_hf(
-            json.loads(self.definition), self.eos_text, self.pad_text, self.unk_text, model_max_length=model_max_length
+            self.definition, self.eos_text, self.pad_text, self.unk_text, model_max_length=model_max_length
         )
 
     def config_fields(self) -> dict[str, int | None]:
@@ -287,10 +287,10 @@ def make_tokenizer(
 ) -> Tokenizer:
     """Make a tokenizer from the content of a tokenizer.json and the names of its special tokens."""
     try:
-        own = _build_hf(json.loads(definition), eos, pad, unk)
+        own = _build_hf(definition, eos, pad, unk)
     except Exception as error:  # the package tokenizers raises plain Exceptions
         raise DataError(f"--tokenizer {name!r} cannot be used ({one_line(error)})") from error
-    content = _define(own)
+    content = plain_definition(own.backend_tokenizer.to_str())
     if _is_gpt2(content, eos):
         return Tokenizer(name="gpt2", eos_text=EOT_TEXT)
     return Tokenizer(
@@ -302,21 +302,19 @@ def make_tokenizer(
     )
 
 
-def _define(hf: "PreTrainedTokenizerFast") -> dict[str, Any]:
+def plain_definition(definition: str) -> dict[str, Any]:
     """Return a tokenizer.json without what depends on its use: truncation, padding, tokens added around a text."""
-    definition = json.loads(hf.backend_tokenizer.to_str())
-    return definition | {"truncation": None, "padding": None, "post_processor": None}
+    return json.loads(definition) | {"truncation": None, "padding": None, "post_processor": None}
 
 
 def _build_hf(
-    definition: dict[str, Any], eos: str, pad: str | None, unk: str | None, model_max_length: int = 1024
+    definition: str, eos: str, pad: str | None, unk: str | None, model_max_length: int = 1024
 ) -> "PreTrainedTokenizerFast":
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    definition = definition | {"truncation": None, "padding": None, "post_processor": None}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(definition)),
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(plain_definition(definition))),
         bos_token=eos,
         eos_token=eos,
         pad_token=pad,

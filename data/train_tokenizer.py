@@ -83,9 +83,7 @@ def _main(argv: Sequence[str] | None) -> int:
     tokenizer = train_tokenizer(source, args.out, vocab_size=args.vocab_size)
     if tokenizer.vocab_size < args.vocab_size:
         print(f"the text has no more pairs to merge than for {tokenizer.vocab_size:,} tokens")
-    print(
-        f"{tokenizer.vocab_size:,} tokens in {args.out}; use it with `python -m data.prepare ... --tokenizer {args.out}`"
-    )
+    print(f"{tokenizer.vocab_size:,} tokens in {args.out}: `python -m data.prepare ... --tokenizer {args.out}` uses it")
     return 0
 
 
