@@ -134,7 +134,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, resume_fingerprint, keep)
         cleanup.callback(checkpoints.close)
         settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
-        losses, scores = {}, {}
+        losses: dict[str, float] = {}
+        scores: dict[str, float] = {}
         if tokenizer.is_gpt2:  # losses of another tokenizer are not comparable
             losses, scores = published_lines(model_config, data_info["source"], evaluation.hellaswag)
         log = RunLog(run.path, plan, settings, state.step, loss_lines=baselines | losses, score_lines=scores)

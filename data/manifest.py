@@ -161,9 +161,9 @@ def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
     return Manifest(**(_known_fields(Manifest, content) | {"tokenizer": tokenizer}))
 
 
-def _known_fields(kind: type, content: dict[str, Any]) -> dict[str, Any]:
+def _known_fields(kind: Any, content: dict[str, Any]) -> dict[str, Any]:
     """Leave out the keys of another version."""
-    return {name: content[name] for name in kind.__dataclass_fields__ if name in content}
+    return {field.name: content[field.name] for field in dataclasses.fields(kind) if field.name in content}
 
 
 def shard_tokenizer(folder: str | Path) -> Tokenizer:
@@ -261,7 +261,7 @@ def _open_entry(folder: Path, entry: dict[str, Any], vocabulary: Vocabulary) -> 
 
 
 def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:
-    """Find the {split: shards in order} of a folder by name: llm.c's {name}_{split}_{number}.bin (or .npy), or nanoGPT's."""
+    """Find the {split: shards in order} of a folder, named as llm.c's, build-nanogpt's or nanoGPT's (see `split_of`)."""
     shards: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).iterdir()):
         split = split_of(path)

@@ -47,6 +47,7 @@ def read_plain_pickle(path: Path) -> dict[Any, Any]:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError("too large")
+        argument: Any
         for opcode, argument, _ in pickletools.genops(path.read_bytes()):
             name = opcode.name
             if name in ("PROTO", "FRAME", "STOP"):

@@ -313,7 +313,7 @@ def _npy_extent(path: Path, dtype: np.dtype) -> tuple[int, int]:
         content = f"{tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, np.ndarray) else "an archive"
         raise DataError(f"{path}: {content}, but a shard is {dtype} [N]; {REMEDY}")
     if tokens.dtype != dtype:
-        raise DataError(_wrong_dtype(path, tokens.dtype, dtype))
+        raise DataError(_wrong_dtype(path, np.dtype(tokens.dtype), dtype))
     offset = path.stat().st_size - tokens.nbytes
     if offset != getattr(tokens, "offset", offset):
         raise DataError(f"{path}: longer than its header says; {REMEDY}")

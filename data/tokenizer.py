@@ -262,7 +262,7 @@ def _load_transformers(name: str, eos_token: str | None) -> Tokenizer:
     path = resolve_checkpoint(name)
     if Path(path).is_file():
         raise DataError(f"--tokenizer {name!r} is a file; give the folder that it is in")
-    if is_local(path) and not any(Path(path).glob(pattern) for pattern in ("tokenizer*", "vocab*", "*.model")):
+    if is_local(path) and not [*Path(path).glob("tokenizer*"), *Path(path).glob("vocab*")]:
         raise DataError(f"--tokenizer {name!r} has no tokenizer.json; give a folder that save_pretrained has written")
     original: Any = from_pretrained(AutoTokenizer, path, kind="tokenizer")
     if not getattr(original, "is_fast", False) or not hasattr(original, "backend_tokenizer"):

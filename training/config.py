@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from common.cli import say
 from common.models import check_name, load_gpt2_config
@@ -278,7 +278,7 @@ def load_shape(
     return init_from, {name: getattr(source, name) for name in SHAPE}
 
 
-def apply_shape(config: Config, shape: dict[str, int], **vocabulary: int | None) -> GPT2ReproConfig:
+def apply_shape(config: Config, shape: dict[str, int], **vocabulary: Any) -> GPT2ReproConfig:
     """Write the shape from `load_shape` into the settings, and return the model's configuration.
 
     Args:
