@@ -154,7 +154,7 @@ class WindowLoader:
         """Read this process's B / world_size rows of a step; step 0 is the first.
 
         Raises:
-            DataError: a token differs from the one that was written, or is not in GPT-2's vocabulary.
+            DataError: a token differs from the one that was written, or is not in the vocabulary.
         """
         return self.windows.read(self._rank_windows(step), self.boundary)
 

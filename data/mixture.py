@@ -16,8 +16,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from data import DataError
-from data.manifest import dataset_fingerprint, read_manifest
-from data.tokenizer import tokenizer_sha256
+from data.manifest import dataset_fingerprint
 
 _GOLDEN = (1134903170, 1836311903)  # two Fibonacci numbers, whose ratio is the golden ratio's to 18 digits
 
@@ -76,10 +75,9 @@ def mixture_fingerprint(mix: Mapping[str, float]) -> dict[str, Any]:
     fingerprints = {folder: dataset_fingerprint(folder) for folder in mix}
     if len(mix) == 1:
         return next(iter(fingerprints.values()))
-    tokenizers = {folder: _tokenizer_sha256(folder) for folder in mix}
     first, *others = mix
     for folder in others:
-        if tokenizers[folder] != tokenizers[first]:
+        if fingerprints[folder]["tokenizer_sha256"] != fingerprints[first]["tokenizer_sha256"]:
             raise DataError(
                 f"data.mix: {first} and {folder} were made with different tokenizers; prepare one of them again"
             )
@@ -90,15 +88,10 @@ def mixture_fingerprint(mix: Mapping[str, float]) -> dict[str, Any]:
         "manifest_sha256": None,
         "train_sha256": hashlib.sha256(json.dumps(contents).encode()).hexdigest(),
         "source": None,
+        **{key: fingerprints[first][key] for key in ("tokenizer", "tokenizer_sha256", "vocab_size")},
         "mix_weights": weights,
         "sources": {
             folder: {"weight": weight, **fingerprint}
             for (folder, fingerprint), weight in zip(fingerprints.items(), weights, strict=True)
         },
     }
-
-
-def _tokenizer_sha256(folder: str) -> str:
-    """Return the identity of a folder's tokenizer; shards without a manifest have GPT-2's."""
-    manifest = read_manifest(folder)
-    return manifest.tokenizer_sha256 if manifest else tokenizer_sha256()

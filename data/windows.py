@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from data.shards import Shard
-from data.tokenizer import EOT
 
 
 class Batch(NamedTuple):
@@ -58,12 +57,14 @@ class Windows:
         """Read windows into a batch, one row each."""
         T = self.seq_len
         numbers, begins = self.locate(indices)
-        rows = np.empty((len(indices), T + 1), dtype=self.shards[0].tokens.dtype)
+        rows = np.empty((len(indices), T + 1), dtype=self.shards[0].dtype)
         for row, number, begin in zip(rows, numbers.tolist(), begins.tolist(), strict=True):
             row[:] = self.shards[number][begin : begin + T + 1]
         # Not in torch, which would start its own threads for each operation in the reader thread.
         tokens = rows.astype(np.int64)
-        position_ids = _document_positions(rows[:, :-1]) if boundary == "document" else None
+        position_ids = None
+        if boundary == "document":
+            position_ids = _document_positions(rows[:, :-1], self.shards[0].vocabulary.eos_id)
         return Batch(
             torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
             torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
@@ -71,8 +72,8 @@ class Windows:
         )
 
 
-def _document_positions(inputs: np.ndarray) -> np.ndarray:
+def _document_positions(inputs: np.ndarray, eos_id: int) -> np.ndarray:
     """Return the position of each token in its document, [rows, T]; a document cut at the front counts from there."""
     position = np.arange(inputs.shape[1])
-    begin = np.maximum.accumulate(np.where(inputs == EOT, position, 0), axis=1)
+    begin = np.maximum.accumulate(np.where(inputs == eos_id, position, 0), axis=1)
     return position - begin

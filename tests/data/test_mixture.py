@@ -127,7 +127,10 @@ def test_sources_that_cannot_be_mixed_are_errors(folders, monkeypatch):
         mixed(order="lecture")
     with pytest.raises(DataError, match="3 training tokens"):
         mixed(sizes=(300, 3, 120))
-    monkeypatch.setattr(mixture, "_tokenizer_sha256", str)
+    fingerprint = mixture.dataset_fingerprint
+    monkeypatch.setattr(
+        mixture, "dataset_fingerprint", lambda folder: {**fingerprint(folder), "tokenizer_sha256": folder}
+    )
     with pytest.raises(DataError, match="made with different tokenizers"):
         mixture_fingerprint(dict.fromkeys(folders, 1.0))
 
