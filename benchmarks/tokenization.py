@@ -47,7 +47,7 @@ def main() -> None:
 
     source = FileSource(args.paths, separator=args.separator)
     documents = [
-        decode_record(record)
+        decode_record(record) or ""
         for file in source.inputs()
         for record in source.records(file, source.fetch(file), Progress(0))
     ]

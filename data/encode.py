@@ -21,7 +21,7 @@ import numpy as np
 
 from data import DataError
 from data.sources import Record, decode_record
-from data.tokenizer import check_backend, encode_document, load_encoder
+from data.tokenizer import Tokenizer
 
 SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 
@@ -29,15 +29,31 @@ SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fr
 _BATCH_BYTES = 1_000_000
 
 
+class EncodeOptions(NamedTuple):
+    """Everything that decides the tokens of a record."""
+
+    tokenizer: Tokenizer
+    val_fraction: float
+    text_column: str = "text"
+    errors: str = "strict"
+    """see data.sources.decode_record, as for text_column"""
+    parse_eos: bool = False
+    """the eos token's text, written in a document, separates documents; otherwise it is plain characters"""
+
+
 class Encoded(NamedTuple):
     """A batch of documents."""
 
     tokens: np.ndarray
-    """[N] uint16; each document begins with EOT"""
+    """[N] of the tokenizer's type; each document begins with the eos token"""
     lengths: np.ndarray
     """[D] int64, tokens in each document"""
     is_val: np.ndarray
     """[D] bool, True for a validation document"""
+    null_rows: np.ndarray
+    """[] int64, records without a text, which were left out"""
+    eos_texts: np.ndarray
+    """[] int64, occurrences of the eos token's text, <|endoftext|> for GPT-2's"""
 
 
 class Encoder:
@@ -47,26 +63,11 @@ class Encoder:
     does not depend on the number of processes, which live until the end of the `with` block.
     """
 
-    def __init__(
-        self,
-        *,
-        num_proc: int,
-        val_fraction: float,
-        text_column: str = "text",
-        errors: str = "strict",
-        tokenizer_backend: str = "tiktoken",
-    ) -> None:
-        """Check the tokenizer backend; `__enter__` starts the processes.
-
-        Args:
-            num_proc: worker processes; 1 tokenizes in the current process.
-            text_column: see data.sources.decode_record, as for `errors`.
-        """
-        self._options = (val_fraction, text_column, errors, tokenizer_backend)
-        self._num_proc = num_proc
+    def __init__(self, options: EncodeOptions, *, num_proc: int) -> None:
+        """Keep the options; `__enter__` starts the processes (with num_proc=1, none)."""
+        self._options, self._num_proc = options, num_proc
         self._pool: ProcessPoolExecutor | None = None
         self._stack = contextlib.ExitStack()
-        check_backend(tokenizer_backend)  # one error here instead of one in each process
 
     def __enter__(self) -> Self:
         if self._num_proc > 1:
@@ -77,7 +78,7 @@ class Encoder:
             # spawn works on every platform, and forking a process that has threads is not safe.
             context = multiprocessing.get_context("spawn")
             pipe, open_end = context.Pipe(duplex=False)
-            arguments = (self._options[-1], self._folder, pipe)
+            arguments = (self._options, self._folder, pipe)
             self._pool = ProcessPoolExecutor(self._num_proc, context, _start_worker, arguments)
             if sys.version_info < (3, 11, 5):  # shutdown would wait forever for the thread that sends to ended workers
                 self._pool._call_queue.cancel_join_thread()  # type: ignore[attr-defined]
@@ -92,13 +93,13 @@ class Encoder:
     def encode(self, records: Iterable[Record]) -> Generator[Encoded, None, None]:
         """Tokenize records in batches. Raises UserError for a record without text, or if a worker was killed."""
         if self._pool is None:
-            yield from (_encode_batch(batch, *self._options) for batch in _batches(records))
+            yield from (_encode_batch(batch, self._options) for batch in _batches(records))
             return
         pending: deque[Future[Path]] = deque()
         try:
             for batch in _batches(records):
                 with _delay_interrupts():  # submit may start a process
-                    pending.append(self._pool.submit(_encode_to_file, self._folder, batch, *self._options))
+                    pending.append(self._pool.submit(_encode_to_file, batch))
                 # Read only a few batches ahead of the workers, so that memory does not grow with the source.
                 while len(pending) > 3 * self._num_proc or (pending and pending[0].done()):
                     yield _read(pending.popleft().result())
@@ -134,10 +135,14 @@ def _delay_interrupts() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _start_worker(tokenizer_backend: str, folder: Path, pipe: Connection) -> None:
+_worker: dict[str, Any] = {}  # in a worker: its options and the folder for results
+
+
+def _start_worker(options: EncodeOptions, folder: Path, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # for Windows
     threading.Thread(target=_exit_when_closed, args=[folder, pipe], daemon=True).start()
-    load_encoder(tokenizer_backend)
+    _worker.update(options=options, folder=folder)
+    options.tokenizer.encode("")  # loads it
 
 
 def _exit_when_closed(folder: Path, pipe: Connection) -> None:
@@ -160,9 +165,9 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def _encode_to_file(folder: Path, batch: list[Record], *options: Any) -> Path:
-    encoded = _encode_batch(batch, *options)
-    descriptor, path = tempfile.mkstemp(dir=folder)
+def _encode_to_file(batch: list[Record]) -> Path:
+    encoded = _encode_batch(batch, _worker["options"])
+    descriptor, path = tempfile.mkstemp(dir=_worker["folder"])
     try:
         with os.fdopen(descriptor, "wb") as file:
             for array in encoded:
@@ -179,18 +184,20 @@ def _read(path: Path) -> Encoded:
     return encoded
 
 
-def _encode_batch(
-    batch: list[Record], val_fraction: float, text_column: str, errors: str, tokenizer_backend: str
-) -> Encoded:
-    documents, is_val = [], []
+def _encode_batch(batch: list[Record], options: EncodeOptions) -> Encoded:
+    tokenizer, val_fraction, text_column, errors, parse_eos = options
+    documents, is_val, null_rows, eos_texts = [], [], 0, 0
     for record in batch:
         text = decode_record(record, text_column=text_column, errors=errors)
-        if text and not text.isspace():
-            # The content of a record that is not JSON is its text, unless some bytes were replaced.
-            content = record.content if errors == "strict" and not record.is_json else text.encode()
-            hashed = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-            is_val.append(hashed / 2**64 < val_fraction)
-            documents.append(encode_document(text, tokenizer_backend))
+        if text is None:
+            null_rows += 1
+            continue
+        eos_texts += text.count(tokenizer.eos_text)
+        for part in text.split(tokenizer.eos_text) if parse_eos else [text]:
+            if part and not part.isspace():
+                hashed = int.from_bytes(hashlib.blake2b(part.encode(), digest_size=8).digest(), "big")
+                is_val.append(hashed / 2**64 < val_fraction)
+                documents.append(tokenizer.encode_document(part))
     lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
-    tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=np.uint16)
-    return Encoded(tokens, lengths, np.array(is_val, dtype=bool))
+    tokens = np.concatenate(documents) if documents else np.zeros(0, dtype=tokenizer.dtype)
+    return Encoded(tokens, lengths, np.array(is_val, dtype=bool), np.array(null_rows), np.array(eos_texts))

@@ -17,12 +17,13 @@ from typing import Any, Self
 import numpy as np
 from tqdm import tqdm
 
-from data.encode import Encoded, Encoder
+from data.encode import Encoded, EncodeOptions, Encoder
 from data.hub import in_background
 from data.manifest import SPLITS, Manifest
 from data.plan import ShardSource, Source, TextSource
 from data.shards import ShardWriter
 from data.sources import Progress, Record
+from data.tokenizer import Tokenizer
 
 _SECONDS_BETWEEN_LINES = 30
 
@@ -108,7 +109,7 @@ class PartMaker:
         finished: Collection[int] = (),
         tokens_before: int = 0,
         num_proc: int,
-        tokenizer_backend: str = "tiktoken",
+        tokenizer: Tokenizer,
         log: Callable[[str], object] = lambda line: None,
     ) -> None:
         """Set up the encoder, unless the source has shards.
@@ -129,16 +130,13 @@ class PartMaker:
         progress.bytes_done = sum(file["bytes"] for file in files if file["part"] in finished)
         self._display = _Display(progress, plan.max_tokens, log)
         self._finisher = ThreadPoolExecutor(1)
+        self._vocabulary = tokenizer.vocabulary
         self._stack = contextlib.ExitStack()
         self._encoder: Encoder | None = None
         if plan.val_fraction is not None:
-            self._encoder = Encoder(
-                num_proc=num_proc,
-                val_fraction=plan.val_fraction,
-                text_column=plan.source.get("text_column", "text"),
-                errors=plan.source.get("errors", "strict"),
-                tokenizer_backend=tokenizer_backend,
-            )
+            names = ("text_column", "errors", "parse_eos")
+            options = {name: plan.source[name] for name in names if name in plan.source}
+            self._encoder = Encoder(EncodeOptions(tokenizer, plan.val_fraction, **options), num_proc=num_proc)
 
     def __enter__(self) -> Self:
         self._stack.enter_context(self._display)
@@ -156,10 +154,12 @@ class PartMaker:
             return self._import_shard(self.source, part)
         assert self._encoder is not None and self.plan.shard_tokens is not None
         writers = {split: self._writer(split, part, self.plan.shard_tokens) for split in SPLITS}
-        is_full = False
+        is_full, null_rows, eos_texts = False, 0, 0
         try:
             with contextlib.closing(self._encoder.encode(self._records(self.source, part))) as batches:
                 for batch in batches:
+                    null_rows += int(batch.null_rows)
+                    eos_texts += int(batch.eos_texts)
                     kept = self._up_to_max_tokens(batch)
                     for split, mask in (("val", kept.is_val), ("train", ~kept.is_val)):
                         writers[split].add(kept.tokens[np.repeat(mask, kept.lengths)], kept.lengths[mask])
@@ -175,7 +175,8 @@ class PartMaker:
         finally:
             for writer in writers.values():
                 writer.abandon()
-        return {"part": part, "shards": shards, "is_full": is_full}
+        counts = {"null_rows": null_rows, "eos_texts": eos_texts}
+        return {"part": part, "shards": shards, "is_full": is_full, **counts}
 
     def release_inputs(self) -> None:
         """Remove downloaded files of documents, after their part was recorded."""
@@ -209,7 +210,9 @@ class PartMaker:
         prefix = f"{self.plan.name}_{split}_{part:05d}"
         for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
             stale.unlink()  # from an interrupted run
-        return ShardWriter(self.out, prefix, shard_tokens=shard_tokens, executor=self._finisher)
+        return ShardWriter(
+            self.out, prefix, shard_tokens=shard_tokens, executor=self._finisher, vocabulary=self._vocabulary
+        )
 
     def _records(self, source: TextSource, part: int) -> Iterator[Record]:
         for _ in range(sum(file["part"] == part for file in self._files)):
@@ -226,4 +229,4 @@ class PartMaker:
         lengths = batch.lengths[:count]
         tokens = batch.tokens[: lengths.sum()]
         self._tokens_left -= len(tokens)
-        return Encoded(tokens, lengths, batch.is_val[:count])
+        return batch._replace(tokens=tokens, lengths=lengths, is_val=batch.is_val[:count])

@@ -5,12 +5,16 @@ parts are recorded, `finish` writes DIR/manifest.json and removes the rest.
 """
 
 import contextlib
+import glob
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.files import atomic_write
 from common.locks import Lock, Timeout
@@ -23,22 +27,26 @@ from data.manifest import (
     Manifest,
     read_json_with_checksum,
     read_manifest,
+    record_tokenizer,
     write_json_with_checksum,
 )
 from data.pretokenized import HubShards, LocalShards
-from data.shards import scan_shard
+from data.shards import open_shard, scan_shard, write_shard
 from data.sources import FileSource, SampleSource
+from data.tokenizer import Tokenizer
 
 TextSource = SampleSource | FileSource | HubSource
 ShardSource = LocalShards | HubShards
 Source = TextSource | ShardSource
 
 DOWNLOADS = "downloads"
+CUT_RULE = "val is the end of the text, the last"
+_MIN_CUT_FRACTION = 0.1
 _PARTS, _LOCK = "parts", ".lock"
 PART_BYTES = 2**28  # maximum size of a part of several files
 
 
-def open_plan(plan: Manifest, source: Source, out: Path) -> Manifest:
+def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -> Manifest:
     """Write the plan into a new folder; return the plan of a started folder, or the manifest of a finished one."""
     if out.is_symlink() and not out.exists():
         raise DataError(f"{out} is a broken link; remove it or choose another --out")
@@ -48,7 +56,13 @@ def open_plan(plan: Manifest, source: Source, out: Path) -> Manifest:
     with _locked(out):
         old = read_manifest(out) or read_manifest(out, PREPARING)
         if old is not None:
-            _check_same_settings(old, plan, f"{out} {'already exists' if old.shards else 'was started'} with")
+            what = f"{out} {'already exists' if old.shards else 'was started'} with"
+            _check_same_settings(old, plan, what)
+            if old.tokenizer.sha256 != tokenizer.sha256:
+                raise DataError(
+                    f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, "
+                    "choose another --out, or remove it"
+                )
             if not old.shards:
                 _reuse_inputs(old, source, out)
             return old
@@ -56,7 +70,8 @@ def open_plan(plan: Manifest, source: Source, out: Path) -> Manifest:
         if not is_source and any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise DataError(f"{out} already exists and has other content; remove it or choose another --out")
         plan.inputs = _assign_parts(source)
-        plan.source = {**source.settings, **source.provenance}
+        plan.source = {**plan.source, **source.provenance}
+        plan.tokenizer = record_tokenizer(tokenizer, out)
         plan.write(out / PREPARING)
     return plan
 
@@ -183,14 +198,21 @@ def finish(out: Path) -> Manifest | None:
             if not is_complete(manifest, records):
                 return None
             manifest.shards = [shard for part in sorted(records) for shard in records[part]["shards"]]
+            if manifest.val_fraction is not None and not manifest.total("val", "tokens"):
+                _cut_validation_split(manifest, out)
             for split in SPLITS:
                 if not manifest.total(split, "tokens"):
                     _remove_everything(manifest, out)
                     raise DataError(
                         f"the {split} split has no documents (val_fraction {manifest.val_fraction}): give more "
-                        "documents (--separator splits a long text into several) or another --val_fraction"
+                        "text, or another --val_fraction"
                     )
             manifest.write(out / MANIFEST)
+        if manifest.split_rule.startswith(CUT_RULE):
+            listed = {shard["file"] for shard in manifest.shards}
+            for path in out.glob(f"{glob.escape(manifest.name)}_train_*.bin"):
+                if path.name not in listed:
+                    path.unlink()
         (out / PREPARING).unlink(missing_ok=True)
         shutil.rmtree(out / _PARTS, ignore_errors=True)
         downloads = out / DOWNLOADS
@@ -198,6 +220,38 @@ def finish(out: Path) -> Manifest | None:
         if not any(path.is_file() for path in downloads.rglob("*")):
             shutil.rmtree(downloads, ignore_errors=True)
     return manifest
+
+
+def _cut_validation_split(manifest: Manifest, out: Path) -> None:
+    """Move the last tokens from the training shards to a validation shard.
+
+    A tenth of the tokens as in nanoGPT's Shakespeare, or val_fraction if that is more. The shards get new names, so
+    that the old ones are there until the manifest is written.
+    """
+    total = manifest.total("train", "tokens")
+    wanted = math.ceil(max(manifest.val_fraction or 0, _MIN_CUT_FRACTION) * total)
+    vocabulary = manifest.tokenizer.vocabulary
+    tail: list[np.ndarray] = []
+    left = wanted
+    while left and manifest.shards:
+        entry = manifest.shards.pop()
+        tokens = open_shard(out / entry["file"], entry["crc32"], vocabulary=vocabulary)[:]
+        tail.insert(0, tokens[len(tokens) - min(left, len(tokens)) :])
+        left -= len(tail[0])
+        if len(tail[0]) < len(tokens):
+            manifest.shards.append(_write_cut(manifest, out, "train", entry["part"], tokens[: -len(tail[0])]))
+    if not tail:
+        return
+    manifest.shards.append(_write_cut(manifest, out, "val", manifest.num_parts, np.concatenate(tail)))
+    manifest.split_rule = f"{CUT_RULE} {wanted:,} of {total:,} tokens"
+
+
+def _write_cut(manifest: Manifest, out: Path, split: str, part: int, tokens: np.ndarray) -> dict[str, Any]:
+    path = out / f"{manifest.name}_{split}_{part:05d}999.bin"
+    write_shard(path, tokens, manifest.tokenizer.vocabulary)
+    scan = scan_shard(path, vocabulary=manifest.tokenizer.vocabulary)
+    del scan["crc32_of_all"]
+    return {"file": path.name, "split": split, "part": part, **scan}
 
 
 def _read_plan(folder: Path) -> Manifest:

@@ -33,11 +33,14 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from data import DataError
+from data.corpora import CORPORA
 from data.encode import SPLIT_RULE
 from data.hub import HubRepository, HubSource
 from data.manifest import SPLITS, Manifest, needs_preparing
+from data.nanogpt import nanogpt_tokenizer
 from data.parts import PartMaker
 from data.plan import (
+    CUT_RULE,
     DOWNLOADS,
     Source,
     finish,
@@ -53,7 +56,7 @@ from data.plan import (
 from data.pretokenized import HubShards, LocalShards
 from data.shards import MAX_TOKENS
 from data.sources import FileSource, SampleSource
-from data.tokenizer import TOKENIZER_BACKENDS
+from data.tokenizer import GPT2_VOCABULARY, TOKENIZER_BACKENDS, Tokenizer, Vocabulary, load_tokenizer
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
 _SAMPLE_VAL_FRACTION = 0.05
@@ -71,7 +74,8 @@ def prepare(
     shard_tokens: int = _SHARD_TOKENS,
     max_tokens: int | None = None,
     num_proc: int = 1,
-    tokenizer_backend: str = "tiktoken",
+    tokenizer: Tokenizer | None = None,
+    parse_eos: bool = False,
     shard_index: int = 0,
     shard_count: int = 1,
     log: Callable[[str], object] = lambda line: None,
@@ -79,7 +83,8 @@ def prepare(
     """Make a folder of shards with a manifest, or resume making it.
 
     A document is never split over two shards. The bytes of the shards depend on the source, `val_fraction`,
-    `shard_tokens` and `max_tokens`, but not on `num_proc`, `tokenizer_backend`, `shard_count` or interruptions.
+    `shard_tokens`, `max_tokens`, `parse_eos` and the tokenizer's ids, but not on `num_proc`, `shard_count` or
+    interruptions. If no document is drawn for validation, the last part of the tokens is cut off for it, see plan.py.
 
     Args:
         source: documents, see data.sources, or shards to import, see data.pretokenized.
@@ -88,7 +93,9 @@ def prepare(
         shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
         max_tokens: maximum number of tokens in all shards; the last document is the last one that fits.
         num_proc: number of tokenizer processes.
-        tokenizer_backend: see data.tokenizer.load_encoder.
+        tokenizer: None: GPT-2's.
+        parse_eos: `<|endoftext|>` in a text (the text of the tokenizer's eos token) separates documents; otherwise it
+            is plain characters.
         shard_index: index of the first part to prepare, of every shard_count-th.
         log: called with lines for the user.
 
@@ -101,25 +108,34 @@ def prepare(
     """
     out = Path(out)
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count)
+    tokenizer = tokenizer or load_tokenizer()
+    is_text = val_fraction is not None
     plan = Manifest(
         name=name,
-        source=source.settings,
-        split_rule=SPLIT_RULE if val_fraction is not None else "by the names of the imported files",
+        source={**source.settings, "parse_eos": parse_eos or None} if is_text else source.settings,
+        split_rule=SPLIT_RULE if is_text else "by the names of the imported files",
         val_fraction=val_fraction,
-        shard_tokens=None if val_fraction is None else shard_tokens,
+        shard_tokens=shard_tokens if is_text else None,
         max_tokens=max_tokens,
-        versions=_versions(tokenizer_backend),
+        versions=_versions(tokenizer),
     )
     is_new = not out.exists()
     try:
-        plan = open_plan(plan, source, out)
+        plan = open_plan(plan, source, tokenizer, out)
         if plan.shards:
             log(f"{out} is already prepared: nothing to do")
             return finish(out)  # completes an interrupted cleanup
         parts = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
+        if isinstance(source, FileSource) and source.skipped:
+            names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
+            log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
         _check_disk(plan, source, out, parts, log)
-        _prepare_parts(plan, source, out, parts, num_proc=num_proc, tokenizer_backend=tokenizer_backend, log=log)
-        return finish(out)
+        _prepare_parts(plan, source, out, parts, num_proc=num_proc, tokenizer=tokenizer, log=log)
+        _report_oddities(out, tokenizer, parse_eos, log)
+        manifest = finish(out)
+        if manifest is not None and manifest.split_rule.startswith(CUT_RULE):
+            log(f"split     too few documents to draw some for validation: {manifest.split_rule}")
+        return manifest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or out
@@ -164,10 +180,24 @@ def _check_numbers(
         raise DataError("--max_tokens needs all parts in order, and --shard_count divides them: give only one of them")
 
 
-def _versions(tokenizer_backend: str) -> dict[str, str]:
+def _report_oddities(out: Path, tokenizer: Tokenizer, parse_eos: bool, log: Callable[[str], object]) -> None:
+    """Say how many rows had no text, and how often the text has the eos token's name in it."""
+    records = part_records(out).values()
+    null_rows, eos_texts = (sum(record.get(key, 0) for record in records) for key in ("null_rows", "eos_texts"))
+    if null_rows:
+        log(f"skipped   {null_rows:,} rows without a text (null)")
+    if eos_texts and not parse_eos:
+        log(
+            f"note      {tokenizer.eos_text} is in the text {eos_texts:,} times, and was tokenized as plain text; "
+            "with --parse_eos it separates documents"
+        )
+
+
+def _versions(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the versions of the software that makes the tokens, for the manifest."""
-    versions = {"python": platform.python_version(), "tiktoken": metadata.version("tiktoken")}
-    for package in ("gpt2-repro", *([tokenizer_backend] if tokenizer_backend != "tiktoken" else [])):
+    package = tokenizer.backend if tokenizer.is_gpt2 else "tokenizers"
+    versions = {"python": platform.python_version(), package: metadata.version(package)}
+    for package in ("gpt2-repro", "tiktoken"):
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[package] = metadata.version(package)
     return versions
@@ -203,7 +233,7 @@ def _prepare_parts(
     parts: Sequence[int],
     *,
     num_proc: int,
-    tokenizer_backend: str,
+    tokenizer: Tokenizer,
     log: Callable[[str], object],
 ) -> None:
     finished = part_records(out)
@@ -220,7 +250,7 @@ def _prepare_parts(
         finished=finished.keys(),
         tokens_before=sum(shard["tokens"] for record in finished.values() for shard in record["shards"]),
         num_proc=num_proc,
-        tokenizer_backend=tokenizer_backend,
+        tokenizer=tokenizer,
         log=log,
     ) as maker:
         for part in pending:
@@ -233,7 +263,12 @@ def _prepare_parts(
 
 
 def source_of(
-    settings: Mapping[str, Any], *, out: str | Path, keep: bool = False, max_tokens: int | None = None
+    settings: Mapping[str, Any],
+    *,
+    out: str | Path,
+    keep: bool = False,
+    max_tokens: int | None = None,
+    vocabulary: Vocabulary = GPT2_VOCABULARY,
 ) -> Source:
     """Make the source that has these settings.
 
@@ -248,7 +283,7 @@ def source_of(
     if kind == "files":
         return FileSource(settings["paths"], **options)
     if "dataset" not in settings:
-        return LocalShards(settings["folder"], max_tokens=max_tokens)
+        return LocalShards(settings["folder"], max_tokens=max_tokens, vocabulary=vocabulary)
     repository = HubRepository(
         settings["dataset"],
         revision=settings["asked_revision"],
@@ -257,7 +292,7 @@ def source_of(
     )
     if kind == "hub":
         return HubSource(repository, subset=settings["subset"], keep=keep, **options)
-    return HubShards(repository, max_tokens=max_tokens)
+    return HubShards(repository, max_tokens=max_tokens, vocabulary=vocabulary)
 
 
 def _parser() -> Parser:
@@ -271,13 +306,15 @@ def _parser() -> Parser:
         return commands.add_parser(name, help=help, description=help)
 
     sample = command("sample", "Python's own documentation; needs no network")
-    fineweb_edu = command("fineweb-edu", "HuggingFaceFW/fineweb-edu from the Hub, 10 billion tokens by default")
-    fineweb = command("fineweb", "HuggingFaceFW/fineweb from the Hub, 10 billion tokens by default")
+    named = {
+        name: command(name, f"{corpus.about}; {corpus.license}; 10 billion tokens by default")
+        for name, corpus in CORPORA.items()
+    }
     hub = command("hub", "any text data set on the Hub")
     files = command("files", "your own files: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
     pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
     merging = command("merge", "merge the folders that --shard_count made on several machines")
-    datasets, text = (fineweb_edu, fineweb, hub), (fineweb_edu, fineweb, hub, files)
+    datasets, text = (*named.values(), hub), (*named.values(), hub, files)
 
     def add(sources: Sequence[argparse.ArgumentParser], flag: str, help: str, **options: Any) -> None:
         shown = " (default: %(default)s)" if options.get("default") is not None else ""
@@ -289,8 +326,7 @@ def _parser() -> Parser:
     add([pretokenized], "where", "a data set on the Hub, or a local folder", metavar="OWNER/NAME|FOLDER")
     add([files], "paths", 'files, folders of them, or patterns ("notes/**/*.txt")', nargs="+", metavar="PATH")
     add([hub], "--dataset", "id of the data set on the Hub", required=True, metavar="OWNER/NAME")
-    add([fineweb_edu, fineweb], "--subset", "subset of the data set", default="sample-10BT")
-    add([hub], "--subset", "subset of the data set")
+    add(datasets, "--subset", "subset of the data set")
     add(datasets, "--keep_parquet", "keep the downloaded files, in DIR/downloads", action="store_true")
     add([*datasets, pretokenized], "--revision", "branch, tag or commit", default="main")
     add(text, "--text_column", "column or key of the text", default="text")
@@ -299,6 +335,8 @@ def _parser() -> Parser:
     separator = r"text between the documents of a .txt file, \n for a line break; without it, each file is a document"
     add([hub, files], "--separator", separator, type=_unescape)
     add([*text, pretokenized], "--max_tokens", "maximum number of tokens, for example 1e9", type=_integer)
+    for name, corpus in CORPORA.items():
+        named[name].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
     add([*text, pretokenized], "--shard_index", "index of this machine, below --shard_count", type=int, default=0)
     add([*text, pretokenized], "--shard_count", "number of machines that divide the files", type=int, default=1)
     add(text, "--shard_tokens", "maximum number of tokens in a shard", type=_integer, default=_SHARD_TOKENS)
@@ -308,6 +346,11 @@ def _parser() -> Parser:
     add([*text, sample], "--num_proc", "tokenizer processes, one per core by default", type=int, default=_cores())
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
     add([*text, sample], "--tokenizer_backend", backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
+    name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
+    add([*text, sample, pretokenized], "--tokenizer", name, metavar="NAME")
+    add([*text, sample, pretokenized], "--eos_token", "the token between documents, for a tokenizer without one")
+    parse = "<|endoftext|> in the text separates documents; by default it is plain characters"
+    add(text, "--parse_eos", parse, action="store_true")
     for source in (*text, sample):
         source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
     return parser
@@ -342,31 +385,37 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {"text_column": args.text_column, "errors": args.errors, "separator": getattr(args, "separator", None)}
     if args.source == "files":
         return {**settings, "kind": "files", "paths": args.paths}
-    dataset = args.dataset if args.source == "hub" else f"HuggingFaceFW/{args.source}"
-    return {**settings, "kind": "hub", "dataset": dataset, "subset": args.subset, "asked_revision": args.revision}
+    names = {"dataset": args.dataset, "subset": args.subset, "asked_revision": args.revision}
+    return {**settings, "kind": "hub", **names}
 
 
 def _prepare_or_merge(args: argparse.Namespace) -> Manifest | None:
     if args.source == "merge":
         return merge(args.folders, args.out)
+    settings = _settings(args)
+    backend = getattr(args, "tokenizer_backend", "tiktoken")
+    tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
+    if args.tokenizer is None and "folder" in settings:
+        tokenizer = nanogpt_tokenizer(settings["folder"]) or tokenizer
     source = source_of(
-        _settings(args),
+        settings,
         out=args.out,
         keep=getattr(args, "keep_parquet", False),
         max_tokens=getattr(args, "max_tokens", None),
+        vocabulary=tokenizer.vocabulary,
     )
     names = (
         "val_fraction",
         "shard_tokens",
         "max_tokens",
         "num_proc",
-        "tokenizer_backend",
+        "parse_eos",
         "shard_index",
         "shard_count",
     )
     options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     name = "sample" if args.source == "sample" else Path(args.out).resolve().name
-    return prepare(source, args.out, name=name, log=tqdm.write, **options)
+    return prepare(source, args.out, name=name, tokenizer=tokenizer, log=tqdm.write, **options)
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -9,52 +9,12 @@ from typing import Any
 
 from data import DataError
 from data.hub import HubRepository
-from data.manifest import MANIFEST, Manifest, record_tokenizer, split_of, unmanaged_shards
-from data.nanogpt import nanogpt_tokenizer
+from data.manifest import split_of, unmanaged_shards
 from data.shards import HEADER_BYTES, HEADERLESS_NAMES, scan_shard
-from data.tokenizer import GPT2_VOCABULARY, Tokenizer, Vocabulary, load_tokenizer
+from data.tokenizer import GPT2_VOCABULARY, Vocabulary
 
 _NPY_HEADER_BYTES = 128
 NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy), or train.bin and val.bin"
-
-
-def import_shards(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    name: str = "imported",
-    tokenizer: Tokenizer | None = None,
-    max_tokens: int | None = None,
-) -> Manifest:
-    """Check the shards of a local folder and write a manifest that describes them, in the same folder or another.
-
-    Args:
-        tokenizer: the one that made them; None for that of nanoGPT's meta.pkl, or GPT-2's.
-        max_tokens: take as many training shards as are needed for this many tokens.
-
-    Raises:
-        DataError: a shard is damaged, or has tokens outside the tokenizer's vocabulary.
-    """
-    out = Path(out)
-    tokenizer = tokenizer or nanogpt_tokenizer(folder) or load_tokenizer()
-    source = LocalShards(folder, max_tokens=max_tokens, vocabulary=tokenizer.vocabulary)
-    if (out / MANIFEST).exists():
-        raise DataError(f"{out} has a {MANIFEST} already; name another --out, or remove it")
-    shards = []
-    for part, file in enumerate(source.inputs()):
-        entry = source.import_shard(file, source.fetch(file), out)
-        shards.append({"file": entry.pop("file"), "split": entry.pop("split"), "part": part, **entry})
-    out.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(
-        name=name,
-        source=source.settings,
-        split_rule="by the names of the imported files",
-        max_tokens=max_tokens,
-        tokenizer=record_tokenizer(tokenizer, out),
-        shards=shards,
-    )
-    manifest.write(out / MANIFEST)
-    return manifest
 
 
 class LocalShards:
@@ -93,9 +53,11 @@ class LocalShards:
 class HubShards:
     """Shards on the Hub, for example kjj0/fineweb10B-gpt2."""
 
-    def __init__(self, repository: HubRepository, *, max_tokens: int | None = None) -> None:
+    def __init__(
+        self, repository: HubRepository, *, max_tokens: int | None = None, vocabulary: Vocabulary = GPT2_VOCABULARY
+    ) -> None:
         """Select the shards of a data set, see LocalShards."""
-        self.repository, self.max_tokens = repository, max_tokens
+        self.repository, self.max_tokens, self.vocabulary = repository, max_tokens, vocabulary
         self.settings = {
             "kind": "pretokenized",
             "dataset": repository.dataset,
@@ -111,7 +73,10 @@ class HubShards:
         """List the shards to import."""
         shards = [(split_of(file["path"]), file) for file in self.repository.files()]
         return _select_shards(
-            [(split, file) for split, file in shards if split], self.max_tokens, self.repository.dataset
+            [(split, file) for split, file in shards if split],
+            self.max_tokens,
+            self.repository.dataset,
+            self.vocabulary.dtype.itemsize,
         )
 
     def fetch(self, file: dict[str, Any]) -> Path:
@@ -121,7 +86,7 @@ class HubShards:
     def import_shard(self, file: dict[str, Any], path: Path, folder: str | Path) -> dict[str, Any]:
         """Check a shard and move it into the folder, see LocalShards.import_shard."""
         name = PurePosixPath(file["path"]).name
-        entry = _shard_entry(file, path, name)
+        entry = _shard_entry(file, path, name, self.vocabulary)
         path.replace(Path(folder) / name)
         return entry
 

@@ -18,9 +18,10 @@ import glob
 import inspect
 import os
 import platform
+import re
 import sysconfig
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -50,6 +51,8 @@ class Record(NamedTuple):
     """file name for messages"""
     number: int
     """number of the document's first line in the file, or of its row"""
+    is_null: bool = False
+    """True for a row without a text"""
 
 
 class Progress:
@@ -173,6 +176,8 @@ class FileSource:
         self.text_column, self.separator, self.errors = text_column, separator, errors
         self.provenance: dict[str, Any] = {}
         self.paths = [str(path) for path in paths]
+        self.skipped: list[Path] = []
+        """files of other kinds in the folders, from the last call of `inputs`"""
         self.settings = {
             "kind": "files",
             "paths": self.paths,
@@ -184,10 +189,13 @@ class FileSource:
     def inputs(self) -> list[dict[str, Any]]:
         """List the files."""
         files: list[Path] = []
+        self.skipped = []
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
-                matches = sorted(p for p in path.rglob("*") if file_kind(p) and p.is_file())
+                inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+                matches = [p for p in inside if file_kind(p)]
+                self.skipped += [p for p in inside if not file_kind(p)]
                 if not matches:
                     raise DataError(f"{path}: no {_kinds()} file in this folder")
                 files += matches
@@ -219,7 +227,7 @@ class FileSource:
 
 def file_kind(path: str | Path) -> str | None:
     """Return one of KINDS, or None for another kind of file."""
-    path = Path(path)
+    path = Path(str(path).lower())  # B.TXT
     plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
     if plain.suffix not in KINDS or (plain is not path and plain.suffix == ".parquet"):
         return None
@@ -246,7 +254,10 @@ def file_records(
             return
         is_json = file_kind(path) == ".jsonl"
         pieces_end = b"\n" if is_json else separator.encode() if separator else None
-        with path.open("rb") as raw, decompress(raw, path.suffix) as stream:
+        suffix = path.suffix.lower()
+        if suffix in COMPRESSIONS and path.stat().st_size == 0:
+            raise EOFError("0 bytes")
+        with path.open("rb") as raw, decompress(raw, suffix) as stream:
             for number, content in _split_stream(stream, pieces_end, where, raw, progress):
                 if content and not content.isspace():
                     yield Record(content, is_json, where, number)
@@ -258,6 +269,7 @@ def _split_stream(
     """Yield (line number, bytes) of each piece between separators, or of the entire stream without a separator."""
     number, rest = 1, b""
     lines_between = separator.count(b"\n") if separator else 0
+    split = _splitter(separator) if separator else lambda content: [content]
     is_first = True
     while True:
         chunk = stream.read(max(_READ_BYTES, len(rest)))
@@ -266,7 +278,7 @@ def _split_stream(
         if not chunk:
             break
         progress.bytes_here = raw.tell()
-        *pieces, rest = (rest + chunk).split(separator) if separator else [rest + chunk]
+        *pieces, rest = split(rest + chunk)
         for piece in pieces:
             yield number, piece
             number += lines_between if separator == b"\n" else piece.count(b"\n") + lines_between
@@ -277,6 +289,14 @@ def _split_stream(
             )
     if rest:
         yield number, rest
+
+
+def _splitter(separator: bytes) -> Callable[[bytes], list[bytes]]:
+    r"""Return a function that splits at a separator, whose line breaks match \r\n, too."""
+    if separator == b"\n":  # the same pieces, but for \r at their ends, which is white space
+        return lambda content: content.split(b"\n")
+    lines = separator.replace(b"\r\n", b"\n").split(b"\n")
+    return re.compile(rb"\r?\n".join(map(re.escape, lines))).split
 
 
 def _parquet_records(path: Path, where: str, text_column: str, progress: Progress) -> Iterator[Record]:
@@ -304,7 +324,9 @@ def _parquet_records(path: Path, where: str, text_column: str, progress: Progres
                     column = column.dictionary_decode()
                 for content in column.cast(pyarrow.large_binary()).to_pylist():
                     row += 1
-                    if content and not content.isspace():
+                    if content is None:
+                        yield Record(b"", False, where, row, is_null=True)
+                    elif content and not content.isspace():
                         yield Record(content, False, where, row)
                 progress.bytes_here = size * row // max(1, file.metadata.num_rows)
     except pyarrow.ArrowException as error:
@@ -314,11 +336,13 @@ def _parquet_records(path: Path, where: str, text_column: str, progress: Progres
         ) from error
 
 
-def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str:
-    """Return the text of a record, see FileSource.
+def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str | None:
+    """Return the text of a record, see FileSource; None if it is null.
 
     Half a surrogate pair, which JSON allows, is not Unicode text and becomes U+FFFD.
     """
+    if record.is_null:
+        return None
     where = f"{record.where}:{record.number}"
     try:
         text = record.content.decode("utf-8", errors)
@@ -332,8 +356,12 @@ def decode_record(record: Record, *, text_column: str = "text", errors: str = "s
         return text
     value = parse_json(text, where)
     field = value.get(text_column) if isinstance(value, dict) else value
+    if field is None and isinstance(value, dict) and text_column in value:
+        return None
     if not isinstance(field, str):
         content = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
+        if field is not None and isinstance(value, dict):
+            content = f"but a {type(field).__name__}"
         raise DataError(f"{where}: no text under {text_column!r}, {content}; name the right key with --text_column")
     text = field
     try:

@@ -61,7 +61,7 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
 def _texts(source: FileSource) -> Iterator[str]:
     for file in source.inputs():
         for record in source.records(file, source.fetch(file), Progress(file["bytes"])):
-            text = decode_record(record, text_column=source.text_column, errors=source.errors)
+            text = decode_record(record, text_column=source.text_column, errors=source.errors) or ""  # or null
             for begin, end in pieces(text):
                 yield text[begin:end]
 

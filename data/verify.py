@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 from common.files import replace_file
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
+from data.manifest import MANIFEST, PREPARING, read_manifest, shard_tokenizer, unmanaged_shards
 from data.parts import PartMaker
+from data.plan import CUT_RULE
 from data.prepare import source_of
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 
@@ -101,6 +102,8 @@ def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object
         raise DataError(f"{folder} has no {MANIFEST}, which names the source of the shards; copy the bad files again")
     if manifest.source["kind"] == "pretokenized" and "dataset" not in manifest.source:
         raise DataError(f"the shards of {folder} were imported; copy these again: {', '.join(sorted(problems))}")
+    if manifest.split_rule.startswith(CUT_RULE):
+        raise DataError(f"{folder}: {manifest.split_rule}, which is only cut when all is prepared: prepare it again")
     repair_folder = folder / _REPAIR
     source = source_of(manifest.source, out=repair_folder)
     if manifest.source["kind"] == "sample" and source.settings["python"] != manifest.source["python"]:
@@ -116,7 +119,13 @@ def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object
             repair_folder.mkdir(exist_ok=True)
             tokens_before = sum(entry["tokens"] for entry in manifest.shards if entry["part"] < part)
             with PartMaker(
-                manifest, source, repair_folder, [part], tokens_before=tokens_before, num_proc=num_proc
+                manifest,
+                source,
+                repair_folder,
+                [part],
+                tokens_before=tokens_before,
+                num_proc=num_proc,
+                tokenizer=shard_tokenizer(folder),
             ) as maker:
                 made = maker.make(part)["shards"]
             for entry in (entry for entry in damaged if entry["part"] == part):

@@ -13,8 +13,10 @@ from common.errors import UserError
 from data import DataError, train_tokenizer
 from data.manifest import Manifest, open_split, read_manifest, record_tokenizer, shard_tokenizer
 from data.nanogpt import read_plain_pickle
-from data.pretokenized import import_shards
+from data.prepare import main, prepare
+from data.pretokenized import LocalShards
 from data.shards import open_shard, scan_shard, write_shard
+from data.sources import FileSource
 from data.tokenizer import Vocabulary, check_same_tokenizer, load_hf_tokenizer, load_tokenizer
 
 LARGE = Vocabulary(100_000, 99_999)
@@ -131,7 +133,7 @@ def test_uint32_shards(tmp_path):
         scan_shard(path, vocabulary=Vocabulary(66_000, 0))
 
 
-def test_nanogpt_data_sets(tmp_path, own):
+def test_nanogpt_data_sets(tmp_path, own, capsys):
     text = "to be, or not\n"
     characters = sorted(set(text))
     meta = {"vocab_size": len(characters), "itos": dict(enumerate(characters))}
@@ -145,19 +147,31 @@ def test_nanogpt_data_sets(tmp_path, own):
             np.array(ids, dtype=np.uint16).tofile(folder / f"{split}.bin")
     with pytest.raises(DataError, match=r"meta\.pkl.*pretokenized"):
         open_split(folder, "train")
-    import_shards(folder, tmp_path / "out")
+    assert main(["pretokenized", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert [shard[:].tolist() for shard in open_split(tmp_path / "out", "train")] == [ids]
     tokenizer = shard_tokenizer(tmp_path / "out")
     assert tokenizer.encode_document(text, starts=False).tolist() == ids
     assert tokenizer.hf().decode(ids) == text
     assert tokenizer.vocab_size == len(characters) + 1
     (folder / "meta.pkl").write_bytes(pickle.dumps({"x": print}))
-    with pytest.raises(DataError, match="it is not unpickled"):
-        import_shards(folder, tmp_path / "other")
-    import_shards(folder, tmp_path / "named", tokenizer=own)
+    assert main(["pretokenized", str(folder), "--out", str(tmp_path / "other")]) == 2
+    assert "it is not unpickled" in capsys.readouterr().err
+    prepare(LocalShards(folder, vocabulary=own.vocabulary), tmp_path / "named", name="named", tokenizer=own)
     assert shard_tokenizer(tmp_path / "named").sha256 == own.sha256
     (folder / "meta.pkl").unlink()  # nanoGPT's word-level sets have GPT-2's tokens
     assert [shard[:].tolist() for shard in open_split(folder, "val")] == [ids]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_preparing_with_another_tokenizer(tmp_path, own, num_proc):
+    (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in DOCUMENTS))
+    options = {"name": "t", "val_fraction": 0.2, "tokenizer": own, "num_proc": num_proc}
+    prepare(FileSource([tmp_path / "text.jsonl"]), tmp_path / "out", **options)
+    assert shard_tokenizer(tmp_path / "out").sha256 == own.sha256
+    tokens = {split: [t for s in open_split(tmp_path / "out", split) for t in s[:]] for split in ("train", "val")}
+    assert len(tokens["train"]) + len(tokens["val"]) == sum(len(own.encode_document(text)) for text in DOCUMENTS)
+    with pytest.raises(DataError, match=r"already exists with tokenizer .*, got another one"):
+        prepare(FileSource([tmp_path / "text.jsonl"]), tmp_path / "out", name="t", val_fraction=0.2)
 
 
 def test_manifests_of_format_2_open(tmp_path):

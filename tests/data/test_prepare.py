@@ -5,7 +5,9 @@ import itertools
 import json
 import subprocess
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from shard_folders import DOCUMENTS, content_of, jsonl_folder, times_of
 
 from common.errors import UserError
@@ -16,6 +18,7 @@ from data.plan import kept_parts
 from data.prepare import merge, prepare
 from data.sources import FileSource
 from data.tokenizer import EOT, load_tiktoken
+from data.verify import repair, verify
 
 
 @pytest.fixture
@@ -99,13 +102,12 @@ def test_max_tokens_ends_at_a_document(run, small_parts, tmp_path, files):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"documents": DOCUMENTS[:1]}, "split has no documents"),
+        ({"documents": [" "]}, "split has no documents"),
         ({"val_fraction": 0}, "val_fraction"),
         ({"num_proc": 0}, "num_proc"),
         ({"shard_tokens": 2**31}, "shard_tokens"),
         ({"shard_index": 2, "shard_count": 2}, "shard_index"),
         ({"max_tokens": 10, "shard_count": 2}, "max_tokens"),
-        ({"tokenizer_backend": "steam"}, "tokenizer_backend must be one of .*, got 'steam'"),
     ],
 )
 def test_errors_leave_no_files(run, tmp_path, options, words):
@@ -269,8 +271,80 @@ def test_command_reports_a_bad_file_on_one_line(tmp_path, capsys):
 def test_engine_is_an_alias_of_tokenizer_backend(tmp_path, capsys, monkeypatch, flag):
     backends = []
     monkeypatch.setattr(
-        prepare_module, "prepare", lambda *_, tokenizer_backend, **__: backends.append(tokenizer_backend) or interrupt()
+        prepare_module, "prepare", lambda *_, tokenizer, **__: backends.append(tokenizer.backend) or interrupt()
     )
     assert prepare_module.main(["files", "text.txt", "--out", str(tmp_path / "out"), flag, "gigatoken"]) == 130
     assert backends == ["gigatoken"]
     assert ("--engine is now called --tokenizer_backend" in capsys.readouterr().err) == (flag == "--engine")
+
+
+def test_one_document_is_cut_by_tokens(run, tmp_path):
+    """The last tenth of its tokens is for validation; stopping before the manifest is written loses nothing."""
+    text = "A book in one piece. " * 2000
+    tokens = [EOT, *load_tiktoken().encode_ordinary(text)]
+    write = prepare_module.Manifest.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.plan.Manifest.write", lambda self, path: interrupt() if self.shards else write(self, path))
+        with pytest.raises(KeyboardInterrupt):
+            run(documents=[text])
+    lines = []
+    manifest = run(documents=[text], log=lines.append)
+    train, val = ([t for s in open_split(tmp_path / "out", split) for t in s[:].tolist()] for split in ("train", "val"))
+    assert train + val == tokens
+    assert len(val) == -(-len(tokens) // 10)
+    assert any(f"the last {len(val):,} of {len(tokens):,} tokens" in line for line in lines)
+    assert verify(tmp_path / "out")[1] == {}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {e["file"] for e in manifest.shards} | {
+        "manifest.json"
+    }
+    (tmp_path / "out" / manifest.shards[0]["file"]).unlink()
+    with pytest.raises(DataError, match="prepare it again"):
+        repair(tmp_path / "out")
+
+
+def test_cut_takes_the_end_of_several_shards(run, tmp_path):
+    documents = ["x y z " * 300] * 8  # duplicates, which are all drawn for the same split
+    run("whole", documents=documents, val_fraction=0.001, shard_tokens=10**6)
+    run("parts", documents=documents, val_fraction=0.4, shard_tokens=1000)  # 0.4: more than a tenth
+    whole, parts = (
+        {split: [t for s in open_split(tmp_path / name, split) for t in s[:].tolist()] for split in ("train", "val")}
+        for name in ("whole", "parts")
+    )
+    assert whole["train"] + whole["val"] == parts["train"] + parts["val"]
+    assert len(parts["val"]) == -(-4 * len(parts["train"] + parts["val"]) // 10)
+
+
+def test_end_of_text_in_a_text_is_counted_and_can_be_parsed(run, tmp_path):
+    odd = [*DOCUMENTS, "one<|endoftext|>two<|endoftext|>\n"]
+    lines = []
+    run(documents=odd, log=lines.append)
+    assert any("<|endoftext|> is in the text 2 times" in line and "--parse_eos" in line for line in lines)
+    run("parsed", documents=odd, parse_eos=True)
+    parsed = documents_of(tmp_path / "parsed", "train") + documents_of(tmp_path / "parsed", "val")
+    assert {"one", "two"} <= set(parsed)
+    with pytest.raises(DataError, match="already exists with parse_eos True, got None"):
+        run("parsed", documents=odd)
+
+
+def test_null_rows_and_files_of_other_kinds_are_reported(tmp_path):
+    folder = jsonl_folder(tmp_path / "text", DOCUMENTS, 1)
+    (folder / "null.jsonl").write_text('{"text": null}\n{"text": "some"}\n')
+    parquet.write_table(pyarrow.table({"text": ["word", None, None]}), folder / "A.PARQUET")
+    (folder / "B.TXT").write_text("read, whatever its case")
+    (folder / "notes.pdf").write_text("x")
+    lines = []
+    prepare(FileSource([folder]), tmp_path / "out", name="t", val_fraction=0.1, log=lines.append)
+    assert "skipped   3 rows without a text (null)" in lines
+    assert f"skipped   1 files of other kinds: {folder / 'notes.pdf'}" in lines
+    found = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "val")
+    assert {"some", "word", "read, whatever its case"} <= set(found)
+
+
+def test_named_corpora_are_hub_data_sets(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(prepare_module, "prepare", lambda source, *_, **options: calls.append((source, options)))
+    for name, corpus in prepare_module.CORPORA.items():
+        assert prepare_module.main([name, "--out", str(tmp_path / "out"), "--revision", "v1"]) == 0
+        source, options = calls.pop()
+        assert (source.repository.dataset, source.subset, source.repository.revision) == (*corpus[:2], "v1")
+        assert options["max_tokens"] == corpus.max_tokens

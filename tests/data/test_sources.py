@@ -15,11 +15,12 @@ def documents(paths, **options):
     """Return the texts of all files."""
     source = FileSource(paths, **options)
     options = {"text_column": source.text_column, "errors": source.errors}
-    return [
+    texts = (
         decode_record(record, **options)
         for file in source.inputs()
         for record in source.records(file, source.fetch(file), Progress(0))
-    ]
+    )
+    return [text for text in texts if text is not None]
 
 
 def zstd(content, *, frames=1):
@@ -114,6 +115,17 @@ def test_separators_across_read_boundaries(tmp_path, monkeypatch):
         assert documents([tmp_path / "a.txt"], separator="<s>") == ["a", "bb", "ccc"]
 
 
+@pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n"])
+def test_separators_match_either_kind_of_line_break(tmp_path, monkeypatch, separator):
+    text = separator.replace("\r", "").join(["a\nb", "c", "d"])
+    for size in (1, 3, 100):
+        monkeypatch.setattr("data.sources._READ_BYTES", size)
+        for name, line_break in (("unix", "\n"), ("windows", "\r\n")):
+            (tmp_path / f"{name}.txt").write_text(text, newline=line_break)
+            found = documents([tmp_path / f"{name}.txt"], separator=separator)
+            assert [part.replace("\r\n", "\n") for part in found] == ["a\nb", "c", "d"]
+
+
 def test_errors_replace_replaces_invalid_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'"ok"\n"\xff!"\n')
     assert documents([tmp_path / "a.jsonl"], errors="replace") == ["ok", "\ufffd!"]
@@ -137,6 +149,8 @@ def test_errors_replace_replaces_invalid_bytes(tmp_path):
         ("a.txt", b"fine\nfine\n\xffbad", ["a.txt:3", "byte 10", "UTF-8"]),
         ("a.pdf", b"x", ["a.pdf", "'.pdf'", ".jsonl"]),
         ("a.jsonl.gz", gzip.compress(b'"x"\n' * 9999, mtime=0)[:-20], ["a.jsonl.gz", "truncated"]),
+        ("a.jsonl", b'{"text": ["x"]}\n', ["a.jsonl:1", "'text'", "a list"]),
+        ("a.txt.gz", b"", ["a.txt.gz", "damaged"]),
         ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz", "damaged"]),
         ("a.jsonl.xz", lzma.compress(b'"x"\n' * 9999)[:-20], ["a.jsonl.xz", "truncated"]),
         ("a.jsonl.zst", zstd(b'"x"\n' * 9999)[:-5], ["a.jsonl.zst", "truncated"]),
