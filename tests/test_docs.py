@@ -21,6 +21,7 @@ from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.config import Config, load_config
 from training.logging import NEXT_STEPS
+from training.setting_names import SHORT
 from training.settings import settings_of
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -194,6 +195,7 @@ def test_options_in_sentences_exist():
     for program in ("data.prepare", "data.verify", "eval", "eval.miniseries", "hub", "sample.py"):
         for parser in parsers_of(parser_of(program)):
             known |= {*parser._option_string_actions}
+    known |= {f"--{name}" for name in SHORT}
     theirs = {"--trust-remote-code"}  # of `transformers serve`
     for name, text in texts():
         assert inline_options(text) <= known | theirs, name

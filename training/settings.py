@@ -109,7 +109,6 @@ def _parser_and_settings(config_class: type) -> tuple[ArgumentParser, dict[str, 
             text = f"{action.help} [{describe_type(action._typehint)}; default: {format_value(action.default)}]"
             names = [*(short for short, name in SHORT.items() if name == action.dest), action.dest]
             action.option_strings = [f"--{name}" for name in names]
-            parser._option_string_actions.update(dict.fromkeys(action.option_strings, action))
             action.metavar, action.help = "", text.replace("%", "%%")
         elif action.dest != "config":  # --optim and the other groups, which take no value here
             action.help = argparse.SUPPRESS
