@@ -89,7 +89,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _wait(folder: Path, is_done: Callable[[], bool], note: Path) -> None:
     rank = os.environ["RANK"]
-    speaks = rank == "1" or os.environ.get("LOCAL_RANK") == "0"  # one process per machine prints
+    prints_lines = rank == "1" or os.environ.get("LOCAL_RANK") == "0"  # one process per machine prints
     started = psutil.Process().create_time()
     last_note = last_line = time.monotonic()
     while True:
@@ -99,11 +99,11 @@ def _wait(folder: Path, is_done: Callable[[], bool], note: Path) -> None:
         if state == "ended" or (state == "missing" and now - last_note > _NOTE_SECONDS):
             break
         last_note = now if state == "making" else last_note
-        if speaks and now - last_line > _LINE_SECONDS:
+        if prints_lines and now - last_line > _LINE_SECONDS:
             print(f"data      process {rank} waits until the main process has made {folder}", flush=True)
             last_line = now
         time.sleep(_POLL_SECONDS)
-    if not speaks:
+    if not prints_lines:
         raise SystemExit(1)
     if state == "ended":
         raise UserError(f"{folder} was not made: the main process (RANK 0) has failed or was killed")
