@@ -50,11 +50,11 @@ from accelerate.utils import gather_object, set_seed
 
 from common.models import load_gpt2
 from data.loader import Batch, WindowLoader
-from data.manifest import dataset_fingerprint, open_split
+from data.manifest import dataset_fingerprint, open_split, shard_tokenizer
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample_if_missing
 from data.shards import Shard
-from data.tokenizer import VOCAB_SIZE, load_hf_tokenizer
+from data.tokenizer import Tokenizer, check_same_tokenizer
 from eval.during_training import TrainingEvaluation, check_prompts
 from eval.hellaswag.task import LECTURE
 from eval.hellaswag.task import Task as HellaSwag
@@ -92,8 +92,11 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         repository = None
         if config.push_to_hub is not None and not config.dry_run:  # check that we may push before spending compute
             repository = run_on_main(Repository, config.push_to_hub, private=not config.push_public)
-        resolved_init_from, shape = run_on_main(load_shape, config.init_from, resume_from)
-        model_config = apply_shape(config, shape)
+        tokenizer = run_on_main(shard_tokenizer, config.data.path)  # GPT-2's if the shards are not there yet
+        resolved_init_from, shape = run_on_main(load_shape, config.init_from, resume_from, tokenizer.vocab_size)
+        if resolved_init_from is not None and resume_from is None:
+            run_on_main(check_same_tokenizer, resolved_init_from, tokenizer)
+        model_config = apply_shape(config, shape, **tokenizer.config_fields())
         hardware = find_hardware(accelerator, config.dollars_per_hour)
         plan = Plan(shape=model_config, batch=config.batch, max_steps=config.max_steps, hardware=hardware)
         say(plan.describe())
@@ -101,7 +104,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         if config.dry_run:
             return print_dry_run(config, accelerator, plan)
         data_info, loader, val_shards, baselines = load_data(config, accelerator, plan)
-        evaluation = make_evaluation(config, loader, val_shards, stop)
+        evaluation = make_evaluation(config, tokenizer, loader, val_shards, stop)
 
         resume_fingerprint = {  # what defines step N: the checkpoint to resume from must have the same
             "seed": config.seed,
@@ -111,6 +114,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             "seq_len": config.batch.seq_len,
             "order": config.data.order,
             "boundary": config.data.boundary,
+            "tokenizer": None if tokenizer.is_gpt2 else tokenizer.sha256,  # runs before 2026-12 had GPT-2's, and no key
             **{name: data_info[name] for name in ("train_tokens", "train_sha256")},
         }
         state = LoopState() if resume_from is None else load_state(resume_from, resume_fingerprint, run.path)
@@ -130,7 +134,10 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, resume_fingerprint, keep)
         cleanup.callback(checkpoints.close)
         settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
-        losses, scores = published_lines(model_config, data_info["source"], evaluation.hellaswag)
+        losses: dict[str, float] = {}
+        scores: dict[str, float] = {}
+        if tokenizer.is_gpt2:  # losses of another tokenizer are not comparable
+            losses, scores = published_lines(model_config, data_info["source"], evaluation.hellaswag)
         log = RunLog(run.path, plan, settings, state.step, loss_lines=baselines | losses, score_lines=scores)
         cleanup.enter_context(log)
         # A resumed run warns if the learning rate of its last step is not the one in its log.
@@ -260,16 +267,17 @@ def load_data(
         f"validation tokens; the run is {epochs:.2f} epochs"
     )
     warn_of_repetition(epochs)
-    baselines = ngram_baselines(train_shards, val_shards) if config.eval.ngram_baselines else {}
+    vocab_size = data_info["vocab_size"]
+    baselines = ngram_baselines(train_shards, val_shards, vocab_size) if config.eval.ngram_baselines else {}
     return data_info, loader, val_shards, baselines
 
 
 def make_evaluation(
-    config: Config, loader: WindowLoader, val_shards: list[Shard], stop: StopRequest
+    config: Config, shards_tokenizer: Tokenizer, loader: WindowLoader, val_shards: list[Shard], stop: StopRequest
 ) -> TrainingEvaluation:
-    """Open HellaSwag and the tokenizer, and check that items and prompts fit the model's context."""
+    """Open HellaSwag, and check that items and prompts fit the model's context."""
     n_positions = config.model.n_positions
-    tokenizer = load_hf_tokenizer(model_max_length=n_positions)
+    tokenizer = shards_tokenizer.hf(model_max_length=n_positions)
     check_prompts(tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=n_positions)
     hellaswag = None
     if config.eval.hellaswag is not None:
@@ -293,7 +301,7 @@ def build_model(config: GPT2ReproConfig, seed: int, source: str | Path | None) -
         set_seed(seed)  # the same on every process
         return GPT2ReproForCausalLM(config)
     dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    return load_gpt2(str(source), vocab_size=VOCAB_SIZE, **dropout)
+    return load_gpt2(str(source), vocab_size=config.vocab_size, **dropout)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "tuple[PreT
     # For a folder without tokenizer files, transformers raises an error about formats, or returns an empty tokenizer.
     folder = Path(name)
     has_files = not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
-    tokenizer = _from_pretrained(AutoTokenizer, name, trust_remote_code) if has_files else None
+    tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code) if has_files else None
     if tokenizer is None or tokenizer.vocab_size == 0:
         raise UserError(f"checkpoint {name!r} has no tokenizer; put one there with tokenizer.save_pretrained")
     return tokenizer, load_config(name, trust_remote_code=trust_remote_code)
@@ -79,7 +79,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> "PreTrainedCon
     """Return a checkpoint's config; for arguments and errors see `load_tokenizer`."""
     from transformers import AutoConfig
 
-    return _from_pretrained(AutoConfig, name, trust_remote_code)
+    return from_pretrained(AutoConfig, name, trust_remote_code)
 
 
 def load_gpt2_config(name: str, *, vocab_size: int = 0) -> "PreTrainedConfig":
@@ -159,7 +159,7 @@ def load_model(
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    model, loading = _from_pretrained(
+    model, loading = from_pretrained(
         model_class or AutoModelForCausalLM,
         name,
         trust_remote_code,
@@ -179,11 +179,18 @@ def load_model(
     return model.to(device)
 
 
-def _from_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: Any) -> Any:
+def from_pretrained(
+    auto_class: Any, name: str, trust_remote_code: bool = False, *, kind: str = "checkpoint", **options: Any
+) -> Any:
+    """Call `auto_class.from_pretrained`, without the network for a folder; `kind` is a word for messages.
+
+    Raises:
+        UserError: see `load_tokenizer`.
+    """
     is_local = Path(name).is_dir()
     unreachable = None if is_local else hub_error()
     try:
-        return kind.from_pretrained(
+        return auto_class.from_pretrained(
             name,
             trust_remote_code=is_local or trust_remote_code,
             local_files_only=is_local or unreachable is not None,  # read the cache at once, see hub_error
@@ -192,7 +199,7 @@ def _from_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: A
     except Exception as error:  # a broken folder makes transformers raise errors of any class
         if "trust_remote_code" in str(error):
             raise RemoteCodeRequired(
-                f"checkpoint {name!r}: brings its own modeling code; read it, then run it with --trust_remote_code"
+                f"{kind} {name!r}: brings its own modeling code; read it, then run it with --trust_remote_code"
             ) from error
         if "use_safetensors" in str(error):
             problem = "no weights as safetensors; pickles (pytorch_model.bin) can run any code and are not opened here"
@@ -200,7 +207,7 @@ def _from_pretrained(kind: Any, name: str, trust_remote_code: bool, **options: A
             problem = f"no such folder, nor in the Hub's local cache, and {unreachable}"
         else:
             problem = f"cannot be opened ({type(error).__name__}: {one_line(error)})"
-        raise UserError(f"checkpoint {name!r}: {problem}") from error
+        raise UserError(f"{kind} {name!r}: {problem}") from error
 
 
 def revision(name: str) -> str | None:

@@ -75,12 +75,14 @@ class _Windows:
         """Read windows into a batch, one row each."""
         T = self.seq_len
         numbers, begins = self.locate(indices)
-        rows = np.empty((len(indices), T + 1), dtype=np.uint16)
+        rows = np.empty((len(indices), T + 1), dtype=self.shards[0].dtype)
         for row, number, begin in zip(rows, numbers.tolist(), begins.tolist(), strict=True):
             row[:] = self.shards[number][begin : begin + T + 1]
         # Not in torch, which would start its own threads for each operation in the reader thread.
         tokens = rows.astype(np.int64)
-        position_ids = _document_positions(rows[:, :-1]) if boundary == "document" else None
+        position_ids = (
+            _document_positions(rows[:, :-1], self.shards[0].vocabulary.eos_id) if boundary == "document" else None
+        )
         return Batch(
             torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
             torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
@@ -88,10 +90,10 @@ class _Windows:
         )
 
 
-def _document_positions(inputs: np.ndarray) -> np.ndarray:
+def _document_positions(inputs: np.ndarray, eos_id: int = EOT) -> np.ndarray:
     """Return the position of each token in its document, [rows, T]; a document cut at the front counts from there."""
     position = np.arange(inputs.shape[1])
-    begin = np.maximum.accumulate(np.where(inputs == EOT, position, 0), axis=1)
+    begin = np.maximum.accumulate(np.where(inputs == eos_id, position, 0), axis=1)
     return position - begin
 
 
@@ -200,7 +202,7 @@ class WindowLoader:
         """Read this process's B / world_size rows of a step; step 0 is the first.
 
         Raises:
-            DataError: a token differs from the one that was written, or is not in GPT-2's vocabulary.
+            DataError: a token differs from the one that was written, or is not in the vocabulary.
         """
         return self.windows.read(self._rank_windows(step), self.boundary)
 

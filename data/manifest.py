@@ -1,7 +1,8 @@
 """manifest.json describes a folder of shards: its files, their source and their checksums.
 
 data.prepare writes it last, so a folder that has one is complete. Until then the folder has preparing.json, the same
-without shards. A folder without either has shards made by another tool; the file names give the splits.
+without shards. A folder without either has shards made by another tool; the file names give the splits, and the
+tokenizer is GPT-2's. The files of another tokenizer are in the folder's `tokenizer/`.
 """
 
 import dataclasses
@@ -16,18 +17,60 @@ from common.cli import shell_quote
 from common.errors import one_line
 from common.files import write_text_atomically
 from data import DataError
-from data.shards import REMEDY, Shard, open_shard
-from data.tokenizer import tokenizer_sha256
+from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard
+from data.tokenizer import EOT_TEXT, GPT2_VOCABULARY, Tokenizer, Vocabulary, load_tokenizer, tokenizer_sha256
 
 MANIFEST = "manifest.json"
 PREPARING = "preparing.json"
-FORMAT_VERSION = 2
+TOKENIZER = "tokenizer"
+NANOGPT_META = "meta.pkl"
+FORMAT_VERSION = 3
 SPLITS = ("train", "val")
 _CHECKSUM_KEY = "sha256_of_the_rest"
 _REMEDY = (
     "restore it from a copy, or remove it and run `python -m data.prepare pretokenized DIR --out DIR`, which checks "
     "the shards in DIR and writes a new one"
 )
+
+
+@dataclass(kw_only=True)
+class TokenizerRecord:
+    """The tokenizer of a folder of shards; by default GPT-2's."""
+
+    name: str = "gpt2"
+    """as the user gave it; sha256 decides if two are the same"""
+    sha256: str = field(default_factory=tokenizer_sha256)
+    """see Tokenizer.sha256"""
+    vocab_size: int = GPT2_VOCABULARY.size
+    eos: str = EOT_TEXT
+    """the token that separates documents"""
+    eos_id: int = GPT2_VOCABULARY.eos_id
+    pad: str | None = None
+    unk: str | None = None
+    dtype: str = "uint16"
+    """of the tokens in shards"""
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of the files in DIR/tokenizer; none for GPT-2's, which comes with the program"""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What reading shards needs of it."""
+        return Vocabulary(self.vocab_size, self.eos_id)
+
+
+def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecord:
+    """Write the tokenizer's files into DIR/tokenizer of a folder of shards, and return its record for the manifest."""
+    return TokenizerRecord(
+        name=tokenizer.name,
+        sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        eos=tokenizer.eos_text,
+        eos_id=tokenizer.eos_id,
+        pad=tokenizer.pad_text,
+        unk=tokenizer.unk_text,
+        dtype=tokenizer.dtype.name,
+        files=tokenizer.save(Path(folder) / TOKENIZER),
+    )
 
 
 @dataclass(kw_only=True)
@@ -48,10 +91,8 @@ class Manifest:
     """maximum number of tokens in a shard; None for imported shards"""
     max_tokens: int | None = None
     """maximum number of tokens in all shards; the last document is the last one that fits"""
-    tokenizer: str = "gpt2"
-    """name of the tokenizer; tokenizer_sha256 decides if two are the same"""
-    tokenizer_sha256: str = field(default_factory=tokenizer_sha256)
-    """see data.tokenizer.tokenizer_sha256"""
+    tokenizer: TokenizerRecord = field(default_factory=TokenizerRecord)
+    """from `record_tokenizer`"""
     versions: dict[str, str] = field(default_factory=dict)
     """versions of the software that made the shards: {"python": "3.11.7", "tiktoken": ...}"""
     format_version: int = FORMAT_VERSION
@@ -102,20 +143,54 @@ def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
     """Read a folder's MANIFEST (or PREPARING); None if the folder does not have one.
 
     Raises:
-        DataError: the manifest cannot be read, is damaged, has another format version, or names another tokenizer.
+        DataError: the manifest cannot be read, is damaged, or has a format that this program does not read.
     """
     path = Path(folder) / name
     if not path.exists():
         return None
     remedy = _REMEDY if name == MANIFEST else f"remove {folder} and prepare it again"
     content = read_json_with_checksum(path, remedy)
-    if content.get("format_version") != FORMAT_VERSION:  # checked first: another format may have other keys
-        raise DataError(
-            f"{path}: format {content.get('format_version')!r}, this program reads {FORMAT_VERSION}; {remedy}"
-        )
-    if content.get("tokenizer_sha256") != tokenizer_sha256():
+    version = content.get("format_version")
+    if version == 2:  # before 2026-12, with GPT-2's tokenizer only
+        content |= {"tokenizer": {"sha256": content.get("tokenizer_sha256")}, "format_version": FORMAT_VERSION}
+    elif version != FORMAT_VERSION:
+        raise DataError(f"{path}: format {version!r}, this program reads {FORMAT_VERSION} and 2; {remedy}")
+    tokenizer = TokenizerRecord(**_known_fields(TokenizerRecord, content["tokenizer"]))
+    if tokenizer.name == "gpt2" and tokenizer.sha256 != tokenizer_sha256():
         raise DataError(f"{path}: another tokenizer than GPT-2's made these shards; prepare them again")
-    return Manifest(**content)
+    return Manifest(**(_known_fields(Manifest, content) | {"tokenizer": tokenizer}))
+
+
+def _known_fields(kind: Any, content: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the keys of another version."""
+    return {field.name: content[field.name] for field in dataclasses.fields(kind) if field.name in content}
+
+
+def shard_tokenizer(folder: str | Path) -> Tokenizer:
+    """Return the tokenizer of a folder of shards: the manifest's, or GPT-2's for a folder without one.
+
+    Raises:
+        DataError: its files are missing or damaged, or the manifest is.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.tokenizer.name == "gpt2":
+        return load_tokenizer()
+    record = manifest.tokenizer
+    for name, sha256 in record.files.items():
+        path = Path(folder) / TOKENIZER / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(f"{path}: the tokenizer's file does not match its checksum; {REMEDY}")
+    return Tokenizer(
+        name=record.name,
+        eos_text=record.eos,
+        pad_text=record.pad,
+        unk_text=record.unk,
+        definition=(Path(folder) / TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"),
+    )
 
 
 def needs_preparing(folder: str | Path) -> bool:
@@ -144,13 +219,19 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
         )
     manifest = read_manifest(folder)
     if manifest is not None:
-        shards = [_open_entry(folder, entry) for entry in manifest.shards if entry["split"] == split]
+        vocabulary = manifest.tokenizer.vocabulary
+        shards = [_open_entry(folder, entry, vocabulary) for entry in manifest.shards if entry["split"] == split]
     elif (folder / PREPARING).exists():
         raise DataError(
             f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
             "`python -m data.prepare` command again to resume it"
         )
     else:
+        if (folder / NANOGPT_META).exists():
+            raise DataError(
+                f"{folder} has a tokenizer of its own ({NANOGPT_META}): import it with `python -m data.prepare "
+                f"pretokenized {shell_quote(folder)} --out DIR`"
+            )
         shards = [open_shard(path) for path in unmanaged_shards(folder).get(split, [])]
     if not shards:
         raise DataError(
@@ -170,17 +251,17 @@ def _similar_names(folder: Path) -> str:
     return f"; did you mean {' or '.join(str(folder.parent / name) for name in similar)}?" if similar else "."
 
 
-def _open_entry(folder: str | Path, entry: dict[str, Any]) -> Shard:
+def _open_entry(folder: Path, entry: dict[str, Any], vocabulary: Vocabulary) -> Shard:
     """Open a shard of the folder's manifest. Raises DataError if it does not have the manifest's number of tokens."""
-    path = Path(folder) / entry["file"]  # imported shards have absolute paths
-    shard = open_shard(path, crc32=entry["crc32"])
+    path = folder / entry["file"]  # imported shards have absolute paths
+    shard = open_shard(path, crc32=entry["crc32"], vocabulary=vocabulary)
     if len(shard) != entry["tokens"]:
         raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
     return shard
 
 
 def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:
-    """Find the {split: shards in order} of a folder by llm.c's names, {name}_{split}_{number}.bin, or .npy."""
+    """Find the {split: shards in order} of a folder, named as llm.c's, build-nanogpt's or nanoGPT's (see `split_of`)."""
     shards: dict[str, list[Path]] = {}
     for path in sorted(Path(folder).iterdir()):
         split = split_of(path)
@@ -192,6 +273,8 @@ def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:
 def split_of(path: str | PurePath) -> str | None:
     """Return "train" or "val", or None if the file's name is not that of a shard."""
     path = PurePath(path)
+    if path.name in HEADERLESS_NAMES:
+        return path.stem
     split = (path.stem.split("_")[-2:-1] or [""])[0]  # from the right: the name may have "_val_" in it too
     return split if path.suffix in (".bin", ".npy") and split in SPLITS else None
 
@@ -201,10 +284,12 @@ def dataset_fingerprint(folder: str | Path) -> dict[str, Any]:
 
     Returns:
         train_tokens, val_tokens and shards (number of files); manifest_sha256, train_sha256 (a hash over the training
-        shards' hashes, in order) and source, which are None without a manifest.
+        shards' hashes, in order) and source, which are None without a manifest; tokenizer (name), tokenizer_sha256
+        and vocab_size.
     """
     train, val = open_split(folder, "train"), open_split(folder, "val")
     manifest = read_manifest(folder)
+    tokenizer = TokenizerRecord() if manifest is None else manifest.tokenizer
     hashes = [entry["sha256"] for entry in manifest.shards if entry["split"] == "train"] if manifest else []
     return {
         "train_tokens": sum(len(shard) for shard in train),
@@ -213,4 +298,7 @@ def dataset_fingerprint(folder: str | Path) -> dict[str, Any]:
         "manifest_sha256": manifest and hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest(),
         "train_sha256": manifest and hashlib.sha256("".join(hashes).encode()).hexdigest(),
         "source": manifest and manifest.source,
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
     }

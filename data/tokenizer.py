@@ -1,31 +1,38 @@
-"""GPT-2's byte-level BPE (50,000 merges, 256 bytes, `<|endoftext|>`), without a download.
+"""Tokenizers: GPT-2's byte-level BPE, the default, and any fast tokenizer of transformers.
 
-tiktoken and transformers download OpenAI's two vocabulary files, vocab.bpe and encoder.json, at first use. vocab.bpe is
-in this folder (vocab.bpe.LICENSE names its source), and encoder.json follows from it: it numbers the 256 bytes, the
-merges and `<|endoftext|>` in this order. Both tokenizers are built from vocab.bpe. The SHA-256 values of both files are
-those in tiktoken's source (tiktoken_ext/openai_public.py).
+GPT-2's has 50,000 merges, 256 bytes and `<|endoftext|>`. tiktoken and transformers download OpenAI's two vocabulary
+files, vocab.bpe and encoder.json, at first use. vocab.bpe is in this folder (vocab.bpe.LICENSE names its source), and
+encoder.json follows from it: it numbers the 256 bytes, the merges and `<|endoftext|>` in this order. The SHA-256 values
+of both files are those in tiktoken's source (tiktoken_ext/openai_public.py).
+
+    python -m data.tokenizer train FILES --vocab_size 16384 --out DIR      make one (data/train_tokenizer.py)
 """
 
 import hashlib
 import importlib.util
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass, fields, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.checkpoints import is_local, resolve_checkpoint
+from common.errors import UserError, one_line
 from data import DataError
 
 if TYPE_CHECKING:
     import tiktoken
-    from transformers import GPT2Tokenizer
+    from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 50257
 EOT = 50256
 EOT_TEXT = "<|endoftext|>"
+GPT2_NAMES = ("gpt2", "openai-community/gpt2")
 VOCAB_BPE = Path(__file__).with_name("vocab.bpe")
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -46,12 +53,297 @@ _WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_WHITE = 100_000
 _LONG_WHITE_RUN = re.compile(rf"(?<!{_WHITE}){_WHITE}{{{_LONG_WHITE},}}+(?!\Z)")
 
-# No match of SPLIT_PATTERN spans a letter and the white space after it.
-_PIECE_END = re.compile(r"[A-Za-z](?=[ \n])")
+# No match of SPLIT_PATTERN spans a letter and the white space after it, or a Chinese or Japanese letter and a comma.
+_PIECE_END = re.compile(r"[^\W\d_](?=[ \n])|[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff](?=[\u3001\u3002\uff0c])")
 _PIECE_CHARACTERS = 1_000_000
 
 TOKENIZER_BACKENDS = ("tiktoken", "gigatoken")
-_EOT_ARRAY = np.array([EOT], dtype=np.uint32)
+
+
+class Vocabulary(NamedTuple):
+    """The facts about a tokenizer that reading shards needs."""
+
+    size: int
+    """number of token ids, the largest one + 1"""
+    eos_id: int
+    """the token that separates documents"""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the tokens in shards, little-endian."""
+        return np.dtype("<u2" if self.size <= 2**16 else "<u4")
+
+
+GPT2_VOCABULARY = Vocabulary(VOCAB_SIZE, EOT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """A tokenizer of documents. Its fields are plain values, so it can be sent to worker processes.
+
+    A document is the eos token and then the tokens of its text. Special tokens written in a text are plain characters,
+    and none is added to it. A long text is encoded in pieces of about a million characters, so that memory stays flat.
+    Pieces end where every match of GPT-2's pre-tokenization ends, so for GPT-2's and other byte-level BPEs their tokens
+    are those of the text. A tokenizer that marks the beginning of a text (SentencePiece's, with a space) marks that of
+    each piece: one or two other tokens per million characters.
+    """
+
+    name: str
+    """as the user gave it"""
+    eos_text: str
+    """the token that separates documents"""
+    pad_text: str | None = None
+    unk_text: str | None = None
+    definition: str = ""
+    """content of tokenizer.json; "" for GPT-2's tokenizer"""
+    backend: str = "tiktoken"
+    """for GPT-2's tokenizer, one of TOKENIZER_BACKENDS with the same ids; others use the package tokenizers"""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without what the properties cache
+
+    @property
+    def is_gpt2(self) -> bool:
+        """True for GPT-2's tokenizer."""
+        return not self.definition
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Size and eos token."""
+        if self.is_gpt2:
+            return GPT2_VOCABULARY
+        ids = self.ids()
+        return Vocabulary(max(ids.values()) + 1, ids[self.eos_text])
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.vocabulary.size
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the eos token."""
+        return self.vocabulary.eos_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token, if there is one."""
+        return None if self.pad_text is None else _load_fast(self.definition).token_to_id(self.pad_text)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the tokens in shards."""
+        return self.vocabulary.dtype
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over tokenizer.json's content and the eos token. Two tokenizers with the same hash are the same."""
+        if self.is_gpt2:
+            return tokenizer_sha256()
+        content = json.dumps(plain_definition(self.definition), sort_keys=True)
+        return hashlib.sha256(f"{content}\n{self.eos_text}".encode()).hexdigest()
+
+    @cached_property
+    def encode(self) -> Callable[[str], np.ndarray]:
+        """The function that encodes a text: str -> [N] token ids."""
+        if self.is_gpt2:
+            return load_encoder(self.backend)
+        fast = _load_fast(self.definition)
+        return lambda text: np.array(fast.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
+
+    def encode_document(self, text: str, starts: bool = True) -> np.ndarray:
+        """Encode a document of any length: the eos token if a document starts here, then the text; [N] of `dtype`."""
+        parts = [np.array([self.eos_id] if starts else [], dtype=np.uint32)]
+        for begin, end in pieces(text):
+            piece, start = text[begin:end], 0
+            # Cut before the last character of a long run, where a match of SPLIT_PATTERN ends anyway: the same tokens.
+            for run in _LONG_WHITE_RUN.finditer(piece) if len(piece) > _LONG_WHITE else ():
+                parts.append(self.encode(piece[start : run.end() - 1]))
+                start = run.end() - 1
+            parts.append(self.encode(piece[start:]))
+        return np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+
+    def byte_lengths(self) -> np.ndarray | None:
+        """Return the number of UTF-8 bytes of each token, [V] uint16, 0 for special ones; None if not byte-level."""
+        special = {EOT_TEXT}
+        if not self.is_gpt2:
+            definition = json.loads(self.definition)
+            special = {token["content"] for token in definition["added_tokens"]}
+            if "ByteLevel" not in json.dumps(definition["decoder"]):
+                return None
+        lengths = np.zeros(self.vocab_size, dtype=np.uint16)
+        for token, number in self.ids().items():  # a byte-level tokenizer spells each byte of a token as one character
+            lengths[number] = 0 if token in special else len(token)
+        return lengths
+
+    def hf(self, model_max_length: int = 1024) -> "PreTrainedTokenizerFast":
+        """Build the tokenizer of transformers that checkpoints carry. Its bos token is the eos token, as GPT-2's.
+
+        `tokenizer(text)` encodes `<|endoftext|>` in a text as the special token. With `split_special_tokens=True` it is
+        plain characters, as in shards.
+
+        Args:
+            model_max_length: the model's n_positions.
+        """
+        if self.is_gpt2:
+            return load_hf_tokenizer(model_max_length)
+        return _build_hf(
+            self.definition, self.eos_text, self.pad_text, self.unk_text, model_max_length=model_max_length
+        )
+
+    def config_fields(self) -> dict[str, int | None]:
+        """Return the fields of a model's config that follow from the tokenizer."""
+        ids = {"bos_token_id": self.eos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+        return {"vocab_size": self.vocab_size, **ids}
+
+    def extends(self, other: "Tokenizer") -> bool:
+        """Return True if this tokenizer is the other one, or has tokens added to it."""
+        return self.sha256 == other.sha256 or other.ids().items() <= self.ids().items()
+
+    def ids(self) -> dict[str, int]:
+        """Return {token: id}."""
+        return load_vocabulary() if self.is_gpt2 else _load_fast(self.definition).get_vocab()
+
+    def save(self, folder: str | Path) -> dict[str, str]:
+        """Save the files of `hf` into a folder. Return {file name: SHA-256}; GPT-2's has none, its name is enough."""
+        if self.is_gpt2:
+            return {}
+        self.hf().save_pretrained(folder)
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
+
+
+def load_tokenizer(name: str | None = None, *, eos_token: str | None = None, backend: str = "tiktoken") -> Tokenizer:
+    """Load GPT-2's tokenizer (None or "gpt2"), offline, or any fast tokenizer of transformers.
+
+    Args:
+        name: a folder (a checkpoint's, or one of `python -m data.tokenizer train`), or an id on the Hub.
+        eos_token: the token that separates documents, for a tokenizer that has no eos token.
+        backend: for GPT-2's, one of TOKENIZER_BACKENDS.
+
+    Raises:
+        UserError: it cannot be opened, is not a fast one, or has no eos token; the backend is not available.
+    """
+    tokenizer = Tokenizer(name="gpt2", eos_text=EOT_TEXT, backend=backend)
+    if name is not None and name not in GPT2_NAMES:
+        tokenizer = _load_transformers(name, eos_token)
+    if tokenizer.is_gpt2:
+        tokenizer = replace(tokenizer, backend=backend)
+        check_backend(backend)
+        if eos_token not in (None, EOT_TEXT):
+            raise DataError(f"--eos_token must be {EOT_TEXT} for GPT-2's tokenizer, got {eos_token!r}; leave it out")
+    elif backend != "tiktoken":
+        raise DataError(
+            f"--tokenizer_backend {backend} is for GPT-2's tokenizer, and --tokenizer is {name!r}; drop one"
+        )
+    return tokenizer
+
+
+def check_same_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
+    """Raise DataError if a checkpoint's tokenizer is not that of the shards, nor an extension of it.
+
+    A checkpoint without a tokenizer is one of GPT-2's.
+    """
+    try:
+        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text)
+    except UserError:  # it has none, or one without the shards' eos token
+        other = load_tokenizer()
+    if not other.extends(tokenizer):
+        raise DataError(
+            f"{checkpoint} has another tokenizer ({other.vocab_size:,} tokens) than the shards ({tokenizer.name}, "
+            f"{tokenizer.vocab_size:,} tokens): prepare the text with --tokenizer {checkpoint}, or train from scratch"
+        )
+
+
+def _load_transformers(name: str, eos_token: str | None) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    from common.models import from_pretrained
+
+    path = resolve_checkpoint(name)
+    if Path(path).is_file():
+        raise DataError(f"--tokenizer {name!r} is a file; give the folder that it is in")
+    if is_local(path) and not [*Path(path).glob("tokenizer*"), *Path(path).glob("vocab*")]:
+        raise DataError(f"--tokenizer {name!r} has no tokenizer.json; give a folder that save_pretrained has written")
+    original: Any = from_pretrained(AutoTokenizer, path, kind="tokenizer")
+    if not getattr(original, "is_fast", False) or not hasattr(original, "backend_tokenizer"):
+        raise DataError(
+            f"--tokenizer {name!r} is a slow one ({type(original).__name__}): name one with a tokenizer.json"
+        )
+    eos = eos_token or original.eos_token
+    if eos is None:
+        known = " ".join(original.all_special_tokens) or "none"
+        raise DataError(
+            f"--tokenizer {name!r} has no eos token to separate documents with: give one of its tokens with "
+            f"--eos_token (its special tokens: {known})"
+        )
+    if original.backend_tokenizer.token_to_id(eos) is None:
+        raise DataError(f"--eos_token {eos!r} is not a token of {name!r}")
+    definition = original.backend_tokenizer.to_str()
+    return make_tokenizer(name, definition, eos, original.pad_token, original.unk_token)
+
+
+def make_tokenizer(
+    name: str, definition: str, eos: str = EOT_TEXT, pad: str | None = None, unk: str | None = None
+) -> Tokenizer:
+    """Make a tokenizer from the content of a tokenizer.json and the names of its special tokens."""
+    try:
+        own = _build_hf(definition, eos, pad, unk)
+    except Exception as error:  # the package tokenizers raises plain Exceptions
+        raise DataError(f"--tokenizer {name!r} cannot be used ({one_line(error)})") from error
+    content = plain_definition(own.backend_tokenizer.to_str())
+    if _is_gpt2(content, eos):
+        return Tokenizer(name="gpt2", eos_text=EOT_TEXT)
+    return Tokenizer(
+        name=name,
+        eos_text=eos,
+        pad_text=pad,
+        unk_text=unk,
+        definition=json.dumps(content, ensure_ascii=False),
+    )
+
+
+def plain_definition(definition: str) -> dict[str, Any]:
+    """Return a tokenizer.json without what depends on its use: truncation, padding, tokens added around a text."""
+    return json.loads(definition) | {"truncation": None, "padding": None, "post_processor": None}
+
+
+def _build_hf(
+    definition: str, eos: str, pad: str | None, unk: str | None, model_max_length: int = 1024
+) -> "PreTrainedTokenizerFast":
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(plain_definition(definition))),
+        bos_token=eos,
+        eos_token=eos,
+        pad_token=pad,
+        unk_token=unk,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@cache
+def _load_fast(definition: str) -> Any:
+    import tokenizers
+
+    fast = tokenizers.Tokenizer.from_str(definition)
+    fast.encode_special_tokens = True  # special tokens written in a text are plain characters
+    return fast
+
+
+def _is_gpt2(definition: dict[str, Any], eos: str) -> bool:
+    """Return True if a tokenizer gives the same ids as GPT-2's, whatever its name."""
+    model, split = definition["model"], definition["pre_tokenizer"] or {}
+    return (
+        (eos, model["type"], definition["normalizer"]) == (EOT_TEXT, "BPE", None)
+        and (split.get("type"), split.get("add_prefix_space"), split.get("use_regex")) == ("ByteLevel", False, True)
+        and [token["id"] for token in definition["added_tokens"]] == [EOT]
+        and model["vocab"] == load_vocabulary()
+        and [tuple(merge) for merge in model["merges"]] == load_merges()
+    )
 
 
 @cache
@@ -137,19 +429,11 @@ def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
 
 
 def encode_document(text: str, backend: str = "tiktoken") -> np.ndarray:
-    """Encode a document of any length: EOT, then the tokens of the text, [N] uint16; see `load_encoder`."""
-    encode, parts = load_encoder(backend), [_EOT_ARRAY]
-    for begin, end in _pieces(text):
-        piece, start = text[begin:end], 0
-        # Cut before the last character of a long run, where a match of SPLIT_PATTERN ends anyway: the same tokens.
-        for run in _LONG_WHITE_RUN.finditer(piece) if len(piece) > _LONG_WHITE else ():
-            parts.append(encode(piece[start : run.end() - 1]))
-            start = run.end() - 1
-        parts.append(encode(piece[start:]))
-    return np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+    """Encode a document with GPT-2's tokenizer, see Tokenizer.encode_document."""
+    return Tokenizer(name="gpt2", eos_text=EOT_TEXT, backend=backend).encode_document(text)
 
 
-def _pieces(text: str) -> Iterator[tuple[int, int]]:
+def pieces(text: str) -> Iterator[tuple[int, int]]:
     """Split a long text, to save memory, into (begin, end) pieces whose tokens together are the tokens of the text."""
     begin = 0
     while len(text) - begin > _PIECE_CHARACTERS:
@@ -161,15 +445,8 @@ def _pieces(text: str) -> Iterator[tuple[int, int]]:
     yield begin, len(text)
 
 
-def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2Tokenizer":
-    """Build the Hugging Face tokenizer that is saved with checkpoints.
-
-    `tokenizer(text)` encodes `<|endoftext|>` in a text as the special token. With `split_special_tokens=True` it is
-    plain characters, as in tiktoken's `encode_ordinary`.
-
-    Args:
-        model_max_length: the model's n_positions.
-    """
+def load_hf_tokenizer(model_max_length: int = 1024) -> "PreTrainedTokenizerFast":
+    """Build GPT-2's tokenizer of transformers, see Tokenizer.hf."""
     from transformers import GPT2Tokenizer
 
     return GPT2Tokenizer(
@@ -181,3 +458,9 @@ def load_hf_tokenizer(model_max_length: int = 1024) -> "GPT2Tokenizer":
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+if __name__ == "__main__":
+    from data.train_tokenizer import main
+
+    sys.exit(main())

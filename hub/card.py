@@ -112,6 +112,7 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
         "settings": yaml.safe_dump(settings, sort_keys=False, default_flow_style=None, allow_unicode=True),
         "train_tokens": int(data["train_tokens"]),
         "val_tokens": int(data["val_tokens"]),
+        "tokenizer": _file_name(data.get("tokenizer", "gpt2")),
         "val_loss_tokens": min(int(data["val_tokens"]), int(config["eval"]["val_tokens"])),
         "manifest_sha256": data.get("manifest_sha256"),
         "subset": source.get("subset"),
@@ -240,6 +241,7 @@ def model_card(
         results: scores of these weights.
     """
     name = repo_id.partition("/")[2]
+    is_gpt2 = config.vocab_size == GPT2Config().vocab_size and (run is None or run.facts["tokenizer"] == "gpt2")
     metadata = [entry for r in results for entry in r.metadata]
     if run is not None and run.dataset is not None and run.val_loss is not None:
         val_loss = EvalResult(
@@ -253,7 +255,7 @@ def model_card(
         )
         metadata.insert(0, val_loss)
     data = ModelCardData(
-        language="en",
+        language="en" if is_gpt2 else None,  # with a tokenizer of its own, it is not known
         license=license,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -269,7 +271,7 @@ def model_card(
         name=name,
         repo_id=repo_id,
         config=config,
-        has_gpt2_vocabulary=config.vocab_size == GPT2Config().vocab_size,
+        has_gpt2_vocabulary=is_gpt2,
         num_parameters=num_parameters,
         run=run,
         facts=run.facts if run else {},

@@ -36,7 +36,7 @@ _LEFTOVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Tokenizer, configuration, code, and the disk's rounding up.
 _SMALL_FILES_BYTES = 16 * 2**20
 # Keys of the resume fingerprint that describe the data, and the settings behind other keys.
-_DATA_KEYS = ("train_tokens", "train_sha256")
+_DATA_KEYS = ("tokenizer", "train_tokens", "train_sha256")
 _SETTINGS = {
     "tokens_per_step": "batch.tokens_per_step",
     "seq_len": "batch.seq_len",

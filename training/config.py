@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from common.cli import say
 from common.models import check_name, load_gpt2_config
@@ -32,7 +32,7 @@ Probability = Annotated[float, "[0, 1)"]
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Shape of the model, in GPT-2's names. The vocabulary is always GPT-2's 50,257 tokens."""
+    """Shape of the model, in GPT-2's names. The vocabulary is that of the shards' tokenizer, by default GPT-2's."""
 
     n_layer: Annotated[int, "[1, 1000]"] = 12
     """number of blocks"""
@@ -257,7 +257,9 @@ def _check(config: Config) -> None:
         )
 
 
-def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | None, dict[str, int]]:
+def load_shape(
+    init_from: str | None, resume_from: Path | None, vocab_size: int = VOCAB_SIZE
+) -> tuple[str | None, dict[str, int]]:
     """Return (the model that init_from means now, its shape by the names of SHAPE).
 
     Once a run has begun, its own checkpoints have the shape. Without init_from the shape is empty.
@@ -270,14 +272,17 @@ def load_shape(init_from: str | None, resume_from: Path | None) -> tuple[str | N
     if resume_from is None:  # runs/x/checkpoints/best is one checkpoint now, and may be another one later
         init_from = check_name(init_from)
         say(f"weights   from {init_from}. Its shape replaces the settings model.*, except dropout")
-    source = load_gpt2_config(str(resume_from or init_from), vocab_size=VOCAB_SIZE)
-    if added := source.vocab_size - VOCAB_SIZE:  # padding (nanoGPT's 50,304), or added tokens
-        say(f"weights   the last {added} rows of the embedding are dropped: GPT-2 has {VOCAB_SIZE:,} tokens")
+    source = load_gpt2_config(str(resume_from or init_from), vocab_size=vocab_size)
+    if added := source.vocab_size - vocab_size:  # padding (nanoGPT's 50,304), or added tokens
+        say(f"weights   the last {added} rows of the embedding are dropped: the tokenizer has {vocab_size:,} tokens")
     return init_from, {name: getattr(source, name) for name in SHAPE}
 
 
-def apply_shape(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
+def apply_shape(config: Config, shape: dict[str, int], **vocabulary: Any) -> GPT2ReproConfig:
     """Write the shape from `load_shape` into the settings, and return the model's configuration.
+
+    Args:
+        vocabulary: vocab_size, bos_token_id, eos_token_id and pad_token_id of the tokenizer; by default GPT-2's.
 
     Raises:
         TrainingError: the shape is impossible, or too short for the training sequences.
@@ -291,6 +296,7 @@ def apply_shape(config: Config, shape: dict[str, int]) -> GPT2ReproConfig:
             embd_pdrop=dropout,
             attn_pdrop=dropout,
             resid_pdrop=dropout,
+            **vocabulary,
         )
     except ValueError as error:
         raise TrainingError(f"model: {error}") from error

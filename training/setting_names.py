@@ -16,7 +16,9 @@ _NAMES_BY_HINT = {
         " context_size context_window n_ctx max_position_embeddings"
     ),
     "model.dropout": "resid_pdrop embd_pdrop attn_pdrop dropout_rate dropout_prob hidden_dropout attention_dropout",
-    "the vocabulary and the tokenizer are always GPT-2's": "vocab_size n_vocab tokenizer tokenizer_name tokenizer_path",
+    "the tokenizer is that of the shards (`python -m data.prepare ... --tokenizer NAME`)": (
+        "vocab_size n_vocab tokenizer tokenizer_name tokenizer_path"
+    ),
     "GPT-2 has biases in all linear layers and LayerNorms": "bias",
     "--config recipes/gpt2_124m.yaml (or 350m, 774m, 1558m)": "model_type model_size model_name config_name",
     # Data

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.manifest import PREPARING, open_split, unmanaged_shards
+from data.manifest import PREPARING, open_split, shard_tokenizer, unmanaged_shards
 from data.sources import FileSource, Progress, decode_record
-from data.tokenizer import EOT, VOCAB_SIZE, encode_document
 from eval import EvalError
 from eval.items import DataInfo, first_items, sha256_of
 from eval.scoring import Request, Tokenizer
@@ -57,16 +56,7 @@ class Task(BaseTask):
         return read(tokenizer, max_length, stride)
 
     def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
-        probe = "GPT-2 wrote 1,024 tokens."
-        if encode(tokenizer, [probe]) != [encode_document(probe)[1:].tolist()]:
-            raise EvalError(
-                f"{self.data}: shards hold GPT-2's tokens, and the model has another tokenizer; score the text that "
-                "they were made from"
-            )
-        # A byte-level tokenizer spells each byte of a token as one character.
-        texts = tokenizer.convert_ids_to_tokens(list(range(VOCAB_SIZE)))
-        lengths = np.array([len(text) for text in texts], dtype=np.uint8)
-        lengths[EOT] = 0
+        lengths = self._byte_lengths(tokenizer)
         windows = [
             (shard, start, stop)
             for shard in open_split(self.data, "val")
@@ -83,9 +73,29 @@ class Task(BaseTask):
             num_bytes = lengths[scored]
             reference = {"is_text": num_bytes > 0, "num_bytes": int(num_bytes.sum())}
             items.append(Item([Request(context, [scored])], reference))
-            digest.update(scored.astype("<u2").tobytes())
+            digest.update(scored.tobytes())
         description = f"{self.data}, validation split, stride {stride}, {count.replace('items', 'windows')}"
         return items, DataInfo(description=description, sha256=digest.hexdigest())
+
+    def _byte_lengths(self, tokenizer: Tokenizer) -> np.ndarray:
+        """Return the number of bytes of each token, [V]. Raises EvalError if the model has another tokenizer."""
+        own = shard_tokenizer(self.data)
+        probe, owner = "GPT-2 wrote 1,024 tokens.", "GPT-2" if own.is_gpt2 else repr(own.name)
+        is_same = encode(tokenizer, [probe]) == [own.encode_document(probe, starts=False).tolist()]
+        if is_same and not own.is_gpt2:
+            is_same = all(tokenizer.convert_ids_to_tokens([i]) == [token] for token, i in own.ids().items())
+        if not is_same:
+            raise EvalError(
+                f"{self.data}: shards hold {owner}'s tokens, and the model has another tokenizer; score the text that "
+                "they were made from"
+            )
+        lengths = own.byte_lengths()
+        if lengths is None:
+            raise EvalError(
+                f"{self.data}: {owner} is not a byte-level tokenizer, so its tokens have no number of bytes; score the "
+                "text that the shards were made from"
+            )
+        return lengths
 
     def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         source = FileSource([self.data])

@@ -53,7 +53,7 @@ def test_damaged_or_missing_folder_is_an_error(folder, tmp_path):
     entries = [dict(shard) for shard in content["shards"]]
     entries[1]["tokens"] = 8
     assert "9 tokens" in with_checksum({"shards": entries})
-    assert "another tokenizer" in with_checksum({"tokenizer_sha256": "0"})
+    assert "another tokenizer" in with_checksum({"tokenizer": {"name": "gpt2", "sha256": "0"}})
     assert "format 99" in with_checksum({"format_version": 99})
     assert "no train shards" in with_checksum({"shards": []})
     for text in (

@@ -130,12 +130,12 @@ def test_shard_ends_when_the_next_document_does_not_fit(tmp_path_factory, length
 def test_writer_detects_a_disk_that_returns_other_bytes(tmp_path, monkeypatch):
     original = shards._header
 
-    def scribble(num_tokens):  # after the tokens were written, before they are read again
+    def scribble(*arguments):  # after the tokens were written, before they are read again
         path = next(tmp_path.glob(".*.partial"))
         with path.open("r+b") as file:
             file.seek(1030)
             file.write(b"\7\7")
-        return original(num_tokens)
+        return original(*arguments)
 
     monkeypatch.setattr(shards, "_header", scribble)
     with ThreadPoolExecutor(1) as executor:

@@ -1,0 +1,92 @@
+"""Train a byte-level BPE with GPT-2's pre-tokenization, and `<|endoftext|>` as its eos token.
+
+python -m data.tokenizer train my_text/ --vocab_size 16384 --out tokenizers/mine
+python -m data.prepare files my_text/ --tokenizer tokenizers/mine --out shards/mine
+"""
+
+import argparse
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.cli import Parser, run_command
+from data import DataError
+from data.sources import FileSource, Progress, decode_record
+from data.tokenizer import EOT_TEXT, Tokenizer, make_tokenizer, pieces
+
+_MIN_VOCAB_SIZE = 257  # the bytes, and the eos token
+
+
+def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> Tokenizer:
+    """Train on the texts of a source, and save the tokenizer as a folder that AutoTokenizer opens.
+
+    Memory grows with the number of different words, not with the length of the text.
+
+    Raises:
+        UserError: the vocabulary is too small, the folder is not empty, or a file cannot be read.
+    """
+    from tokenizers import Tokenizer as FastTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    out = Path(out)
+    if vocab_size < _MIN_VOCAB_SIZE:
+        raise DataError(f"--vocab_size must be at least {_MIN_VOCAB_SIZE} (256 bytes and {EOT_TEXT}), got {vocab_size}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"--out {str(out)!r} exists and is not an empty folder: name another, or remove it")
+    trained = FastTokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(_texts(source), trainer)
+    tokenizer = make_tokenizer(str(out), trained.to_str())
+    tmp_path = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    try:
+        tokenizer.save(tmp_path)
+        if out.exists():
+            out.rmdir()
+        tmp_path.rename(out)
+    except OSError as error:
+        raise DataError(f"--out {str(out)!r} cannot be written ({error}): free some space, or name another") from error
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    return tokenizer
+
+
+def _texts(source: FileSource) -> Iterator[str]:
+    for file in source.inputs():
+        for record in source.records(file, source.fetch(file), Progress(file["bytes"])):
+            text = decode_record(record, text_column=source.text_column, errors=source.errors)
+            for begin, end in pieces(text):
+                yield text[begin:end]
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="python -m data.tokenizer", description="Make a tokenizer for your own text.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="train a byte-level BPE", description="Train a byte-level BPE.")
+    train.add_argument("paths", nargs="+", metavar="PATH", help="files, folders or patterns, as for data.prepare files")
+    train.add_argument("--vocab_size", type=int, default=16384, help="number of tokens (default: %(default)s)")
+    train.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    train.add_argument("--text_column", default="text", help="column or key of the text (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = _arguments(argv)
+    source = FileSource(args.paths, text_column=args.text_column)
+    tokenizer = train_tokenizer(source, args.out, vocab_size=args.vocab_size)
+    if tokenizer.vocab_size < args.vocab_size:
+        print(f"the text has no more pairs to merge than for {tokenizer.vocab_size:,} tokens")
+    print(f"{tokenizer.vocab_size:,} tokens in {args.out}: `python -m data.prepare ... --tokenizer {args.out}` uses it")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; see `common.cli.run_command`."""
+    return run_command(_main, argv)
