@@ -224,7 +224,7 @@ def find_commit(dataset: str, revision: str, commit: str | None = None) -> str:
     def call() -> str:
         api = HfApi()
         info = api.dataset_info(dataset, revision=commit or revision, expand=["sha"], timeout=_TIMEOUT_SECONDS)
-        api.auth_check(dataset, repo_type="dataset")  # anybody may list a gated data set, but not read it
+        api.auth_check(dataset, repo_type="dataset")  # a gated data set can be listed by everyone, but not read
         return str(info.sha)
 
     return ask_hub(call, dataset, "its description", commit or revision)

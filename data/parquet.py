@@ -1,7 +1,8 @@
 """Read the text column of .parquet files, here or on the Hub, in pieces that are tasks of their own.
 
 A piece is a run of row groups of one file, opened once. `datasets` would open the file and read its footer again for
-each row group (`reshard()`), 18 ms per MB of text next to 2 ms here.
+each row group (`reshard()`): 2.2 s for 700 row groups with 165 MB of text on a local disk, next to 0.3 s here, and
+from the Hub one more request for each row group.
 """
 
 import math

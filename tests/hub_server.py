@@ -224,7 +224,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def _gated(self, repo):
-        """Reply with an error if the repository is gated: anybody may list it, and its files need a known token."""
+        """Reply with an error if the repository is gated: listing it is free, and its files need a known token."""
         if repo in self.hub.gated and self._owner() is None:
             self._reply(403, headers={"X-Error-Code": "GatedRepo"})
             return True
@@ -304,7 +304,7 @@ def _oid(content):
 
 
 def _tree(files, folder, *, recursive):
-    """List the files and folders in a folder ("": the whole repository), as the Hub does."""
+    """List the files and folders in a folder ("": the root), as the Hub does."""
     prefix = f"{folder}/" if folder else ""
     listed = []
     for name, content in files.items():

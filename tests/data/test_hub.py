@@ -191,6 +191,16 @@ def test_other_formats(hub):
     assert "train.csv: no column 'body', only text, n" in error(text_column="body")
 
 
+def test_local_parquet_file_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 100)
+    path = tmp_path / "a.parquet"
+    path.write_bytes(FILES["sample/10BT/000.parquet"])
+    tasks = pieces.pieces(path.stat().st_size)
+    assert len(tasks) > 3  # more pieces than row groups: some have no rows
+    rows = [row for task in tasks for row in pieces.rows(path, task, text_column="text", where="a.parquet")]
+    assert rows == list(enumerate(TEXTS[:30], start=1))
+
+
 def test_network_failures_and_offline_mode(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
