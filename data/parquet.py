@@ -2,7 +2,7 @@
 
 A piece is a run of row groups of one file, opened once. `datasets` would open the file and read its footer again for
 each row group (`reshard()`): 2.2 s for 700 row groups with 165 MB of text on a local disk, next to 0.3 s here, and
-from the Hub one more request for each row group.
+from the Hub three requests and 0.4 s for each row group (a server on this machine).
 """
 
 import math
