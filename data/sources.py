@@ -40,6 +40,18 @@ _MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above real documents
 _PARQUET_ROWS = 64  # rows per batch: few, so that a batch of long documents fits in memory
 
 
+class Document(NamedTuple):
+    """A document, or a part of one."""
+
+    text: str
+    where: str
+    """file and line or row, for messages"""
+    starts: bool = True
+    """False if it continues the previous one, which was cut in the middle"""
+    is_null: bool = False
+    """True for a row without a text, which is skipped and counted"""
+
+
 class Record(NamedTuple):
     """One document, not decoded yet."""
 

@@ -34,7 +34,7 @@ def server():
 
 
 @pytest.fixture
-def client(server, monkeypatch, tmp_path, small_parts):
+def client(server, monkeypatch, tmp_path):
     """Point huggingface_hub in this process at the server."""
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost needs no network
