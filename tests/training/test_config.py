@@ -184,7 +184,7 @@ def test_mixtures_that_are_not_possible_are_errors(arguments, words):
 
 
 def test_folder_twice_in_a_recipe_is_an_error(recipe):
-    with pytest.raises(TrainingError, match=r"mine.yaml:2: .*a appears twice"):
+    with pytest.raises(TrainingError, match=r":2: .*a appears twice"):
         load_config(["--config", recipe("data: {mix: {a: 1,\n  a: 2, b: 1}}\n")])
 
 
