@@ -1,7 +1,7 @@
 """A preparation's plan, and the joining of finished tasks to shards.
 
-DIR/preparing.json is the plan, a Manifest without shards. Finished tasks are in DIR/tasks (data/tasks.py). `Joiner` takes
-them in order. When the next one would make more than shard_tokens, those before it become a part: its shards are
+DIR/preparing.json is the plan, a Manifest without shards. Finished tasks are in DIR/tasks (data/tasks.py). `Joiner`
+takes them in order. When the next one would make more than shard_tokens, those before it become a part: its shards are
 written, DIR/parts/00003.json records them, and the tasks' files are removed. `finish` writes DIR/manifest.json.
 """
 
@@ -316,7 +316,7 @@ def kept_work(out: str | Path) -> str:
     out = Path(out)
     with contextlib.suppress(DataError, OSError):
         plan = read_manifest(out, PREPARING)
-        if plan is not None:
-            if done := _finished_entries(out):
-                return f". {len(done)} of {len(plan.inputs)} tasks are kept in {out}: run the same command to resume"
+        done = _finished_entries(out)
+        if plan is not None and done:
+            return f". {len(done)} of {len(plan.inputs)} tasks are kept in {out}: run the same command to resume"
     return ""
