@@ -293,6 +293,7 @@ def _parser() -> Parser:
         for source in sources:
             source.add_argument(flag, help=f"{help}{shown}", **options)
 
+    add([*text, sample, pretokenized], "--out", "the folder to make", required=True, metavar="DIR")
     add([pretokenized], "where", "a data set on the Hub, or a local folder", metavar="OWNER/NAME|FOLDER")
     add([files], "paths", 'files, folders of them, or patterns ("notes/**/*.txt")', nargs="+", metavar="PATH")
     add([hub], "--dataset", "id of the data set on the Hub", required=True, metavar="OWNER/NAME")
@@ -302,7 +303,7 @@ def _parser() -> Parser:
     replace = "for bytes that are not UTF-8: stop, or replace them with U+FFFD"
     add(text, "--errors", replace, choices=("strict", "replace"), default="strict")
     separator = r"text between the documents of a .txt file, \n for a line break; without it, each file is a document"
-    add([hub, files], "--separator", separator, type=_unescape)
+    add([files], "--separator", separator, type=_unescape)
     add([*text, pretokenized], "--max_tokens", "maximum number of tokens, for example 1e9", type=_integer)
     for name, corpus in CORPORA.items():
         named[name].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
