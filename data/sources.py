@@ -235,13 +235,12 @@ class FileSource:
     def documents(self, task: Mapping[str, Any], piece: tuple[int, bytes] | None = None) -> Iterator[Document]:
         """Yield the documents of a task, or those of a piece of its `stream`."""
         path = Path(task["path"])
-        if file_kind(path) == ".parquet":
-            rows = parquet.rows(path, task, text_column=self.text_column, where=str(path), errors=self.errors)
-            for number, text in rows:
-                if text is None or not (text == "" or text.isspace()):
-                    yield Document(text or "", f"{path}:{number}", is_null=text is None)
-            return
         with name_unreadable_file(path):
+            if file_kind(path) == ".parquet":
+                rows = parquet.rows(path, task, text_column=self.text_column, where=str(path), errors=self.errors)
+                for number, text in rows:
+                    yield Document(text or "", f"{path}:{number}", is_null=text is None)
+                return
             pieces = [piece] if piece else self.stream(task) if _compression(path) else [self._range(path, task)]
             for offset, content in pieces:
                 yield from self._split(path, offset, content)

@@ -14,7 +14,7 @@ from data import DataError, train_tokenizer
 from data.manifest import Manifest, open_split, read_manifest, record_tokenizer, shard_tokenizer
 from data.nanogpt import read_plain_pickle
 from data.prepare import main, prepare
-from data.pretokenized import LocalShards
+from data.pretokenized import import_shards
 from data.shards import open_shard, scan_shard, write_shard
 from data.sources import FileSource
 from data.tokenizer import Vocabulary, check_same_tokenizer, load_hf_tokenizer, load_tokenizer
@@ -156,7 +156,7 @@ def test_nanogpt_data_sets(tmp_path, own, capsys):
     (folder / "meta.pkl").write_bytes(pickle.dumps({"x": print}))
     assert main(["pretokenized", str(folder), "--out", str(tmp_path / "other")]) == 2
     assert "it is not unpickled" in capsys.readouterr().err
-    prepare(LocalShards(folder, vocabulary=own.vocabulary), tmp_path / "named", name="named", tokenizer=own)
+    import_shards(folder, tmp_path / "named", tokenizer=own)
     assert shard_tokenizer(tmp_path / "named").sha256 == own.sha256
     (folder / "meta.pkl").unlink()  # nanoGPT's word-level sets have GPT-2's tokens
     assert [shard[:].tolist() for shard in open_split(folder, "val")] == [ids]
