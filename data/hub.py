@@ -101,11 +101,9 @@ class DatasetSource:
             texts = self._lines(file, where, is_json=kind == ".jsonl")
         else:
             texts = self._other_rows(task, where)
-        for number, text in texts:
-            if text is None:
-                yield Document("", f"{where}:{number}", is_null=True)
-            elif text and not text.isspace():
-                yield Document(text, f"{where}:{number}")
+        for _, text in texts:
+            if text is None or not (text == "" or text.isspace()):
+                yield Document(text or "", is_null=text is None)
 
     def _lines(self, file: BinaryIO, where: str, *, is_json: bool) -> Iterator[tuple[int, str | None]]:
         """Yield (number, text or None) of each line of JSON, or of the entire .txt file.

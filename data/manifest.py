@@ -82,7 +82,7 @@ class Manifest:
     source: dict[str, Any]
     """settings and provenance of the source, enough to fetch the documents again"""
     inputs: list[Any] = field(default_factory=list)
-    """the source's tasks, in groups of up to 64 MB; of imported shards, {"path", "bytes", "part"} of each file"""
+    """the source's tasks, in groups of up to 8 MB; of imported shards, {"path", "bytes", "part"} of each file"""
     split_rule: str
     """how documents were split into train and val"""
     val_fraction: float | None = None

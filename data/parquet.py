@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from data import DataError
 
-PIECE_BYTES = 32_000_000  # of the file, about 64 MB of English text: parquet files of text are compressed by half
+PIECE_BYTES = 16_000_000  # of the file, about 32 MB of English text: parquet files of text are compressed by half
 _ROWS = 64  # rows per batch: few, so that a batch of long documents fits in memory
 
 

@@ -6,7 +6,7 @@
     python -m data.prepare hub --dataset OWNER/NAME --subset S --text_column C --out shards/theirs
     python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
-The text is read in tasks of up to 64 MB, each tokenized in one process (data/tasks.py), and joined to shards in order
+The text is read in tasks of up to 8 MB, each tokenized in one process (data/tasks.py), and joined to shards in order
 (data/plan.py). An interrupted preparation resumes with the tasks that are missing. Preparing a finished folder again
 makes damaged shards again, and only those. The bytes of the shards are always the same.
 """

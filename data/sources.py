@@ -35,8 +35,8 @@ _MIN_DOCSTRING_CHARACTERS = 200
 _MIN_SAMPLE_CHARACTERS = 1_000_000
 
 KINDS = (".txt", ".jsonl", ".parquet")
-TASK_BYTES = 64_000_000  # of text in a task: a kill loses no more than one task of each process
-_STREAM_BYTES = 16_000_000  # size from which a compressed file has pieces
+TASK_BYTES = 8_000_000  # of text in a task: enough tasks for all cores, and a kill loses little
+_STREAM_BYTES = 4_000_000  # size from which a compressed file has pieces
 _MAX_DOCUMENT_BYTES = 1_000_000_000  # a bound on memory, far above real documents
 _SEARCH_BYTES = 1 << 20
 
@@ -50,8 +50,6 @@ class Document(NamedTuple):
     """A document, or a part of one."""
 
     text: str
-    where: str
-    """file and line or row, for messages"""
     starts: bool = True
     """False if it continues the previous one, which was cut in the middle"""
     is_null: bool = False
@@ -91,8 +89,8 @@ class SampleSource:
 
     def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
         """Yield the documents."""
-        for number, text in enumerate(sample_documents(), start=1):
-            yield Document(text.encode("utf-8", "replace").decode(), f"{task['path']}:{number}")
+        for text in sample_documents():
+            yield Document(text.encode("utf-8", "replace").decode())
 
 
 def sample_documents() -> Iterator[str]:
@@ -238,8 +236,8 @@ class FileSource:
         with name_unreadable_file(path):
             if file_kind(path) == ".parquet":
                 rows = parquet.rows(path, task, text_column=self.text_column, where=str(path), errors=self.errors)
-                for number, text in rows:
-                    yield Document(text or "", f"{path}:{number}", is_null=text is None)
+                for _, text in rows:
+                    yield Document(text or "", is_null=text is None)
                 return
             pieces = [piece] if piece else self.stream(task) if _compression(path) else [self._range(path, task)]
             for offset, content in pieces:
@@ -286,15 +284,14 @@ class FileSource:
     def _split(self, path: Path, offset: int, content: bytes) -> Iterator[Document]:
         """Yield the documents in a part of a file that begins at `offset`."""
         is_json = file_kind(path) == ".jsonl"
+        always_starts = is_json or bool(self.separator) or offset == 0
         start = 3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark
         ends = [] if self.separator is None and not is_json else self._boundary(path).finditer(content, start)
         for match in itertools.chain(ends, [None]):
             end, next_start = match.span() if match else (len(content), len(content))
             part = content[start:end]
             if part and not part.isspace():
-                yield self._decode(
-                    part, path, offset + start, is_json, starts=is_json or bool(self.separator) or not offset
-                )
+                yield self._decode(part, path, offset + start, is_json, always_starts)
             start = next_start
 
     def _decode(self, content: bytes, path: Path, offset: int, is_json: bool, starts: bool) -> Document:
@@ -306,16 +303,15 @@ class FileSource:
                 f"{path}:{_line_of(path, offset + error.start)}: not UTF-8 (byte {error.start} of the document: "
                 f"{error.reason}); convert the file to UTF-8 (or let data.prepare replace them: --errors replace)"
             ) from error
-        where = f"{path}, byte {offset:,}"
         if not is_json:
-            return Document(text, where, starts)
+            return Document(text, starts)
         try:
             value = parse_json(text, "")
         except ValueError:
             value = parse_json(text, f"{path}:{_line_of(path, offset)}")  # raises, with the line
         field = value.get(self.text_column, False) if isinstance(value, dict) else value
         if field is None and isinstance(value, dict):
-            return Document("", where, is_null=True)
+            return Document("", is_null=True)
         if not isinstance(field, str):
             found = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
             if isinstance(value, dict) and self.text_column in value:
@@ -328,7 +324,7 @@ class FileSource:
             field.encode()
         except UnicodeEncodeError:
             field = field.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return Document(field, where)
+        return Document(field)
 
 
 def _next_boundary(file: BinaryIO, boundary: re.Pattern[bytes], position: int, size: int, path: Path) -> int:

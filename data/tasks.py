@@ -7,6 +7,7 @@ key, since one that is killed in the middle of a long message would leave the ot
 
 import contextlib
 import hashlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -31,6 +32,7 @@ from data.tokenizer import Tokenizer
 
 SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 TASKS = "tasks"
+_BATCH_DOCUMENTS = 500
 _REMEDY = "remove it, and its task is done again"
 
 
@@ -70,17 +72,22 @@ def run_task(work: Work, task: Task) -> str:
     folder = work.out / TASKS
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"null_rows": 0, "eos_texts": 0}
-    lengths, crc32 = [], 0
+    lengths: list[tuple[int, bool]] = []
+    batch: list[np.ndarray] = []
+    crc32 = 0
     partial = folder / f".{task.key}.bin.partial"
     with partial.open("wb") as file:
-        for text, starts in _texts(work, task, counts):
-            tokens = work.tokenizer.encode_document(text, starts)
-            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            is_val = int.from_bytes(digest, "big") / 2**64 < work.val_fraction
-            lengths.append((len(tokens), is_val))
-            content = tokens.astype(tokens.dtype.newbyteorder("<"), copy=False).tobytes()
-            crc32 = zlib.crc32(content, crc32)
-            file.write(content)
+        for text, starts in itertools.chain(_texts(work, task, counts), [("", True)]):
+            if text:
+                tokens = work.tokenizer.encode_document(text, starts)
+                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+                lengths.append((len(tokens), int.from_bytes(digest, "big") / 2**64 < work.val_fraction))
+                batch.append(tokens)
+            if batch and (not text or len(batch) == _BATCH_DOCUMENTS):
+                content = np.concatenate(batch).data
+                crc32 = zlib.crc32(content, crc32)
+                file.write(content)
+                batch = []
     replace_file(partial, folder / f"{task.key}.bin")
     documents = np.array(lengths, dtype=np.int64).reshape(-1, 2)
     np.save(folder / f"{task.key}.npy", documents)
@@ -96,8 +103,10 @@ def _texts(work: Work, task: Task, counts: dict[str, int]) -> Iterator[tuple[str
         if document.is_null:
             counts["null_rows"] += 1
             continue
-        counts["eos_texts"] += document.text.count(work.tokenizer.eos_text)
-        parts = document.text.split(work.tokenizer.eos_text) if work.parse_eos else [document.text]
+        parts = [document.text]
+        if work.tokenizer.eos_text in document.text:
+            counts["eos_texts"] += document.text.count(work.tokenizer.eos_text)
+            parts = document.text.split(work.tokenizer.eos_text) if work.parse_eos else parts
         for index, text in enumerate(parts):
             if text and not text.isspace():
                 yield text, document.starts or index > 0

@@ -21,12 +21,6 @@ def sample():
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    """Make one part of each input file."""
-    monkeypatch.setattr("data.plan.PART_BYTES", 1)
-
-
-@pytest.fixture
 def server():
     """A HubServer without repositories."""
     with HubServer({}) as server:
