@@ -170,7 +170,7 @@ class Joiner:
         if part is None:
             record = read_record(self.out, key)
             size = sum(pending["tokens"] for pending in self._pending)
-            if size and size + record["tokens"] > self.shard_tokens and self._is_decided():
+            if size and size + record["tokens"] > self.shard_tokens and self._is_drawn():
                 self._write_part()
             self._pending.append(record)
         elif part["part"] in self._counted:
@@ -186,7 +186,7 @@ class Joiner:
 
     def finish(self) -> None:
         """Write the last part."""
-        if not self._is_decided():
+        if not self._is_drawn() and self.plan.val_from is None:
             total = min(self._tokens, self.plan.max_tokens or self._tokens)
             count = math.ceil(max(self.val_fraction, _MIN_CUT_FRACTION) * total)
             self.plan.val_from = total - count
@@ -195,10 +195,9 @@ class Joiner:
         if self._pending:
             self._write_part()
 
-    def _is_decided(self) -> bool:
-        """Return True if it is known how validation is split off: there are enough documents to draw some, or not."""
-        is_drawn = self._documents * self.val_fraction >= _MIN_VAL_DOCUMENTS
-        return is_drawn or bool(self.parts) or self.plan.val_from is not None
+    def _is_drawn(self) -> bool:
+        """Return True if there are enough documents up to here to draw some for validation."""
+        return bool(self._counted) or self._documents * self.val_fraction >= _MIN_VAL_DOCUMENTS
 
     def _write_part(self) -> None:
         number = next(number for number in range(len(self.parts) + 1) if number not in self.parts)
@@ -207,9 +206,9 @@ class Joiner:
         writers = {split: self._writer(split, number) for split in SPLITS}
         try:
             for record in records:
-                tokens, documents = read_tokens(self.out, record, self._vocabulary.dtype)
-                self._write(writers, tokens, documents, position)
-                position += len(tokens)
+                for tokens, documents in read_tokens(self.out, record, self._vocabulary.dtype):
+                    self._write(writers, tokens, documents, position)
+                    position += len(tokens)
             shards = [
                 {"file": shard.pop("file"), "split": split, "part": number, **shard}
                 for split in SPLITS

@@ -37,8 +37,9 @@ _MIN_SAMPLE_CHARACTERS = 1_000_000
 KINDS = (".txt", ".jsonl", ".parquet")
 TASK_BYTES = 8_000_000  # of text in a task: enough tasks for all cores, and a kill loses little
 _STREAM_BYTES = 4_000_000  # size from which a compressed file has pieces
-_MAX_DOCUMENT_BYTES = 1_000_000_000  # a bound on memory, far above real documents
+_MAX_DOCUMENT_BYTES = 200_000_000  # a bound on memory, far above real documents
 _SEARCH_BYTES = 1 << 20
+_OVERLAP = 1000  # bytes, longer than separators are
 
 # Where a text without separators can be cut, so that its tokens do not change: between a character that is not white
 # space and a space or line break, where every match of GPT-2's pre-tokenization ends. Multi-byte characters count if
@@ -331,16 +332,17 @@ def _next_boundary(file: BinaryIO, boundary: re.Pattern[bytes], position: int, s
     """Return the first end of a match at or after a position; 0 and the file's end are boundaries."""
     if position in (0, size):
         return position
-    begin = max(0, position - 1000)  # longer than separators are
-    file.seek(begin)
-    content, searched = b"", 0
-    while begin + len(content) < size:
-        content += file.read(_SEARCH_BYTES)
-        for match in boundary.finditer(content, searched):
-            if begin + match.end() >= position and match.end() < len(content):
-                return begin + match.end()
-        searched = max(0, len(content) - 1000)
-        _check_length(len(content), path, position)
+    offset = max(0, position - _OVERLAP)
+    file.seek(offset)
+    tail = b""
+    while chunk := file.read(_SEARCH_BYTES):
+        content, base = tail + chunk, offset - len(tail)
+        for match in boundary.finditer(content):
+            if base + match.end() >= position and match.end() < len(content):
+                return base + match.end()
+        offset += len(chunk)
+        tail = content[-_OVERLAP:]
+        _check_length(offset - position, path, position)
     return size
 
 

@@ -33,6 +33,7 @@ from data.tokenizer import Tokenizer
 SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 TASKS = "tasks"
 _BATCH_DOCUMENTS = 500
+_CHUNK_TOKENS = 4_000_000
 _REMEDY = "remove it, and its task is done again"
 
 
@@ -120,21 +121,26 @@ def _documents(work: Work, task: Task) -> Iterator[Document]:
             yield from work.source.documents(one, task.piece)  # type: ignore[call-arg]  # it is a FileSource
 
 
-def read_tokens(out: Path, record: Mapping[str, Any], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Return a finished task's tokens, [N], and its documents, [D, 2], see the top of this file.
+def read_tokens(out: Path, record: Mapping[str, Any], dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a finished task's tokens, [N], and its documents, [D, 2] (see the top of this file), some at a time.
 
     Raises:
-        DataError: they are not those that were written.
+        DataError: they are not those that were written; known at the end only.
     """
-    folder, key = out / TASKS, record["key"]
+    path, crc32 = out / TASKS / record["key"], 0
+    remedy = f"remove {path}.json, and its task is done again"
     try:
-        tokens = np.fromfile(folder / f"{key}.bin", dtype=dtype)
-        documents = np.load(folder / f"{key}.npy", allow_pickle=False)
+        documents = np.load(path.with_name(f"{path.name}.npy"), allow_pickle=False)
+        chunks = np.cumsum(documents[:, 0]) // _CHUNK_TOKENS
+        with path.with_name(f"{path.name}.bin").open("rb") as file:
+            for part in np.split(documents, np.flatnonzero(np.diff(chunks)) + 1):
+                content = file.read(int(part[:, 0].sum()) * dtype.itemsize)
+                crc32 = zlib.crc32(content, crc32)
+                yield np.frombuffer(content, dtype=dtype), part
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / key}: {error}; remove {folder / key}.json, and its task is done again") from error
-    if zlib.crc32(tokens.tobytes()) != record["crc32"] or documents[:, 0].sum() != len(tokens):
-        raise DataError(f"{folder / key}.bin is damaged; remove {folder / key}.json, and its task is done again")
-    return tokens, documents
+        raise DataError(f"{path}: {error}; {remedy}") from error
+    if crc32 != record["crc32"]:
+        raise DataError(f"{path}.bin is damaged; {remedy}")
 
 
 def finished_tasks(out: Path) -> list[str]:

@@ -73,7 +73,7 @@ def test_repair_refuses_a_changed_source(folder, tmp_path):
     with pytest.raises(DataError, match="cannot be repaired: its source has changed"):
         prepare_again(folder)
     assert read_manifest(folder) is None
-    with pytest.raises(DataError, match="no train|no manifest|has other content"):
+    with pytest.raises(DataError, match="has other content"):
         prepare_again(folder)
 
 
