@@ -111,7 +111,7 @@ def imported(paths):
 
 
 OTHER_FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo")
+PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo", "cluster")
 
 
 def test_imports_are_declared():
