@@ -5,7 +5,6 @@ tasks, so the plain command finishes such a folder too. datatrove pickles its ex
 into DIR. The records in DIR/tasks say what is done, not datatrove's completions, which outlive a removed DIR.
 """
 
-import os
 import shlex
 import shutil
 import sys
@@ -102,7 +101,7 @@ class Cluster:
     def _submit(self, work: Work, join: Callable[[], object]) -> None:
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
-        path = f"{shlex.quote(os.path.dirname(sys.executable))}:$PATH"
+        path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
         options = {"env_command": f"export PYTHONPATH={shlex.quote(str(_ROOT))} PATH={path}", "qos": ""}
         options |= {"skip_completed": False, **self.slurm}
         step = Tokenize(work, int(options.get("cpus_per_task", 1)))

@@ -397,7 +397,7 @@ def _prepare(args: argparse.Namespace) -> Manifest:
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
     if getattr(args, "executor", "local") != "local":
-        logs = args.logging_dir or f"{os.path.abspath(args.out)}-logs"
+        logs = args.logging_dir or f"{Path(args.out).absolute()}-logs"
         options["cluster"] = Cluster(args.executor, args.num_tasks, Path(logs).absolute(), dict(args.slurm))
     return prepare(_text_source(args), args.out, name=name, tokenizer=tokenizer, log=tqdm.write, **options)
 
