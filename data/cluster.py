@@ -1,7 +1,7 @@
 """Run a preparation's tasks on several machines that share its folder, through datatrove's executors.
 
-Rank r of n does the plan's entries r, r + n, ... and writes into DIR/tasks. Joining is what `prepare` does with finished
-tasks, so the plain command finishes such a folder too. datatrove pickles its executor into the logging folder, never
+Rank r of n does the plan's entries r, r + n, ... and writes into DIR/tasks. Joining is what `prepare` does with
+finished tasks, so the plain command finishes such a folder too. datatrove pickles its executor into the logging folder, never
 into DIR. The records in DIR/tasks say what is done, not datatrove's completions, which outlive a removed DIR.
 """
 
