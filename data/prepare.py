@@ -20,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from data import DataError
+from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
 from data.hub import DatasetSource
 from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing
@@ -63,6 +65,7 @@ def prepare(
     num_proc: int = 1,
     tokenizer: Tokenizer | None = None,
     parse_eos: bool = False,
+    cluster: Cluster | None = None,
     log: Callable[[str], object] = lambda line: None,
 ) -> Manifest:
     """Make a folder of shards with a manifest, or resume making it, or repair it.
@@ -81,6 +84,7 @@ def prepare(
         tokenizer: None: GPT-2's.
         parse_eos: `<|endoftext|>` in a text (the text of the tokenizer's eos token) separates documents; otherwise it
             is plain characters.
+        cluster: the machines that run the tasks; None: this one. On SLURM the result is the plan, without shards.
         log: called with lines for the user.
 
     Raises:
@@ -91,6 +95,8 @@ def prepare(
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens)
     if (out.is_symlink() and not out.exists()) or (out.exists() and not out.is_dir()):
         raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
+    if cluster is not None:
+        cluster.check()
     is_new = not out.exists()
     plan = Manifest(
         name=name,
@@ -116,7 +122,13 @@ def prepare(
                 plan = reopen(before, set(damaged), out)
             _report_skipped(source, log)
             _check_disk(plan, out, log)
-            work = Work(source, tokenizer, out, val_fraction, parse_eos)
+            work = Work(source, tokenizer, out if cluster is None else out.absolute(), val_fraction, parse_eos)
+            if cluster is not None:
+                again = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
+                again |= {"max_tokens": max_tokens, "tokenizer": tokenizer, "parse_eos": parse_eos}
+                if not cluster.run(work, partial(prepare, source, out.absolute(), **again)):
+                    is_new = False
+                    return plan
             _run_tasks(plan, work, num_proc, log)
             manifest = finish(plan, out)
         _check_repair(before, manifest, out)
@@ -289,7 +301,7 @@ def _parser() -> Parser:
     datasets, text = (*named.values(), hub), (*named.values(), hub, files)
 
     def add(sources: Sequence[argparse.ArgumentParser], flag: str, help: str, **options: Any) -> None:
-        shown = " (default: %(default)s)" if options.get("default") is not None else ""
+        shown = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
         for source in sources:
             source.add_argument(flag, help=f"{help}{shown}", **options)
 
@@ -320,6 +332,12 @@ def _parser() -> Parser:
     add([*text, sample, pretokenized], "--eos_token", "the token between documents, for a tokenizer without one")
     parse = "<|endoftext|> in the text separates documents; by default it is plain characters"
     add(text, "--parse_eos", parse, action="store_true")
+    executor = 'slurm and ray use several machines that share DIR (pip install -e ".[cluster]")'
+    add(text, "--executor", executor, choices=EXECUTORS, default="local")
+    add(text, "--num_tasks", "jobs of slurm or ray that share the tasks", type=int, default=1)
+    add(text, "--logging_dir", "datatrove's logs; by default a folder next to DIR", metavar="LOGS")
+    slurm = "options of datatrove's SlurmPipelineExecutor: time=02:00:00 partition=cpu cpus_per_task=32"
+    add(text, "--slurm", slurm, nargs="+", type=_key_value, default=[], metavar="KEY=VALUE")
     for source in (*text, sample):
         source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
     return parser
@@ -337,6 +355,13 @@ def _integer(text: str) -> int:
         if value == int(value):
             return int(value)
     raise argparse.ArgumentTypeError(f"{text!r} is not an integer; write 1000000 or 1e6")
+
+
+def _key_value(text: str) -> tuple[str, int | str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
 
 
 def _cores() -> int:
@@ -371,6 +396,9 @@ def _prepare(args: argparse.Namespace) -> Manifest:
     tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
+    if getattr(args, "executor", "local") != "local":
+        logs = args.logging_dir or f"{Path(args.out).absolute()}-logs"
+        options["cluster"] = Cluster(args.executor, args.num_tasks, Path(logs).absolute(), dict(args.slurm))
     return prepare(_text_source(args), args.out, name=name, tokenizer=tokenizer, log=tqdm.write, **options)
 
 
@@ -386,6 +414,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print_interrupted(f"interrupted{kept_work(args.out) or ': nothing was kept'}")
         return interrupt_exit_code()
+    if not manifest.shards:
+        print(f"submitted {args.out}: SLURM runs its tasks, and then a job that joins them")
+        return 0
     for split in SPLITS:
         documents, tokens = (manifest.total(split, key) for key in ("documents", "tokens"))
         print(f"{split:9s} {documents:,} documents, {tokens:,} tokens")
