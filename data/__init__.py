@@ -1,22 +1,25 @@
 """Training data: text -> tokens -> shards -> batches.
 
-sources.py        documents from the offline sample and from your own files
-hub.py            data sets on the Hugging Face Hub, with retries and checked downloads
-pretokenized.py   shards made by others
-tokenizer.py      GPT-2's BPE, twice: tiktoken for speed, a Hugging Face tokenizer for the checkpoint
-encode.py         records to tokens, over several processes
-shards.py         the shard file format: write, read, check
-manifest.py       manifest.json, which describes a folder of shards
-prepare.py        python -m data.prepare SOURCE --out DIR
-plan.py           what prepare has to do and has done: the plan, locks, finished parts, merging
-parts.py          the work of prepare: fetch, tokenize and write one part after the other
-verify.py         python -m data.verify DIR
-windows.py        windows of shards, and batches of them
-mixture.py        the shares of several folders in each step
-loader.py         seeded batches that depend on the step alone
-permutation.py    the shuffled order of the windows
-text_cache.py     train.py --text: the folder that a text is prepared into
-ngram.py          the unigram and bigram losses of a corpus, to compare a model with
+sources.py          documents from the offline sample and from your own files
+hub.py              data sets on the Hugging Face Hub, with retries and checked downloads
+pretokenized.py     shards made by others
+corpora.py          well-known corpora by name
+tokenizer.py        GPT-2's BPE by tiktoken, or any fast tokenizer of transformers
+train_tokenizer.py  python -m data.tokenizer train
+nanogpt.py          nanoGPT's data sets of characters
+encode.py           records to tokens, over several processes
+shards.py           the shard file format: write, read, check
+manifest.py         manifest.json, which describes a folder of shards
+prepare.py          python -m data.prepare SOURCE --out DIR
+plan.py             what prepare has to do and has done: the plan, locks, finished parts, merging
+parts.py            the work of prepare: fetch, tokenize and write one part after the other
+verify.py           python -m data.verify DIR
+windows.py          windows of shards, and batches of them
+mixture.py          the shares of several folders in each step
+loader.py           seeded batches that depend on the step alone
+permutation.py      the shuffled order of the windows
+text_cache.py       train.py --text: the folder that a text is prepared into
+ngram.py            the unigram and bigram losses of a corpus, to compare a model with
 """
 
 from common.errors import UserError

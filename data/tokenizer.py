@@ -13,7 +13,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -467,7 +467,12 @@ def load_hf_tokenizer(model_max_length: int = 1024) -> "PreTrainedTokenizerFast"
     )
 
 
-if __name__ == "__main__":
-    from data.train_tokenizer import main
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m data.tokenizer train`, see data/train_tokenizer.py, and return its exit code."""
+    from data import train_tokenizer  # which imports this module
 
+    return train_tokenizer.main(argv)
+
+
+if __name__ == "__main__":
     sys.exit(main())
