@@ -1,8 +1,9 @@
 """Run a preparation's tasks on several machines that share its folder, through datatrove's executors.
 
 Rank r of n does the plan's entries r, r + n, ... and writes into DIR/tasks. Joining is what `prepare` does with
-finished tasks, so the plain command finishes such a folder too. datatrove pickles its executor into the logging folder, never
-into DIR. The records in DIR/tasks say what is done, not datatrove's completions, which outlive a removed DIR.
+finished tasks, so the plain command finishes such a folder too. datatrove pickles its executor into the logging
+folder, never into DIR. The records in DIR/tasks say what is done, not datatrove's completions, which outlive a removed
+DIR.
 """
 
 import shlex
@@ -92,7 +93,7 @@ class Cluster:
 
         if not ray.is_initialized():
             ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(_ROOT)}})
-        cores = max(1, min(int(node["Resources"].get("CPU", 1)) for node in ray.nodes()))
+        cores = max(1, min(int(node["Resources"]["CPU"]) for node in ray.nodes() if node["Resources"].get("CPU")))
         step = Tokenize(work, cores)
         options = {"tasks": self.num_tasks, "logging_dir": str(self.logging_dir), "cpus_per_task": cores}
         RayPipelineExecutor([step], **options, mem_per_cpu_gb=0, skip_completed=False).run()
@@ -102,7 +103,7 @@ class Cluster:
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
         path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
-        options = {"env_command": f"export PYTHONPATH={shlex.quote(str(_ROOT))} PATH={path}", "qos": ""}
+        options: dict[str, Any] = {"env_command": f"export PYTHONPATH={shlex.quote(str(_ROOT))} PATH={path}", "qos": ""}
         options |= {"skip_completed": False, **self.slurm}
         step = Tokenize(work, int(options.get("cpus_per_task", 1)))
         logs = [str(self.logging_dir / name) for name in ("tasks", "join")]

@@ -124,7 +124,7 @@ def prepare(
             _check_disk(plan, out, log)
             work = Work(source, tokenizer, out if cluster is None else out.absolute(), val_fraction, parse_eos)
             if cluster is not None:
-                again = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
+                again: dict[str, Any] = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
                 again |= {"max_tokens": max_tokens, "tokenizer": tokenizer, "parse_eos": parse_eos}
                 if not cluster.run(work, partial(prepare, source, out.absolute(), **again)):
                     is_new = False
@@ -427,12 +427,14 @@ def _main(argv: Sequence[str] | None) -> int:
 def _check_removed(argv: Sequence[str]) -> Sequence[str]:
     """Raise DataError for what this command could do before 2026-12."""
     removed = {
-        "merge": "the shards of several machines: prepare on one machine, which uses all its cores",
-        "--shard_index": "leave it out: prepare on one machine, which uses all its cores",
-        "--shard_count": "leave it out: prepare on one machine, which uses all its cores",
+        "merge": "several machines: --executor slurm or ray",
+        "--shard_index": "several machines: --executor slurm or ray",
+        "--shard_count": "several machines: --executor slurm or ray",
         "--keep_parquet": "leave it out: nothing is downloaded as a file any more",
     }
-    for word in argv:
+    for index, word in enumerate(argv):
+        if word == "merge" and index:
+            continue
         if (remedy := removed.get(word.partition("=")[0])) is not None:
             raise DataError(f"{word} is gone; {remedy}")
     return argv
