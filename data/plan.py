@@ -24,6 +24,7 @@ from data.manifest import (
     MANIFEST,
     PREPARING,
     SPLITS,
+    TOKENIZER,
     Manifest,
     read_json_with_checksum,
     read_manifest,
@@ -54,17 +55,18 @@ def folder_lock(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
         with contextlib.suppress(OSError):  # Windows cannot remove open files; filelock does it there
             path.unlink()
+        lock.release()
 
 
 def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -> Manifest:
     """Write the plan into a new folder; return the plan of a started folder, or the manifest of a finished one."""
     old = read_manifest(out, PREPARING) or read_manifest(out)
     if old is None:
-        if any(not entry.name.startswith(".") for entry in out.iterdir()):
+        if any(not entry.name.startswith(".") and entry.name != TOKENIZER for entry in out.iterdir()):
             raise DataError(f"{out} already exists and has other content; remove it or choose another --out")
+        shutil.rmtree(out / TOKENIZER, ignore_errors=True)  # of a preparation that was killed before its plan
         plan.inputs = _group(source.tasks())
         plan.source = {**plan.source, **source.provenance}
         plan.tokenizer = record_tokenizer(tokenizer, out)
@@ -105,6 +107,8 @@ def _group(tasks: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
     """Accept changed files if their task is not finished: the user fixed them."""
+    if any(isinstance(entry, dict) for entry in plan.inputs):
+        raise DataError(f"an earlier version began {out}; remove it, or choose another --out")
     inputs = _group(source.tasks())
     if inputs == plan.inputs:
         return

@@ -271,7 +271,7 @@ def _check_disk(plan: Manifest, out: Path, log: Callable[[str], object]) -> None
     tasks = [task for inputs in plan.inputs for task in inputs]
     needed = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
     if plan.max_tokens is not None:
-        needed = min(needed, 2 * plan.max_tokens)
+        needed = min(needed, plan.tokenizer.vocabulary.dtype.itemsize * plan.max_tokens)
     free = shutil.disk_usage(out).free
     log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
     if needed > free:

@@ -11,7 +11,17 @@ from typing import Any
 
 from data import DataError
 from data.hub import ask_hub, find_commit
-from data.manifest import MANIFEST, SPLITS, Manifest, read_manifest, record_tokenizer, split_of, unmanaged_shards
+from data.manifest import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    read_manifest,
+    record_tokenizer,
+    shard_tokenizer,
+    split_of,
+    unmanaged_shards,
+)
 from data.nanogpt import nanogpt_tokenizer
 from data.shards import HEADER_BYTES, HEADERLESS_NAMES, scan_shard
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -57,7 +67,7 @@ def import_shards(
         source = {"kind": "pretokenized", "dataset": str(where), "asked_revision": revision}
     else:
         source = {"kind": "pretokenized", "folder": str(where)}
-        tokenizer = tokenizer or nanogpt_tokenizer(where)
+        tokenizer = tokenizer or _own_tokenizer(Path(where))
     tokenizer = tokenizer or load_tokenizer()
     before = read_manifest(out)
     if before is not None and any(before.source.get(key) != value for key, value in source.items()):
@@ -93,6 +103,15 @@ def import_shards(
     )
     manifest.write(out / MANIFEST)
     return manifest
+
+
+def _own_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that a folder of shards brings; None if it has none."""
+    if (folder / MANIFEST).exists():
+        return shard_tokenizer(folder)
+    if (folder / TOKENIZER).is_dir():  # its manifest was lost
+        return load_tokenizer(str(folder / TOKENIZER))
+    return nanogpt_tokenizer(folder)
 
 
 def _local_files(folder: Path) -> list[dict[str, Any]]:

@@ -195,7 +195,7 @@ class FileSource:
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+                inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
                 matches = [p for p in inside if file_kind(p)]
                 self.skipped += [p for p in inside if not file_kind(p)]
                 if not matches:
@@ -380,6 +380,10 @@ def file_kind(path: str | Path) -> str | None:
     if plain.suffix not in KINDS or (plain is not path and plain.suffix == ".parquet"):
         return None
     return plain.suffix
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _compression(path: Path) -> str:

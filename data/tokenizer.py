@@ -251,9 +251,11 @@ def check_same_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
     A checkpoint without a tokenizer is one of GPT-2's.
     """
     try:
-        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text)
-    except UserError:  # it has none, or one without the shards' eos token
-        other = load_tokenizer()
+        other = load_tokenizer(checkpoint)
+    except UserError:
+        folder = Path(resolve_checkpoint(checkpoint))
+        has_files = folder.is_dir() and [*folder.glob("tokenizer*"), *folder.glob("vocab*")]
+        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text) if has_files else load_tokenizer()
     if not other.extends(tokenizer):
         raise DataError(
             f"{checkpoint} has another tokenizer ({other.vocab_size:,} tokens) than the shards ({tokenizer.name}, "

@@ -59,10 +59,14 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
 
 
 def _texts(source: FileSource) -> Iterator[str]:
+    is_empty = True
     for task in source.tasks():
         for document in source.documents(task):
             for begin, end in pieces(document.text):
+                is_empty = is_empty and begin == end
                 yield document.text[begin:end]
+    if is_empty:
+        raise DataError(f"{', '.join(source.paths)}: no text to train on; give files with text")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -24,23 +24,24 @@ from tqdm import tqdm
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
 from data.shards import HEADER_BYTES, open_shard, scan_shard
+from data.tokenizer import GPT2_VOCABULARY, Vocabulary
 
 
-def _find_problem(path: Path, entry: dict[str, Any] | None) -> str | None:
+def _find_problem(path: Path, entry: dict[str, Any] | None, vocabulary: Vocabulary) -> str | None:
     """Return a message with the first bad range of bytes; None if the shard is intact and fits its manifest entry."""
     if not path.is_file():
         return f"{path}: the file is missing"
     try:
         if entry is None:
-            scan_shard(path)
+            scan_shard(path, vocabulary=vocabulary)
             return None
-        num_tokens = len(open_shard(path))
+        num_tokens = len(open_shard(path, vocabulary=vocabulary))
         if num_tokens != entry["tokens"]:
             return (
                 f"{path}: {num_tokens:,} tokens, {MANIFEST} says {entry['tokens']:,} "
                 "(first bad: bytes 8 to 11, the count in the header)"
             )
-        scan = scan_shard(path, entry["crc32"])
+        scan = scan_shard(path, entry["crc32"], vocabulary=vocabulary)
     except (DataError, OSError) as error:
         return str(error)
     if scan["sha256"] != entry["sha256"]:
@@ -65,6 +66,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     manifest = read_manifest(folder)
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
+    vocabulary = GPT2_VOCABULARY if manifest is None else manifest.tokenizer.vocabulary
     entries: dict[str, dict[str, Any] | None]
     if manifest is not None:
         entries = {entry["file"]: entry for entry in manifest.shards}
@@ -73,7 +75,9 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
         if not entries:
             raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
     with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading release the GIL
-        futures = {name: pool.submit(_find_problem, folder / name, entry) for name, entry in entries.items()}
+        futures = {
+            name: pool.submit(_find_problem, folder / name, entry, vocabulary) for name, entry in entries.items()
+        }
         bar = tqdm(futures.items(), unit=" shards", disable=not sys.stderr.isatty())
         results = {name: future.result() for name, future in bar}
     return list(results), {name: problem for name, problem in results.items() if problem}

@@ -18,6 +18,7 @@ from data.pretokenized import import_shards
 from data.shards import open_shard, scan_shard, write_shard
 from data.sources import FileSource
 from data.tokenizer import Vocabulary, check_same_tokenizer, load_hf_tokenizer, load_tokenizer
+from data.verify import verify
 
 LARGE = Vocabulary(100_000, 99_999)
 
@@ -168,6 +169,9 @@ def test_preparing_with_another_tokenizer(tmp_path, own, num_proc):
     options = {"name": "t", "val_fraction": 0.2, "tokenizer": own, "num_proc": num_proc}
     prepare(FileSource([tmp_path / "text.jsonl"]), tmp_path / "out", **options)
     assert shard_tokenizer(tmp_path / "out").sha256 == own.sha256
+    assert verify(tmp_path / "out")[1] == {}
+    import_shards(tmp_path / "out", tmp_path / "again")  # it brings its tokenizer
+    assert shard_tokenizer(tmp_path / "again").sha256 == own.sha256
     tokens = {split: [t for s in open_split(tmp_path / "out", split) for t in s[:]] for split in ("train", "val")}
     assert len(tokens["train"]) + len(tokens["val"]) == sum(len(own.encode_document(text)) for text in DOCUMENTS)
     with pytest.raises(DataError, match=r"already exists with tokenizer .*, got another one"):
