@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import make_parser, median_ratio, print_report, take_turns, with_range
-from data.sources import FileSource, Progress, decode_record
+from data.sources import FileSource
 from data.tokenizer import EOT, load_hf_tokenizer, load_tiktoken
 
 CANDIDATES = ("tiktoken", "lecture", "tokenizers", "prepare", "prepare-giga")
@@ -46,11 +46,7 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)
 
     source = FileSource(args.paths, separator=args.separator)
-    documents = [
-        decode_record(record) or ""
-        for file in source.inputs()
-        for record in source.records(file, source.fetch(file), Progress(0))
-    ]
+    documents = [document.text for task in source.tasks() for document in source.documents(task)]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, {num_tokens:,} tokens", flush=True)

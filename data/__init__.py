@@ -1,18 +1,19 @@
 """Training data: text -> tokens -> shards -> batches.
 
 sources.py          documents from the offline sample and from your own files
-hub.py              data sets on the Hugging Face Hub, with retries and checked downloads
-pretokenized.py     shards made by others
+parquet.py          .parquet files, here or on the Hub, in pieces
+hub.py              data sets on the Hugging Face Hub
 corpora.py          well-known corpora by name
+pretokenized.py     shards made by others
+nanogpt.py          nanoGPT's data sets of characters
 tokenizer.py        GPT-2's BPE by tiktoken, or any fast tokenizer of transformers
 train_tokenizer.py  python -m data.tokenizer train
-nanogpt.py          nanoGPT's data sets of characters
-encode.py           records to tokens, over several processes
 shards.py           the shard file format: write, read, check
 manifest.py         manifest.json, which describes a folder of shards
 prepare.py          python -m data.prepare SOURCE --out DIR
-plan.py             what prepare has to do and has done: the plan, locks, finished parts, merging
-parts.py            the work of prepare: fetch, tokenize and write one part after the other
+tasks.py            tokenize tasks of 8 MB, in several processes
+plan.py             the plan of a preparation, and the joining of finished tasks to shards
+cluster.py          the tasks of a preparation on SLURM or Ray, by datatrove
 verify.py           python -m data.verify DIR
 windows.py          windows of shards, and batches of them
 mixture.py          the shares of several folders in each step

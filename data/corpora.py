@@ -1,31 +1,48 @@
-"""Well-known corpora on the Hub: `python -m data.prepare NAME` is short for `hub --dataset ...` with these settings.
+"""Text data sets by name: `python -m data.prepare NAME` is `hub` with the defaults of its row."""
 
-Sizes and licenses are those of the data sets' cards in November 2026.
-"""
-
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Corpus(NamedTuple):
-    """A data set on the Hub, with a column "text"."""
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """A data set on the Hub, as its card describes it."""
 
     dataset: str
-    subset: str | None
-    max_tokens: int | None
-    """default of --max_tokens; None where the subset itself is a sample of 10 billion tokens"""
+    """Hub id"""
+    subset: str | None = None
+    """default subset; None for all"""
+    max_tokens: int | None = None
+    """default of --max_tokens; None where the subset is a sample itself"""
     license: str
-    about: str
+    size: str
+    """of the default subset, as published"""
 
 
 CORPORA = {
+    "fineweb": Corpus(
+        dataset="HuggingFaceFW/fineweb",
+        subset="sample-10BT",
+        license="ODC-By 1.0",
+        size="10 billion GPT-2 tokens, 27.6 GB",
+    ),
     "fineweb-edu": Corpus(
-        "HuggingFaceFW/fineweb-edu", "sample-10BT", None, "ODC-By 1.0", "1.3T tokens of educational web text"
+        dataset="HuggingFaceFW/fineweb-edu",
+        subset="sample-10BT",
+        license="ODC-By 1.0",
+        size="10 billion GPT-2 tokens",
     ),
-    "fineweb": Corpus("HuggingFaceFW/fineweb", "sample-10BT", None, "ODC-By 1.0", "15T tokens of web text"),
+    # NVIDIA's own nvidia/ClimbMix has GPT-2 tokens; this copy has the text, shuffled, in 6,543 files (nanochat's data).
     "climbmix": Corpus(
-        "karpathy/climbmix-400b-shuffle", None, 10**10, "CC BY-NC 4.0", "NVIDIA's ClimbMix, 400B tokens, shuffled"
+        dataset="karpathy/climbmix-400b-shuffle",
+        max_tokens=10**10,
+        license="CC BY-NC 4.0 (NVIDIA's ClimbMix)",
+        size="400 billion tokens",
     ),
+    # Pages that FineWeb-Edu's classifier gives more than 2 of 5 points; its card states no size.
     "dclm-edu": Corpus(
-        "HuggingFaceTB/dclm-edu", None, 10**10, "CC BY 4.0", "DCLM's web text with an educational score above 2"
+        dataset="HuggingFaceTB/dclm-edu",
+        max_tokens=10**10,
+        license="CC BY 4.0",
+        size="size not stated",
     ),
 }

@@ -1,295 +1,314 @@
-"""Data sets on the Hugging Face Hub: list their files and download them, with retries and checks.
+"""Text data sets on the Hugging Face Hub.
 
-huggingface_hub downloads (so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply). This module repeats
-failed requests (common/hub.py), and checks each file's size and SHA-256 against those that the Hub lists.
+`datasets` finds the files of a subset and split, and reads formats other than .parquet. The Hub's client sends all
+requests, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply.
 """
 
-import functools
-import hashlib
-import re
+import io
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, TypeVar, cast
 
+from common.errors import one_line
 from common.hub import HubRequestError, with_retries
-from data import DataError
-from data.sources import KINDS, Progress, Record, file_kind, file_records
+from common.jsonl import decompress, name_unreadable_file, parse_json
+from data import DataError, parquet
+from data.sources import Document
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+_TIMEOUT_SECONDS = 120.0  # of requests that have no timeout in the client: the lists of files
+_READ_BYTES = 8_000_000  # of one request for a file that is read from front to back
 
-_LISTING_SECONDS = 120.0  # timeout of the listing requests, which have none in the client
-
-
-class HubRepository:
-    """The files of one data set at one revision."""
-
-    def __init__(
-        self, dataset: str, *, revision: str = "main", commit: str | None = None, download_folder: str | Path
-    ) -> None:
-        """Record the names, `commit` if an earlier lookup found it, and the folder for downloaded files."""
-        self.dataset, self.revision, self._commit = dataset, revision, commit
-        self.download_folder = Path(download_folder)
-
-    @property
-    def commit(self) -> str:
-        """The commit hash of the revision."""
-        return self._commit or self._info.sha
-
-    def pin(self, commit: str) -> None:
-        """Use the commit of an earlier lookup; the branch may have moved since."""
-        self._commit = commit
-
-    @property
-    def card(self) -> dict[str, Any]:
-        """The data set's metadata: the YAML at the top of its README."""
-        return self._info.card_data.to_dict() if self._info.card_data else {}
-
-    @functools.cached_property
-    def _info(self) -> Any:
-        def request(api: "HfApi") -> Any:
-            return api.dataset_info(self.dataset, revision=self.revision, expand=["sha", "cardData"])
-
-        return self._with_retries(with_timeout(request), f"the data set {self.dataset}")
-
-    def files(self, folder: str = "") -> list[dict[str, Any]]:
-        """List {"path", "bytes", "sha256" (None for a small file)} of each file in a folder, sorted by path."""
-        from huggingface_hub.hf_api import RepoFile
-
-        def request(api: "HfApi") -> list[RepoFile]:
-            tree = api.list_repo_tree(
-                self.dataset, folder or None, recursive=True, revision=self.commit, repo_type="dataset"
-            )
-            return [entry for entry in tree if isinstance(entry, RepoFile)]
-
-        entries = self._with_retries(with_timeout(request), f"the list of files of {self.dataset}/{folder}".rstrip("/"))
-        files = [{"path": f.path, "bytes": f.size, "sha256": f.lfs.sha256 if f.lfs else None} for f in entries]
-        return sorted(files, key=lambda file: file["path"])
-
-    def fetch(self, file: dict[str, Any]) -> Path:
-        """Download one of `files()`, check it, and return the path of the copy."""
-
-        def request(api: "HfApi") -> Path:
-            path = Path(
-                api.hf_hub_download(
-                    self.dataset,
-                    file["path"],
-                    repo_type="dataset",
-                    revision=self.commit,
-                    local_dir=self.download_folder,
-                )
-            )
-            problem = _find_mismatch(path, file)
-            if problem:
-                path.unlink()
-                raise OSError(problem)
-            return path
-
-        return self._with_retries(request, f"{self.dataset}/{file['path']}")
-
-    def _with_retries(self, request: Callable[["HfApi"], Any], what: str) -> Any:
-        """Return request(HfApi()); repeat it after errors that may be temporary."""
-        from huggingface_hub import HfApi, constants, errors
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
-        try:
-            return with_retries(
-                lambda: request(HfApi()),
-                raises=(
-                    *(errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError),
-                    *(errors.HFValidationError, errors.OfflineModeIsEnabled),
-                ),
-                log=lambda line: print(f"{what}: {line}", file=sys.stderr),
-            )
-        except errors.GatedRepoError as error:
-            raise DataError(
-                f"{self.dataset} is gated: accept its terms on {constants.ENDPOINT}/datasets/"
-                f"{self.dataset} and log in with `hf auth login`"
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise DataError(
-                f"no data set {self.dataset} on {constants.ENDPOINT}, or you may not read it: check the name, "
-                "or log in with `hf auth login`"
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise DataError(f"{self.dataset} has no revision {self.revision!r}; check --revision") from error
-        except errors.HFValidationError as error:
-            raise DataError(f"{self.dataset!r} is not the name of a data set: {error}") from error
-        except errors.OfflineModeIsEnabled as error:
-            raise DataError(
-                f"{what}: HF_HUB_OFFLINE is set; unset it, or use data on this machine "
-                "(`files PATH`, `pretokenized FOLDER` or `sample`)"
-            ) from error
-        except HubRequestError as error:
-            tried = "" if error.is_final else f" after {error.attempts} attempts"
-            raise DataError(
-                f"{what}: request to {constants.ENDPOINT} failed{tried} ({error.reason}); check the network, the proxy "
-                "settings and HF_ENDPOINT, and run the same command again: finished files are kept"
-            ) from error
+Result = TypeVar("Result")
 
 
-def in_background(function: Callable[..., Any], *arguments: Any) -> Future:
-    """Run a function in a daemon thread; an executor's thread would delay the program's exit."""
-    future: Future = Future()
+class DatasetSource:
+    """One split of a text data set on the Hub.
 
-    def work() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return future
-
-
-def with_timeout(request: Callable[["HfApi"], Any]) -> Callable[["HfApi"], Any]:
-    """Return a function that calls `request` and raises TimeoutError after _LISTING_SECONDS."""
-
-    def request_with_timeout(api: "HfApi") -> Any:
-        try:
-            return in_background(request, api).result(_LISTING_SECONDS)
-        except TimeoutError:
-            raise TimeoutError(f"no response in {_LISTING_SECONDS:.0f} seconds") from None
-
-    return request_with_timeout
-
-
-def _find_mismatch(path: Path, file: dict[str, Any]) -> str | None:
-    """Compare a downloaded file with the Hub's size and SHA-256; None if both match."""
-    size = path.stat().st_size
-    if size != file["bytes"]:
-        return f"received {size:,} of {file['bytes']:,} bytes"
-    if file["sha256"] is not None:
-        with path.open("rb") as content:
-            if hashlib.file_digest(content, "sha256").hexdigest() != file["sha256"]:
-                return "the SHA-256 of the received file is not the Hub's"
-    return None
-
-
-class HubSource:
-    """The training split of a text data set on the Hub that has .parquet, .jsonl or .txt files."""
+    A task is a piece of a .parquet file (data/parquet.py), or a file of another format that `datasets` reads.
+    """
 
     def __init__(
         self,
-        repository: HubRepository,
+        dataset: str,
         *,
         subset: str | None = None,
+        split: str = "train",
+        revision: str = "main",
+        commit: str | None = None,
         text_column: str = "text",
-        separator: str | None = None,
         errors: str = "strict",
-        keep: bool = False,
     ) -> None:
-        """Record the settings; `inputs` looks for the files. See data.sources.FileSource.
+        """Record the settings; `tasks` asks the Hub.
 
         Args:
+            dataset: id, OWNER/NAME.
             subset: subset of the data set (a "config" in its card); None for the default.
-            keep: keep the downloaded files.
+            revision: branch, tag or commit.
+            commit: commit of an earlier lookup, to continue with; the branch may have moved since.
+            errors: for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD.
         """
-        self.repository, self.subset, self.keep = repository, subset, keep
-        self.text_column, self.separator, self.errors = text_column, separator, errors
+        self.dataset, self.subset, self.split, self.revision, self.commit = dataset, subset, split, revision, commit
+        self.text_column, self.errors = text_column, errors
         self.settings = {
             "kind": "hub",
-            "dataset": repository.dataset,
+            "dataset": dataset,
             "subset": subset,
-            "asked_revision": repository.revision,
+            "split": split,
+            "asked_revision": revision,
             "text_column": text_column,
-            "separator": separator,
             "errors": errors,
         }
 
     @property
     def provenance(self) -> dict[str, str]:
-        """The commit that the requested revision points to."""
-        return {"revision": self.repository.commit}
+        """The commit that the revision pointed to; empty before `tasks` was called."""
+        return {"revision": self.commit} if self.commit else {}
 
-    def inputs(self) -> list[dict[str, Any]]:
-        """List the files of the training split."""
-        from fsspec.utils import glob_translate  # `datasets` translates these patterns with it
-
-        patterns = self._patterns()
-        folder = _folder_of(patterns) if patterns else ""
-        files = self.repository.files(folder)
-        if patterns:
-            regexes = [re.compile(glob_translate(pattern)) for pattern in patterns]
-            files = [file for file in files if any(regex.fullmatch(file["path"]) for regex in regexes)]
-        else:
-            files = _training_files(files, self.subset)
-        readable = [file for file in files if file_kind(file["path"])]
-        name = self.repository.dataset + (f" (subset {self.subset})" if self.subset else "")
-        if not readable:
-            suffixes = sorted({"".join(PurePosixPath(file["path"]).suffixes[-2:]) for file in files})
+    def tasks(self) -> list[dict[str, Any]]:
+        """List the pieces to read, in order: {"path", "bytes", "format", "size" of the file, "piece", "pieces"}."""
+        self.commit = find_commit(self.dataset, self.revision, self.commit)
+        builder = self._ask(partial(_open_builder, self.dataset, self.subset, self.commit), "its files")
+        splits = builder.config.data_files or {}
+        if self.split not in splits:
             raise DataError(
-                f"{name}: no file of kind {', '.join(KINDS)} for training"
-                + (f" (it has {', '.join(suffixes)})" if suffixes else "")
-                + "; try the Hub's conversion to Parquet: --revision refs/convert/parquet"
+                f"{self.dataset} (subset {builder.config.name}) has no split {self.split!r}, only {', '.join(splits)}; "
+                "choose with --split"
             )
-        best = next(kind for kind in (".parquet", ".jsonl", ".txt") if kind in {file_kind(f["path"]) for f in readable})
-        return [file for file in readable if file_kind(file["path"]) == best]
+        data_format = builder.__module__.rpartition(".")[2]
+        root = f"hf://datasets/{self.dataset}@{self.commit}/"
+        paths = [url.removeprefix(root) for url in splits[self.split]]
+        if elsewhere := [path for path in paths if "://" in path]:
+            raise DataError(f"{self.dataset} has its files elsewhere ({elsewhere[0]}); download them and use `files`")
+        sizes = self._ask(partial(_sizes, self.dataset, self.commit, paths), "the sizes of its files")
+        whole_file = {"piece": 0, "pieces": 1}
+        return [
+            {"path": path, "format": data_format, "size": size, **piece}
+            for path, size in zip(paths, sizes, strict=True)
+            for piece in (parquet.pieces(size) if data_format == "parquet" else [{"bytes": size, **whole_file}])
+        ]
 
-    def _patterns(self) -> list[str] | None:
-        """Return the globs of the subset's training files from the card; None if the card does not list files."""
-        configs = [c for c in self.repository.card.get("configs") or [] if isinstance(c, dict) and c.get("config_name")]
-        if not configs:
-            return None
-        names = [config["config_name"] for config in configs]
-        if self.subset is None:
-            config = next((c for c in configs if c.get("default") or c["config_name"] == "default"), configs[0])
-        elif self.subset in names:
-            config = configs[names.index(self.subset)]
+    def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
+        """Yield the documents of a task."""
+        where = f"{self.dataset}/{task['path']}"
+        file = cast(BinaryIO, HubFile(self.dataset, str(self.commit), task["path"], task["size"]))
+        kind = PurePosixPath(task["path"].removesuffix(".gz").removesuffix(".zst").removesuffix(".xz")).suffix
+        if task["format"] == "parquet":
+            texts = parquet.rows(file, task, text_column=self.text_column, where=where, errors=self.errors)
+        elif kind in (".jsonl", ".txt"):
+            texts = self._lines(file, where, is_json=kind == ".jsonl")
         else:
-            some = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-            raise DataError(f"{self.repository.dataset} has no subset {self.subset!r}; it has {some}")
-        files = config.get("data_files")
-        if files is None:
-            return None if config.get("data_dir") is None else [f"{config['data_dir'].strip('/')}/**"]
-        if isinstance(files, list) and files and isinstance(files[0], dict):
-            by_split = {entry.get("split"): entry.get("path") for entry in files}
-            files = by_split.get("train")
-            if files is None:
-                raise DataError(
-                    f"{self.repository.dataset} (subset {config['config_name']}) has no split 'train', only "
-                    f"{', '.join(map(str, by_split))}"
-                )
-        return [pattern.removeprefix("./") for pattern in ([files] if isinstance(files, str) else files)]
+            texts = self._other_rows(task, where)
+        for _, text in texts:
+            if text is None or not (text == "" or text.isspace()):
+                yield Document(text or "", is_null=text is None)
 
-    def fetch(self, file: dict[str, Any]) -> Path:
-        """Download a file, see HubRepository.fetch."""
-        return self.repository.fetch(file)
+    def _lines(self, file: BinaryIO, where: str, *, is_json: bool) -> Iterator[tuple[int, str | None]]:
+        """Yield (number, text or None) of each line of JSON, or of the entire .txt file.
 
-    def done_with(self, path: Path) -> None:
-        """Remove the copy, unless `keep`."""
-        if not self.keep:
-            path.unlink(missing_ok=True)
+        `datasets` refuses lines whose other fields change their type, and half surrogates; it joins CR LF.
+        """
+        raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, file), _READ_BYTES))
+        with name_unreadable_file(where), decompress(raw, PurePosixPath(where).suffix) as stream:
+            for number, content in enumerate(stream if is_json else [stream.read()], start=1):
+                if not content.isspace():
+                    yield number, text_of(content, f"{where}:{number}", self.text_column, self.errors, is_json)
 
-    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
-        """Yield the documents of a file, see FileSource.records."""
-        where = f"{self.repository.dataset}/{file['path']}"
-        return file_records(
-            path, where=where, text_column=self.text_column, separator=self.separator, progress=progress
+    def _other_rows(self, task: Mapping[str, Any], where: str) -> Iterator[tuple[int, str | None]]:
+        """Yield (row number, text or None) of a file that `datasets` reads."""
+        import datasets
+
+        silence(datasets)
+        url = f"hf://datasets/{self.dataset}@{self.commit}/{task['path']}"
+        number = 0
+        try:
+            rows = datasets.load_dataset(task["format"], data_files=[url], split="train", streaming=True)
+            for batch in rows.iter(batch_size=64):
+                if self.text_column not in batch:
+                    raise DataError(
+                        f"{where}: no column {self.text_column!r}, only {', '.join(batch)}; name the right one with "
+                        "--text_column"
+                    )
+                for value in batch[self.text_column]:
+                    number += 1
+                    if not isinstance(value, str | None):
+                        kind = type(value).__name__
+                        raise DataError(f"{where}:{number}: {self.text_column!r} is a {kind}, not text")
+                    yield number, value
+        except DataError:
+            raise
+        except Exception as error:  # of any library that reads a format
+            raise DataError(
+                f"{where}: `datasets` cannot read this file after row {number} ({one_line(error)}); run the command "
+                "again, or try the Hub's conversion to Parquet: --revision refs/convert/parquet"
+            ) from None
+
+    def _ask(self, call: Callable[[], Result], what: str) -> Result:
+        return ask_hub(call, self.dataset, what, self.revision)
+
+
+class HubFile(io.RawIOBase):
+    """A file of a data set on the Hub, read by range requests that are checked and repeated."""
+
+    def __init__(self, dataset: str, commit: str, path: str, size: int) -> None:
+        """Record the names; requests are sent by reading."""
+        from huggingface_hub import hf_hub_url
+
+        self.dataset, self.path, self.size = dataset, path, size
+        self.url = hf_hub_url(dataset, path, repo_type="dataset", revision=commit)
+        self.position = 0
+
+    def readable(self) -> bool:  # noqa: D102
+        return True
+
+    def seekable(self) -> bool:  # noqa: D102
+        return True
+
+    def tell(self) -> int:  # noqa: D102
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer from the position on, except at the end of the file."""
+        end = min(self.position + len(buffer), self.size)
+        if self.position >= end:
+            return 0
+        content = ask_hub(partial(self._fetch, self.position, end), self.dataset, self.path)
+        buffer[: len(content)] = content
+        self.position = end
+        return len(content)
+
+    def _fetch(self, begin: int, end: int) -> bytes:
+        from huggingface_hub import constants, get_session
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
+        response = get_session().get(self.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        hf_raise_for_status(response)
+        content = response.content
+        if response.status_code == 200 and len(content) == self.size:  # some storage ignores ranges
+            content = content[begin:end]
+        if len(content) != end - begin:  # never a shorter file than the Hub's
+            raise OSError(f"received {len(content):,} of {end - begin:,} bytes")
+        return content
+
+
+def text_of(content: bytes, where: str, text_column: str, errors: str, is_json: bool) -> str | None:
+    """Return the text of a file or of a line of JSON; None if it is null. Half a surrogate pair becomes U+FFFD."""
+    try:
+        text = content.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 ({error.reason}); give --errors replace to put U+FFFD there") from error
+    if not is_json:
+        return text
+    value = parse_json(text, where)
+    is_object = isinstance(value, dict)
+    text = value.get(text_column, False) if is_object else value
+    if not isinstance(text, str | None):
+        found = f"its keys are {sorted(value)}" if is_object else f"it is {value!r:.60}"
+        raise DataError(f"{where}: no text under {text_column!r}, {found}; name the right key with --text_column")
+    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def find_commit(dataset: str, revision: str, commit: str | None = None) -> str:
+    """Return the commit of a revision, after checking that its files may be read; or `commit`, if given."""
+    from huggingface_hub import HfApi
+
+    def call() -> str:
+        api = HfApi()
+        info = api.dataset_info(dataset, revision=commit or revision, expand=["sha"], timeout=_TIMEOUT_SECONDS)
+        api.auth_check(dataset, repo_type="dataset")  # a gated data set can be listed by everyone, but not read
+        return str(info.sha)
+
+    return ask_hub(call, dataset, "its description", commit or revision)
+
+
+def ask_hub(call: Callable[[], Result], dataset: str, what: str, revision: str = "main") -> Result:
+    """Return call(), which makes requests for `what` of a data set; repeat it after errors that may be temporary.
+
+    Raises:
+        DataError: the data set or revision cannot be read, HF_HUB_OFFLINE is set, or requests fail.
+    """
+    from huggingface_hub import constants, errors, get_session
+
+    final = (
+        *(errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError),
+        *(errors.HFValidationError, errors.OfflineModeIsEnabled),
+    )
+    get_session().timeout = _TIMEOUT_SECONDS  # the client itself has none, and a silent server would hold us for ever
+    try:
+        return with_retries(call, raises=final, log=lambda line: print(f"{dataset}, {what}: {line}", file=sys.stderr))
+    except errors.GatedRepoError:
+        page = f"{constants.ENDPOINT}/datasets/{dataset}"
+        problem = f"{dataset} is gated: accept its terms on {page} and log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        problem = (
+            f"no data set {dataset} on {constants.ENDPOINT}, or you may not read it: check the name, or log in with "
+            "`hf auth login`"
         )
+    except errors.RevisionNotFoundError:
+        problem = f"{dataset} has no revision {revision!r}; check --revision"
+    except errors.HFValidationError as error:
+        problem = f"{dataset!r} is not the name of a data set: {one_line(error)}"
+    except errors.OfflineModeIsEnabled:
+        problem = (
+            f"{dataset}: HF_HUB_OFFLINE is set; unset it, or use data on this machine (`files PATH`, "
+            "`pretokenized FOLDER` or `sample`)"
+        )
+    except HubRequestError as error:
+        tried = "" if error.is_final else f" after {error.attempts} attempts"
+        problem = (
+            f"{dataset}, {what}: request to {constants.ENDPOINT} failed{tried} ({error.reason}); check the network, "
+            "the proxy settings and HF_ENDPOINT, and run the same command again: finished work is kept"
+        )
+    raise DataError(problem)  # without the client's exception, which has the token
 
 
-def _folder_of(patterns: Sequence[str]) -> str:
-    """Return the deepest folder that contains all patterns, so that only its files are listed."""
-    parts = []
-    for level in zip(*(PurePosixPath(pattern).parts[:-1] for pattern in patterns), strict=False):
-        if len(set(level)) > 1 or set("*?[") & set(level[0]):
-            break
-        parts.append(level[0])
-    return "/".join(parts)
+def _open_builder(dataset: str, subset: str | None, commit: str) -> Any:
+    """Return the builder of `datasets`, which has found the files of the subset's splits."""
+    import datasets
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    silence(datasets)
+    # A new cache: without a network, `datasets` would give the newest set in its cache, whatever commit that has.
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            return datasets.load_dataset_builder(dataset, subset, revision=commit, cache_dir=cache)
+        except FileNotFoundError as error:
+            failure: BaseException | None = error  # `datasets` hides failed requests behind "not found"
+            while failure is not None:
+                if isinstance(failure, HfHubHTTPError) and not isinstance(failure, EntryNotFoundError):
+                    raise failure from None
+                failure = failure.__cause__ or failure.__context__
+            problem = f"{one_line(error)}; try the Hub's conversion to Parquet: --revision refs/convert/parquet"
+        except ValueError as error:
+            if "onfig" not in str(error):
+                raise
+            problem = f"{one_line(error, 600)}; choose with --subset"
+        except RuntimeError as error:
+            if "scripts" not in str(error):
+                raise
+            problem = (
+                "a program makes this data set, and `datasets` no longer runs such programs; try the Hub's conversion "
+                "to Parquet: --revision refs/convert/parquet"
+            )
+    raise DataError(f"{dataset}: {problem}")
 
 
-def _training_files(files: list[dict[str, Any]], subset: str | None) -> list[dict[str, Any]]:
-    """Select training files by name, where the card does not list them: the subset's folder without test files."""
-    if subset is not None:
-        files = [file for file in files if subset in PurePosixPath(file["path"]).parts[:-1]]
-        if not files:
-            raise DataError(f"no folder {subset!r} in this data set, and its card names no subsets; check --subset")
-    files = [file for file in files if not PurePosixPath(file["path"]).name.startswith((".", "README", "LICENSE"))]
-    training = [file for file in files if re.search(r"(?<![a-z])train", file["path"])]
-    other = re.compile(r"(?<![a-z])(test|valid|validation|val|dev|eval)(?![a-z])")
-    return training or [file for file in files if not other.search(file["path"])]
+def _sizes(dataset: str, commit: str, paths: list[str]) -> list[int]:
+    """Return the sizes of files, which the list of files has; `datasets` does not keep them."""
+    from huggingface_hub import HfFileSystem, constants
+
+    files = HfFileSystem(endpoint=constants.ENDPOINT, token=None)  # as in `datasets`: the same list, still in memory
+    return [files.info(f"datasets/{dataset}@{commit}/{path}")["size"] for path in paths]
+
+
+def silence(datasets: Any) -> None:
+    """Turn off the progress bars and warnings of `datasets`: data.prepare has its own."""
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)

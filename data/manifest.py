@@ -81,8 +81,8 @@ class Manifest:
     """prefix of the shards' file names"""
     source: dict[str, Any]
     """settings and provenance of the source, enough to fetch the documents again"""
-    inputs: list[dict[str, Any]] = field(default_factory=list)
-    """{"path", "bytes", "part"} of each input file, in order; parts are prepared independently of each other"""
+    inputs: list[Any] = field(default_factory=list)
+    """the source's tasks, in groups of up to 8 MB; of imported shards, {"path", "bytes", "part"} of each file"""
     split_rule: str
     """how documents were split into train and val"""
     val_fraction: float | None = None
@@ -97,6 +97,10 @@ class Manifest:
     """versions of the software that made the shards: {"python": "3.11.7", "tiktoken": ...}"""
     format_version: int = FORMAT_VERSION
     """version of the manifest's format"""
+    val_from: int | None = None
+    """validation is the text from this token on; None if documents were drawn for it"""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """{"part", "first", "last" (tasks), "tokens", ...} of each part: the tasks that its shards were made from"""
     shards: list[dict[str, Any]] = field(default_factory=list)
     """{"file", "split", "part", "tokens", "documents", "sha256", "crc32"} of each, in order (see shards.scan_shard)"""
 
@@ -107,11 +111,6 @@ class Manifest:
     def total(self, split: str, key: str) -> int:
         """Sum "tokens" or "documents" over the shards of a split."""
         return sum(shard[key] for shard in self.shards if shard["split"] == split)
-
-    @property
-    def num_parts(self) -> int:
-        """Number of parts of the preparation."""
-        return max((file["part"] for file in self.inputs), default=0) + 1
 
 
 def write_json_with_checksum(path: str | Path, content: dict[str, Any]) -> None:

@@ -22,7 +22,11 @@ def nanogpt_tokenizer(folder: str | Path) -> Tokenizer | None:
         return None
     meta = read_plain_pickle(path)
     characters = meta.get("stoi")
-    if not isinstance(characters, dict) or sorted(characters.values()) != list(range(len(characters))):
+    if (
+        not isinstance(characters, dict)
+        or not all(isinstance(key, str) and isinstance(number, int) for key, number in characters.items())
+        or sorted(characters.values()) != list(range(len(characters)))
+    ):
         raise DataError(f"{path}: no table of characters (stoi) in it; name the tokenizer with --tokenizer")
     if any(len(character) != 1 for character in characters):
         raise DataError(f"{path}: its tokens are not characters; name the tokenizer with --tokenizer")

@@ -1,313 +1,325 @@
-"""The plan of a preparation, and the records of its finished parts.
+"""A preparation's plan, and the joining of finished tasks to shards.
 
-DIR/preparing.json is the plan, a Manifest without shards. DIR/parts/00003.json records the shards of part 3. When all
-parts are recorded, `finish` writes DIR/manifest.json and removes the rest.
+DIR/preparing.json is the plan, a Manifest without shards. Finished tasks are in DIR/tasks (data/tasks.py). `Joiner`
+takes them in order. When the next one would make more than shard_tokens, those before it become a part: its shards are
+written, DIR/parts/00003.json records them, and the tasks' files are removed. `finish` writes DIR/manifest.json.
 """
 
 import contextlib
+import dataclasses
 import glob
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from common.files import atomic_write
 from common.locks import Lock, Timeout
 from data import DataError
-from data.hub import HubSource
 from data.manifest import (
     MANIFEST,
     PREPARING,
     SPLITS,
+    TOKENIZER,
     Manifest,
     read_json_with_checksum,
     read_manifest,
     record_tokenizer,
     write_json_with_checksum,
 )
-from data.pretokenized import HubShards, LocalShards
-from data.shards import open_shard, scan_shard, write_shard
-from data.sources import FileSource, SampleSource
+from data.shards import ShardWriter
+from data.sources import TASK_BYTES, Source
+from data.tasks import TASKS, finished_tasks, read_record, read_tokens, remove_task
 from data.tokenizer import Tokenizer
 
-TextSource = SampleSource | FileSource | HubSource
-ShardSource = LocalShards | HubShards
-Source = TextSource | ShardSource
-
-DOWNLOADS = "downloads"
+PARTS, _LOCK = "parts", ".lock"
 CUT_RULE = "val is the end of the text, the last"
+PART_SUMS = ("tokens", "documents", "null_rows", "eos_texts")
+_MIN_VAL_DOCUMENTS = 10
 _MIN_CUT_FRACTION = 0.1
-_PARTS, _LOCK = "parts", ".lock"
-PART_BYTES = 2**28  # maximum size of a part of several files
+
+
+@contextlib.contextmanager
+def folder_lock(out: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises DataError if another process has it."""
+    path = out / _LOCK
+    lock = Lock(path, warn=lambda line: print(line, file=sys.stderr))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(f"another process is preparing {out}; wait for it, or stop it and run this again") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows cannot remove open files; filelock does it there
+            path.unlink()
+        lock.release()
 
 
 def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -> Manifest:
     """Write the plan into a new folder; return the plan of a started folder, or the manifest of a finished one."""
-    if out.is_symlink() and not out.exists():
-        raise DataError(f"{out} is a broken link; remove it or choose another --out")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    with _locked(out):
-        old = read_manifest(out) or read_manifest(out, PREPARING)
-        if old is not None:
-            what = f"{out} {'already exists' if old.shards else 'was started'} with"
-            _check_same_settings(old, plan, what)
-            if old.tokenizer.sha256 != tokenizer.sha256:
-                raise DataError(
-                    f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, "
-                    "choose another --out, or remove it"
-                )
-            if not old.shards:
-                _reuse_inputs(old, source, out)
-            return old
-        is_source = isinstance(source, LocalShards) and source.folder.resolve() == out.resolve()
-        if not is_source and any(not entry.name.startswith(".") for entry in out.iterdir()):
+    old = read_manifest(out, PREPARING) or read_manifest(out)
+    if old is None:
+        if any(not entry.name.startswith(".") and entry.name != TOKENIZER for entry in out.iterdir()):
             raise DataError(f"{out} already exists and has other content; remove it or choose another --out")
-        plan.inputs = _assign_parts(source)
+        shutil.rmtree(out / TOKENIZER, ignore_errors=True)  # of a preparation that was killed before its plan
+        plan.inputs = _group(source.tasks())
         plan.source = {**plan.source, **source.provenance}
         plan.tokenizer = record_tokenizer(tokenizer, out)
         plan.write(out / PREPARING)
+        return plan
+    what = f"{out} {'already exists' if old.shards else 'was started'} with"
+    for key, value in _settings(plan).items():
+        if (found := _settings(old).get(key)) != value:
+            raise DataError(
+                f"{what} {key} {found!r}, got {value!r}; use the same value, choose another --out, or remove it"
+            )
+    if old.tokenizer.sha256 != tokenizer.sha256:
+        raise DataError(
+            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, choose "
+            "another --out, or remove it"
+        )
+    if not old.shards:
+        _accept_changed_inputs(old, source, out)
+    return old
+
+
+def _settings(plan: Manifest) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in ("val_fraction", "shard_tokens", "max_tokens")} | plan.source
+
+
+def _group(tasks: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Join small tasks of a source to tasks of up to TASK_BYTES."""
+    groups: list[list[dict[str, Any]]] = []
+    size = 0
+    for task in tasks:
+        if not groups or size + task["bytes"] > TASK_BYTES or task.get("is_stream") or groups[-1][0].get("is_stream"):
+            groups.append([])
+            size = 0
+        groups[-1].append(task)
+        size += task["bytes"]
+    return groups
+
+
+def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
+    """Accept changed files if their task is not finished: the user fixed them."""
+    if any(isinstance(entry, dict) for entry in plan.inputs):
+        raise DataError(f"an earlier version began {out}; remove it, or choose another --out")
+    inputs = _group(source.tasks())
+    if inputs == plan.inputs:
+        return
+    paths = [[[task["path"] for task in group] for group in groups] for groups in (inputs, plan.inputs)]
+    if paths[0] != paths[1]:
+        raise DataError(f"{out} was started with other files; choose another --out, or remove it")
+    for number in _finished_entries(out):
+        for new, old in zip(inputs[number], plan.inputs[number], strict=True):
+            if new != old:
+                raise DataError(f"{new['path']} has changed since it was tokenized for {out}; remove {out}")
+    plan.inputs = inputs
+    plan.write(out / PREPARING)
+
+
+def part_records(out: Path) -> list[dict[str, Any]]:
+    """Return the records of the finished parts, in order: {"part", "first", "last" (keys), PART_SUMS, "shards"}."""
+    paths = sorted((out / PARTS).glob("*.json"))
+    return [read_json_with_checksum(path, "remove it, and its part is made again") for path in paths]
+
+
+def _finished_entries(out: Path) -> set[int]:
+    """Return the numbers of the plan's entries that have finished tasks."""
+    done = {_entry(key) for key in finished_tasks(out)}
+    return done.union(*(range(_entry(part["first"]), _entry(part["last"]) + 1) for part in part_records(out)))
+
+
+def _entry(key: str) -> int:
+    return int(key.partition(".")[0])
+
+
+class Joiner:
+    """Join tasks to the shards of parts. `add` is called with every task, in order."""
+
+    def __init__(self, plan: Manifest, tokenizer: Tokenizer, out: Path) -> None:
+        assert plan.shard_tokens is not None and plan.val_fraction is not None
+        self.plan, self.out = plan, out
+        self.shard_tokens, self.val_fraction = plan.shard_tokens, plan.val_fraction
+        self._vocabulary = tokenizer.vocabulary
+        self.parts = {record["part"]: record for record in part_records(out)}
+        self._counted: set[int] = set()  # parts
+        self._pending: list[dict[str, Any]] = []  # records of tasks that are not in a part yet
+        self._documents = self._tokens = 0  # of all tasks so far
+        self._executor = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._executor.shutdown()
+
+    @property
+    def is_full(self) -> bool:
+        """True when max_tokens are there."""
+        return self.plan.max_tokens is not None and self._tokens >= self.plan.max_tokens
+
+    def part_of(self, key: str) -> dict[str, Any] | None:
+        """Return the finished part that has a task."""
+        return next((part for part in self.parts.values() if part["first"] <= key <= part["last"]), None)
+
+    def add(self, key: str) -> int:
+        """Add the next task, and return its number of tokens."""
+        part = self.part_of(key)
+        if part is None:
+            record = read_record(self.out, key)
+            size = sum(pending["tokens"] for pending in self._pending)
+            if size and size + record["tokens"] > self.shard_tokens and self._is_drawn():
+                self._write_part()
+            self._pending.append(record)
+        elif part["part"] in self._counted:
+            return 0
+        else:  # all of a finished part, at its first task
+            if self._pending:
+                self._write_part()
+            self._counted.add(part["part"])
+            record = part
+        self._tokens += record["tokens"]
+        self._documents += record["documents"]
+        return int(record["tokens"])
+
+    def finish(self) -> None:
+        """Write the last part."""
+        if not self._is_drawn() and self.plan.val_from is None:
+            total = min(self._tokens, self.plan.max_tokens or self._tokens)
+            count = math.ceil(max(self.val_fraction, _MIN_CUT_FRACTION) * total)
+            self.plan.val_from = total - count
+            self.plan.split_rule = f"{CUT_RULE} {count:,} of {total:,} tokens"
+            self.plan.write(self.out / PREPARING)
+        if self._pending:
+            self._write_part()
+
+    def _is_drawn(self) -> bool:
+        """Return True if there are enough documents up to here to draw some for validation."""
+        return bool(self._counted) or self._documents * self.val_fraction >= _MIN_VAL_DOCUMENTS
+
+    def _write_part(self) -> None:
+        number = next(number for number in range(len(self.parts) + 1) if number not in self.parts)
+        records, self._pending = self._pending, []
+        position = self._tokens - sum(record["tokens"] for record in records)  # of the part's first token
+        writers = {split: self._writer(split, number) for split in SPLITS}
+        try:
+            for record in records:
+                for tokens, documents in read_tokens(self.out, record, self._vocabulary.dtype):
+                    self._write(writers, tokens, documents, position)
+                    position += len(tokens)
+            shards = [
+                {"file": shard.pop("file"), "split": split, "part": number, **shard}
+                for split in SPLITS
+                for shard in writers[split].finish()
+            ]
+        finally:
+            for writer in writers.values():
+                writer.abandon()
+        sums = {name: sum(record[name] for record in records) for name in PART_SUMS}
+        keys = {"first": records[0]["key"], "last": records[-1]["key"]}
+        self.parts[number] = {"part": number, **keys, **sums, "shards": shards}
+        (self.out / PARTS).mkdir(exist_ok=True)
+        write_json_with_checksum(self.out / PARTS / f"{number:05d}.json", self.parts[number])
+        self._counted.add(number)
+        for record in records:
+            remove_task(self.out, record["key"])
+
+    def _write(
+        self, writers: Mapping[str, ShardWriter], tokens: np.ndarray, documents: np.ndarray, position: int
+    ) -> None:
+        """Write a task's documents, up to max_tokens from the start of the text."""
+        lengths, is_val = documents[:, 0], documents[:, 1].astype(bool)
+        if self.plan.max_tokens is not None:
+            keep = min(max(0, self.plan.max_tokens - position), len(tokens))
+            lengths = _cut(lengths, keep)[0]
+            tokens, is_val = tokens[:keep], is_val[: len(lengths)]
+        if self.plan.val_from is None:
+            for split, mask in (("val", is_val), ("train", ~is_val)):
+                writers[split].add(tokens[np.repeat(mask, lengths)], lengths[mask])
+        else:
+            at = min(max(0, self.plan.val_from - position), len(tokens))
+            before, after = _cut(lengths, at)
+            writers["train"].add(tokens[:at], before)
+            writers["val"].add(tokens[at:], after)
+
+    def _writer(self, split: str, part: int) -> ShardWriter:
+        prefix = f"{self.plan.name}_{split}_{part:05d}"
+        for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
+            stale.unlink()  # from an interrupted run
+        return ShardWriter(
+            self.out,
+            prefix,
+            shard_tokens=self.shard_tokens,
+            executor=self._executor,
+            vocabulary=self._vocabulary,
+        )
+
+
+def _cut(lengths: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide documents at a token, which may be inside of one; return the lengths before and after it."""
+    ends = np.cumsum(lengths)
+    index = int(np.searchsorted(ends, at, side="right"))
+    inside = at - (int(ends[index - 1]) if index else 0)
+    before, after = lengths[:index], lengths[index:].copy()
+    if inside:
+        before = np.append(before, inside)
+        after[0] -= inside
+    return before, after
+
+
+def finish(plan: Manifest, out: Path) -> Manifest:
+    """Write the manifest of a folder whose parts are all there, and remove the rest."""
+    parts = part_records(out)
+    plan.shards = [shard for part in parts for shard in part.pop("shards")]
+    plan.parts = parts
+    for split in SPLITS:
+        if not plan.total(split, "tokens"):
+            for shard in plan.shards:
+                (out / shard["file"]).unlink(missing_ok=True)
+            remove_plan(out)
+            raise DataError(
+                f"the {split} split has no text (val_fraction {plan.val_fraction}): give more text, or another "
+                "--val_fraction"
+            )
+    plan.write(out / MANIFEST)
+    remove_plan(out)
     return plan
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Hold the folder's lock, and remove its file at the end unless the folder is still in preparation."""
-    path = out / _LOCK
-    with Lock(path, warn=_warn):
-        try:
-            yield
-        finally:
-            if not (out / PREPARING).exists():
-                with contextlib.suppress(PermissionError):  # Windows cannot remove open files; filelock does it there
-                    path.unlink(missing_ok=True)
+def reopen(manifest: Manifest, damaged: set[str], out: Path) -> Manifest:
+    """Turn a finished folder into one whose parts with damaged shards are not made yet. Return its plan."""
+    parts = {shard["part"] for shard in manifest.shards if shard["file"] in damaged}
+    if not manifest.parts:
+        raise DataError(f"an earlier version made {out}: prepare it again in another --out, or copy the shards again")
+    plan = dataclasses.replace(manifest, shards=[])
+    plan.write(out / PREPARING)
+    (out / PARTS).mkdir(exist_ok=True)
+    for part in manifest.parts:
+        if part["part"] not in parts:
+            shards = [shard for shard in manifest.shards if shard["part"] == part["part"]]
+            write_json_with_checksum(out / PARTS / f"{part['part']:05d}.json", {**part, "shards": shards})
+    return plan
 
 
-@contextlib.contextmanager
-def part_lock(out: Path, part: int) -> Iterator[None]:
-    """Hold the lock of a part. Raises DataError if another process has it."""
-    (out / _PARTS).mkdir(exist_ok=True)
-    lock = Lock(out / _PARTS / f"{part:05d}.lock", warn=_warn)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DataError(
-            f"another process is preparing part {part} of {out}; wait for it, or stop it and run this command again"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+def remove_plan(out: Path) -> None:
+    """Remove what only a preparation needs."""
+    for name in (PARTS, TASKS):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / PREPARING).unlink(missing_ok=True)
 
 
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def _check_same_settings(old: Manifest, new: Manifest, what: str) -> None:
-    def settings(plan: Manifest) -> dict[str, Any]:
-        names = ("val_fraction", "shard_tokens", "max_tokens")
-        return {name: getattr(plan, name) for name in names} | plan.source
-
-    old_settings = settings(old)
-    for key, value in settings(new).items():
-        if old_settings.get(key) != value:
-            raise DataError(
-                f"{what} {key} {old_settings.get(key)!r}, got {value!r}; use the same value, choose another --out, "
-                "or remove it"
-            )
-
-
-def _assign_parts(source: Source) -> list[dict[str, Any]]:
-    """Return the source's files, each with its part."""
-    files: list[dict[str, Any]] = []
-    part = size = 0
-    limit = 0 if isinstance(source, ShardSource) else PART_BYTES
-    for file in source.inputs():
-        if files and size + file["bytes"] > limit:
-            part, size = part + 1, 0
-        files.append({**file, "part": part})
-        size += file["bytes"]
-    return files
-
-
-def _reuse_inputs(plan: Manifest, source: Source, out: Path) -> None:
-    """Use the commit of the plan. Accept changed local files if their part is not finished: the user fixed them."""
-    if isinstance(source, HubSource | HubShards):
-        source.repository.pin(plan.source["revision"])
-        return
-    files, finished = source.inputs(), part_records(out)
-    if [file["path"] for file in files] != [file["path"] for file in plan.inputs]:
-        raise DataError(f"{out} was started with other files; choose another --out, or remove it")
-    for file, old in zip(files, plan.inputs, strict=True):
-        if file["bytes"] != old["bytes"] and old["part"] in finished:
-            raise DataError(f"{file['path']} has changed since its part of {out} was made; remove {out}")
-    inputs = [{**file, "part": old["part"]} for file, old in zip(files, plan.inputs, strict=True)]
-    if inputs != plan.inputs:
-        plan.inputs = inputs
-        plan.write(out / PREPARING)
-
-
-def part_records(out: Path) -> dict[int, dict[str, Any]]:
-    """Return {part: record} of the finished parts; a record is {"part", "shards", "is_full"}."""
-    remedy = "remove it, and its part is made again"
-    records = [read_json_with_checksum(path, remedy) for path in sorted((out / _PARTS).glob("*.json"))]
-    return {record["part"]: record for record in records}
-
-
-def write_part_record(out: Path, record: dict[str, Any]) -> None:
-    """Record a finished part."""
-    (out / _PARTS).mkdir(exist_ok=True)
-    write_json_with_checksum(out / _PARTS / f"{record['part']:05d}.json", record)
-
-
-def is_complete(plan: Manifest, records: Mapping[int, dict[str, Any]]) -> bool:
-    """Return True if all parts are finished. A part that reaches max_tokens is the last one."""
-    full = [part for part, record in records.items() if record["is_full"]]
-    last = min(full) if full else plan.num_parts - 1
-    return all(part in records for part in range(last + 1))
-
-
-def has_finished_work(out: Path) -> bool:
-    """Return True if the folder has a manifest, a finished part or downloads."""
-    return any((out / _PARTS).glob("*.json")) or any((out / name).exists() for name in (MANIFEST, DOWNLOADS))
-
-
-def kept_parts(out: str | Path) -> str:
-    """Return the end of an error message: the finished parts that the next run keeps."""
+def kept_work(out: str | Path) -> str:
+    """Return the end of an error message: the finished tasks that the next run keeps."""
     out = Path(out)
     with contextlib.suppress(DataError, OSError):
-        plan, records = read_manifest(out, PREPARING), part_records(out)
-        if plan is not None and records:
-            return f". {len(records)} of {plan.num_parts} parts are kept in {out}: run the same command to resume"
+        plan = read_manifest(out, PREPARING)
+        done = _finished_entries(out)
+        if plan is not None and done:
+            return f". {len(done)} of {len(plan.inputs)} tasks are kept in {out}: run the same command to resume"
     return ""
-
-
-def finish(out: Path) -> Manifest | None:
-    """Write the manifest and remove the records if all parts are finished; return None if parts are missing."""
-    with _locked(out):
-        manifest = read_manifest(out)
-        if manifest is None:
-            manifest, records = _read_plan(out), part_records(out)
-            if not is_complete(manifest, records):
-                return None
-            manifest.shards = [shard for part in sorted(records) for shard in records[part]["shards"]]
-            if manifest.val_fraction is not None and not manifest.total("val", "tokens"):
-                _cut_validation_split(manifest, out)
-            for split in SPLITS:
-                if not manifest.total(split, "tokens"):
-                    _remove_everything(manifest, out)
-                    raise DataError(
-                        f"the {split} split has no documents (val_fraction {manifest.val_fraction}): give more "
-                        "text, or another --val_fraction"
-                    )
-            manifest.write(out / MANIFEST)
-        if manifest.split_rule.startswith(CUT_RULE):
-            listed = {shard["file"] for shard in manifest.shards}
-            for path in out.glob(f"{glob.escape(manifest.name)}_train_*.bin"):
-                if path.name not in listed:
-                    path.unlink()
-        (out / PREPARING).unlink(missing_ok=True)
-        shutil.rmtree(out / _PARTS, ignore_errors=True)
-        downloads = out / DOWNLOADS
-        shutil.rmtree(downloads / ".cache", ignore_errors=True)  # written by huggingface_hub
-        if not any(path.is_file() for path in downloads.rglob("*")):
-            shutil.rmtree(downloads, ignore_errors=True)
-    return manifest
-
-
-def _cut_validation_split(manifest: Manifest, out: Path) -> None:
-    """Move the last tokens from the training shards to a validation shard.
-
-    A tenth of the tokens as in nanoGPT's Shakespeare, or val_fraction if that is more. The shards get new names, so
-    that the old ones are there until the manifest is written.
-    """
-    total = manifest.total("train", "tokens")
-    wanted = math.ceil(max(manifest.val_fraction or 0, _MIN_CUT_FRACTION) * total)
-    vocabulary = manifest.tokenizer.vocabulary
-    tail: list[np.ndarray] = []
-    left = wanted
-    while left and manifest.shards:
-        entry = manifest.shards.pop()
-        tokens = open_shard(out / entry["file"], entry["crc32"], vocabulary=vocabulary)[:]
-        tail.insert(0, tokens[len(tokens) - min(left, len(tokens)) :])
-        left -= len(tail[0])
-        if len(tail[0]) < len(tokens):
-            manifest.shards.append(_write_cut(manifest, out, "train", entry["part"], tokens[: -len(tail[0])]))
-    if not tail:
-        return
-    manifest.shards.append(_write_cut(manifest, out, "val", manifest.num_parts, np.concatenate(tail)))
-    manifest.split_rule = f"{CUT_RULE} {wanted:,} of {total:,} tokens"
-
-
-def _write_cut(manifest: Manifest, out: Path, split: str, part: int, tokens: np.ndarray) -> dict[str, Any]:
-    path = out / f"{manifest.name}_{split}_{part:05d}999.bin"
-    write_shard(path, tokens, manifest.tokenizer.vocabulary)
-    scan = scan_shard(path, vocabulary=manifest.tokenizer.vocabulary)
-    del scan["crc32_of_all"]
-    return {"file": path.name, "split": split, "part": part, **scan}
-
-
-def _read_plan(folder: Path) -> Manifest:
-    plan = read_manifest(folder, PREPARING)
-    if plan is None:
-        raise DataError(f"{folder} has no parts of a preparation (no {PREPARING} in it)")
-    return plan
-
-
-def _remove_everything(manifest: Manifest, out: Path) -> None:
-    if manifest.source["kind"] != "pretokenized":
-        for shard in manifest.shards:
-            (out / shard["file"]).unlink(missing_ok=True)
-    shutil.rmtree(out / _PARTS)
-    (out / PREPARING).unlink()
-
-
-def merge(folders: Sequence[str | Path], out: str | Path) -> Manifest:
-    """Merge the folders in which several machines prepared their parts of the same source; `out` may be one of them.
-
-    Raises:
-        DataError: a folder has no parts, the parts are of different preparations, or a part is missing.
-    """
-    out = Path(out)
-    if (out / MANIFEST).exists():
-        raise DataError(f"{out} is already prepared; choose another --out")
-    plans = [_read_plan(Path(folder)) for folder in folders]
-    for folder, plan in zip(folders, plans, strict=True):
-        if asdict(plan) | {"versions": None} != asdict(plans[0]) | {"versions": None}:
-            raise DataError(f"{folder} and {folders[0]} are not parts of the same preparation")
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / PREPARING).exists():
-        plans[0].write(out / PREPARING)
-    for folder in map(Path, folders):
-        if folder.resolve() != out.resolve():
-            for record in part_records(folder).values():
-                for shard in record["shards"]:
-                    _copy_shard(folder, shard, out)
-                write_part_record(out, record)
-    manifest = finish(out)
-    if manifest is None:
-        missing = sorted(set(range(plans[0].num_parts)) - part_records(out).keys())
-        raise DataError(
-            f"of {plans[0].num_parts} parts, {len(missing)} are missing: {', '.join(map(str, missing[:20]))}"
-            f"{' ...' if len(missing) > 20 else ''}; prepare them (--shard_index, --shard_count) and merge again"
-        )
-    return manifest
-
-
-def _copy_shard(folder: Path, shard: dict[str, Any], out: Path) -> None:
-    if Path(shard["file"]).is_absolute():
-        return
-    with atomic_write(out / shard["file"]) as tmp_path:
-        try:
-            shutil.copyfile(folder / shard["file"], tmp_path)
-        except FileNotFoundError as error:
-            raise DataError(f"{folder / shard['file']} is missing; copy it there, or prepare its part again") from error
-        if scan_shard(tmp_path)["sha256"] != shard["sha256"]:
-            raise DataError(f"{folder / shard['file']} is damaged; copy it again, or prepare its part again")

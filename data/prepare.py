@@ -1,15 +1,14 @@
 """Make shards from text.
 
     python -m data.prepare sample --out shards/sample
+    python -m data.prepare files book.txt notes/ "logs/**/*.jsonl.zst" --out shards/mine
     python -m data.prepare fineweb-edu --out shards/fineweb-edu
     python -m data.prepare hub --dataset OWNER/NAME --subset S --text_column C --out shards/theirs
-    python -m data.prepare files book.txt notes/ "logs/**/*.jsonl.zst" --out shards/mine
     python -m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu
 
-The input files are grouped into parts; a large file gets its own part. Each part is fetched, tokenized, written, read
-again and recorded (plan.py, parts.py). The shards of a part depend only on the part. So an interrupted preparation
-resumes at the first missing part, and several machines can divide the parts (--shard_index, --shard_count); the bytes
-of the shards are the same.
+The text is read in tasks of up to 8 MB, each tokenized in one process (data/tasks.py), and joined to shards in order
+(data/plan.py). An interrupted preparation resumes with the tasks that are missing. Preparing a finished folder again
+makes damaged shards again, and only those. The bytes of the shards are always the same.
 """
 
 import argparse
@@ -19,12 +18,14 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, say, shell_quote
+from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, say
 
 if __name__ == "__main__":
     prepare_process()
@@ -33,36 +34,24 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from data import DataError
+from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
-from data.encode import SPLIT_RULE
-from data.hub import HubRepository, HubSource
-from data.manifest import SPLITS, Manifest, needs_preparing
-from data.nanogpt import nanogpt_tokenizer
-from data.parts import PartMaker
-from data.plan import (
-    CUT_RULE,
-    DOWNLOADS,
-    Source,
-    finish,
-    has_finished_work,
-    is_complete,
-    kept_parts,
-    merge,
-    open_plan,
-    part_lock,
-    part_records,
-    write_part_record,
-)
-from data.pretokenized import HubShards, LocalShards
+from data.hub import DatasetSource
+from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing
+from data.plan import Joiner, finish, folder_lock, kept_work, open_plan, remove_plan, reopen
+from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS
-from data.sources import FileSource, SampleSource
-from data.tokenizer import GPT2_VOCABULARY, TOKENIZER_BACKENDS, Tokenizer, Vocabulary, load_tokenizer
+from data.sources import FileSource, SampleSource, Source
+from data.tasks import SPLIT_RULE, Task, Work, Workers, finished_tasks, remove_task, tasks_of
+from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, load_tokenizer
+from data.verify import verify
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
 _SAMPLE_VAL_FRACTION = 0.05
+_SECONDS_BETWEEN_LINES = 30
 
 # Bytes of shards per byte of input: a token has two bytes and is about 4.3 bytes of English text.
-_SHARDS_PER_BYTE = {".txt": 0.5, ".jsonl": 0.5, ".parquet": 0.75, ".gz": 1.4, ".zst": 1.7, ".xz": 1.9}
+_SHARDS_PER_BYTE = {".parquet": 0.75, ".gz": 1.4, ".zst": 1.7, ".xz": 1.9}
 
 
 def prepare(
@@ -70,71 +59,80 @@ def prepare(
     out: str | Path,
     *,
     name: str,
-    val_fraction: float | None = None,
+    val_fraction: float = 0.01,
     shard_tokens: int = _SHARD_TOKENS,
     max_tokens: int | None = None,
     num_proc: int = 1,
     tokenizer: Tokenizer | None = None,
     parse_eos: bool = False,
-    shard_index: int = 0,
-    shard_count: int = 1,
+    cluster: Cluster | None = None,
     log: Callable[[str], object] = lambda line: None,
-) -> Manifest | None:
-    """Make a folder of shards with a manifest, or resume making it.
+) -> Manifest:
+    """Make a folder of shards with a manifest, or resume making it, or repair it.
 
-    A document is never split over two shards. The bytes of the shards depend on the source, `val_fraction`,
-    `shard_tokens`, `max_tokens`, `parse_eos` and the tokenizer's ids, but not on `num_proc`, `shard_count` or
-    interruptions. If no document is drawn for validation, the last part of the tokens is cut off for it, see plan.py.
+    The bytes of the shards depend on the documents, the tokenizer's ids, `val_fraction`, `shard_tokens`, `max_tokens`
+    and `parse_eos`, but not on `num_proc` or interruptions.
 
     Args:
-        source: documents, see data.sources, or shards to import, see data.pretokenized.
+        source: see data/sources.py.
         name: prefix of the file names: {name}_train_00000000.bin has 5 digits for the part, 3 for the shard in it.
-        val_fraction: fraction of the documents for validation; None for imported shards.
+        val_fraction: fraction of the documents that are drawn for validation. Where that would be fewer than ten, the
+            end of the text is validation: a tenth of the tokens, or val_fraction if it is more.
         shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
-        max_tokens: maximum number of tokens in all shards; the last document is the last one that fits.
+        max_tokens: use only the first tokens of the text.
         num_proc: number of tokenizer processes.
         tokenizer: None: GPT-2's.
         parse_eos: `<|endoftext|>` in a text (the text of the tokenizer's eos token) separates documents; otherwise it
             is plain characters.
-        shard_index: index of the first part to prepare, of every shard_count-th.
+        cluster: the machines that run the tasks; None: this one. On SLURM the result is the plan, without shards.
         log: called with lines for the user.
 
-    Returns:
-        The manifest; None if other machines have not prepared their parts yet.
-
     Raises:
-        UserError: the folder has other content, the source failed, a split has no documents, the disk is full, or a
-            process was killed. Finished parts are kept.
+        UserError: the folder has other content, the source failed, the disk is full, or a process was killed. Finished
+            tasks are kept.
     """
-    out = Path(out)
-    _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens, shard_index, shard_count)
-    tokenizer = tokenizer or load_tokenizer()
-    is_text = val_fraction is not None
+    out, tokenizer = Path(out), tokenizer or load_tokenizer()
+    _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens)
+    if (out.is_symlink() and not out.exists()) or (out.exists() and not out.is_dir()):
+        raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
+    if cluster is not None:
+        cluster.check()
+    is_new = not out.exists()
     plan = Manifest(
         name=name,
-        source={**source.settings, "parse_eos": parse_eos or None} if is_text else source.settings,
-        split_rule=SPLIT_RULE if is_text else "by the names of the imported files",
+        source={**source.settings, "parse_eos": parse_eos or None},
+        split_rule=SPLIT_RULE,
         val_fraction=val_fraction,
-        shard_tokens=shard_tokens if is_text else None,
+        shard_tokens=shard_tokens,
         max_tokens=max_tokens,
         versions=_versions(tokenizer),
     )
-    is_new = not out.exists()
     try:
-        plan = open_plan(plan, source, tokenizer, out)
-        if plan.shards:
-            log(f"{out} is already prepared: nothing to do")
-            return finish(out)  # completes an interrupted cleanup
-        parts = [part for part in range(plan.num_parts) if part % shard_count == shard_index]
-        if isinstance(source, FileSource) and source.skipped:
-            names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
-            log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
-        _check_disk(plan, source, out, parts, log)
-        _prepare_parts(plan, source, out, parts, num_proc=num_proc, tokenizer=tokenizer, log=log)
-        _report_oddities(out, tokenizer, parse_eos, log)
-        manifest = finish(out)
-        if manifest is not None and manifest.split_rule.startswith(CUT_RULE):
-            log(f"split     too few documents to draw some for validation: {manifest.split_rule}")
+        out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(out):
+            plan = open_plan(plan, source, tokenizer, out)
+            before = plan if plan.shards else None
+            if before is not None:
+                log(f"{out} is already prepared: checking its shards")
+                damaged = verify(out, num_proc=num_proc)[1]
+                if not damaged:
+                    remove_plan(out)
+                    return before
+                log(f"repair    {len(damaged)} shards are damaged or missing")
+                plan = reopen(before, set(damaged), out)
+            _report_skipped(source, log)
+            _check_disk(plan, out, log)
+            work = Work(source, tokenizer, out if cluster is None else out.absolute(), val_fraction, parse_eos)
+            if cluster is not None:
+                again: dict[str, Any] = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
+                again |= {"max_tokens": max_tokens, "tokenizer": tokenizer, "parse_eos": parse_eos}
+                if not cluster.run(work, partial(prepare, source, out.absolute(), **again)):
+                    is_new = False
+                    return plan
+            _run_tasks(plan, work, num_proc, log)
+            manifest = finish(plan, out)
+        _check_repair(before, manifest, out)
+        _report_oddities(manifest, tokenizer, parse_eos, log)
         return manifest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -142,8 +140,67 @@ def prepare(
             raise DataError(f"no space for {where} on its disk; free some or choose another --out") from error
         raise DataError(f"{out} was not made: {error}; fix that or choose another --out") from error
     finally:
-        if is_new and shard_count == 1 and out.is_dir() and not has_finished_work(out):
+        if is_new and out.is_dir() and not kept_work(out) and not (out / MANIFEST).exists():
             shutil.rmtree(out)
+
+
+def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Callable[[str], object]) -> None:
+    """Run the tasks that are not done, and join them to shards."""
+    with Joiner(plan, work.tokenizer, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
+        for key in finished_tasks(work.out):
+            if joiner.part_of(key):  # an interruption left it
+                remove_task(work.out, key)
+        done = {*finished_tasks(work.out)}
+        if done or joiner.parts:
+            log(f"resume    {len(joiner.parts)} parts and {len(done)} more tasks are done")
+
+        def tasks() -> Iterator[Task]:
+            for number, inputs in enumerate(plan.inputs):
+                for task in tasks_of(work.source, number, inputs):
+                    if joiner.part_of(task.key):
+                        done.add(task.key)
+                    yield task
+
+        total = sum(task["bytes"] for inputs in plan.inputs for task in inputs)
+        with contextlib.closing(workers.run(tasks(), done)) as keys, _Display(total, log) as display:
+            for key in keys:
+                is_new = key not in done
+                tokens = joiner.add(key)
+                inputs = plan.inputs[int(key.partition(".")[0])]
+                num_bytes = 0 if "." in key else sum(task["bytes"] for task in inputs)
+                display.update(num_bytes, tokens if is_new else 0)
+                if joiner.is_full:
+                    break
+        joiner.finish()
+
+
+class _Display:
+    """Show the progress: a bar on a terminal, and a line from time to time otherwise."""
+
+    def __init__(self, total: int, log: Callable[[str], object]) -> None:
+        self._log, self._tokens = log, 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        if self._tokens:
+            self._log(self._line())
+
+    def update(self, num_bytes: int, num_tokens: int) -> None:
+        """Count a finished task of `num_bytes`; `num_tokens` are new."""
+        self._tokens += num_tokens
+        self._bar.update(num_bytes)
+        if self._bar.disable and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._log(self._line())
+
+    def _line(self) -> str:
+        seconds = time.monotonic() - self._started
+        return f"tokens    {self._tokens:,} in {seconds:,.1f} s, {self._tokens / seconds / 1e6:.2f}M tokens/s"
 
 
 def prepare_sample_if_missing(out: str | Path) -> None:
@@ -153,20 +210,13 @@ def prepare_sample_if_missing(out: str | Path) -> None:
         prepare_sample(out)
 
 
-def prepare_sample(out: str | Path, *, val_fraction: float = _SAMPLE_VAL_FRACTION, **options: Any) -> Manifest | None:
+def prepare_sample(out: str | Path, *, val_fraction: float = _SAMPLE_VAL_FRACTION, **options: Any) -> Manifest:
     """Prepare the offline sample corpus, as train.py does for `--data.prepare_sample`; see `prepare`."""
     return prepare(SampleSource(), out, name="sample", val_fraction=val_fraction, **options)
 
 
-def _check_numbers(
-    val_fraction: float | None,
-    num_proc: int,
-    shard_tokens: int,
-    max_tokens: int | None,
-    shard_index: int,
-    shard_count: int,
-) -> None:
-    if val_fraction is not None and not 0 < val_fraction < 1:
+def _check_numbers(val_fraction: float, num_proc: int, shard_tokens: int, max_tokens: int | None) -> None:
+    if not 0 < val_fraction < 1:
         raise DataError(f"--val_fraction must be between 0 and 1, got {val_fraction}")
     if num_proc < 1:
         raise DataError(f"--num_proc must be at least 1, got {num_proc}")
@@ -174,22 +224,35 @@ def _check_numbers(
         raise DataError(f"--shard_tokens must be between 1 and {MAX_TOKENS:,}, got {shard_tokens}")
     if max_tokens is not None and max_tokens < 1:
         raise DataError(f"--max_tokens must be at least 1, got {max_tokens}")
-    if not 0 <= shard_index < shard_count:
-        raise DataError(f"--shard_index must be between 0 and --shard_count - 1, got {shard_index} of {shard_count}")
-    if max_tokens is not None and shard_count > 1:
-        raise DataError("--max_tokens needs all parts in order, and --shard_count divides them: give only one of them")
 
 
-def _report_oddities(out: Path, tokenizer: Tokenizer, parse_eos: bool, log: Callable[[str], object]) -> None:
-    """Say how many rows had no text, and how often the text has the eos token's name in it."""
-    records = part_records(out).values()
-    null_rows, eos_texts = (sum(record.get(key, 0) for record in records) for key in ("null_rows", "eos_texts"))
+def _report_skipped(source: Source, log: Callable[[str], object]) -> None:
+    if isinstance(source, FileSource) and source.skipped:
+        names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
+        log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
+
+
+def _report_oddities(manifest: Manifest, tokenizer: Tokenizer, parse_eos: bool, log: Callable[[str], object]) -> None:
+    """Say how many rows had no text, how often the text has the eos token's name in it, and how validation was cut."""
+    null_rows, eos_texts = (sum(part[key] for part in manifest.parts) for key in ("null_rows", "eos_texts"))
     if null_rows:
         log(f"skipped   {null_rows:,} rows without a text (null)")
     if eos_texts and not parse_eos:
         log(
-            f"note      {tokenizer.eos_text} is in the text {eos_texts:,} times, and was tokenized as plain text; "
-            "with --parse_eos it separates documents"
+            f"note      {tokenizer.eos_text} is in the text {eos_texts:,} times, and was tokenized as plain text; with "
+            "--parse_eos it separates documents"
+        )
+    if manifest.val_from is not None:
+        log(f"split     too few documents to draw some for validation: {manifest.split_rule}")
+
+
+def _check_repair(before: Manifest | None, after: Manifest, out: Path) -> None:
+    """Raise DataError if a repaired folder does not have the shards that it had."""
+    if before is not None and after.shards != before.shards:
+        (out / MANIFEST).unlink()
+        raise DataError(
+            f"{out} cannot be repaired: its source has changed, or the program that reads it; it has no manifest now: "
+            "remove it, and prepare it again"
         )
 
 
@@ -203,20 +266,12 @@ def _versions(tokenizer: Tokenizer) -> dict[str, str]:
     return versions
 
 
-def _check_disk(plan: Manifest, source: Source, out: Path, parts: Sequence[int], log: Callable[[str], object]) -> None:
-    finished = part_records(out)
-    files = [file for file in plan.inputs if file["part"] in parts and file["part"] not in finished]
-    if isinstance(source, LocalShards) or not files:
-        return
-    sizes = sorted((file["bytes"] for file in files), reverse=True)
-    if isinstance(source, HubShards):
-        needed = sum(sizes)
-    else:
-        needed = sum(file["bytes"] * _SHARDS_PER_BYTE.get(Path(file["path"]).suffix, 0.5) for file in files)
-        if plan.max_tokens is not None:
-            needed = min(needed, 2 * plan.max_tokens)
-    if isinstance(source, HubSource):
-        needed += sum(sizes) if source.keep else sum(sizes[:2])  # one is read while the next is downloaded
+def _check_disk(plan: Manifest, out: Path, log: Callable[[str], object]) -> None:
+    """Raise DataError if the shards, as estimated from the sizes of the files, do not fit on the disk."""
+    tasks = [task for inputs in plan.inputs for task in inputs]
+    needed = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
+    if plan.max_tokens is not None:
+        needed = min(needed, plan.tokenizer.vocabulary.dtype.itemsize * plan.max_tokens)
     free = shutil.disk_usage(out).free
     log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
     if needed > free:
@@ -224,75 +279,6 @@ def _check_disk(plan: Manifest, source: Source, out: Path, parts: Sequence[int],
             f"{out} needs about {needed / 1e9:,.2f} GB (an estimate), but its disk has only {free / 1e9:,.2f} GB free; "
             "free some space, choose another --out, or give --max_tokens"
         )
-
-
-def _prepare_parts(
-    plan: Manifest,
-    source: Source,
-    out: Path,
-    parts: Sequence[int],
-    *,
-    num_proc: int,
-    tokenizer: Tokenizer,
-    log: Callable[[str], object],
-) -> None:
-    finished = part_records(out)
-    if is_complete(plan, finished):
-        return
-    pending = [part for part in parts if part not in finished]
-    if len(pending) < len(parts):
-        log(f"resume    {len(parts) - len(pending)} of {len(parts)} parts are done")
-    with PartMaker(
-        plan,
-        source,
-        out,
-        parts,
-        finished=finished.keys(),
-        tokens_before=sum(shard["tokens"] for record in finished.values() for shard in record["shards"]),
-        num_proc=num_proc,
-        tokenizer=tokenizer,
-        log=log,
-    ) as maker:
-        for part in pending:
-            with part_lock(out, part):
-                record = maker.make(part)
-                write_part_record(out, record)
-                maker.release_inputs()
-            if record["is_full"]:
-                return
-
-
-def source_of(
-    settings: Mapping[str, Any],
-    *,
-    out: str | Path,
-    keep: bool = False,
-    max_tokens: int | None = None,
-    vocabulary: Vocabulary = GPT2_VOCABULARY,
-) -> Source:
-    """Make the source that has these settings.
-
-    Args:
-        settings: settings of a source, or `Manifest.source`, which also has the provenance.
-        out: the folder to make; downloads go into it.
-    """
-    kind = settings["kind"]
-    options = {key: settings[key] for key in ("text_column", "separator", "errors") if key in settings}
-    if kind == "sample":
-        return SampleSource()
-    if kind == "files":
-        return FileSource(settings["paths"], **options)
-    if "dataset" not in settings:
-        return LocalShards(settings["folder"], max_tokens=max_tokens, vocabulary=vocabulary)
-    repository = HubRepository(
-        settings["dataset"],
-        revision=settings["asked_revision"],
-        commit=settings.get("revision"),
-        download_folder=Path(out) / DOWNLOADS,
-    )
-    if kind == "hub":
-        return HubSource(repository, subset=settings["subset"], keep=keep, **options)
-    return HubShards(repository, max_tokens=max_tokens, vocabulary=vocabulary)
 
 
 def _parser() -> Parser:
@@ -307,38 +293,32 @@ def _parser() -> Parser:
 
     sample = command("sample", "Python's own documentation; needs no network")
     named = {
-        name: command(name, f"{corpus.about}; {corpus.license}; 10 billion tokens by default")
-        for name, corpus in CORPORA.items()
+        name: command(name, f"{corpus.dataset}, {corpus.size}, {corpus.license}") for name, corpus in CORPORA.items()
     }
     hub = command("hub", "any text data set on the Hub")
     files = command("files", "your own files: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
     pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
-    merging = command("merge", "merge the folders that --shard_count made on several machines")
     datasets, text = (*named.values(), hub), (*named.values(), hub, files)
 
     def add(sources: Sequence[argparse.ArgumentParser], flag: str, help: str, **options: Any) -> None:
-        shown = " (default: %(default)s)" if options.get("default") is not None else ""
+        shown = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
         for source in sources:
             source.add_argument(flag, help=f"{help}{shown}", **options)
 
-    add([*text, sample, pretokenized, merging], "--out", "the folder to make", required=True, metavar="DIR")
-    add([merging], "folders", "the folders to merge", nargs="+", metavar="PART_DIR")
+    add([*text, sample, pretokenized], "--out", "the folder to make", required=True, metavar="DIR")
     add([pretokenized], "where", "a data set on the Hub, or a local folder", metavar="OWNER/NAME|FOLDER")
     add([files], "paths", 'files, folders of them, or patterns ("notes/**/*.txt")', nargs="+", metavar="PATH")
     add([hub], "--dataset", "id of the data set on the Hub", required=True, metavar="OWNER/NAME")
     add(datasets, "--subset", "subset of the data set")
-    add(datasets, "--keep_parquet", "keep the downloaded files, in DIR/downloads", action="store_true")
     add([*datasets, pretokenized], "--revision", "branch, tag or commit", default="main")
     add(text, "--text_column", "column or key of the text", default="text")
     replace = "for bytes that are not UTF-8: stop, or replace them with U+FFFD"
     add(text, "--errors", replace, choices=("strict", "replace"), default="strict")
     separator = r"text between the documents of a .txt file, \n for a line break; without it, each file is a document"
-    add([hub, files], "--separator", separator, type=_unescape)
+    add([files], "--separator", separator, type=_unescape)
     add([*text, pretokenized], "--max_tokens", "maximum number of tokens, for example 1e9", type=_integer)
     for name, corpus in CORPORA.items():
         named[name].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
-    add([*text, pretokenized], "--shard_index", "index of this machine, below --shard_count", type=int, default=0)
-    add([*text, pretokenized], "--shard_count", "number of machines that divide the files", type=int, default=1)
     add(text, "--shard_tokens", "maximum number of tokens in a shard", type=_integer, default=_SHARD_TOKENS)
     fraction = "fraction of the documents for validation"
     add(text, "--val_fraction", fraction, type=float, default=0.01)
@@ -347,10 +327,17 @@ def _parser() -> Parser:
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
     add([*text, sample], "--tokenizer_backend", backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
     name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
+    add(datasets, "--split", "split of the data set to read", default="train")
     add([*text, sample, pretokenized], "--tokenizer", name, metavar="NAME")
     add([*text, sample, pretokenized], "--eos_token", "the token between documents, for a tokenizer without one")
     parse = "<|endoftext|> in the text separates documents; by default it is plain characters"
     add(text, "--parse_eos", parse, action="store_true")
+    executor = 'slurm and ray use several machines that share DIR (pip install -e ".[cluster]")'
+    add(text, "--executor", executor, choices=EXECUTORS, default="local")
+    add(text, "--num_tasks", "jobs of slurm or ray that share the tasks", type=int, default=1)
+    add(text, "--logging_dir", "datatrove's logs; by default a folder next to DIR", metavar="LOGS")
+    slurm = "options of datatrove's SlurmPipelineExecutor: time=02:00:00 partition=cpu cpus_per_task=32"
+    add(text, "--slurm", slurm, nargs="+", type=_key_value, default=[], metavar="KEY=VALUE")
     for source in (*text, sample):
         source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
     return parser
@@ -370,78 +357,87 @@ def _integer(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not an integer; write 1000000 or 1e6")
 
 
+def _key_value(text: str) -> tuple[str, int | str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings of the source that the arguments describe."""
+def _text_source(args: argparse.Namespace) -> Source:
+    """Return the source that the arguments describe."""
     if args.source == "sample":
-        return {"kind": "sample"}
-    if args.source == "pretokenized":
-        if Path(args.where).is_dir() or args.where.count("/") != 1 or args.where.startswith((".", "~", "/")):
-            return {"kind": "pretokenized", "folder": args.where}
-        return {"kind": "pretokenized", "dataset": args.where, "asked_revision": args.revision}
-    settings = {"text_column": args.text_column, "errors": args.errors, "separator": getattr(args, "separator", None)}
+        return SampleSource()
     if args.source == "files":
-        return {**settings, "kind": "files", "paths": args.paths}
-    names = {"dataset": args.dataset, "subset": args.subset, "asked_revision": args.revision}
-    return {**settings, "kind": "hub", **names}
+        return FileSource(args.paths, text_column=args.text_column, separator=args.separator, errors=args.errors)
+    return DatasetSource(
+        args.dataset,
+        subset=args.subset,
+        split=args.split,
+        revision=args.revision,
+        text_column=args.text_column,
+        errors=args.errors,
+    )
 
 
-def _prepare_or_merge(args: argparse.Namespace) -> Manifest | None:
-    if args.source == "merge":
-        return merge(args.folders, args.out)
-    settings = _settings(args)
+def _prepare(args: argparse.Namespace) -> Manifest:
     backend = getattr(args, "tokenizer_backend", "tiktoken")
-    tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
-    if args.tokenizer is None and "folder" in settings:
-        tokenizer = nanogpt_tokenizer(settings["folder"]) or tokenizer
-    source = source_of(
-        settings,
-        out=args.out,
-        keep=getattr(args, "keep_parquet", False),
-        max_tokens=getattr(args, "max_tokens", None),
-        vocabulary=tokenizer.vocabulary,
-    )
-    names = (
-        "val_fraction",
-        "shard_tokens",
-        "max_tokens",
-        "num_proc",
-        "parse_eos",
-        "shard_index",
-        "shard_count",
-    )
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     name = "sample" if args.source == "sample" else Path(args.out).resolve().name
-    return prepare(source, args.out, name=name, tokenizer=tokenizer, log=tqdm.write, **options)
+    if args.source == "pretokenized":
+        tokenizer = None
+        if args.tokenizer is not None:
+            tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token)
+        options = {"name": name, "revision": args.revision, "max_tokens": args.max_tokens}
+        return import_shards(args.where, args.out, tokenizer=tokenizer, log=tqdm.write, **options)
+    tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
+    names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
+    options = {option: getattr(args, option) for option in names if hasattr(args, option)}
+    if getattr(args, "executor", "local") != "local":
+        logs = args.logging_dir or f"{Path(args.out).absolute()}-logs"
+        options["cluster"] = Cluster(args.executor, args.num_tasks, Path(logs).absolute(), dict(args.slurm))
+    return prepare(_text_source(args), args.out, name=name, tokenizer=tokenizer, log=tqdm.write, **options)
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_check_removed(sys.argv[1:] if argv is None else argv))
     if getattr(args, "engine", None) is not None:
         print("--engine is now called --tokenizer_backend", file=sys.stderr)
         args.tokenizer_backend = args.engine
     try:
-        manifest = _prepare_or_merge(args)
+        manifest = _prepare(args)
     except UserError as error:
-        raise DataError(f"{error}{kept_parts(args.out)}") from error
+        raise DataError(f"{error}{kept_work(args.out)}") from error
     except KeyboardInterrupt:
-        print_interrupted(f"interrupted{kept_parts(args.out) or ': nothing was kept'}")
+        print_interrupted(f"interrupted{kept_work(args.out) or ': nothing was kept'}")
         return interrupt_exit_code()
-    if manifest is None:
-        print(
-            f"parts {args.shard_index}, {args.shard_index + args.shard_count}, ... are done in {args.out}. If all "
-            "machines write to this folder, the last one merges the parts. Otherwise run:\n"
-            f"python -m data.prepare merge {shell_quote(args.out)} ... --out DIR"
-        )
+    if not manifest.shards:
+        print(f"submitted {args.out}: SLURM runs its tasks, and then a job that joins them")
         return 0
     for split in SPLITS:
         documents, tokens = (manifest.total(split, key) for key in ("documents", "tokens"))
         print(f"{split:9s} {documents:,} documents, {tokens:,} tokens")
     print(f"in        {args.out}")
     return 0
+
+
+def _check_removed(argv: Sequence[str]) -> Sequence[str]:
+    """Raise DataError for what this command could do before 2026-12."""
+    removed = {
+        "merge": "several machines: --executor slurm or ray",
+        "--shard_index": "several machines: --executor slurm or ray",
+        "--shard_count": "several machines: --executor slurm or ray",
+        "--keep_parquet": "leave it out: nothing is downloaded as a file any more",
+    }
+    for index, word in enumerate(argv):
+        if word == "merge" and index:
+            continue
+        if (remedy := removed.get(word.partition("=")[0])) is not None:
+            raise DataError(f"{word} is gone; {remedy}")
+    return argv
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,117 +1,201 @@
 """Import shards made by other tools: llm.c's, build-nanogpt's .npy, nanoGPT's train.bin and val.bin.
 
-They are checked and used unchanged.
+They are checked and used unchanged: those of a folder where they are, those of a Hub data set after a download.
 """
 
-from collections.abc import Sequence
+import hashlib
+import shutil
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data import DataError
-from data.hub import HubRepository
-from data.manifest import split_of, unmanaged_shards
+from data.hub import ask_hub, find_commit
+from data.manifest import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    read_manifest,
+    record_tokenizer,
+    shard_tokenizer,
+    split_of,
+    unmanaged_shards,
+)
+from data.nanogpt import nanogpt_tokenizer
 from data.shards import HEADER_BYTES, HEADERLESS_NAMES, scan_shard
-from data.tokenizer import GPT2_VOCABULARY, Vocabulary
+from data.tokenizer import Tokenizer, load_tokenizer
 
+DOWNLOADS = "downloads"  # of files that are not checked yet, in the folder to make
 _NPY_HEADER_BYTES = 128
-NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy), or train.bin and val.bin"
+_NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy), or train.bin and val.bin"
 
 
-class LocalShards:
-    """A folder of shards on this machine. The files are not moved."""
-
-    def __init__(
-        self, folder: str | Path, *, max_tokens: int | None = None, vocabulary: Vocabulary = GPT2_VOCABULARY
-    ) -> None:
-        """Select the shards of a folder: all, or as many for training as are needed for `max_tokens`."""
-        self.folder, self.max_tokens, self.vocabulary = Path(folder), max_tokens, vocabulary
-        self.provenance: dict[str, str] = {}
-        self.settings = {"kind": "pretokenized", "folder": str(folder)}
-
-    def inputs(self) -> list[dict[str, Any]]:
-        """List the shards to import."""
-        if not self.folder.is_dir():
-            raise DataError(f"{self.folder}: no such folder; the name of a data set on the Hub looks like owner/name")
-        shards = unmanaged_shards(self.folder)
-        return _select_shards(
-            [(split, {"path": path.name, "bytes": path.stat().st_size}) for split in shards for path in shards[split]],
-            self.max_tokens,
-            self.folder,
-            self.vocabulary.dtype.itemsize,
-        )
-
-    def fetch(self, file: dict[str, Any]) -> Path:
-        """Return the path of a shard."""
-        return self.folder / file["path"]
-
-    def import_shard(self, file: dict[str, Any], path: Path, folder: str | Path) -> dict[str, Any]:
-        """Check a shard; return its entry in the manifest that `folder` will have, without its part."""
-        name = path.name if self.folder.resolve() == Path(folder).resolve() else str(path.resolve())
-        return _shard_entry(file, path, name, self.vocabulary)
+def is_hub_id(where: str | Path) -> bool:
+    """Return True if `where` looks like OWNER/NAME, and no folder has this name."""
+    return not Path(where).is_dir() and str(where).count("/") == 1 and str(where)[0] not in "./~"
 
 
-class HubShards:
-    """Shards on the Hub, for example kjj0/fineweb10B-gpt2."""
+def import_shards(
+    where: str | Path,
+    out: str | Path,
+    *,
+    name: str = "imported",
+    revision: str = "main",
+    tokenizer: Tokenizer | None = None,
+    max_tokens: int | None = None,
+    log: Callable[[str], object] = lambda line: None,
+) -> Manifest:
+    """Check the shards of a folder or a Hub data set, and write a manifest for them.
 
-    def __init__(
-        self, repository: HubRepository, *, max_tokens: int | None = None, vocabulary: Vocabulary = GPT2_VOCABULARY
-    ) -> None:
-        """Select the shards of a data set, see LocalShards."""
-        self.repository, self.max_tokens, self.vocabulary = repository, max_tokens, vocabulary
-        self.settings = {
-            "kind": "pretokenized",
-            "dataset": repository.dataset,
-            "asked_revision": repository.revision,
-        }
+    After an interruption, files that were downloaded are checked again, and the others downloaded. In a folder that is
+    complete, only files that are missing or damaged are downloaded again.
 
-    @property
-    def provenance(self) -> dict[str, str]:
-        """The commit that the requested revision points to."""
-        return {"revision": self.repository.commit}
+    Args:
+        where: a folder, or OWNER/NAME on the Hub.
+        out: folder of the manifest, and of downloaded shards; for a local folder it may be the same one.
+        revision: branch, tag or commit on the Hub.
+        tokenizer: the one that made them; None for that of nanoGPT's meta.pkl, or GPT-2's.
+        max_tokens: take as many training shards as are needed for this many tokens.
+        log: called with lines for the user.
 
-    def inputs(self) -> list[dict[str, Any]]:
-        """List the shards to import."""
-        shards = [(split_of(file["path"]), file) for file in self.repository.files()]
-        return _select_shards(
-            [(split, file) for split, file in shards if split],
-            self.max_tokens,
-            self.repository.dataset,
-            self.vocabulary.dtype.itemsize,
-        )
+    Raises:
+        DataError: a shard is damaged, or has tokens outside the tokenizer's vocabulary; `out` has other data.
+    """
+    out, is_remote = Path(out), is_hub_id(where)
+    if is_remote:
+        source = {"kind": "pretokenized", "dataset": str(where), "asked_revision": revision}
+    else:
+        source = {"kind": "pretokenized", "folder": str(where)}
+        tokenizer = tokenizer or _own_tokenizer(Path(where))
+    tokenizer = tokenizer or load_tokenizer()
+    before = read_manifest(out)
+    if before is not None and any(before.source.get(key) != value for key, value in source.items()):
+        raise DataError(f"{out} has shards of another source ({before.source}); choose another --out")
+    if is_remote:
+        source["revision"] = find_commit(str(where), revision, before.source["revision"] if before else None)
+        files = _hub_files(str(where), source["revision"])
+    else:
+        files = _local_files(Path(where))
+    files = _select(files, max_tokens, where, tokenizer.dtype.itemsize)
+    recorded = {entry["file"]: entry["sha256"] for entry in before.shards} if before else {}
+    out.mkdir(parents=True, exist_ok=True)
+    if is_remote:
+        _check_space(out, files)
+    shards = []
+    for part, file in enumerate(files):
+        path = _fetch(str(where), source["revision"], file, out, log) if is_remote else Path(where) / file["path"]
+        scan = scan_shard(path, vocabulary=tokenizer.vocabulary)
+        del scan["crc32_of_all"]
+        shown = path.name if path.parent.resolve() == out.resolve() else str(path.resolve())
+        if recorded.get(shown, scan["sha256"]) != scan["sha256"]:
+            raise DataError(f"{path} is not the file that {out / MANIFEST} describes; copy it again from its source")
+        shards.append({"file": shown, "split": split_of(file["path"]), "part": part, **scan})
+    shutil.rmtree(out / DOWNLOADS, ignore_errors=True)
+    manifest = Manifest(
+        name=name,
+        source=source,
+        inputs=[{"path": file["path"], "bytes": file["bytes"], "part": part} for part, file in enumerate(files)],
+        split_rule="by the names of the imported files",
+        max_tokens=max_tokens,
+        tokenizer=record_tokenizer(tokenizer, out),
+        shards=shards,
+    )
+    manifest.write(out / MANIFEST)
+    return manifest
 
-    def fetch(self, file: dict[str, Any]) -> Path:
-        """Download a shard, see HubRepository.fetch."""
-        return self.repository.fetch(file)
 
-    def import_shard(self, file: dict[str, Any], path: Path, folder: str | Path) -> dict[str, Any]:
-        """Check a shard and move it into the folder, see LocalShards.import_shard."""
-        name = PurePosixPath(file["path"]).name
-        entry = _shard_entry(file, path, name, self.vocabulary)
-        path.replace(Path(folder) / name)
-        return entry
+def _own_tokenizer(folder: Path) -> Tokenizer | None:
+    """Return the tokenizer that a folder of shards brings; None if it has none."""
+    if (folder / MANIFEST).exists():
+        return shard_tokenizer(folder)
+    if (folder / TOKENIZER).is_dir():  # its manifest was lost
+        return load_tokenizer(str(folder / TOKENIZER))
+    return nanogpt_tokenizer(folder)
 
 
-def _select_shards(
-    shards: Sequence[tuple[str, dict[str, Any]]], max_tokens: int | None, where: object, itemsize: int = 2
-) -> list[dict[str, Any]]:
-    """Select from (split, file) pairs all of val, and as many of train as are needed for max_tokens."""
-    for split in ("train", "val"):
-        if not any(split == other for other, _ in shards):
-            raise DataError(f"{where}: no {split} shards; they are recognized by their names, {NAMES}")
+def _local_files(folder: Path) -> list[dict[str, Any]]:
+    """List {"path", "bytes"} of the shards in a folder."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; the name of a data set on the Hub looks like owner/name")
+    paths = [path for paths in unmanaged_shards(folder).values() for path in paths]
+    return [{"path": path.name, "bytes": path.stat().st_size} for path in paths]
+
+
+def _hub_files(dataset: str, commit: str) -> list[dict[str, Any]]:
+    """List {"path", "bytes", "sha256" (None for a small file)} of the shards of a data set."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def call() -> list[RepoFile]:
+        tree = HfApi().list_repo_tree(dataset, recursive=True, revision=commit, repo_type="dataset")
+        return [file for file in tree if isinstance(file, RepoFile) and split_of(file.path)]
+
+    files = ask_hub(call, dataset, "the list of its files", commit)
+    names = [PurePosixPath(file.path).name for file in files]
+    if len(set(names)) < len(names):
+        raise DataError(f"{dataset} has shards of the same name in several folders; download one folder and import it")
+    return [{"path": f.path, "bytes": f.size, "sha256": f.lfs.sha256 if f.lfs else None} for f in files]
+
+
+def _select(files: list[dict[str, Any]], max_tokens: int | None, where: object, itemsize: int) -> list[dict[str, Any]]:
+    """Select all shards of val, and as many of train as are needed for max_tokens."""
+    for split in SPLITS:
+        if not any(split_of(file["path"]) == split for file in files):
+            raise DataError(f"{where}: no {split} shards; they are recognized by their names, {_NAMES}")
     selected, tokens = [], 0
-    for split, file in sorted(shards, key=lambda shard: (shard[0], shard[1]["path"])):
-        if split == "val" or max_tokens is None or tokens < max_tokens:
+    for file in sorted(files, key=lambda file: (str(split_of(file["path"])), file["path"])):
+        path = PurePosixPath(file["path"])
+        if split_of(path) == "val":
             selected.append(file)
-            if split == "train":
-                header = _NPY_HEADER_BYTES if file["path"].endswith(".npy") else HEADER_BYTES
-                header = 0 if PurePosixPath(file["path"]).name in HEADERLESS_NAMES else header
-                tokens += (file["bytes"] - header) // itemsize
+        elif max_tokens is None or tokens < max_tokens:
+            header = _NPY_HEADER_BYTES if path.suffix == ".npy" else HEADER_BYTES
+            tokens += (file["bytes"] - (0 if path.name in HEADERLESS_NAMES else header)) // itemsize
+            selected.append(file)
     return selected
 
 
-def _shard_entry(
-    file: dict[str, Any], path: Path, name: str, vocabulary: Vocabulary = GPT2_VOCABULARY
-) -> dict[str, Any]:
-    scan = scan_shard(path, vocabulary=vocabulary)
-    del scan["crc32_of_all"]
-    return {"file": name, "split": split_of(file["path"]), **scan}
+def _check_space(out: Path, files: list[dict[str, Any]]) -> None:
+    missing = sum(file["bytes"] for file in files if not (out / PurePosixPath(file["path"]).name).exists())
+    free = shutil.disk_usage(out).free
+    if missing > free:
+        raise DataError(
+            f"{out} needs {missing / 1e9:,.1f} GB, but its disk has only {free / 1e9:,.1f} GB free; free some space, "
+            "choose another --out, or give --max_tokens"
+        )
+
+
+def _fetch(dataset: str, commit: str, file: dict[str, Any], out: Path, log: Callable[[str], object]) -> Path:
+    """Return the path of a shard in `out`, downloaded unless it is there, with the Hub's size and SHA-256."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    target = out / PurePosixPath(file["path"]).name
+    if target.exists() and _mismatch(target, file) is None:
+        return target
+
+    def call() -> Path:
+        path = Path(
+            hf_hub_download(dataset, file["path"], repo_type="dataset", revision=commit, local_dir=out / DOWNLOADS)
+        )
+        if problem := _mismatch(path, file):
+            path.unlink()
+            raise OSError(problem)
+        return path
+
+    log(f"download  {file['path']} ({file['bytes'] / 1e6:,.0f} MB)")
+    disable_progress_bars()
+    ask_hub(call, dataset, file["path"], commit).replace(target)
+    return target
+
+
+def _mismatch(path: Path, file: dict[str, Any]) -> str | None:
+    """Compare a file with the Hub's size and SHA-256; None if both match."""
+    size = path.stat().st_size
+    if size != file["bytes"]:
+        return f"received {size:,} of {file['bytes']:,} bytes"
+    if file["sha256"] is not None:
+        with path.open("rb") as content:
+            if hashlib.file_digest(content, "sha256").hexdigest() != file["sha256"]:
+                return "the SHA-256 of the received file is not the Hub's"
+    return None

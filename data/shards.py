@@ -32,7 +32,7 @@ HEADER_BYTES = 256 * 4
 MAX_TOKENS = 2**31 - 1  # the largest int32 in the header
 BLOCK_TOKENS = 32_768  # 64 KiB of uint16: checking the blocks of random windows reads little more than the windows
 HEADERLESS_NAMES = ("train.bin", "val.bin")  # nanoGPT's
-REMEDY = "repair it with `python -m data.verify DIR --repair`, copy the file again, or prepare the folder again"
+REMEDY = "copy the file again, or prepare the folder again, which makes only damaged shards"
 
 
 class Shard:

@@ -1,32 +1,32 @@
-"""Sources of documents.
+"""Sources of documents: the offline sample, and files on this machine.
 
 A source has
 
     settings            JSON-able dict: the requested documents; equal settings mean equal documents
-    provenance          JSON-able dict for the manifest: facts found while fetching, for example the commit
-    inputs()            the files to read, in order: {"path", "bytes"} each
-    fetch(input)        returns the path of a local copy
-    records(input, path, progress)      yields the documents of a file as `Record`s, in order
-    done_with(path)     releases the local copy
+    provenance          JSON-able dict for the manifest: facts found by `tasks`, for example the commit
+    tasks()             what to read, in order: {"path", "bytes", ...} each, JSON-able
+    documents(task)     the documents of a task, in order; runs in a worker process, so a source can be sent to one
 
-A record has the bytes of the file; the tokenizer processes decode and parse it (`decode_record`).
+A task is a file, a piece of a .parquet file, or a range of bytes of a large text file. A large compressed file has one
+reader, `stream`, which cuts it into pieces for the workers: its task has "is_stream".
 """
 
 import ast
 import contextlib
 import glob
 import inspect
+import itertools
 import os
 import platform
 import re
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from common.jsonl import COMPRESSIONS, decompress, name_unreadable_file, parse_json
-from data import DataError
+from data import DataError, parquet
 
 # Test suites, bundled third-party code and an editor: little prose, and not in every installation.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "ensurepip"}
@@ -35,33 +35,42 @@ _MIN_DOCSTRING_CHARACTERS = 200
 _MIN_SAMPLE_CHARACTERS = 1_000_000
 
 KINDS = (".txt", ".jsonl", ".parquet")
-_READ_BYTES = 1 << 20
-_MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above real documents
-_PARQUET_ROWS = 64  # rows per batch: few, so that a batch of long documents fits in memory
+TASK_BYTES = 8_000_000  # of text in a task: enough tasks for all cores, and a kill loses little
+_STREAM_BYTES = 4_000_000  # size from which a compressed file has pieces
+_MAX_DOCUMENT_BYTES = 200_000_000  # a bound on memory, far above real documents
+_SEARCH_BYTES = 1 << 20
+_OVERLAP = 1000  # bytes, longer than separators are
+
+# Where a text without separators can be cut, so that its tokens do not change: between a character that is not white
+# space and a space or line break, where every match of GPT-2's pre-tokenization ends. Multi-byte characters count if
+# their first byte is not that of any white space.
+_CUT = re.compile(rb"(?:[!-~]|[\xc4-\xdf\xe4-\xf4][\x80-\xbf]+)(?=[ \n])")
 
 
-class Record(NamedTuple):
-    """One document, not decoded yet."""
+class Document(NamedTuple):
+    """A document, or a part of one."""
 
-    content: bytes
-    """UTF-8 text, or a JSON value that has it"""
-    is_json: bool
-    """True if `content` is a JSON value"""
-    where: str
-    """file name for messages"""
-    number: int
-    """number of the document's first line in the file, or of its row"""
+    text: str
+    starts: bool = True
+    """False if it continues the previous one, which was cut in the middle"""
     is_null: bool = False
-    """True for a row without a text"""
+    """True for a row without a text, which is skipped and counted"""
 
 
-class Progress:
-    """Reading progress: updated by the reader, shown by the display."""
+class Source(Protocol):
+    """See the top of this file."""
 
-    def __init__(self, total_bytes: int) -> None:
-        self.total_bytes = total_bytes
-        self.bytes_done = 0  # of finished inputs
-        self.bytes_here = 0  # of the input being read
+    settings: dict[str, Any]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Facts for the manifest."""
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """List what to read."""
+
+    def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
+        """Yield the documents of a task."""
 
 
 class SampleSource:
@@ -75,21 +84,14 @@ class SampleSource:
         self.provenance: dict[str, Any] = {}
         self.settings = {"kind": "sample", "python": platform.python_version()}
 
-    def inputs(self) -> list[dict[str, Any]]:
-        """Return one input for all documents."""
+    def tasks(self) -> list[dict[str, Any]]:
+        """Return one task for all documents."""
         return [{"path": "the documentation of Python " + platform.python_version(), "bytes": 3_000_000}]
 
-    def fetch(self, file: dict[str, Any]) -> Path:
-        """Return the folder of the standard library."""
-        return Path(sysconfig.get_paths()["stdlib"])
-
-    def done_with(self, path: Path) -> None:
-        """Do nothing: `fetch` makes no copy."""
-
-    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
+    def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
         """Yield the documents."""
-        for number, text in enumerate(sample_documents(), start=1):
-            yield Record(text.encode("utf-8", "replace"), False, file["path"], number)
+        for text in sample_documents():
+            yield Document(text.encode("utf-8", "replace").decode())
 
 
 def sample_documents() -> Iterator[str]:
@@ -158,14 +160,14 @@ class FileSource:
         separator: str | None = None,
         errors: str = "strict",
     ) -> None:
-        """Record the settings; `inputs` looks for the files.
+        """Record the settings; `tasks` looks for the files.
 
         Args:
             paths: files, folders (searched for such files, in the order of their names), or patterns like
                 "notes/**/*.txt".
             text_column: key of the text in a .jsonl record (which may also be just a string), or column of a .parquet
                 file.
-            separator: text between the documents of a .txt file.
+            separator: text between the documents of a .txt file; a line break in it matches CR LF, too.
             errors: for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD.
 
         Raises:
@@ -177,7 +179,7 @@ class FileSource:
         self.provenance: dict[str, Any] = {}
         self.paths = [str(path) for path in paths]
         self.skipped: list[Path] = []
-        """files of other kinds in the folders, from the last call of `inputs`"""
+        """files of other kinds in the folders, from the last call of `files`"""
         self.settings = {
             "kind": "files",
             "paths": self.paths,
@@ -186,14 +188,14 @@ class FileSource:
             "errors": errors,
         }
 
-    def inputs(self) -> list[dict[str, Any]]:
-        """List the files."""
+    def files(self) -> list[Path]:
+        """Find the files."""
         files: list[Path] = []
         self.skipped = []
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+                inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
                 matches = [p for p in inside if file_kind(p)]
                 self.skipped += [p for p in inside if not file_kind(p)]
                 if not matches:
@@ -209,20 +211,166 @@ class FileSource:
                 files += matches
             else:
                 raise DataError(f"{path}: no such file or folder")
-        return [{"path": str(path), "bytes": path.stat().st_size} for path in files]
+        return files
 
-    def fetch(self, file: dict[str, Any]) -> Path:
-        """Return the path of the file."""
-        return Path(file["path"])
+    def tasks(self) -> list[dict[str, Any]]:
+        """List the files, large ones in pieces of TASK_BYTES."""
+        tasks: list[dict[str, Any]] = []
+        for path in self.files():
+            size = path.stat().st_size
+            task = {"path": str(path), "bytes": size}
+            if file_kind(path) == ".parquet":
+                tasks += [{**task, **piece} for piece in parquet.pieces(size)]
+            elif _compression(path):
+                tasks.append({**task, "is_stream": True} if size > _STREAM_BYTES else task)
+            else:
+                edges = [*range(0, max(size, 1), TASK_BYTES), size]
+                tasks += [
+                    {"path": str(path), "bytes": end - begin, "begin": begin, "end": end, "size": size}
+                    for begin, end in itertools.pairwise(edges)
+                ]
+        return tasks
 
-    def done_with(self, path: Path) -> None:
-        """Do nothing: the file is the user's."""
+    def documents(self, task: Mapping[str, Any], piece: tuple[int, bytes] | None = None) -> Iterator[Document]:
+        """Yield the documents of a task, or those of a piece of its `stream`."""
+        path = Path(task["path"])
+        with name_unreadable_file(path):
+            if file_kind(path) == ".parquet":
+                rows = parquet.rows(path, task, text_column=self.text_column, where=str(path), errors=self.errors)
+                for _, text in rows:
+                    yield Document(text or "", is_null=text is None)
+                return
+            pieces = [piece] if piece else self.stream(task) if _compression(path) else [self._range(path, task)]
+            for offset, content in pieces:
+                yield from self._split(path, offset, content)
 
-    def records(self, file: dict[str, Any], path: Path, progress: Progress) -> Iterator[Record]:
-        """Yield the documents of a file."""
-        return file_records(
-            path, where=file["path"], text_column=self.text_column, separator=self.separator, progress=progress
+    def stream(self, task: Mapping[str, Any]) -> Iterator[tuple[int, bytes]]:
+        """Yield (offset, bytes) of pieces of a compressed file's content, cut between documents."""
+        path = Path(task["path"])
+        boundary = self._boundary(path)
+        with name_unreadable_file(path), path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
+            if task["bytes"] == 0:
+                raise EOFError("0 bytes")
+            offset, content, is_end = 0, b"", False
+            while not is_end:
+                chunk = stream.read(max(_SEARCH_BYTES, TASK_BYTES - len(content)))
+                is_end = not chunk
+                content += chunk
+                cut = len(content) if is_end else _last_match(boundary, content)
+                if len(content) >= TASK_BYTES or is_end:
+                    if cut:
+                        yield offset, content[:cut]
+                    offset, content = offset + cut, content[cut:]
+                    _check_length(len(content), path, offset)
+
+    def _boundary(self, path: Path) -> re.Pattern[bytes]:
+        """Return a pattern after whose matches a file can be cut."""
+        if file_kind(path) == ".jsonl":
+            return re.compile(rb"\n")
+        if self.separator is None:
+            return _CUT
+        lines = self.separator.replace("\r\n", "\n").encode().split(b"\n")
+        return re.compile(rb"\r?\n".join(map(re.escape, lines)))
+
+    def _range(self, path: Path, task: Mapping[str, Any]) -> tuple[int, bytes]:
+        """Read the task's range of bytes, from the first boundary in it to the first one after it."""
+        boundary = self._boundary(path)
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != task["size"]:
+                raise DataError(f"{path} has changed since the preparation began; start again in another --out")
+            begin, end = (_next_boundary(file, boundary, task[name], task["size"], path) for name in ("begin", "end"))
+            file.seek(begin)
+            return begin, file.read(end - begin)
+
+    def _split(self, path: Path, offset: int, content: bytes) -> Iterator[Document]:
+        """Yield the documents in a part of a file that begins at `offset`."""
+        is_json = file_kind(path) == ".jsonl"
+        always_starts = is_json or bool(self.separator) or offset == 0
+        start = 3 if offset == 0 and content.startswith(b"\xef\xbb\xbf") else 0  # a byte-order mark
+        ends = [] if self.separator is None and not is_json else self._boundary(path).finditer(content, start)
+        for match in itertools.chain(ends, [None]):
+            end, next_start = match.span() if match else (len(content), len(content))
+            part = content[start:end]
+            if part and not part.isspace():
+                yield self._decode(part, path, offset + start, is_json, always_starts)
+            start = next_start
+
+    def _decode(self, content: bytes, path: Path, offset: int, is_json: bool, starts: bool) -> Document:
+        """Return the document in a part of a file. Half a surrogate pair, which JSON allows, becomes U+FFFD."""
+        try:
+            text = content.decode("utf-8", self.errors)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}:{_line_of(path, offset + error.start)}: not UTF-8 (byte {error.start} of the document: "
+                f"{error.reason}); convert the file to UTF-8 (or let data.prepare replace them: --errors replace)"
+            ) from error
+        if not is_json:
+            return Document(text, starts)
+        try:
+            value = parse_json(text, "")
+        except ValueError:
+            value = parse_json(text, f"{path}:{_line_of(path, offset)}")  # raises, with the line
+        field = value.get(self.text_column, False) if isinstance(value, dict) else value
+        if field is None and isinstance(value, dict):
+            return Document("", is_null=True)
+        if not isinstance(field, str):
+            found = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
+            if isinstance(value, dict) and self.text_column in value:
+                found = f"but a {type(field).__name__}"
+            raise DataError(
+                f"{path}:{_line_of(path, offset)}: no text under {self.text_column!r}, {found}; name the right key "
+                "with --text_column"
+            )
+        try:
+            field.encode()
+        except UnicodeEncodeError:
+            field = field.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return Document(field)
+
+
+def _next_boundary(file: BinaryIO, boundary: re.Pattern[bytes], position: int, size: int, path: Path) -> int:
+    """Return the first end of a match at or after a position; 0 and the file's end are boundaries."""
+    if position in (0, size):
+        return position
+    offset = max(0, position - _OVERLAP)
+    file.seek(offset)
+    tail = b""
+    while chunk := file.read(_SEARCH_BYTES):
+        content, base = tail + chunk, offset - len(tail)
+        for match in boundary.finditer(content):
+            if base + match.end() >= position and match.end() < len(content):
+                return base + match.end()
+        offset += len(chunk)
+        tail = content[-_OVERLAP:]
+        _check_length(offset - position, path, position)
+    return size
+
+
+def _last_match(boundary: re.Pattern[bytes], content: bytes) -> int:
+    """Return the last end of a match before the end of the content, 0 without one."""
+    for begin in (max(0, len(content) - _SEARCH_BYTES), 0):
+        ends = [match.end() for match in boundary.finditer(content, begin) if match.end() < len(content)]
+        if ends:
+            return ends[-1]
+    return 0
+
+
+def _check_length(length: int, path: Path, offset: int) -> None:
+    if length > _MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"{path}:{_line_of(path, offset)}: a document of more than {_MAX_DOCUMENT_BYTES:,} bytes begins here; give "
+            "the --separator between documents, or split the file"
         )
+
+
+def _line_of(path: Path, offset: int) -> int:
+    """Return the number of the line that has a byte of the (decompressed) file."""
+    with path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
+        number = 1
+        while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
+            number += chunk.count(b"\n")
+            offset -= len(chunk)
+        return number
 
 
 def file_kind(path: str | Path) -> str | None:
@@ -234,6 +382,15 @@ def file_kind(path: str | Path) -> str | None:
     return plain.suffix
 
 
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _compression(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
 def _kinds() -> str:
     return ".txt, .jsonl (both also .gz, .xz, .zst) or .parquet"
 
@@ -242,130 +399,3 @@ def _checked_kind(path: Path) -> Path:
     if file_kind(path) is None:
         raise DataError(f"{path}: files of kind {''.join(path.suffixes[-2:])!r} are not supported; give {_kinds()}")
     return path
-
-
-def file_records(
-    path: Path, *, where: str, text_column: str, separator: str | None, progress: Progress
-) -> Iterator[Record]:
-    """Yield the documents of one file; see FileSource."""
-    with name_unreadable_file(where):
-        if file_kind(path) == ".parquet":
-            yield from _parquet_records(path, where, text_column, progress)
-            return
-        is_json = file_kind(path) == ".jsonl"
-        pieces_end = b"\n" if is_json else separator.encode() if separator else None
-        suffix = path.suffix.lower()
-        if suffix in COMPRESSIONS and path.stat().st_size == 0:
-            raise EOFError("0 bytes")
-        with path.open("rb") as raw, decompress(raw, suffix) as stream:
-            for number, content in _split_stream(stream, pieces_end, where, raw, progress):
-                if content and not content.isspace():
-                    yield Record(content, is_json, where, number)
-
-
-def _split_stream(
-    stream: BinaryIO, separator: bytes | None, where: str, raw: BinaryIO, progress: Progress
-) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, bytes) of each piece between separators, or of the entire stream without a separator."""
-    number, rest = 1, b""
-    lines_between = separator.count(b"\n") if separator else 0
-    split = _splitter(separator) if separator else lambda content: [content]
-    is_first = True
-    while True:
-        chunk = stream.read(max(_READ_BYTES, len(rest)))
-        if is_first:
-            chunk, is_first = chunk.removeprefix(b"\xef\xbb\xbf"), False  # a byte-order mark
-        if not chunk:
-            break
-        progress.bytes_here = raw.tell()
-        *pieces, rest = split(rest + chunk)
-        for piece in pieces:
-            yield number, piece
-            number += lines_between if separator == b"\n" else piece.count(b"\n") + lines_between
-        if len(rest) > _MAX_DOCUMENT_BYTES:
-            raise DataError(
-                f"{where}:{number}: a document of more than {_MAX_DOCUMENT_BYTES:,} bytes begins here; "
-                "give the --separator between documents, or split the file"
-            )
-    if rest:
-        yield number, rest
-
-
-def _splitter(separator: bytes) -> Callable[[bytes], list[bytes]]:
-    r"""Return a function that splits at a separator, whose line breaks match \r\n, too."""
-    if separator == b"\n":  # the same pieces, but for \r at their ends, which is white space
-        return lambda content: content.split(b"\n")
-    lines = separator.replace(b"\r\n", b"\n").split(b"\n")
-    return re.compile(rb"\r?\n".join(map(re.escape, lines))).split
-
-
-def _parquet_records(path: Path, where: str, text_column: str, progress: Progress) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
-    size = path.stat().st_size
-    try:
-        # Buffered reading does not load entire column chunks into memory.
-        with parquet.ParquetFile(path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            if text_column not in schema.names:
-                raise DataError(
-                    f"{where}: no column {text_column!r}, only {schema.names}; name the right one with --text_column"
-                )
-            kind = schema.field(text_column).type
-            if pyarrow.types.is_dictionary(kind):
-                kind = kind.value_type
-            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-                raise DataError(f"{where}: column {text_column!r} has {kind}, not text; name another --text_column")
-            row = 0
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=[text_column], use_threads=False):
-                column = batch.column(0)
-                if pyarrow.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                for content in column.cast(pyarrow.large_binary()).to_pylist():
-                    row += 1
-                    if content is None:
-                        yield Record(b"", False, where, row, is_null=True)
-                    elif content and not content.isspace():
-                        yield Record(content, False, where, row)
-                progress.bytes_here = size * row // max(1, file.metadata.num_rows)
-    except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{where}: damaged or not a .parquet file ({' '.join(str(error).split())}); copy the file again or leave "
-            "it out"
-        ) from error
-
-
-def decode_record(record: Record, *, text_column: str = "text", errors: str = "strict") -> str | None:
-    """Return the text of a record, see FileSource; None if it is null.
-
-    Half a surrogate pair, which JSON allows, is not Unicode text and becomes U+FFFD.
-    """
-    if record.is_null:
-        return None
-    where = f"{record.where}:{record.number}"
-    try:
-        text = record.content.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        line = record.number + record.content.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{record.where}:{line}: not UTF-8 (byte {error.start} of the document: {error.reason}); "
-            "convert the file to UTF-8 (or let data.prepare replace them: --errors replace)"
-        ) from error
-    if not record.is_json:
-        return text
-    value = parse_json(text, where)
-    field = value.get(text_column) if isinstance(value, dict) else value
-    if field is None and isinstance(value, dict) and text_column in value:
-        return None
-    if not isinstance(field, str):
-        content = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
-        if field is not None and isinstance(value, dict):
-            content = f"but a {type(field).__name__}"
-        raise DataError(f"{where}: no text under {text_column!r}, {content}; name the right key with --text_column")
-    text = field
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

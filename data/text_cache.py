@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from common.errors import UserError
 from common.jsonl import name_unreadable_file
 from common.launch import make_once
 from data import DataError
-from data.hub import HubRepository, HubSource
+from data.hub import DatasetSource, find_commit
 from data.manifest import FORMAT_VERSION, MANIFEST
 from data.prepare import prepare
 from data.sources import FileSource, file_kind
@@ -45,35 +44,29 @@ def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
     def make() -> None:
         say(f"data      preparing {text} in {out}")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        main = vars(sys.modules["__main__"])
-        main_file = main.pop("__file__", None)  # worker processes would import train.py, and with it torch
-        try:
-            prepare(source, out, name=name, val_fraction=_VAL_FRACTION, num_proc=cores, log=say)
-        finally:
-            if main_file is not None:
-                main["__file__"] = main_file
+        prepare(source, out, name=name, val_fraction=_VAL_FRACTION, num_proc=cores, log=say)
 
     if not is_dry_run:
         make_once(out, (out / MANIFEST).exists, make)
     return str(out)
 
 
-def _open_text(text: str) -> tuple[FileSource | HubSource, Any]:
+def _open_text(text: str) -> tuple[FileSource | DatasetSource, Any]:
     """Return the source of a text, and what its content is known by: its files' hashes, or the commit on the Hub."""
     path, name = Path(text), _name_of(text)
     if path.exists() or glob.has_magic(text):
         if (path / MANIFEST).exists():
             raise DataError(f"text={text} is a folder of shards, not of text: give it as --data.path {text}")
         source = FileSource([path.absolute()])
-        return source, _identify([Path(file["path"]) for file in source.inputs()])
+        return source, _identify(source.files())
     if file_kind(text) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         raise DataError(
             f"text={text}: no such file or folder. Give a file or folder of .txt, .jsonl (also .gz, .xz, .zst) or "
             '.parquet, a pattern in quotes ("notes/**/*.txt"), or a data set on the Hub (OWNER/NAME)'
         )
     try:
-        repository = HubRepository(text, download_folder=CACHE / f".{name}.downloads")
-        return HubSource(repository), repository.commit
+        commit = find_commit(text, "main")
+        return DatasetSource(text, commit=commit), commit
     except UserError as error:
         ready = [str(path.parent) for path in CACHE.glob(f"{name}-*/{MANIFEST}")]
         hint = f"; prepared earlier: --data.path {' or '.join(ready)}" if ready else ""

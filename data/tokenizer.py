@@ -130,10 +130,14 @@ class Tokenizer:
         """Id of the padding token, if there is one."""
         return None if self.pad_text is None else _load_fast(self.definition).token_to_id(self.pad_text)
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype:
         """Type of the tokens in shards."""
         return self.vocabulary.dtype
+
+    @cached_property
+    def _eos(self) -> np.ndarray:
+        return np.array([self.eos_id], dtype=np.uint32)
 
     @cached_property
     def sha256(self) -> str:
@@ -153,7 +157,10 @@ class Tokenizer:
 
     def encode_document(self, text: str, starts: bool = True) -> np.ndarray:
         """Encode a document of any length: the eos token if a document starts here, then the text; [N] of `dtype`."""
-        parts = [np.array([self.eos_id] if starts else [], dtype=np.uint32)]
+        parts = [self._eos] if starts else []
+        if len(text) <= _LONG_WHITE:  # most documents
+            parts.append(self.encode(text))
+            return np.concatenate(parts, dtype=self.dtype, casting="unsafe")
         for begin, end in pieces(text):
             piece, start = text[begin:end], 0
             # Cut before the last character of a long run, where a match of SPLIT_PATTERN ends anyway: the same tokens.
@@ -244,9 +251,11 @@ def check_same_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
     A checkpoint without a tokenizer is one of GPT-2's.
     """
     try:
-        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text)
-    except UserError:  # it has none, or one without the shards' eos token
-        other = load_tokenizer()
+        other = load_tokenizer(checkpoint)
+    except UserError:
+        folder = Path(resolve_checkpoint(checkpoint))
+        has_files = folder.is_dir() and [*folder.glob("tokenizer*"), *folder.glob("vocab*")]
+        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text) if has_files else load_tokenizer()
     if not other.extends(tokenizer):
         raise DataError(
             f"{checkpoint} has another tokenizer ({other.vocab_size:,} tokens) than the shards ({tokenizer.name}, "

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.cli import Parser, run_command
 from data import DataError
-from data.sources import FileSource, Progress, decode_record
+from data.sources import FileSource
 from data.tokenizer import EOT_TEXT, Tokenizer, make_tokenizer, pieces
 
 _MIN_VOCAB_SIZE = 257  # the bytes, and the eos token
@@ -59,11 +59,14 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
 
 
 def _texts(source: FileSource) -> Iterator[str]:
-    for file in source.inputs():
-        for record in source.records(file, source.fetch(file), Progress(file["bytes"])):
-            text = decode_record(record, text_column=source.text_column, errors=source.errors) or ""  # or null
-            for begin, end in pieces(text):
-                yield text[begin:end]
+    is_empty = True
+    for task in source.tasks():
+        for document in source.documents(task):
+            for begin, end in pieces(document.text):
+                is_empty = is_empty and begin == end
+                yield document.text[begin:end]
+    if is_empty:
+        raise DataError(f"{', '.join(source.paths)}: no text to train on; give files with text")
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,17 +1,15 @@
 """Check every byte of a folder of shards.
 
     python -m data.verify shards/fineweb-edu
-    python -m data.verify shards/fineweb-edu --repair
 
 With a manifest, every file must exist and match its checksums. Without one, headers and sizes must be consistent and
-every token must be in GPT-2's vocabulary. --repair makes the parts with damaged or missing shards again from their
-source, and uses the new shards only if they match the manifest.
+every token must be in GPT-2's vocabulary. To repair a folder, prepare it again: only damaged shards are made.
 """
 
+import argparse
 import os
-import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,32 +21,27 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from common.files import replace_file
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, read_manifest, shard_tokenizer, unmanaged_shards
-from data.parts import PartMaker
-from data.plan import CUT_RULE
-from data.prepare import source_of
+from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
 from data.shards import HEADER_BYTES, open_shard, scan_shard
+from data.tokenizer import GPT2_VOCABULARY, Vocabulary
 
-_REPAIR = ".repair"
 
-
-def _find_problem(path: Path, entry: dict[str, Any] | None) -> str | None:
+def _find_problem(path: Path, entry: dict[str, Any] | None, vocabulary: Vocabulary) -> str | None:
     """Return a message with the first bad range of bytes; None if the shard is intact and fits its manifest entry."""
     if not path.is_file():
         return f"{path}: the file is missing"
     try:
         if entry is None:
-            scan_shard(path)
+            scan_shard(path, vocabulary=vocabulary)
             return None
-        num_tokens = len(open_shard(path))
+        num_tokens = len(open_shard(path, vocabulary=vocabulary))
         if num_tokens != entry["tokens"]:
             return (
                 f"{path}: {num_tokens:,} tokens, {MANIFEST} says {entry['tokens']:,} "
                 "(first bad: bytes 8 to 11, the count in the header)"
             )
-        scan = scan_shard(path, entry["crc32"])
+        scan = scan_shard(path, entry["crc32"], vocabulary=vocabulary)
     except (DataError, OSError) as error:
         return str(error)
     if scan["sha256"] != entry["sha256"]:
@@ -73,6 +66,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     manifest = read_manifest(folder)
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
+    vocabulary = GPT2_VOCABULARY if manifest is None else manifest.tokenizer.vocabulary
     entries: dict[str, dict[str, Any] | None]
     if manifest is not None:
         entries = {entry["file"]: entry for entry in manifest.shards}
@@ -81,69 +75,18 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
         if not entries:
             raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
     with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading release the GIL
-        futures = {name: pool.submit(_find_problem, folder / name, entry) for name, entry in entries.items()}
+        futures = {
+            name: pool.submit(_find_problem, folder / name, entry, vocabulary) for name, entry in entries.items()
+        }
         bar = tqdm(futures.items(), unit=" shards", disable=not sys.stderr.isatty())
         results = {name: future.result() for name, future in bar}
     return list(results), {name: problem for name, problem in results.items() if problem}
 
 
-def repair(folder: str | Path, *, num_proc: int = 1, log: Callable[[str], object] = print) -> None:
-    """Make the damaged shards of a folder again, and only those.
-
-    Raises:
-        DataError: the folder has no manifest, the source is missing or has changed, or the shards were imported.
-    """
-    folder = Path(folder)
-    _, problems = verify(folder, num_proc=num_proc)
-    if not problems:
-        return
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise DataError(f"{folder} has no {MANIFEST}, which names the source of the shards; copy the bad files again")
-    if manifest.source["kind"] == "pretokenized" and "dataset" not in manifest.source:
-        raise DataError(f"the shards of {folder} were imported; copy these again: {', '.join(sorted(problems))}")
-    if manifest.split_rule.startswith(CUT_RULE):
-        raise DataError(f"{folder}: {manifest.split_rule}, which is only cut when all is prepared: prepare it again")
-    repair_folder = folder / _REPAIR
-    source = source_of(manifest.source, out=repair_folder)
-    if manifest.source["kind"] == "sample" and source.settings["python"] != manifest.source["python"]:
-        raise DataError(
-            f"the sample in {folder} is from Python {manifest.source['python']}, but this is Python "
-            f"{source.settings['python']}; repair it with Python {manifest.source['python']}, or prepare it again"
-        )
-    damaged = [entry for entry in manifest.shards if entry["file"] in problems]
-    shutil.rmtree(repair_folder, ignore_errors=True)
-    try:
-        for part in sorted({entry["part"] for entry in damaged}):
-            log(f"repair    making part {part} again")
-            repair_folder.mkdir(exist_ok=True)
-            tokens_before = sum(entry["tokens"] for entry in manifest.shards if entry["part"] < part)
-            with PartMaker(
-                manifest,
-                source,
-                repair_folder,
-                [part],
-                tokens_before=tokens_before,
-                num_proc=num_proc,
-                tokenizer=shard_tokenizer(folder),
-            ) as maker:
-                made = maker.make(part)["shards"]
-            for entry in (entry for entry in damaged if entry["part"] == part):
-                if entry not in made:
-                    raise DataError(
-                        f"{folder / entry['file']} cannot be made again: the source's documents have changed "
-                        "(its files, or the program that reads them); prepare the folder again"
-                    )
-                replace_file(repair_folder / entry["file"], folder / entry["file"])
-                log(f"repair    {entry['file']} is repaired")
-    finally:
-        shutil.rmtree(repair_folder, ignore_errors=True)
-
-
 def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m data.verify", description="Check every byte of a folder of shards.")
     parser.add_argument("folder", metavar="DIR", help="a folder from `python -m data.prepare`, or any folder of shards")
-    parser.add_argument("--repair", action="store_true", help="make damaged or missing shards again from their source")
+    parser.add_argument("--repair", action="store_true", help=argparse.SUPPRESS)  # before 2026-12
     parser.add_argument(
         "--num_proc",
         type=int,
@@ -153,9 +96,11 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.num_proc < 1:
         raise DataError(f"--num_proc must be at least 1, got {args.num_proc}")
+    if args.repair:
+        raise DataError(
+            "--repair is gone; run the command that prepared the folder again: it makes only damaged shards"
+        )
     try:
-        if args.repair:
-            repair(args.folder, num_proc=args.num_proc)
         checked, problems = verify(args.folder, num_proc=args.num_proc)
     except OSError as error:
         raise DataError(f"{args.folder}: {error}") from error

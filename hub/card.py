@@ -91,7 +91,8 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
     items = config["eval"].get("hellaswag")
     mix = {_file_name(path): weight for path, weight in (config["data"].get("mix") or {}).items()}
     settings = {key: value for key, value in config.items() if key not in _NOT_SHOWN} | {
-        "data": config["data"] | ({"mix": mix} if mix else {"path": _file_name(config["data"]["path"])}),
+        "data": {key: value for key, value in config["data"].items() if key not in ("path", "mix", "text")}
+        | ({"mix": mix} if mix else {"path": _file_name(config["data"]["path"])}),
         "eval": config["eval"] | {"hellaswag": items and _file_name(items)},
         "init_from": init_from,
     }

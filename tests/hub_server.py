@@ -32,6 +32,7 @@ class HubServer:
         tokens: {token: {"name": owner, "orgs": organizations it may write to, "role": "write" or "read"}}. Needed to
             push, and to read private repositories.
         private: names of private repositories.
+        gated: names of gated repositories.
         commits: {repository: [(id, title)]} of pushed commits. COMMIT is the id of the state before them.
         lfs: {SHA-256: bytes} of uploaded content. A commit turns it into files.
     """
@@ -42,7 +43,7 @@ class HubServer:
             TOKEN: {"name": "me", "orgs": ["team"], "role": "write"},
             READ_TOKEN: {"name": "me", "orgs": [], "role": "read"},
         }
-        self.private, self.commits, self.descriptions, self.lfs = set(), {}, {}, {}
+        self.private, self.gated, self.commits, self.descriptions, self.lfs = set(), set(), {}, {}, {}
         self.lock = threading.Lock()
 
     def head(self, repo):
@@ -71,6 +72,7 @@ class HubServer:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each small answer waits 40 ms for the acknowledgment of its headers
 
     def __init__(self, hub, *arguments):
         self.hub = hub
@@ -221,40 +223,53 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _json(self, answer):
         return self._reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
+    def _gated(self, repo):
+        """Reply with an error if the repository is gated: listing it is free, and its files need a known token."""
+        if repo in self.hub.gated and self._owner() is None:
+            self._reply(403, headers={"X-Error-Code": "GatedRepo"})
+            return True
+        return False
+
     def _file(self, repo, rest, files):  # resolve/REVISION/PATH
+        if self._gated(repo):
+            return None
         name = rest.split("/", 2)[-1]
+        commit = COMMIT if rest.split("/")[1] == COMMIT else self.hub.head(repo)
         if name not in files:
-            return self._reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": self.hub.head(repo)})
+            return self._reply(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         content = files[name]
-        commit = self.hub.head(repo)
         headers = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if len(content) >= LARGE:
             headers["X-Linked-Size"] = str(len(content))
             headers["X-Linked-ETag"] = f'"{hashlib.sha256(content).hexdigest()}"'
-        begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if begin and 0 < int(begin[1]) < len(content):
-            headers["Content-Range"] = f"bytes {begin[1]}-{len(content) - 1}/{len(content)}"
-            return self._reply(206, content[int(begin[1]) :], headers)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked and int(asked[1]) < len(content):
+            begin, end = int(asked[1]), min(int(asked[2] or len(content)) + 1, len(content))
+            headers["Content-Range"] = f"bytes {begin}-{end - 1}/{len(content)}"
+            return self._reply(206, content[begin:end], headers)
         return self._reply(200, content, headers)
 
     def _api(self, repo, rest, files):
         kind, _, revision = rest.partition("/")
+        if kind == "auth-check":
+            return self._gated(repo) or self._json({})
         if kind == "commits":  # newest first
             commits = [(COMMIT, "Initial commit"), *self.hub.commits.get(repo, [])][::-1]
             fields = {"authors": [], "date": "2026-01-01T00:00:00.000Z"}
             messages = self.hub.descriptions
             return self._json([{"id": id, "title": t, "message": messages.get(id, "")} | fields for id, t in commits])
-        if kind == "revision" and revision not in (self.hub.head(repo), "main"):
+        if kind == "revision" and revision not in (self.hub.head(repo), "main", COMMIT):
             return self._reply(404, headers={"X-Error-Code": "RevisionNotFound"})
         if kind == "tree":
             folder = revision.partition("/")[2]
             if revision.partition("/")[0] not in (self.hub.head(repo), "main", COMMIT):
                 return self._reply(404, headers={"X-Error-Code": "RevisionNotFound"})
-            answer = [_listed(name, content) for name, content in files.items() if name.startswith(folder)]
-            if folder and not any(file["path"].startswith(f"{folder}/") for file in answer):
+            answer = _tree(files, folder, recursive="recursive=true" in self.path.lower())
+            if folder and not answer:
                 return self._reply(404, headers={"X-Error-Code": "EntryNotFound"})
         else:
-            answer = {"id": repo.partition("/")[2], "sha": self.hub.head(repo), "private": repo in self.hub.private}
+            commit = COMMIT if revision == COMMIT else self.hub.head(repo)
+            answer = {"id": repo.partition("/")[2], "sha": commit, "private": repo in self.hub.private}
             answer |= {"siblings": [{"rfilename": name} for name in files], "cardData": self.hub.cards.get(repo)}
         return self._json(answer)
 
@@ -286,6 +301,22 @@ def _git_hash(content):
 def _oid(content):
     """Return the id of a file's content: SHA-256 of a large one, git's hash of a small one."""
     return hashlib.sha256(content).hexdigest() if len(content) >= LARGE else _git_hash(content)
+
+
+def _tree(files, folder, *, recursive):
+    """List the files and folders in a folder ("": the root), as the Hub does."""
+    prefix = f"{folder}/" if folder else ""
+    listed = []
+    for name, content in files.items():
+        rest = name.removeprefix(prefix).split("/")
+        if name.startswith(prefix):
+            folders = [prefix + "/".join(rest[:depth]) for depth in range(1, len(rest))][: None if recursive else 1]
+            listed += [
+                {"type": "directory", "path": path, "size": 0, "oid": _git_hash(path.encode())} for path in folders
+            ]
+            if recursive or len(rest) == 1:
+                listed.append(_listed(name, content))
+    return [entry for number, entry in enumerate(listed) if entry not in listed[:number]]
 
 
 def _listed(name, content):

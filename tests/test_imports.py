@@ -111,12 +111,12 @@ def imported(paths):
 
 
 OTHER_FILES = sorted([*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo")
+PRODUCT_EXTRAS = ("fast", "lm_eval", "onnx", "gguf", "demo", "cluster")
 
 
 def test_imports_are_declared():
     assert imported(PRODUCT) <= declared("install_requires", *PRODUCT_EXTRAS)
-    assert imported(OTHER_FILES) <= declared("install_requires", "test")
+    assert imported(OTHER_FILES) <= declared("install_requires", "test", "cluster")  # test_cluster.py skips without
 
 
 def test_packages_of_extras_are_imported_lazily():

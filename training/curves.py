@@ -49,8 +49,10 @@ def plot_curves(
         label=f"validation ({evaluations[-1]['val_loss']:.3f})" if evaluations else "validation",
     )
     for folder in evaluations[-1].get("val_losses", {}) if evaluations else {}:
-        losses = [r["val_losses"][folder] for r in evaluations]
-        axes[0].plot([r["tokens"] for r in evaluations], losses, lw=1, label=f"{folder} ({losses[-1]:.3f})")
+        # Before it was resumed, a run may have had its folders under other names.
+        known = [r for r in evaluations if folder in r.get("val_losses", {})]
+        losses = [r["val_losses"][folder] for r in known]
+        axes[0].plot([r["tokens"] for r in known], losses, lw=1, label=f"{folder} ({losses[-1]:.3f})")
     for number, record in enumerate(skipped):
         label = f"skipped steps ({len(skipped)})" if number == 0 else None
         axes[0].axvline(record["tokens"], color="tab:purple", lw=1, alpha=0.5, label=label)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.manifest import PREPARING, open_split, shard_tokenizer, unmanaged_shards
-from data.sources import FileSource, Progress, decode_record
+from data.sources import FileSource
 from eval import EvalError
 from eval.items import DataInfo, first_items, sha256_of
 from eval.scoring import Request, Tokenizer
@@ -99,13 +99,8 @@ class Task(BaseTask):
 
     def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         source = FileSource([self.data])
-        records = (
-            record
-            for file in source.inputs()
-            for record in source.records(file, source.fetch(file), Progress(file["bytes"]))
-        )
-        documents = (text for text in map(decode_record, records) if text and not text.isspace())
-        texts = list(itertools.islice(documents, self.limit))  # reads no further than that
+        documents = (document.text for task in source.tasks() for document in source.documents(task))
+        texts = [*itertools.islice((text for text in documents if text.strip()), self.limit)]  # reads no further
         if not texts:
             raise EvalError(f"{self.data}: the file has no text; give one that has text")
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

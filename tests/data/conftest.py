@@ -21,12 +21,6 @@ def sample():
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    """Make one part of each input file."""
-    monkeypatch.setattr("data.plan.PART_BYTES", 1)
-
-
-@pytest.fixture
 def server():
     """A HubServer without repositories."""
     with HubServer({}) as server:
@@ -34,7 +28,7 @@ def server():
 
 
 @pytest.fixture
-def client(server, monkeypatch, tmp_path, small_parts):
+def client(server, monkeypatch, tmp_path):
     """Point huggingface_hub in this process at the server."""
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # localhost needs no network

@@ -1,16 +1,18 @@
-"""`python -m data.prepare` with one part per file, small batches, and Ctrl-C as in a terminal; then the peak memory."""
+"""`python -m data.prepare` with small tasks, and Ctrl-C as in a terminal; then the peak memory."""
 
 if __name__ == "__main__":  # the imports too: worker processes import this file
+    import os
     import signal
     import sys
     from pathlib import Path
 
     from common.cli import prepare_process
-    from data import encode, plan, prepare
+    from data import plan, prepare, sources
 
     prepare_process()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the tests run in the background
-    plan.PART_BYTES, encode._BATCH_BYTES = 1, 20_000
+    sources.TASK_BYTES = plan.TASK_BYTES = int(os.environ.get("TASK_BYTES", "300_000"))
+    sources._STREAM_BYTES = 1
     code = prepare.main(sys.argv[1:])
     if sys.platform == "linux":
         status = Path("/proc/self/status").read_text().splitlines()

@@ -14,10 +14,11 @@ from data import DataError, train_tokenizer
 from data.manifest import Manifest, open_split, read_manifest, record_tokenizer, shard_tokenizer
 from data.nanogpt import read_plain_pickle
 from data.prepare import main, prepare
-from data.pretokenized import LocalShards
+from data.pretokenized import import_shards
 from data.shards import open_shard, scan_shard, write_shard
 from data.sources import FileSource
 from data.tokenizer import Vocabulary, check_same_tokenizer, load_hf_tokenizer, load_tokenizer
+from data.verify import verify
 
 LARGE = Vocabulary(100_000, 99_999)
 
@@ -156,7 +157,7 @@ def test_nanogpt_data_sets(tmp_path, own, capsys):
     (folder / "meta.pkl").write_bytes(pickle.dumps({"x": print}))
     assert main(["pretokenized", str(folder), "--out", str(tmp_path / "other")]) == 2
     assert "it is not unpickled" in capsys.readouterr().err
-    prepare(LocalShards(folder, vocabulary=own.vocabulary), tmp_path / "named", name="named", tokenizer=own)
+    import_shards(folder, tmp_path / "named", tokenizer=own)
     assert shard_tokenizer(tmp_path / "named").sha256 == own.sha256
     (folder / "meta.pkl").unlink()  # nanoGPT's word-level sets have GPT-2's tokens
     assert [shard[:].tolist() for shard in open_split(folder, "val")] == [ids]
@@ -168,6 +169,9 @@ def test_preparing_with_another_tokenizer(tmp_path, own, num_proc):
     options = {"name": "t", "val_fraction": 0.2, "tokenizer": own, "num_proc": num_proc}
     prepare(FileSource([tmp_path / "text.jsonl"]), tmp_path / "out", **options)
     assert shard_tokenizer(tmp_path / "out").sha256 == own.sha256
+    assert verify(tmp_path / "out")[1] == {}
+    import_shards(tmp_path / "out", tmp_path / "again")  # it brings its tokenizer
+    assert shard_tokenizer(tmp_path / "again").sha256 == own.sha256
     tokens = {split: [t for s in open_split(tmp_path / "out", split) for t in s[:]] for split in ("train", "val")}
     assert len(tokens["train"]) + len(tokens["val"]) == sum(len(own.encode_document(text)) for text in DOCUMENTS)
     with pytest.raises(DataError, match=r"already exists with tokenizer .*, got another one"):

@@ -11,14 +11,14 @@ from pyarrow import parquet
 from shard_folders import DOCUMENTS, content_of, jsonl_folder, times_of
 
 from common.errors import UserError
-from data import DataError, parts, shards
+from data import DataError, plan, shards, sources
 from data import prepare as prepare_module
 from data.manifest import open_split, read_manifest
-from data.plan import kept_parts
-from data.prepare import merge, prepare
+from data.plan import kept_work
+from data.prepare import prepare
 from data.sources import FileSource
 from data.tokenizer import EOT, load_tiktoken
-from data.verify import repair, verify
+from data.verify import verify
 
 
 @pytest.fixture
@@ -41,6 +41,12 @@ def documents_of(folder, split):
         starts = [i for i, token in enumerate(tokens) if token == EOT] + [len(tokens)]
         texts += [encoding.decode(tokens[a + 1 : b]) for a, b in itertools.pairwise(starts)]
     return texts
+
+
+@pytest.fixture
+def small_tasks(monkeypatch):
+    """One task for each input file."""
+    monkeypatch.setattr(plan, "TASK_BYTES", 1)
 
 
 def test_shards_have_every_document_once_and_in_order(run, tmp_path):
@@ -68,13 +74,14 @@ def test_document_longer_than_a_shard_gets_its_own(run):
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.encode._BATCH_BYTES", 1000)
-    run("one", shard_tokens=700)
+    monkeypatch.setattr(sources, "TASK_BYTES", 1000)
+    monkeypatch.setattr(plan, "TASK_BYTES", 1000)
+    assert len(run("one", shard_tokens=700).inputs) > 10
     run("two", shard_tokens=700, num_proc=2)
     assert content_of(tmp_path / "one") == content_of(tmp_path / "two")
 
 
-def test_duplicates_are_in_one_split(run, small_parts, tmp_path):
+def test_duplicates_are_in_one_split(run, small_tasks, tmp_path):
     run(documents=DOCUMENTS * 3, files=7, val_fraction=0.3)  # in other files, too
     train, val = (documents_of(tmp_path / "out", split) for split in ("train", "val"))
     assert not set(train) & set(val)
@@ -89,25 +96,28 @@ def test_special_tokens_and_half_surrogates_are_plain_text(run, tmp_path):
 
 
 @pytest.mark.parametrize("files", [1, 5])
-def test_max_tokens_ends_at_a_document(run, small_parts, tmp_path, files):
-    def num_tokens(manifest):
-        return manifest.total("train", "tokens") + manifest.total("val", "tokens")
-
-    limit = num_tokens(run("all", files=files, val_fraction=0.2)) // 2
-    assert limit - 60 < num_tokens(run("some", files=files, max_tokens=limit, val_fraction=0.2)) <= limit
-    documents = documents_of(tmp_path / "some", "train") + documents_of(tmp_path / "some", "val")
-    assert set(documents) == set(DOCUMENTS[: len(documents)])
+def test_max_tokens_takes_the_first_tokens_of_the_text(run, small_tasks, tmp_path, files):
+    everything = run("all", files=files, val_fraction=0.5)
+    run("some", files=files, max_tokens=1000, val_fraction=0.5, num_proc=2)
+    found = {name: [documents_of(tmp_path / name, split) for split in ("train", "val")] for name in ("all", "some")}
+    kept = 0
+    for whole, part in zip(found["all"], found["some"], strict=True):
+        assert part[:-1] == whole[: len(part) - 1]
+        assert whole[len(part) - 1].startswith(part[-1])  # the last document may be cut
+        kept += len(part)
+    manifest = read_manifest(tmp_path / "some")
+    assert manifest.total("train", "tokens") + manifest.total("val", "tokens") == 1000
+    assert 0 < kept < everything.total("train", "documents")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"documents": [" "]}, "split has no documents"),
+        ({"documents": [" "]}, "split has no text"),
         ({"val_fraction": 0}, "val_fraction"),
         ({"num_proc": 0}, "num_proc"),
         ({"shard_tokens": 2**31}, "shard_tokens"),
-        ({"shard_index": 2, "shard_count": 2}, "shard_index"),
-        ({"max_tokens": 10, "shard_count": 2}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
     ],
 )
 def test_errors_leave_no_files(run, tmp_path, options, words):
@@ -116,7 +126,7 @@ def test_errors_leave_no_files(run, tmp_path, options, words):
     assert {p.name for p in tmp_path.iterdir()} == {"text"}
 
 
-def test_broken_file_keeps_finished_parts(run, small_parts, tmp_path):
+def test_broken_file_keeps_finished_tasks(run, small_tasks, tmp_path):
     run("uninterrupted", files=4)
     out, broken = tmp_path / "out", tmp_path / "text" / "2.jsonl"
     intact = broken.read_bytes()
@@ -127,21 +137,30 @@ def test_broken_file_keeps_finished_parts(run, small_parts, tmp_path):
 
     with pytest.raises(UserError, match=r"2\.jsonl:50: not UTF-8"):
         resume()
-    assert "2 of 4 parts are kept" in kept_parts(out)
-    record = out / "parts" / "00001.json"
-    intact_record = record.read_text()
-    record.write_text(intact_record.replace('"train"', '"val"'))
-    with pytest.raises(DataError, match=r"00001\.json is damaged.*remove it, and its part is made again"):
-        resume()
-    record.write_text(intact_record)
+    assert "2 of 4 tasks are kept" in kept_work(out)
+    record = out / "tasks" / "000001.json"
+    intact_record, times = record.read_text(), times_of(out / "tasks")
+    record.write_text(intact_record.replace('"tokens"', '"takens"'))
     with pytest.raises(DataError, match="not finished"):
         open_split(out, "train")
     broken.write_bytes(intact)
-    before = {name: time for name, time in times_of(out).items() if name.endswith(".bin")}
+    with pytest.raises(DataError, match=r"000001\.json is damaged.*remove it, and its task is done again"):
+        resume()
+    record.write_text(intact_record)
+    assert times["000000.bin"] == times_of(out / "tasks")["000000.bin"]  # not made again
     resume()
-    assert before
-    assert before.items() <= times_of(out).items()  # not made again
     assert content_of(out) == content_of(tmp_path / "uninterrupted")
+
+
+def test_damaged_tokens_of_a_task_are_not_used(run, small_tasks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.Joiner, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(files=3)
+    tokens = tmp_path / "out" / "tasks" / "000001.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2] + b"\1\1")
+    with pytest.raises(DataError, match=r"000001\.bin is damaged; remove .*000001\.json"):
+        run(files=3)
 
 
 def test_finished_folder_is_not_changed(run, tmp_path):
@@ -149,22 +168,22 @@ def test_finished_folder_is_not_changed(run, tmp_path):
     before = times_of(tmp_path / "out")
     lines = []
     assert run(log=lines.append) == manifest
-    assert "nothing to do" in lines[0]
+    assert "is already prepared" in lines[0]
     with pytest.raises(DataError, match=r"val_fraction 0\.1, got 0\.2"):
         run(val_fraction=0.2)
     assert before == times_of(tmp_path / "out")
 
 
-def test_interrupted_cleanup_is_completed(run, small_parts, tmp_path):
+def test_interrupted_cleanup_is_completed(run, small_tasks, tmp_path):
     run("uninterrupted", files=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.plan.shutil.rmtree", interrupt)  # the first call after the manifest is written
-        with pytest.raises(KeyboardInterrupt):
-            run(files=3)
-    assert (tmp_path / "out" / "manifest.json").exists()
-    assert (tmp_path / "out" / "parts").exists()
-    run(files=3)
-    assert content_of(tmp_path / "out") == content_of(tmp_path / "uninterrupted")
+    for moment in ("data.plan.shutil.rmtree", "data.plan.remove_task"):  # after the manifest, after a part's record
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moment, interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run(moment, files=3)
+        assert (tmp_path / moment / "tasks").exists()
+        run(moment, files=3)
+        assert content_of(tmp_path / moment) == content_of(tmp_path / "uninterrupted")
 
 
 def interrupt(*arguments, **options):
@@ -186,13 +205,15 @@ def test_out_with_other_content_is_refused(run, tmp_path):
     ("options", "words"),
     [
         ({"shard_tokens": 999}, "was started with shard_tokens"),
-        ({"documents": [*DOCUMENTS[:-1], "another last one"]}, r"2\.jsonl has changed since its part"),
+        ({"documents": [*DOCUMENTS[:-1], "another last one"]}, r"2\.jsonl has changed since it was tokenized"),
         ({"files": 4}, "other files"),
     ],
 )
-def test_resume_refuses_changed_files_and_settings(run, small_parts, monkeypatch, options, words):
-    monkeypatch.setattr(prepare_module, "finish", lambda out: None)  # stop just before the end
-    run(files=3)
+def test_resume_refuses_changed_files_and_settings(run, small_tasks, monkeypatch, options, words):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "finish", interrupt)  # stop just before the end
+        with pytest.raises(KeyboardInterrupt):
+            run(files=3)
     with pytest.raises(DataError, match=words):
         run(**{"files": 3, **options})
 
@@ -201,10 +222,12 @@ def test_full_disk_is_an_error(run, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards, "_finish_shard", full)
-    with pytest.raises(DataError, match="no space for"):
-        run()
-    assert not (tmp_path / "out").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "_finish_shard", full)
+        with pytest.raises(DataError, match="no space for"):
+            run()
+    assert "1 of 1 tasks are kept" in kept_work(tmp_path / "out")
+    run()
 
 
 def test_disk_space_is_checked_before_the_work(run, tmp_path, monkeypatch):
@@ -214,44 +237,25 @@ def test_disk_space_is_checked_before_the_work(run, tmp_path, monkeypatch):
         run()
 
 
-@pytest.mark.parametrize("count", [2, 3, 8])
-def test_machines_divide_the_parts(run, small_parts, tmp_path, count):
-    """Into separate folders, then merged; and all into one folder."""
-    run("alone", files=5, shard_tokens=300)
-    for index in range(count):
-        run(f"machine{index}", files=5, shard_tokens=300, shard_index=index, shard_count=count)
-        last = run("shared", files=5, shard_tokens=300, shard_index=index, shard_count=count)
-        assert (last is None) == (index < min(count, 5) - 1)
-    merge([tmp_path / f"machine{index}" for index in range(count)], tmp_path / "merged")
-    assert content_of(tmp_path / "alone") == content_of(tmp_path / "shared") == content_of(tmp_path / "merged")
-
-
-def test_merge_refuses_other_damaged_or_missing_parts(run, small_parts, tmp_path):
-    for name, index, val_fraction in (("a", 0, 0.1), ("b", 1, 0.1), ("c", 1, 0.3)):
-        run(name, files=5, shard_index=index, shard_count=2, val_fraction=val_fraction)
-    shard = next((tmp_path / "b").glob("*.bin"))
-    shard.write_bytes(shard.read_bytes()[:-2] + b"\1\1")
-    for names, words in (
-        (["a", "c"], "not parts of the same"),
-        (["a"], r"2 are missing: 1, 3"),
-        (["text"], "no parts"),
-        (["a", "b"], "damaged"),
-    ):
-        with pytest.raises(DataError, match=words):
-            merge([tmp_path / name for name in names], tmp_path / "merged")
-
-
-def test_part_in_preparation_is_locked(run, small_parts, monkeypatch):
-    monkeypatch.setattr(parts.PartMaker, "make", lambda self, part: run(files=3))  # a second one during the first
-    with pytest.raises(DataError, match="another process is preparing part 0"):
+def test_folder_in_preparation_is_locked(run, small_tasks, monkeypatch):
+    monkeypatch.setattr(plan.Joiner, "finish", lambda self: run(files=3))  # a second one during the first
+    with pytest.raises(DataError, match="another process is preparing"):
         run(files=3)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["merge a b --out c", "files a --shard_index 1 --out c", "fineweb --keep_parquet"]
+)
+def test_removed_options_name_the_new_way(arguments, capsys):
+    assert prepare_module.main(arguments.split()) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_command_prepares_files(run_command, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(DOCUMENTS))
     done = run_command("files", tmp_path / "text.txt", "--separator", r"\n\n", "--val_fraction", 0.1)
     assert done.returncode == 0, done.stderr
-    for words in ("GB needed", "documents/s", "tokens/s", "train ", "val "):
+    for words in ("GB needed", "tokens/s", "train ", "val "):
         assert words in done.stdout
     assert done.stderr == ""
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["source"]["kind"] == "files"
@@ -279,12 +283,11 @@ def test_engine_is_an_alias_of_tokenizer_backend(tmp_path, capsys, monkeypatch, 
 
 
 def test_one_document_is_cut_by_tokens(run, tmp_path):
-    """The last tenth of its tokens is for validation; stopping before the manifest is written loses nothing."""
+    """The last tenth of its tokens is for validation; an interruption just before the end loses nothing."""
     text = "A book in one piece. " * 2000
     tokens = [EOT, *load_tiktoken().encode_ordinary(text)]
-    write = prepare_module.Manifest.write
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.plan.Manifest.write", lambda self, path: interrupt() if self.shards else write(self, path))
+        patch.setattr(prepare_module, "finish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(documents=[text])
     lines = []
@@ -293,13 +296,11 @@ def test_one_document_is_cut_by_tokens(run, tmp_path):
     assert train + val == tokens
     assert len(val) == -(-len(tokens) // 10)
     assert any(f"the last {len(val):,} of {len(tokens):,} tokens" in line for line in lines)
-    assert verify(tmp_path / "out")[1] == {}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {e["file"] for e in manifest.shards} | {
-        "manifest.json"
-    }
+    before = content_of(tmp_path / "out")
     (tmp_path / "out" / manifest.shards[0]["file"]).unlink()
-    with pytest.raises(DataError, match="prepare it again"):
-        repair(tmp_path / "out")
+    run(documents=[text])
+    assert content_of(tmp_path / "out") == before
+    assert verify(tmp_path / "out")[1] == {}
 
 
 def test_cut_takes_the_end_of_several_shards(run, tmp_path):
@@ -342,9 +343,14 @@ def test_null_rows_and_files_of_other_kinds_are_reported(tmp_path):
 
 def test_named_corpora_are_hub_data_sets(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(prepare_module, "prepare", lambda source, *_, **options: calls.append((source, options)))
+
+    def fake(source, *_, **options):
+        calls.append((source, options))
+        interrupt()
+
+    monkeypatch.setattr(prepare_module, "prepare", fake)
     for name, corpus in prepare_module.CORPORA.items():
-        assert prepare_module.main([name, "--out", str(tmp_path / "out"), "--revision", "v1"]) == 0
+        assert prepare_module.main([name, "--out", str(tmp_path / "out"), "--revision", "v1"]) == 130
         source, options = calls.pop()
-        assert (source.repository.dataset, source.subset, source.repository.revision) == (*corpus[:2], "v1")
+        assert (source.dataset, source.subset, source.revision) == (corpus.dataset, corpus.subset, "v1")
         assert options["max_tokens"] == corpus.max_tokens

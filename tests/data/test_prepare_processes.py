@@ -24,11 +24,12 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kills processes
 
 @pytest.fixture(scope="module")
 def big(sample, tmp_path_factory):
-    """Return a folder of 8 files of 3 MB, and the folder that an uninterrupted preparation makes of them."""
+    """Return a folder of 8 files of 3 MB, one of them compressed, and what an uninterrupted preparation makes."""
     folder = tmp_path_factory.mktemp("big")
     documents = itertools.cycle(sample)
-    for number in range(8):
+    for number in range(7):
         jsonl(folder / f"{number}.jsonl", [f"{number} {text}" for text in itertools.islice(documents, 700)])
+    (folder / "8.jsonl.gz").write_bytes(gzip.compress((folder / "0.jsonl").read_bytes()))  # read in pieces
     process = start(folder, folder / "uninterrupted")
     assert process.wait(timeout=120) == 0
     # Renamed afterwards, since the name of --out is the prefix of the file names.
@@ -37,7 +38,8 @@ def big(sample, tmp_path_factory):
 
 
 def start(files, out):
-    arguments = ["files", *sorted(files.glob("*.jsonl")), "--out", out, "--num_proc", 2, "--shard_tokens", 100_000]
+    arguments = ["files", *sorted(files.glob("*.jsonl*")), "--out", out, "--num_proc", 2]
+    arguments += ["--shard_tokens", 300_000]
     return subprocess.Popen(
         [sys.executable, PROGRAM, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
@@ -69,8 +71,9 @@ def assert_all_end(process):
         time.sleep(0.05)
 
 
-def num_parts(out):
-    return len(list(out.glob("parts/*.json")))
+def num_done(out):
+    """Return the number of finished tasks and parts."""
+    return len(list(out.glob("parts/*.json"))) + len(list(out.glob("tasks/*.json")))
 
 
 @linux_only
@@ -83,8 +86,8 @@ def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
         process = start(files, out)
         try:
             if kills < 4:
-                goal = rng.randrange(0, 4) + num_parts(out)
-                while process.poll() is None and num_parts(out) < goal:
+                goal = rng.randrange(0, 4) + num_done(out)
+                while process.poll() is None and num_done(out) < goal:
                     time.sleep(0.01)
                 time.sleep(rng.uniform(0, 0.5))
                 workers = processes("-P", process)
@@ -102,7 +105,7 @@ def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
         assert "Traceback" not in errors
         assert_all_end(process)
     assert kills >= 1
-    assert content_of(out) == content_of(result)
+    assert content_of(out) == content_of(result)  # and no temporary files
 
 
 @linux_only
@@ -137,7 +140,7 @@ def test_interrupts_at_random_moments_end_in_two_seconds_and_keep_parts(big, tmp
             assert errors.startswith("interrupted"), errors
             assert "Traceback" not in errors
             assert errors.count("\n") <= len(sends), errors
-            assert ("parts are kept in" in errors) == (num_parts(out) > 0) or len(sends) == 2
+            assert ("tasks are kept in" in errors) == (num_done(out) > 0) or len(sends) == 2
         else:
             assert process.returncode == -number, errors
         assert_all_end(process)
@@ -164,7 +167,7 @@ def test_interrupt_does_not_wait_for_a_large_document(tmp_path):
 
 
 @linux_only
-@pytest.mark.parametrize("kind", ["txt", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "book.txt", "jsonl.gz", "parquet"])
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     """Compare the peak for 200 MB of text with that for 20 MB; Arrow alone has buffers of up to 130 MB."""
     pytest.importorskip("gigatoken")
@@ -173,18 +176,20 @@ def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     for documents in (300, 3000):
         texts = (f"{number} {text}" for number in range(documents))
         path = tmp_path / f"{documents}.{kind}"
-        if kind == "txt":
-            path.write_text("\n--\n".join(texts))
+        if kind.endswith("txt"):
+            path.write_text(("\n--\n" if kind == "txt" else "\n").join(texts))
         elif kind == "parquet":
             parquet.write_table(pyarrow.table({"text": list(texts)}), path, use_dictionary=False)  # one row group
         else:
             with gzip.open(path, "wt", compresslevel=1) as file:
                 file.writelines(f"{json.dumps(text)}\n" for text in texts)
         options = {"separator": "\n--\n", "val_fraction": 0.1, "num_proc": 1, "shard_tokens": 2_000_000}
+        if kind == "book.txt":
+            del options["separator"]
         options |= {"tokenizer_backend": "gigatoken", "out": tmp_path / f"{documents}"}
         done = subprocess.run(
             [sys.executable, PROGRAM, "files", path, *(f"--{name}={value}" for name, value in options.items())],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TASK_BYTES": "8_000_000"},
             capture_output=True,
             text=True,
             timeout=120,

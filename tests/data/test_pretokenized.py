@@ -8,11 +8,8 @@ from hub_server import COMMIT
 from shard_folders import content_of, llm_c
 
 from data import DataError
-from data.hub import HubRepository
-from data.manifest import open_split, read_manifest
-from data.prepare import prepare
-from data.pretokenized import HubShards, LocalShards
-from data.verify import repair, verify
+from data.manifest import open_split
+from data.pretokenized import import_shards
 
 RNG = np.random.RandomState(0)
 TOKENS = {
@@ -43,19 +40,22 @@ EXPECTED = [tokens.tolist() for name, tokens in TOKENS.items() if "train" in nam
 def test_local_shards_are_used_in_place(folder, tmp_path, where):
     """The manifest is written next to the shards or into another folder."""
     before = content_of(folder)
-    manifest = prepare(LocalShards(folder), tmp_path / where, name="any")
+    manifest = import_shards(folder, tmp_path / where, name="any")
     assert train_tokens(tmp_path / where) == EXPECTED
     assert manifest.total("train", "documents") == sum(tokens.count(50256) for tokens in EXPECTED)
     assert before.items() <= content_of(folder).items()
     assert {path.name for path in (tmp_path / "ours").glob("*")} <= {"manifest.json"}
-    assert verify(tmp_path / where)[1] == {}
     victim = next(folder.glob("*_train_000002*"))
     content = victim.read_bytes()
     victim.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
     with pytest.raises(DataError, match=r"_train_000002\.\w+: bytes .* do not match their checksum"):
         train_tokens(tmp_path / where)
-    with pytest.raises(DataError, match="were imported; copy these again"):
-        repair(tmp_path / where)
+    with pytest.raises(DataError, match=r"_train_000002\.\w+ is not the file that .*copy it again"):
+        import_shards(folder, tmp_path / where, name="any")
+    victim.write_bytes(content)
+    import_shards(folder, tmp_path / where, name="any")
+    with pytest.raises(DataError, match="has shards of another source"):
+        import_shards("kjj0/fineweb10B-gpt2", tmp_path / where, name="any")
 
 
 def test_damaged_shards_are_refused(folder, tmp_path):
@@ -63,22 +63,22 @@ def test_damaged_shards_are_refused(folder, tmp_path):
     intact = victim.read_bytes()
     victim.write_bytes(intact[:-2])
     with pytest.raises(DataError, match=r"_train_000002"):
-        prepare(LocalShards(folder), tmp_path / "out", name="any")
+        import_shards(folder, tmp_path / "out", name="any")
     victim.write_bytes(intact[:-2] + struct.pack("<H", 50257))
     with pytest.raises(DataError, match=r"_train_000002\.\w+: token 699 is 50257"):
-        prepare(LocalShards(folder), tmp_path / "out", name="any")
+        import_shards(folder, tmp_path / "out", name="any")
     victim.write_bytes(intact)
-    prepare(LocalShards(folder), tmp_path / "out", name="any")  # resumes
+    import_shards(folder, tmp_path / "out", name="any")
     assert train_tokens(tmp_path / "out") == EXPECTED
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no train shards; they are recognized by their names"):
-        prepare(LocalShards(tmp_path / "empty"), tmp_path / "out2", name="any")
+        import_shards(tmp_path / "empty", tmp_path / "out2", name="any")
     with pytest.raises(DataError, match="no such folder"):
-        prepare(LocalShards(tmp_path / "nowhere"), tmp_path / "out3", name="any")
+        import_shards(tmp_path / "nowhere", tmp_path / "out3", name="any")
 
 
 def test_max_tokens_selects_complete_shards(folder, tmp_path):
-    prepare(LocalShards(folder, max_tokens=800), tmp_path / "out", name="any", max_tokens=800)
+    import_shards(folder, tmp_path / "out", name="any", max_tokens=800)
     assert train_tokens(tmp_path / "out") == EXPECTED[:2]
 
 
@@ -88,49 +88,46 @@ def hub(client):
     return client
 
 
-def shards_on_hub(tmp_path, **options):
-    repository = HubRepository("kjj0/fineweb10B-gpt2", download_folder=tmp_path / "out" / "downloads")
-    return HubShards(repository, **options)
+def import_hub(tmp_path, **options):
+    return import_shards("kjj0/fineweb10B-gpt2", tmp_path / "out", name="any", **options)
 
 
-def test_hub_shards_survive_faults_and_repair(hub, tmp_path):
+def downloads(hub):
+    return {path for method, path in hub.log if method == "GET" and "resolve" in path}
+
+
+def test_hub_shards_survive_faults_and_are_repaired(hub, tmp_path):
     hub.faults += [("GET .*train_000002", fault) for fault in ("drop", "corrupt", "truncate")]
-    manifest = prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
+    manifest = import_hub(tmp_path)
     assert manifest.source["revision"] == COMMIT
     assert train_tokens(tmp_path / "out") == EXPECTED
     before = content_of(tmp_path / "out")
     assert before.keys() == {"manifest.json", *(f"{name}.bin" for name in TOKENS)}
-    (tmp_path / "out" / "fineweb_train_000002.bin").unlink()
+    victim = tmp_path / "out" / "fineweb_train_000002.bin"
+    victim.write_bytes(victim.read_bytes()[:-2] + b"xx")
     hub.log.clear()
-    repair(tmp_path / "out", log=lambda line: None)
+    hub.commits["datasets/kjj0/fineweb10B-gpt2"] = [("d" * 40, "a push in the meantime")]
+    import_hub(tmp_path)
     assert content_of(tmp_path / "out") == before
-    assert {path for method, path in hub.log if method == "GET" and "resolve" in path} == {
-        f"/datasets/kjj0/fineweb10B-gpt2/resolve/{COMMIT}/fineweb_train_000002.bin"
-    }
+    assert downloads(hub) == {f"/datasets/kjj0/fineweb10B-gpt2/resolve/{COMMIT}/fineweb_train_000002.bin"}
 
 
 def test_interrupted_download_resumes(hub, tmp_path):
     hub.faults += [("GET .*train_000003", 404)]
     with pytest.raises(DataError, match="HTTP 404"):
-        prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
+        import_hub(tmp_path)
     hub.log.clear()
-    prepare(shards_on_hub(tmp_path), tmp_path / "out", name="any")
+    import_hub(tmp_path)
     assert train_tokens(tmp_path / "out") == EXPECTED
-    assert not any("train_000001" in path and "resolve" in path for _, path in hub.log)
+    assert not any("train_000001" in path or "train_000002" in path for path in downloads(hub))
 
 
 def test_max_tokens_limits_the_downloads(hub, tmp_path):
-    prepare(shards_on_hub(tmp_path, max_tokens=700), tmp_path / "out", name="any", max_tokens=700)
+    import_hub(tmp_path, max_tokens=700)
     assert train_tokens(tmp_path / "out") == EXPECTED[:1]
-    assert not any("train_000002" in path for _, path in hub.log)
+    assert not any("train_000002" in path for path in downloads(hub))
 
 
-def test_command_imports_from_the_hub_and_from_a_folder(server, run_command, tmp_path):
-    server.repos["datasets/kjj0/fineweb10B-gpt2"] = {f"{name}.bin": llm_c(tokens) for name, tokens in TOKENS.items()}
-    done = run_command("pretokenized", "kjj0/fineweb10B-gpt2", HF_ENDPOINT=server.address)
-    assert done.returncode == 0, done.stderr
-    assert train_tokens(tmp_path / "out") == EXPECTED
-    (tmp_path / "out" / "manifest.json").unlink()  # lost: it can be made again from the shards
-    done = run_command("pretokenized", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert len(read_manifest(tmp_path / "out").shards) == 4
+def test_missing_data_set_is_named(hub, tmp_path):
+    with pytest.raises(DataError, match="no data set missing/missing"):
+        import_shards("missing/missing", tmp_path / "out", name="any")

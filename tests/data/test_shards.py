@@ -46,7 +46,7 @@ def test_damaged_headers_and_sizes_are_errors(tmp_path, damage, words):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError) as error:
         open_shard(path)
-    for word in [str(path), "--repair", *words]:
+    for word in [str(path), "prepare the folder again", *words]:
         assert word in str(error.value)
 
 
@@ -94,7 +94,9 @@ def test_changed_token_is_an_error_only_in_its_block(tmp_path):
     assert np.array_equal(shard[:BLOCK_TOKENS], tokens[:BLOCK_TOKENS])
     assert np.array_equal(shard[2 * BLOCK_TOKENS :], tokens[2 * BLOCK_TOKENS :])
     for window in (slice(index, index + 1), slice(BLOCK_TOKENS - 1, BLOCK_TOKENS + 1), slice(None)):
-        with pytest.raises(DataError, match=r"bytes 66,560 to 132,095 do not match their checksum.*--repair"):
+        with pytest.raises(
+            DataError, match=r"bytes 66,560 to 132,095 do not match their checksum.*prepare the folder again"
+        ):
             shard[window]
     assert open_shard(path)[index : index + 1] != tokens[index]  # undetected without a checksum
 

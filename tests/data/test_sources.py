@@ -7,20 +7,15 @@ import pytest
 from pyarrow import parquet
 
 from common.errors import UserError
-from data import DataError
-from data.sources import FileSource, Progress, decode_record, docstrings, sample_documents
+from data import DataError, sources
+from data.sources import FileSource, docstrings, sample_documents
+from data.tokenizer import load_tiktoken
 
 
 def documents(paths, **options):
     """Return the texts of all files."""
     source = FileSource(paths, **options)
-    options = {"text_column": source.text_column, "errors": source.errors}
-    texts = (
-        decode_record(record, **options)
-        for file in source.inputs()
-        for record in source.records(file, source.fetch(file), Progress(0))
-    )
-    return [text for text in texts if text is not None]
+    return [document.text for task in source.tasks() for document in source.documents(task) if document.text]
 
 
 def zstd(content, *, frames=1):
@@ -61,13 +56,13 @@ def test_documents_of_files_folders_and_patterns(tmp_path):
     (tmp_path / "sub" / "a.jsonl").write_text('{"text": "three"}\n\n"four"\n{"text": ""}\n')
     (tmp_path / "ignored.md").write_text("no")
     assert documents([tmp_path / "b.txt"]) == ["one\n---\ntwo\n---\n \n"]
-    assert documents([tmp_path], separator="\n---\n") == ["one", "two", "three", "four", ""]
+    assert documents([tmp_path], separator="\n---\n") == ["one", "two", "three", "four"]
     assert documents([tmp_path / "sub", tmp_path / "b.txt"])[:2] == ["three", "four"]
     (tmp_path / "k.jsonl").write_text('{"body": "five"}\n')
     assert documents([tmp_path / "k.jsonl"], text_column="body") == ["five"]
     (tmp_path / "[odd] name.txt").write_text("six")
     assert documents([tmp_path / "[odd] name.txt"]) == ["six"]  # an existing name is not a pattern
-    assert documents([f"{tmp_path}/**/a.*"]) == ["three", "four", ""]
+    assert documents([f"{tmp_path}/**/a.*"]) == ["three", "four"]
 
 
 TEXTS = ["first", "zweiter: Grüße", "third\nwith lines", "x" * 3_000_000, "last"]
@@ -107,19 +102,32 @@ def test_byte_order_mark_is_not_text(tmp_path):
     assert documents([tmp_path / "b.jsonl"]) == ["one", "two"]
 
 
-def test_separators_across_read_boundaries(tmp_path, monkeypatch):
-    text = "a<s>bb<s><s>ccc<s>"
-    (tmp_path / "a.txt").write_text(text)
-    for size in range(1, 9):
-        monkeypatch.setattr("data.sources._READ_BYTES", size)
-        assert documents([tmp_path / "a.txt"], separator="<s>") == ["a", "bb", "ccc"]
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_large_files_are_cut_between_documents(tmp_path, monkeypatch, suffix):
+    """Every size of a task gives the same documents; a text without separators is cut where tokens end."""
+    text = "a<s>bb cc<s><s>ccc\u3000 d\u00e9 e<s>"
+    write = gzip.compress if suffix else bytes
+    (tmp_path / f"a.txt{suffix}").write_bytes(write(text.encode()))
+    (tmp_path / f"b.jsonl{suffix}").write_bytes(write("".join(f"{json.dumps(t)}\n" for t in TEXTS[:3]).encode()))
+    monkeypatch.setattr(sources, "_STREAM_BYTES", 1)
+    for size in range(1, 30):
+        monkeypatch.setattr(sources, "TASK_BYTES", size)
+        monkeypatch.setattr(sources, "_SEARCH_BYTES", size % 5 + 1)
+        assert (
+            documents([tmp_path / f"a.txt{suffix}"], separator="<s>") == text.split("<s>")[:2] + text.split("<s>")[3:4]
+        )
+        assert documents([tmp_path / f"b.jsonl{suffix}"]) == TEXTS[:3]
+        pieces = documents([tmp_path / f"a.txt{suffix}"])
+        assert "".join(pieces) == text
+        tokens = [token for piece in pieces for token in load_tiktoken().encode_ordinary(piece)]
+        assert tokens == load_tiktoken().encode_ordinary(text)
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n", "\n---\n"])
 def test_separators_match_either_kind_of_line_break(tmp_path, monkeypatch, separator):
     text = separator.replace("\r", "").join(["a\nb", "c", "d"])
     for size in (1, 3, 100):
-        monkeypatch.setattr("data.sources._READ_BYTES", size)
+        monkeypatch.setattr(sources, "TASK_BYTES", size)
         for name, line_break in (("unix", "\n"), ("windows", "\r\n")):
             (tmp_path / f"{name}.txt").write_text(text, newline=line_break)
             found = documents([tmp_path / f"{name}.txt"], separator=separator)
@@ -134,7 +142,7 @@ def test_errors_replace_replaces_invalid_bytes(tmp_path):
     )
     parquet.write_table(table, tmp_path / "a.parquet")
     assert documents([tmp_path / "a.parquet"], errors="replace") == ["ok", "\ufffd!"]
-    with pytest.raises(DataError, match=r"a\.parquet:2: not UTF-8"):
+    with pytest.raises(DataError, match=r"a\.parquet: row 2 is not UTF-8"):
         documents([tmp_path / "a.parquet"])
 
 
@@ -170,9 +178,9 @@ def test_unreadable_input_names_file_and_line(tmp_path, name, content, words):
 
 def test_parquet_without_the_text_column_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"no column 'text'.*'body'.*--text_column"):
+    with pytest.raises(DataError, match=r"no column 'text'.*body.*--text_column"):
         documents([tmp_path / "a.parquet"])
-    with pytest.raises(DataError, match=r"has int64, not text"):
+    with pytest.raises(DataError, match=r"is int64, not text"):
         documents([tmp_path / "a.parquet"], text_column="n")
 
 
@@ -186,7 +194,8 @@ def test_damaged_parquet_page_is_an_error(tmp_path):
 
 
 def test_too_large_document_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources._MAX_DOCUMENT_BYTES", 3_000_000)
+    monkeypatch.setattr(sources, "_MAX_DOCUMENT_BYTES", 3_000_000)
+    monkeypatch.setattr(sources, "TASK_BYTES", 1_000_000)
     (tmp_path / "a.txt").write_text("x" * 9_000_000)
     with pytest.raises(DataError, match=r"a\.txt:1: a document of more than 3,000,000 bytes.*--separator"):
         documents([tmp_path / "a.txt"])

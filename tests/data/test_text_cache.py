@@ -5,7 +5,6 @@ import os
 import pytest
 
 from data import DataError, text_cache
-from data.hub import HubRepository
 from data.text_cache import prepare_text
 
 
@@ -62,16 +61,16 @@ def test_large_texts_are_known_by_sizes_and_times(prepared, tmp_path, monkeypatc
 
 
 def test_a_data_set_is_known_by_its_commit(prepared, monkeypatch):
-    monkeypatch.setattr(HubRepository, "commit", "abc")
+    monkeypatch.setattr(text_cache, "find_commit", lambda *_: "abc")
     first = prepare_text("owner/a.b")
     assert first.startswith("shards/owner-a-b-") and prepare_text("owner/a.b") == first
-    monkeypatch.setattr(HubRepository, "commit", "def")
+    monkeypatch.setattr(text_cache, "find_commit", lambda *_: "def")
     assert prepare_text("owner/a.b") != first
 
-    def offline(self):
+    def offline(*_):
         raise DataError("no network")
 
-    monkeypatch.setattr(HubRepository, "commit", property(offline))
+    monkeypatch.setattr(text_cache, "find_commit", offline)
     with pytest.raises(DataError, match=f"no network; prepared earlier: .*--data.path.*{first}"):
         prepare_text("owner/a.b")
 

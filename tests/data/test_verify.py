@@ -1,4 +1,4 @@
-"""`verify` and `repair`: every damage is found, named and repaired."""
+"""`verify`, and preparing again: every damage is found, named and repaired."""
 
 import random
 
@@ -6,22 +6,30 @@ import numpy as np
 import pytest
 from shard_folders import DOCUMENTS, content_of, jsonl, jsonl_folder, times_of
 
-from common.errors import UserError
 from data import DataError
 from data.manifest import open_split, read_manifest
 from data.prepare import prepare
 from data.shards import write_shard
 from data.sources import FileSource
-from data.verify import main, repair, verify
+from data.verify import main, verify
 
 TEXTS = DOCUMENTS[:120]
 
 
+def prepare_again(folder, **options):
+    """Prepare the texts, with lines for the user."""
+    lines = []
+    options = {"name": "t", "val_fraction": 0.2, "shard_tokens": 400, "log": lines.append, **options}
+    prepare(FileSource([folder.parent / "text"]), folder, **options)
+    return lines
+
+
 @pytest.fixture
-def folder(tmp_path, small_parts):
-    """Six parts of one or two shards."""
-    source = FileSource([jsonl_folder(tmp_path / "text", TEXTS, 6)])
-    prepare(source, tmp_path / "out", name="t", val_fraction=0.2, shard_tokens=400)
+def folder(tmp_path, monkeypatch):
+    """Six parts of two or three shards."""
+    monkeypatch.setattr("data.plan.TASK_BYTES", 1)
+    jsonl_folder(tmp_path / "text", TEXTS, 6)
+    prepare_again(tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -50,11 +58,11 @@ def test_damaged_shard_is_named_and_repaired(folder, damage, words):
     _, problems = verify(folder)
     assert list(problems) == [victim.name]
     assert words in problems[victim.name]
-    lines = []
-    repair(folder, log=lines.append)
-    assert lines == [f"repair    making part {entry['part']} again", f"repair    {victim.name} is repaired"]
+    assert "repair    1 shards are damaged or missing" in prepare_again(folder)
     assert content_of(folder) == before
-    assert [name for name, time in times_of(folder).items() if times[name] != time] == [victim.name]
+    of_part = {shard["file"] for shard in read_manifest(folder).shards if shard["part"] == entry["part"]}
+    changed = {name for name, time in times_of(folder).items() if times[name] != time}
+    assert victim.name in changed <= {*of_part, "manifest.json"}
 
 
 def test_repair_refuses_a_changed_source(folder, tmp_path):
@@ -62,22 +70,21 @@ def test_repair_refuses_a_changed_source(folder, tmp_path):
     victim.unlink()
     text = tmp_path / "text" / "0.jsonl"
     text.write_text(text.read_text().replace("Document 1.", "Document I."))
-    with pytest.raises(DataError, match="the source's documents have changed"):
-        repair(folder)
-    assert not victim.exists()
-    assert not (folder / ".repair").exists()
-    text.unlink()
-    with pytest.raises(UserError, match=r"0\.jsonl"):
-        repair(folder)
+    with pytest.raises(DataError, match="cannot be repaired: its source has changed"):
+        prepare_again(folder)
+    assert read_manifest(folder) is None
+    with pytest.raises(DataError, match="has other content"):
+        prepare_again(folder)
 
 
-def test_repair_stops_at_max_tokens(folder, tmp_path):
+def test_repair_keeps_the_limit_of_tokens(folder, tmp_path):
     out = tmp_path / "some"
-    prepare(FileSource([tmp_path / "text"]), out, name="t", val_fraction=0.2, shard_tokens=400, max_tokens=2500)
+    prepare_again(out, max_tokens=2500)
     before = content_of(out)
-    (out / read_manifest(out).shards[-1]["file"]).unlink()
-    repair(out, log=lambda line: None)
-    assert content_of(out) == before
+    for number in (-1, 0):
+        (out / read_manifest(out).shards[number]["file"]).unlink()
+        prepare_again(out, max_tokens=2500)
+        assert content_of(out) == before
 
 
 def test_shards_without_a_manifest(tmp_path):
@@ -88,8 +95,6 @@ def test_shards_without_a_manifest(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content[:1122] + b"\xff\xff" + content[1124:])
     assert "token 49 is 65535" in verify(tmp_path)[1][path.name]
-    with pytest.raises(DataError, match=r"no manifest\.json, which names the source"):
-        repair(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         verify(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -97,7 +102,7 @@ def test_shards_without_a_manifest(tmp_path):
         verify(tmp_path / "empty")
 
 
-def test_command_reports_damage_and_repairs(folder, run_module, capsys):
+def test_command_reports_damage(folder, capsys):
     assert main([str(folder)]) == 0
     assert "match their checksums" in capsys.readouterr().out
     victim = next(folder.glob("*.bin"))
@@ -106,8 +111,8 @@ def test_command_reports_damage_and_repairs(folder, run_module, capsys):
     error = capsys.readouterr().err
     assert f"error: {victim}: " in error
     assert "error: 1 of " in error
-    assert run_module("data.verify", folder, "--repair").returncode == 0
-    assert main([str(folder)]) == 0
+    assert main([str(folder), "--repair"]) == 2
+    assert "--repair is gone; " in capsys.readouterr().err
 
 
 MUTATIONS = {
