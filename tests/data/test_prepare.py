@@ -176,7 +176,7 @@ def test_finished_folder_is_not_changed(run, tmp_path):
 
 def test_interrupted_cleanup_is_completed(run, small_tasks, tmp_path):
     run("uninterrupted", files=3)
-    for moment in ("data.plan.shutil.rmtree", "data.plan.remove_task"):  # after the manifest, after a part's record
+    for moment in ("data.plan.remove_plan", "data.plan.remove_task"):  # after the manifest, after a part's record
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(moment, interrupt)
             with pytest.raises(KeyboardInterrupt):
