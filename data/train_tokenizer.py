@@ -1,7 +1,7 @@
 """Train a byte-level BPE with GPT-2's pre-tokenization, and `<|endoftext|>` as its eos token.
 
-python -m data.tokenizer train my_text/ --vocab_size 16384 --out tokenizers/mine
-python -m data.prepare files my_text/ --tokenizer tokenizers/mine --out shards/mine
+python -m data.tokenizer train my_text/ --vocab_size 16384 --out shards/my_tokenizer
+python -m data.prepare files my_text/ --tokenizer shards/my_tokenizer --out shards/mine
 """
 
 import argparse
