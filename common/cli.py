@@ -149,6 +149,8 @@ def check_world_size(num_processes: int) -> None:
 def print_interrupted(text: str) -> None:
     """Print what Ctrl-C led to, on a terminal below the ^C that it shows."""
     print(f"{chr(10) if sys.stderr.isatty() else ''}{text}", file=sys.stderr)
+    if sys.excepthook is _on_unhandled_exception:  # by prepare_process: this process is ours
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C while Python exits would print a traceback
 
 
 def print_error(error: BaseException | str) -> None:

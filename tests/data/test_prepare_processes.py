@@ -24,21 +24,21 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="kills processes
 
 @pytest.fixture(scope="module")
 def big(sample, tmp_path_factory):
-    """Return a folder of 8 files of 3 MB, one of them compressed, and what an uninterrupted preparation makes."""
+    """Return a folder of 8 files of 3 MB, one of them compressed, and what one process makes of them, uninterrupted."""
     folder = tmp_path_factory.mktemp("big")
     documents = itertools.cycle(sample)
     for number in range(7):
         jsonl(folder / f"{number}.jsonl", [f"{number} {text}" for text in itertools.islice(documents, 700)])
     (folder / "8.jsonl.gz").write_bytes(gzip.compress((folder / "0.jsonl").read_bytes()))  # read in pieces
-    process = start(folder, folder / "uninterrupted")
+    process = start(folder, folder / "uninterrupted", num_proc=1)
     assert process.wait(timeout=120) == 0
     # Renamed afterwards, since the name of --out is the prefix of the file names.
     (folder / "uninterrupted").rename(folder / "result")
     return folder, folder / "result"
 
 
-def start(files, out):
-    arguments = ["files", *sorted(files.glob("*.jsonl*")), "--out", out, "--num_proc", 2]
+def start(files, out, num_proc=2):
+    arguments = ["files", *sorted(files.glob("*.jsonl*")), "--out", out, "--num_proc", num_proc]
     arguments += ["--shard_tokens", 300_000]
     return subprocess.Popen(
         [sys.executable, PROGRAM, *map(str, arguments)],
@@ -50,9 +50,10 @@ def start(files, out):
     )
 
 
-def processes(option, process):
-    """Return the children (-P) of a process, or the processes of its group (-g)."""
-    found = subprocess.run(["pgrep", option, str(process.pid)], capture_output=True, text=True, check=False)
+def processes(option, process, pattern=""):
+    """Return the children (-P) of a process, or the processes of its group (-g), whose command has a pattern."""
+    command = ["pgrep", option, str(process.pid), "-f", pattern]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -90,7 +91,7 @@ def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
                 while process.poll() is None and num_done(out) < goal:
                     time.sleep(0.01)
                 time.sleep(rng.uniform(0, 0.5))
-                workers = processes("-P", process)
+                workers = processes("-P", process, "spawn_main")  # not the resource tracker
                 victims = rng.choice([[process.pid], [process.pid, *workers], *([worker] for worker in workers)])
                 kills += process.poll() is None
                 for victim in victims:
@@ -171,7 +172,7 @@ def test_interrupt_does_not_wait_for_a_large_document(tmp_path):
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     """Compare the peak for 200 MB of text with that for 20 MB; Arrow alone has buffers of up to 130 MB."""
     pytest.importorskip("gigatoken")
-    text = "".join(f"word{i % 9973} " for i in range(7_000))
+    text = "".join(f"{i % 9973}word " for i in range(7_000))
     peaks = []
     for documents in (300, 3000):
         texts = (f"{number} {text}" for number in range(documents))
