@@ -52,7 +52,7 @@ from accelerate.utils import gather_object, set_seed
 from common.models import load_gpt2
 from data.loader import Batch, WindowLoader
 from data.manifest import dataset_fingerprint, open_split, shard_tokenizer
-from data.mixture import mixture_fingerprint
+from data.mixture import mixture_fingerprint, normalize
 from data.ngram import ngram_baselines
 from data.prepare import prepare_sample_if_missing
 from data.shards import Shard
@@ -241,11 +241,15 @@ def print_dry_run(config: Config, accelerator: Accelerator, plan: Plan) -> int:
     """Print the memory that the run takes, time and cost on rented GPUs, and the size of the data. Return 0."""
     say(plan.describe_batch(*choose_micro_batch_size(plan, accelerator)))
     say(plan.describe_rental())
-    for folder in config.data.mix or [config.data.path]:
-        tokens = "not there yet"
-        if Path(folder).exists():
-            tokens = f"{dataset_fingerprint(folder)['train_tokens']:,} training tokens"
-        say(f"data      {folder}: {tokens}")
+    mix = config.data.mix or {config.data.path: 1.0}
+    for folder, share in zip(mix, normalize([*mix.values()]), strict=True):
+        if not Path(folder).exists():
+            say(f"data      {folder}: not there yet")
+            continue
+        tokens = dataset_fingerprint(folder)["train_tokens"]
+        epochs = plan.total_tokens * float(share) / tokens
+        say(f"data      {folder}: {tokens:,} training tokens; the run is {epochs:.2f} epochs")
+        warn_of_repetition(folder, epochs)
     say(f"run       {config.output_dir} (dry run: nothing was written)")
     return 0
 

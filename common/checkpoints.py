@@ -177,3 +177,8 @@ def _listed(checkpoints: list[Checkpoint]) -> str:
 def _print_on_stderr(line: str) -> None:
     if is_main_process():
         print(line, file=sys.stderr)
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return True if a folder has a tokenizer's files."""
+    return any(Path(folder).glob("tokenizer*")) or any(Path(folder).glob("vocab*"))

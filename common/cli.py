@@ -146,6 +146,11 @@ def check_world_size(num_processes: int) -> None:
         )
 
 
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def print_interrupted(text: str) -> None:
     """Print what Ctrl-C led to, on a terminal below the ^C that it shows."""
     print(f"{chr(10) if sys.stderr.isatty() else ''}{text}", file=sys.stderr)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from common.checkpoints import resolve_checkpoint
+from common.checkpoints import has_tokenizer, resolve_checkpoint
 from common.errors import UserError, one_line
 from common.hub import hub_error
 from common.weights import weights_problem
@@ -67,8 +67,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "tuple[PreT
     from transformers import AutoTokenizer
 
     # For a folder without tokenizer files, transformers raises an error about formats, or returns an empty tokenizer.
-    folder = Path(name)
-    has_files = not folder.is_dir() or any(folder.glob("tokenizer*")) or any(folder.glob("vocab*"))
+    has_files = not Path(name).is_dir() or has_tokenizer(name)
     tokenizer = from_pretrained(AutoTokenizer, name, trust_remote_code) if has_files else None
     if tokenizer is None or tokenizer.vocab_size == 0:
         raise UserError(f"checkpoint {name!r} has no tokenizer; put one there with tokenizer.save_pretrained")

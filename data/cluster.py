@@ -16,7 +16,7 @@ from typing import Any
 
 from data import DataError
 from data.manifest import PREPARING, read_manifest
-from data.plan import part_records
+from data.plan import part_of, part_records
 from data.tasks import Work, Workers, finished_tasks, tasks_of
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -39,7 +39,7 @@ class Tokenize:
         parts = part_records(self.work.out)
         entries = range(rank, len(plan.inputs), world_size)
         tasks = (task for number in entries for task in tasks_of(self.work.source, number, plan.inputs[number]))
-        missing = (task for task in tasks if not any(part["first"] <= task.key <= part["last"] for part in parts))
+        missing = (task for task in tasks if part_of(parts, task.key) is None)
         with Workers(self.work, num_proc=self.num_proc) as workers:
             for _ in workers.run(missing, {*finished_tasks(self.work.out)}):
                 pass
@@ -58,7 +58,7 @@ class Join:
 
 @dataclass
 class Cluster:
-    """Where and how to run: --executor, --num_tasks, --logging_dir, --slurm."""
+    """Machines that run tasks, as --executor, --num_tasks, --logging_dir and --slurm describe them."""
 
     executor: str
     num_tasks: int
@@ -67,6 +67,8 @@ class Cluster:
 
     def check(self) -> None:
         """Raise DataError if something is missing, before any work."""
+        if self.num_tasks < 1:
+            raise DataError(f"--num_tasks must be at least 1, got {self.num_tasks}")
         try:
             import datatrove.executor  # noqa: F401
 
@@ -79,7 +81,7 @@ class Cluster:
         if self.executor != "slurm":
             return
         if shutil.which("sbatch") is None:
-            raise DataError("--executor slurm: there is no sbatch here; run this on a login node of the cluster")
+            raise DataError("--executor slurm: sbatch was not found; run this on a login node of the cluster")
         if missing := [name for name in _NEEDED if name not in self.slurm]:
             raise DataError(f"--executor slurm needs --slurm {missing[0]}=VALUE")
 

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from common.errors import one_line
 from common.hub import HubRequestError, with_retries
-from common.jsonl import decompress, name_unreadable_file, parse_json
+from common.jsonl import decompress, name_unreadable_file
 from data import DataError, parquet
-from data.sources import Document
+from data.sources import Document, decode_text
 
 _TIMEOUT_SECONDS = 120.0  # of requests that have no timeout in the client: the lists of files
 _READ_BYTES = 8_000_000  # of one request for a file that is read from front to back
@@ -114,7 +114,14 @@ class DatasetSource:
         with name_unreadable_file(where), decompress(raw, PurePosixPath(where).suffix) as stream:
             for number, content in enumerate(stream if is_json else [stream.read()], start=1):
                 if not content.isspace():
-                    yield number, text_of(content, f"{where}:{number}", self.text_column, self.errors, is_json)
+                    text = decode_text(
+                        content,
+                        is_json,
+                        text_column=self.text_column,
+                        errors=self.errors,
+                        locate=lambda _, number=number: f"{where}:{number}",  # type: ignore[misc]
+                    )
+                    yield number, text
 
     def _other_rows(self, task: Mapping[str, Any], where: str) -> Iterator[tuple[int, str | None]]:
         """Yield (row number, text or None) of a file that `datasets` reads."""
@@ -196,23 +203,6 @@ class HubFile(io.RawIOBase):
         if len(content) != end - begin:  # never a shorter file than the Hub's
             raise OSError(f"received {len(content):,} of {end - begin:,} bytes")
         return content
-
-
-def text_of(content: bytes, where: str, text_column: str, errors: str, is_json: bool) -> str | None:
-    """Return the text of a file or of a line of JSON; None if it is null. Half a surrogate pair becomes U+FFFD."""
-    try:
-        text = content.decode("utf-8", errors)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 ({error.reason}); give --errors replace to put U+FFFD there") from error
-    if not is_json:
-        return text
-    value = parse_json(text, where)
-    is_object = isinstance(value, dict)
-    text = value.get(text_column, False) if is_object else value
-    if not isinstance(text, str | None):
-        found = f"its keys are {sorted(value)}" if is_object else f"it is {value!r:.60}"
-        raise DataError(f"{where}: no text under {text_column!r}, {found}; name the right key with --text_column")
-    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def find_commit(dataset: str, revision: str, commit: str | None = None) -> str:

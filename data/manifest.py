@@ -54,7 +54,7 @@ class TokenizerRecord:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What reading shards needs of it."""
+        """Size and eos token, as `Shard` needs them."""
         return Vocabulary(self.vocab_size, self.eos_id)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from common.locks import Lock, Timeout
 from data import DataError
+from data.hub import DatasetSource
 from data.manifest import (
     MANIFEST,
     PREPARING,
@@ -36,9 +37,8 @@ from data.sources import TASK_BYTES, Source
 from data.tasks import TASKS, finished_tasks, read_record, read_tokens, remove_task
 from data.tokenizer import Tokenizer
 
-PARTS, _LOCK = "parts", ".lock"
-CUT_RULE = "val is the end of the text, the last"
-PART_SUMS = ("tokens", "documents", "null_rows", "eos_texts")
+_PARTS, _LOCK = "parts", ".lock"
+_PART_SUMS = ("tokens", "documents", "null_rows", "eos_texts")
 _MIN_VAL_DOCUMENTS = 10
 _MIN_CUT_FRACTION = 0.1
 
@@ -72,6 +72,8 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
         plan.tokenizer = record_tokenizer(tokenizer, out)
         plan.write(out / PREPARING)
         return plan
+    if isinstance(source, DatasetSource):  # the branch may have moved since
+        source.commit = old.source.get("revision")
     what = f"{out} {'already exists' if old.shards else 'was started'} with"
     for key, value in _settings(plan).items():
         if (found := _settings(old).get(key)) != value:
@@ -89,7 +91,9 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
 
 
 def _settings(plan: Manifest) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in ("val_fraction", "shard_tokens", "max_tokens")} | plan.source
+    names = ("val_fraction", "shard_tokens", "max_tokens")
+    # Before 2026-12, manifests did not name the split of a Hub set, which was always this one.
+    return {"split": "train"} | {name: getattr(plan, name) for name in names} | plan.source
 
 
 def _group(tasks: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -107,7 +111,7 @@ def _group(tasks: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
     """Accept changed files if their task is not finished: the user fixed them."""
-    if any(isinstance(entry, dict) for entry in plan.inputs):
+    if _is_of_earlier_version(plan):
         raise DataError(f"an earlier version began {out}; remove it, or choose another --out")
     inputs = _group(source.tasks())
     if inputs == plan.inputs:
@@ -123,10 +127,20 @@ def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
     plan.write(out / PREPARING)
 
 
+def _is_of_earlier_version(plan: Manifest) -> bool:
+    """Return True if the plan has files instead of groups of tasks."""
+    return any(isinstance(entry, dict) for entry in plan.inputs)
+
+
 def part_records(out: Path) -> list[dict[str, Any]]:
-    """Return the records of the finished parts, in order: {"part", "first", "last" (keys), PART_SUMS, "shards"}."""
-    paths = sorted((out / PARTS).glob("*.json"))
+    """Return the records of the finished parts, in order: {"part", "first", "last" (keys), sums, "shards"}."""
+    paths = sorted((out / _PARTS).glob("*.json"))
     return [read_json_with_checksum(path, "remove it, and its part is made again") for path in paths]
+
+
+def part_of(parts: Iterable[dict[str, Any]], key: str) -> dict[str, Any] | None:
+    """Return the part that has a task."""
+    return next((part for part in parts if part["first"] <= key <= part["last"]), None)
 
 
 def _finished_entries(out: Path) -> set[int]:
@@ -166,7 +180,7 @@ class Joiner:
 
     def part_of(self, key: str) -> dict[str, Any] | None:
         """Return the finished part that has a task."""
-        return next((part for part in self.parts.values() if part["first"] <= key <= part["last"]), None)
+        return part_of(self.parts.values(), key)
 
     def add(self, key: str) -> int:
         """Add the next task, and return its number of tokens."""
@@ -194,7 +208,7 @@ class Joiner:
             total = min(self._tokens, self.plan.max_tokens or self._tokens)
             count = math.ceil(max(self.val_fraction, _MIN_CUT_FRACTION) * total)
             self.plan.val_from = total - count
-            self.plan.split_rule = f"{CUT_RULE} {count:,} of {total:,} tokens"
+            self.plan.split_rule = f"val is the end of the text, the last {count:,} of {total:,} tokens"
             self.plan.write(self.out / PREPARING)
         if self._pending:
             self._write_part()
@@ -221,11 +235,11 @@ class Joiner:
         finally:
             for writer in writers.values():
                 writer.abandon()
-        sums = {name: sum(record[name] for record in records) for name in PART_SUMS}
+        sums = {name: sum(record[name] for record in records) for name in _PART_SUMS}
         keys = {"first": records[0]["key"], "last": records[-1]["key"]}
         self.parts[number] = {"part": number, **keys, **sums, "shards": shards}
-        (self.out / PARTS).mkdir(exist_ok=True)
-        write_json_with_checksum(self.out / PARTS / f"{number:05d}.json", self.parts[number])
+        (self.out / _PARTS).mkdir(exist_ok=True)
+        write_json_with_checksum(self.out / _PARTS / f"{number:05d}.json", self.parts[number])
         self._counted.add(number)
         for record in records:
             remove_task(self.out, record["key"])
@@ -299,17 +313,17 @@ def reopen(manifest: Manifest, damaged: set[str], out: Path) -> Manifest:
         raise DataError(f"an earlier version made {out}: prepare it again in another --out, or copy the shards again")
     plan = dataclasses.replace(manifest, shards=[])
     plan.write(out / PREPARING)
-    (out / PARTS).mkdir(exist_ok=True)
+    (out / _PARTS).mkdir(exist_ok=True)
     for part in manifest.parts:
         if part["part"] not in parts:
             shards = [shard for shard in manifest.shards if shard["part"] == part["part"]]
-            write_json_with_checksum(out / PARTS / f"{part['part']:05d}.json", {**part, "shards": shards})
+            write_json_with_checksum(out / _PARTS / f"{part['part']:05d}.json", {**part, "shards": shards})
     return plan
 
 
 def remove_plan(out: Path) -> None:
     """Remove what only a preparation needs."""
-    for name in (PARTS, TASKS):
+    for name in (_PARTS, TASKS):
         shutil.rmtree(out / name, ignore_errors=True)
     (out / PREPARING).unlink(missing_ok=True)
 
@@ -319,7 +333,6 @@ def kept_work(out: str | Path) -> str:
     out = Path(out)
     with contextlib.suppress(DataError, OSError):
         plan = read_manifest(out, PREPARING)
-        done = _finished_entries(out)
-        if plan is not None and done:
+        if plan is not None and not _is_of_earlier_version(plan) and (done := _finished_entries(out)):
             return f". {len(done)} of {len(plan.inputs)} tasks are kept in {out}: run the same command to resume"
     return ""

@@ -14,7 +14,6 @@ makes damaged shards again, and only those. The bytes of the shards are always t
 import argparse
 import contextlib
 import errno
-import os
 import platform
 import shutil
 import sys
@@ -25,7 +24,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
-from common.cli import Parser, interrupt_exit_code, prepare_process, print_interrupted, run_command, say
+from common.cli import (
+    Parser,
+    available_cores,
+    interrupt_exit_code,
+    prepare_process,
+    print_interrupted,
+    run_command,
+    say,
+)
 
 if __name__ == "__main__":
     prepare_process()
@@ -47,7 +54,7 @@ from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, load_tokenizer
 from data.verify import verify
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
-_SAMPLE_VAL_FRACTION = 0.05
+VAL_FRACTION, _SAMPLE_VAL_FRACTION = 0.01, 0.05
 _SECONDS_BETWEEN_LINES = 30
 
 # Bytes of shards per byte of input: a token has two bytes and is about 4.3 bytes of English text.
@@ -59,7 +66,7 @@ def prepare(
     out: str | Path,
     *,
     name: str,
-    val_fraction: float = 0.01,
+    val_fraction: float = VAL_FRACTION,
     shard_tokens: int = _SHARD_TOKENS,
     max_tokens: int | None = None,
     num_proc: int = 1,
@@ -284,7 +291,7 @@ def _check_disk(plan: Manifest, out: Path, log: Callable[[str], object]) -> None
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m data.prepare",
-        description="Make shards of GPT-2 tokens from text. After an interruption, the same command resumes.",
+        description="Make shards of tokens from text. After an interruption, the same command resumes.",
     )
     commands = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
@@ -321,9 +328,15 @@ def _parser() -> Parser:
         named[name].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
     add(text, "--shard_tokens", "maximum number of tokens in a shard", type=_integer, default=_SHARD_TOKENS)
     fraction = "fraction of the documents for validation"
-    add(text, "--val_fraction", fraction, type=float, default=0.01)
+    add(text, "--val_fraction", fraction, type=float, default=VAL_FRACTION)
     add([sample], "--val_fraction", fraction, type=float, default=_SAMPLE_VAL_FRACTION)
-    add([*text, sample], "--num_proc", "tokenizer processes, one per core by default", type=int, default=_cores())
+    add(
+        [*text, sample],
+        "--num_proc",
+        "tokenizer processes, one per core by default",
+        type=int,
+        default=available_cores(),
+    )
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
     add([*text, sample], "--tokenizer_backend", backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
     name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
@@ -362,10 +375,6 @@ def _key_value(text: str) -> tuple[str, int | str]:
     if not key or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
     return key, int(value) if value.isdecimal() else value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _text_source(args: argparse.Namespace) -> Source:
@@ -427,14 +436,13 @@ def _main(argv: Sequence[str] | None) -> int:
 def _check_removed(argv: Sequence[str]) -> Sequence[str]:
     """Raise DataError for what this command could do before 2026-12."""
     removed = {
-        "merge": "several machines: --executor slurm or ray",
         "--shard_index": "several machines: --executor slurm or ray",
         "--shard_count": "several machines: --executor slurm or ray",
         "--keep_parquet": "leave it out: nothing is downloaded as a file any more",
     }
-    for index, word in enumerate(argv):
-        if word == "merge" and index:
-            continue
+    if argv[:1] == ["merge"]:
+        raise DataError("merge is gone; several machines: --executor slurm or ray")
+    for word in argv:
         if (remedy := removed.get(word.partition("=")[0])) is not None:
             raise DataError(f"{word} is gone; {remedy}")
     return argv

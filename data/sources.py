@@ -16,12 +16,13 @@ import contextlib
 import glob
 import inspect
 import itertools
+import json
 import os
 import platform
 import re
 import sysconfig
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -37,7 +38,7 @@ _MIN_SAMPLE_CHARACTERS = 1_000_000
 KINDS = (".txt", ".jsonl", ".parquet")
 TASK_BYTES = 8_000_000  # of text in a task: enough tasks for all cores, and a kill loses little
 _STREAM_BYTES = 4_000_000  # size from which a compressed file has pieces
-_MAX_DOCUMENT_BYTES = 200_000_000  # a bound on memory, far above real documents
+_MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above real documents
 _SEARCH_BYTES = 1 << 20
 _OVERLAP = 1000  # bytes, longer than separators are
 
@@ -296,36 +297,51 @@ class FileSource:
             start = next_start
 
     def _decode(self, content: bytes, path: Path, offset: int, is_json: bool, starts: bool) -> Document:
-        """Return the document in a part of a file. Half a surrogate pair, which JSON allows, becomes U+FFFD."""
-        try:
-            text = content.decode("utf-8", self.errors)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}:{_line_of(path, offset + error.start)}: not UTF-8 (byte {error.start} of the document: "
-                f"{error.reason}); convert the file to UTF-8 (or let data.prepare replace them: --errors replace)"
-            ) from error
-        if not is_json:
-            return Document(text, starts)
-        try:
-            value = parse_json(text, "")
-        except ValueError:
-            value = parse_json(text, f"{path}:{_line_of(path, offset)}")  # raises, with the line
-        field = value.get(self.text_column, False) if isinstance(value, dict) else value
-        if field is None and isinstance(value, dict):
-            return Document("", is_null=True)
-        if not isinstance(field, str):
-            found = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
-            if isinstance(value, dict) and self.text_column in value:
-                found = f"but a {type(field).__name__}"
-            raise DataError(
-                f"{path}:{_line_of(path, offset)}: no text under {self.text_column!r}, {found}; name the right key "
-                "with --text_column"
-            )
-        try:
-            field.encode()
-        except UnicodeEncodeError:
-            field = field.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return Document(field)
+        """Return the document in a part of a file."""
+
+        def locate(byte: int) -> str:
+            return f"{path}:{_line_of(path, offset + byte)}"
+
+        text = decode_text(content, is_json, text_column=self.text_column, errors=self.errors, locate=locate)
+        return Document(text or "", starts, is_null=text is None)
+
+
+def decode_text(
+    content: bytes, is_json: bool, *, text_column: str, errors: str, locate: Callable[[int], str]
+) -> str | None:
+    """Return the text of a document or of a line of JSON; None if it is null.
+
+    Half a surrogate pair, which JSON allows, becomes U+FFFD.
+
+    Args:
+        locate: returns the place of a byte of the content, for messages.
+    """
+    try:
+        text = content.decode("utf-8", errors)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{locate(error.start)}: not UTF-8 (byte {error.start} of the document: {error.reason}); convert the file "
+            "to UTF-8 (or let data.prepare replace them: --errors replace)"
+        ) from error
+    if not is_json:
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = parse_json(text, locate(0))  # raises, with the place
+    field = value.get(text_column, False) if isinstance(value, dict) else value
+    if field is None and isinstance(value, dict):
+        return None
+    if not isinstance(field, str):
+        found = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
+        if isinstance(value, dict) and text_column in value:
+            found = f"but a {type(field).__name__}"
+        raise DataError(f"{locate(0)}: no text under {text_column!r}, {found}; name the right key with --text_column")
+    try:
+        field.encode()
+    except UnicodeEncodeError:
+        field = field.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return field
 
 
 def _next_boundary(file: BinaryIO, boundary: re.Pattern[bytes], position: int, size: int, path: Path) -> int:

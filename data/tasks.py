@@ -1,4 +1,4 @@
-"""Tokenize tasks: in this process or in several, each task whole in one of them.
+"""Tokenize tasks in this process or in several; one process does all of a task.
 
 A task's result is three files in DIR/tasks: KEY.bin has the tokens, KEY.npy [D, 2] int64 the number of tokens of each
 document and whether it was drawn for validation, and KEY.json, written last, is the record. A worker returns only its
@@ -38,7 +38,7 @@ _REMEDY = "remove it, and its task is done again"
 
 
 class Work(NamedTuple):
-    """What every task of a preparation needs."""
+    """Settings that all tasks of a preparation share."""
 
     source: Source
     tokenizer: Tokenizer

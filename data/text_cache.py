@@ -8,19 +8,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from common.cli import say
+from common.cli import available_cores, say
 from common.errors import UserError
 from common.jsonl import name_unreadable_file
 from common.launch import make_once
 from data import DataError
 from data.hub import DatasetSource, find_commit
 from data.manifest import FORMAT_VERSION, MANIFEST
-from data.prepare import prepare
+from data.prepare import VAL_FRACTION, prepare
 from data.sources import FileSource, file_kind
 from data.tokenizer import tokenizer_sha256
 
 CACHE = Path("shards")
-_VAL_FRACTION = 0.01
 _HASHED_BYTES = 2**30  # read in a second or two; reading 100 GB at every start would take minutes
 
 
@@ -36,15 +35,14 @@ def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
     """
     source, content = _open_text(text)
     settings = {key: value for key, value in source.settings.items() if key != "paths"}
-    decisive = [content, settings, _VAL_FRACTION, tokenizer_sha256(), FORMAT_VERSION]
+    decisive = [content, settings, VAL_FRACTION, tokenizer_sha256(), FORMAT_VERSION]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     name = _name_of(text)
     out = CACHE / f"{name}-{digest[:12]}"
 
     def make() -> None:
         say(f"data      preparing {text} in {out}")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        prepare(source, out, name=name, val_fraction=_VAL_FRACTION, num_proc=cores, log=say)
+        prepare(source, out, name=name, num_proc=available_cores(), log=say)
 
     if not is_dry_run:
         make_once(out, (out / MANIFEST).exists, make)

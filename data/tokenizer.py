@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.checkpoints import is_local, resolve_checkpoint
+from common.checkpoints import has_tokenizer, is_local, resolve_checkpoint
 from common.errors import UserError, one_line
 from data import DataError
 
@@ -253,9 +253,8 @@ def check_same_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
     try:
         other = load_tokenizer(checkpoint)
     except UserError:
-        folder = Path(resolve_checkpoint(checkpoint))
-        has_files = folder.is_dir() and [*folder.glob("tokenizer*"), *folder.glob("vocab*")]
-        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text) if has_files else load_tokenizer()
+        has_own = has_tokenizer(resolve_checkpoint(checkpoint))
+        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text) if has_own else load_tokenizer()
     if not other.extends(tokenizer):
         raise DataError(
             f"{checkpoint} has another tokenizer ({other.vocab_size:,} tokens) than the shards ({tokenizer.name}, "
@@ -266,12 +265,12 @@ def check_same_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
 def _load_transformers(name: str, eos_token: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    from common.models import from_pretrained
+    from common.models import from_pretrained  # which imports torch
 
     path = resolve_checkpoint(name)
     if Path(path).is_file():
         raise DataError(f"--tokenizer {name!r} is a file; give the folder that it is in")
-    if is_local(path) and not [*Path(path).glob("tokenizer*"), *Path(path).glob("vocab*")]:
+    if is_local(path) and not has_tokenizer(path):
         raise DataError(f"--tokenizer {name!r} has no tokenizer.json; give a folder that save_pretrained has written")
     original: Any = from_pretrained(AutoTokenizer, path, kind="tokenizer")
     if not getattr(original, "is_fast", False) or not hasattr(original, "backend_tokenizer"):
@@ -388,7 +387,8 @@ def tokenizer_sha256() -> str:
 def load_tiktoken() -> "tiktoken.Encoding":
     """Build tiktoken's encoding "gpt2", equal to tiktoken.get_encoding("gpt2").
 
-    Its `encode_ordinary` treats `<|endoftext|>` in a text as plain characters. Use `encode_document` for documents.
+    Its `encode_ordinary` treats `<|endoftext|>` in a text as plain characters. For documents, use
+    `Tokenizer.encode_document`.
     """
     import tiktoken
 
@@ -435,11 +435,6 @@ def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
         "model": {"type": "BPE", "vocab": load_vocabulary(), "merges": load_merges()},
     }
     return Tokenizer.from_json(json.dumps(description)).encode
-
-
-def encode_document(text: str, backend: str = "tiktoken") -> np.ndarray:
-    """Encode a document with GPT-2's tokenizer, see Tokenizer.encode_document."""
-    return Tokenizer(name="gpt2", eos_text=EOT_TEXT, backend=backend).encode_document(text)
 
 
 def pieces(text: str) -> Iterator[tuple[int, int]]:

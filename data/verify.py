@@ -7,14 +7,13 @@ every token must be in GPT-2's vocabulary. To repair a folder, prepare it again:
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser, prepare_process, run_command
+from common.cli import Parser, available_cores, prepare_process, run_command
 
 if __name__ == "__main__":
     prepare_process()
@@ -90,7 +89,7 @@ def _main(argv: Sequence[str] | None) -> int:
     parser.add_argument(
         "--num_proc",
         type=int,
-        default=os.cpu_count() or 1,
+        default=available_cores(),
         help="files to read at the same time (default: %(default)s)",
     )
     args = parser.parse_args(argv)

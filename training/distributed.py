@@ -20,7 +20,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from common.cli import check_world_size, is_main_process
+from common.cli import available_cores, check_world_size, is_main_process
 from training import TrainingError
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -121,8 +121,7 @@ def use_all_cores(local_world_size: int) -> None:
         local_world_size: processes on this machine.
     """
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // local_world_size))
+        torch.set_num_threads(max(1, available_cores() // local_world_size))
 
 
 def keep_freed_memory() -> None:

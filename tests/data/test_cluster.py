@@ -61,5 +61,5 @@ def test_slurm_gets_two_jobs_and_the_folder_no_pickle(run, tmp_path, monkeypatch
 def test_slurm_without_sbatch_is_refused(run, tmp_path, monkeypatch):
     pytest.importorskip("datatrove", reason='needs pip install -e ".[cluster]"')
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match="no sbatch"):
+    with pytest.raises(DataError, match="sbatch was not found"):
         run("out", cluster=Cluster("slurm", 3, tmp_path / "logs", {}))

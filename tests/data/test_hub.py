@@ -15,6 +15,7 @@ from pyarrow import parquet
 
 from data import DataError
 from data import parquet as pieces
+from data import prepare as prepare_module
 from data.hub import DatasetSource
 
 TEXTS = [f"Document {i}. " + "Some words of it, again and again. " * (i % 9) for i in range(90)]
@@ -213,3 +214,22 @@ def test_network_failures_and_offline_mode(hub, monkeypatch):
     assert TOKEN not in message
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "request to http://127.0.0.1:9 failed after 6 attempts (ConnectError" in error()
+
+
+def test_resuming_and_repairing_read_the_commit_of_the_start(hub, tmp_path, monkeypatch):
+    options = {"name": "t", "val_fraction": 0.2}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_module.prepare(DatasetSource("o/n", subset="sample-10BT"), tmp_path / "out", **options)
+    hub.log.clear()
+    manifest = prepare_module.prepare(DatasetSource("o/n", subset="sample-10BT"), tmp_path / "out", **options)
+    assert manifest.source["revision"] == COMMIT
+    assert not any("revision/main" in path for _, path in hub.log)
+    before = {shard["file"]: (tmp_path / "out" / shard["file"]).read_bytes() for shard in manifest.shards}
+    (tmp_path / "out" / manifest.shards[0]["file"]).unlink()
+    hub.log.clear()
+    prepare_module.prepare(DatasetSource("o/n", subset="sample-10BT"), tmp_path / "out", **options)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+    assert any("resolve" in path for _, path in hub.log)
+    assert all(f"resolve/{COMMIT}" in path for _, path in hub.log if "resolve" in path)

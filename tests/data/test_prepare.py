@@ -13,7 +13,7 @@ from shard_folders import DOCUMENTS, content_of, jsonl_folder, times_of
 from common.errors import UserError
 from data import DataError, plan, shards, sources
 from data import prepare as prepare_module
-from data.manifest import open_split, read_manifest
+from data.manifest import open_split, read_manifest, write_json_with_checksum
 from data.plan import kept_work
 from data.prepare import prepare
 from data.sources import FileSource
@@ -354,3 +354,17 @@ def test_named_corpora_are_hub_data_sets(tmp_path, monkeypatch):
         source, options = calls.pop()
         assert (source.dataset, source.subset, source.revision) == (corpus.dataset, corpus.subset, "v1")
         assert options["max_tokens"] == corpus.max_tokens
+
+
+def test_preparation_that_an_earlier_version_began_is_refused(run, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    started = read_manifest(tmp_path / "out", "preparing.json")
+    started.inputs = [{"path": "0.jsonl", "bytes": 3, "part": 0}]
+    started.write(tmp_path / "out" / "preparing.json")
+    write_json_with_checksum(tmp_path / "out" / "parts" / "00000.json", {"part": 0, "shards": [], "is_full": False})
+    arguments = ["files", str(tmp_path / "text"), "--out", str(tmp_path / "out"), "--val_fraction", "0.1"]
+    assert prepare_module.main(arguments) == 2
+    assert "an earlier version began" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from tiny_run import ROOT
 from transformers import AutoTokenizer
 
 from data import DataError, tokenizer
-from data.tokenizer import EOT, VOCAB_SIZE, encode_document, load_encoder, load_hf_tokenizer, load_tiktoken
+from data.tokenizer import EOT, VOCAB_SIZE, load_encoder, load_hf_tokenizer, load_tiktoken, load_tokenizer
 
 # All of Unicode (hypothesis omits surrogates, which UTF-8 cannot have), and texts that are hard for tokenizers.
 PIECES = st.one_of(
@@ -62,8 +62,8 @@ def test_tokenizer_backends_agree_on_real_text(both, sample):
     pytest.importorskip("gigatoken")
     for text in sample:
         expected = [EOT, *both[0].encode_ordinary(text)]
-        assert encode_document(text).tolist() == expected
-        assert encode_document(text, "gigatoken").tolist() == expected
+        assert load_tokenizer().encode_document(text).tolist() == expected
+        assert load_tokenizer(backend="gigatoken").encode_document(text).tolist() == expected
 
 
 @settings(max_examples=200, deadline=None)
@@ -75,7 +75,7 @@ def test_long_documents_are_encoded_in_pieces_with_the_same_tokens(both, text, w
     text = "".join(words) + text + "".join(words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizer, "_PIECE_CHARACTERS", 5)
-        assert encode_document(text).tolist() == [EOT, *both[0].encode_ordinary(text)]
+        assert load_tokenizer().encode_document(text).tolist() == [EOT, *both[0].encode_ordinary(text)]
 
 
 def test_unknown_or_missing_backend_is_an_error(monkeypatch):
