@@ -125,25 +125,28 @@ def _loss_and_gradients(
             if compiling:
                 if start > 0:  # depend on the chunk before: else Inductor makes the logits of all chunks first
                     chunk = chunk + (0 * loss_sum).to(compute_dtype)
+                logits = torch.mm(chunk, weight_c.T)
                 grad_logits, target_log_p = _softmax_gradient_to_compile(
-                    torch.mm(chunk, weight_c.T), target, vocab_size, sum_dtype
+                    logits, target, is_valid, vocab_size, sum_dtype
                 )
+                inputs = chunk
             else:
                 grad_logits = buffer[: rows.stop - start]
-                if device_type == "cpu":
-                    logits = torch.mm(chunk, weight_c.T, out=grad_logits)
-                else:
+                if PAD_MATRIX[size_key]:  # on a GPU, float32 logits save the pass that converts them
                     logits = _mm(chunk, weight_c.T, sum_dtype)
+                else:
+                    logits = torch.mm(chunk, weight_c.T, out=grad_logits)
                 target_log_p = _softmax_gradient(
                     logits[:, :vocab_size], target, SOFTMAX_ROWS[size_key] or chunk_rows, grad_logits[:, :vocab_size]
                 )
+                # Rows that are left out become 0 below, where there is less to multiply than in `grad_logits`.
+                inputs = chunk * is_valid
             loss_sum = loss_sum - (target_log_p * is_valid).sum()
-            # Rows that are left out become 0 here, where there is less to multiply than in `grad_logits`.
             # Scale after the matmuls: small gradients would underflow in float16 before them.
             if needs_grad_hidden:
                 grad_hidden[rows] = _mm(grad_logits, weight_c, sum_dtype) * (scale * is_valid)
             if needs_grad_weight:
-                inputs = chunk * (is_valid * shrink).to(compute_dtype)
+                inputs = inputs if shrink == 1 else inputs * shrink
                 for some in (slice(first, first + gradient_rows) for first in range(0, len(weight_c), gradient_rows)):
                     gradient = _mm(grad_logits[:, some].T, inputs, sum_dtype)
                     if start == 0:
@@ -180,16 +183,16 @@ def _softmax_gradient(logits: Tensor, target: Tensor, block_rows: int, out: Tens
         log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
         target_log_p = log_p.gather(1, block_target)
         target_log_ps.append(target_log_p)
-        if out.device.type == "mps":
-            block_out.copy_(log_p.exp_())
-        else:  # the kernel converts; Apple's does not
-            torch.exp(log_p, out=block_out)
-        block_out.scatter_(1, block_target, target_log_p.expm1().to(out.dtype))
+        at_target = target_log_p.expm1()
+        if out.is_cuda:  # exp converts in the same kernel
+            torch.exp(log_p, out=block_out).scatter_(1, block_target, at_target.to(out.dtype))
+        else:
+            block_out.copy_(log_p.exp_().scatter_(1, block_target, at_target))
     return torch.cat(target_log_ps)
 
 
 def _softmax_gradient_to_compile(
-    logits: Tensor, target: Tensor, vocab_size: int, sum_dtype: torch.dtype
+    logits: Tensor, target: Tensor, is_valid: Tensor, vocab_size: int, sum_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Compute the same so that Inductor makes one kernel of it, which reads the logits twice and overwrites them.
 
@@ -199,6 +202,7 @@ def _softmax_gradient_to_compile(
     Args:
         logits: [C, V + padding].
         target: [C, 1].
+        is_valid: [C, 1] bool. Other rows have a gradient of 0.
 
     Returns:
         softmax - onehot, [C, V + padding] in the dtype of the logits; and the targets' log-probabilities [C, 1].
@@ -210,7 +214,7 @@ def _softmax_gradient_to_compile(
     is_target = columns == target
     target_log_p = wide.masked_fill(~is_target, 0).sum(-1, keepdim=True) - log_sum
     gradient = torch.where(is_target, target_log_p.expm1(), (wide - log_sum).exp())
-    return logits.copy_(gradient), target_log_p
+    return logits.copy_(gradient * is_valid), target_log_p
 
 
 # torch reads the schema of the operator from the type hints of the function.
