@@ -326,7 +326,9 @@ def build_model(config: GPT2ReproConfig, seed: int, source: str | Path | None) -
         set_seed(seed)  # the same on every process
         return GPT2ReproForCausalLM(config)
     dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    return load_gpt2(str(source), vocab_size=config.vocab_size, **dropout)
+    model = load_gpt2(str(source), vocab_size=config.vocab_size, **dropout)
+    model.config.residual_in_autocast_dtype = config.residual_in_autocast_dtype
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------
