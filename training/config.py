@@ -333,7 +333,7 @@ def load_shape(
     return init_from, {name: getattr(source, name) for name in SHAPE}
 
 
-def apply_shape(config: Config, shape: dict[str, int], **vocabulary: Any) -> GPT2ReproConfig:
+def apply_shape(config: Config, shape: dict[str, Any], **vocabulary: Any) -> GPT2ReproConfig:
     """Write the shape from `load_shape` into the settings, and return the model's configuration.
 
     Args:
