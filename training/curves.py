@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from common.files import atomic_write
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
 
 
@@ -27,8 +28,10 @@ def plot_curves(
         hellaswag_lines: the same for HellaSwag.
     """
     # Imported here: it takes half a second, which the first step should not wait for.
+    import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     train = [r for r in records if r.get("loss") is not None]
     skipped = [r for r in records if "skipped" in r]
@@ -40,24 +43,31 @@ def plot_curves(
     figure.suptitle(title)
     axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
 
-    axes[0].plot([r["tokens"] for r in train], [r["loss"] for r in train], lw=1, alpha=0.7, label="train")
+    losses = np.array([r["loss"] for r in train])
+    smooth = moving_average(losses, width=max(1, len(losses) // 40))
+    train_tokens = [r["tokens"] for r in train]
+    axes[0].plot(train_tokens, losses, color="tab:blue", lw=0.7, alpha=0.25)
+    axes[0].plot(train_tokens, smooth, color="tab:blue", lw=1.5, label="training, moving average")
     axes[0].plot(
         [r["tokens"] for r in evaluations],
         [r["val_loss"] for r in evaluations],
         "o-",
+        color="tab:orange",
         ms=4,
         label=f"validation ({evaluations[-1]['val_loss']:.3f})" if evaluations else "validation",
     )
     for folder in evaluations[-1].get("val_losses", {}) if evaluations else {}:
         # Before it was resumed, a run may have had its folders under other names.
         known = [r for r in evaluations if folder in r.get("val_losses", {})]
-        losses = [r["val_losses"][folder] for r in known]
-        axes[0].plot([r["tokens"] for r in known], losses, lw=1, label=f"{folder} ({losses[-1]:.3f})")
+        val_losses = [r["val_losses"][folder] for r in known]
+        axes[0].plot([r["tokens"] for r in known], val_losses, lw=1, label=f"{folder} ({val_losses[-1]:.3f})")
     for number, record in enumerate(skipped):
         label = f"skipped steps ({len(skipped)})" if number == 0 else None
         axes[0].axvline(record["tokens"], color="tab:purple", lw=1, alpha=0.5, label=label)
     _horizontal_lines(axes[0], loss_lines, "{:.3f}")
     axes[0].set(xlabel="training tokens", ylabel="loss, nats per token")
+    if len(losses) >= 40:  # cut off the first steps, so that the end can be read
+        axes[0].set_ylim(top=1.05 * max(smooth[len(smooth) // 20 :].max(), *loss_lines.values()))
     axes[0].legend()
 
     if scored:
@@ -80,8 +90,19 @@ def plot_curves(
 
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 250k, 10G
     with atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, format="png", dpi=120)
+
+
+def moving_average(values: "np.ndarray", width: int) -> "np.ndarray":
+    """Return the mean of the last `width` values at each position, of fewer at the start."""
+    import numpy as np
+
+    sums = np.cumsum(np.insert(values.astype(float), 0, 0.0))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _horizontal_lines(axes: "Axes", lines: Mapping[str, float], number_format: str) -> None:

@@ -8,13 +8,14 @@ import struct
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from plans import make_plan
 
 from common.errors import UserError
 from common.metrics import read_metrics, recover_metrics
 from training.checkpoint import LoopState
-from training.curves import plot_curves
+from training.curves import moving_average, plot_curves
 from training.logging import ConsoleLog, MetricsWriter, RunLog, records_up_to
 
 RECORDS = [
@@ -110,6 +111,10 @@ def test_reader_of_a_missing_file_and_of_a_folder(tmp_path):
     assert recover_metrics(tmp_path / "nowhere.jsonl", tmp_path, pytest.fail) == []
     with pytest.raises(UserError, match=str(tmp_path)):
         read_metrics(tmp_path)
+
+
+def test_moving_average_starts_with_fewer_values():
+    assert moving_average(np.array([4.0, 2.0, 6.0, 1.0]), width=3).tolist() == [4, 3, 4, 3]
 
 
 def test_curves_have_a_second_panel_for_hellaswag(tmp_path):
