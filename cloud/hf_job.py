@@ -7,8 +7,8 @@
     hf jobs uv run --flavor a10g-large --timeout 12h --secrets HF_TOKEN cloud/hf_job.py REPOSITORY USER/NAME \
         --max_hours 11 --text roneneldan/TinyStories --config recipes/gpt2_124m.yaml
 
-REPOSITORY is the address of a clone of this project; what follows USER/NAME goes to train.py. A job's disk is gone when it ends, so
-choose --max_hours below the job's timeout.
+REPOSITORY is the address of a clone of this project; what follows USER/NAME goes to train.py. A job's disk is gone when
+it ends, so choose --max_hours below the job's timeout.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Files for services that cannot be run here: their parsers read them, and their commands have the options they show."""
+"""Files for services that cannot be run here: they parse, and their commands have the options they show."""
 
 import json
 import re
