@@ -101,7 +101,11 @@ def _license(checkpoint: str) -> str | None:
 
 
 def write_gpt2(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write transformers' own GPT2LMHeadModel in float32, with the vocabulary in both forms that engines read."""
-    model.to_gpt2().save_pretrained(folder)
+    """Write transformers' own GPT2LMHeadModel in float32, with the vocabulary in both forms that engines read.
+
+    The weights have the names of OpenAI's own file on the Hub, `h.0...` without `transformer.`: mlx_lm reads only those.
+    """
+    gpt2 = model.to_gpt2()
+    gpt2.save_pretrained(folder, state_dict=gpt2.transformer.state_dict())
     save_tokenizer(tokenizer, folder)
     compare_logits(model, lambda ids: GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits, tolerance=1e-4)

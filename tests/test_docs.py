@@ -85,7 +85,21 @@ getattr(transformers, name).from_pretrained(path, **({"trust_remote_code": True}
 # Commands: parsed by the parser of the program that they start, which does nothing else.
 
 # Programs of others, whose options are theirs. `transformers serve` is run in tests/hub/test_export.py.
-OTHERS = {"mypy", "python3", "source", "hf", "vllm", "transformers", "lm_eval", "curl", "echo", "diff", "jq", "ruff"}
+OTHERS = {
+    "mypy",
+    "mlx_lm.generate",
+    "python3",
+    "source",
+    "hf",
+    "vllm",
+    "transformers",
+    "lm_eval",
+    "curl",
+    "echo",
+    "diff",
+    "jq",
+    "ruff",
+}
 
 
 class _Found(BaseException):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from documents import commands_of, python_program
 from fresh_process import QUESTION
 from tiny_run import ROOT
@@ -75,12 +76,26 @@ def test_gpt2_export_opens_as_plain_gpt2(exported, model, tokenizer, greedy):
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "return_full_text": False}
     [text] = pipeline("text-generation", str(folder))(PROMPTS[0], **options)
     assert text["generated_text"] == tokenizer.decode(greedy[0][1])
+    # What mlx_lm reads: n_ctx, and the names of OpenAI's own file.
     assert json.loads((folder / "config.json").read_text())["n_ctx"] == 128
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {name.partition(".")[0] for name in file.keys()} == {"wte", "wpe", "h", "ln_f"}  # noqa: SIM118
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     assert vocabulary == tokenizer.get_vocab()
     merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert (merges[0], merges[1], len(merges)) == ("#version: 0.2", "Ġ t", 50_001)
     assert AutoTokenizer.from_pretrained(folder)(PROMPTS).input_ids == [prompt for prompt, _ in greedy]
+
+
+@torch.no_grad()
+def test_mlx_computes_the_same_logits(exported, model):
+    """Not among the test extra's packages; run in an environment with `mlx` or `mlx[cpu]` (benchmarks/RECORDS.md)."""
+    mx = pytest.importorskip("mlx.core", reason="mlx is for Macs: pip install 'mlx[cpu]' mlx-lm elsewhere")
+    mlx_lm = pytest.importorskip("mlx_lm")
+    engine, _ = mlx_lm.load(str(exported("gpt2")))
+    ids = torch.randint(0, 50257, (1, 100), generator=torch.Generator().manual_seed(1))
+    logits = torch.tensor(engine(mx.array(ids.tolist())).tolist())
+    torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
 
 
 def test_documented_python_opens_the_exports(exported, checkpoint, fresh, tmp_path):
