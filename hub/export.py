@@ -103,7 +103,7 @@ def _license(checkpoint: str) -> str | None:
 def write_gpt2(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write transformers' own GPT2LMHeadModel in float32, with the vocabulary in both forms that engines read.
 
-    The weights have the names of OpenAI's own file on the Hub, `h.0...` without `transformer.`: mlx_lm reads only those.
+    The weights have the names of OpenAI's own file on the Hub, `h.0...`: mlx_lm reads only those.
     """
     gpt2 = model.to_gpt2()
     gpt2.save_pretrained(folder, state_dict=gpt2.transformer.state_dict())

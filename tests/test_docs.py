@@ -86,19 +86,8 @@ getattr(transformers, name).from_pretrained(path, **({"trust_remote_code": True}
 
 # Programs of others, whose options are theirs. `transformers serve` is run in tests/hub/test_export.py.
 OTHERS = {
-    "mypy",
-    "mlx_lm.generate",
-    "python3",
-    "source",
-    "hf",
-    "vllm",
-    "transformers",
-    "lm_eval",
-    "curl",
-    "echo",
-    "diff",
-    "jq",
-    "ruff",
+    *("curl", "diff", "echo", "hf", "jq", "lm_eval", "mlx_lm.generate", "mypy", "python3", "ruff", "source"),
+    *("transformers", "vllm"),
 }
 
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from documents import commands_of, python_program
 from fresh_process import QUESTION
+from safetensors import safe_open
 from tiny_run import ROOT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
 
