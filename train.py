@@ -64,11 +64,11 @@ from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line, try_step
+from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
-from training.estimate import Plan, find_hardware, warn_of_repetition
+from training.estimate import Plan, make_plan, warn_of_repetition
 from training.hardware_table import describe_cards
 from training.logging import RunLog
 from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
@@ -104,15 +104,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         if resolved_init_from is not None and resume_from is None:
             run_on_main(check_same_tokenizer, resolved_init_from, tokenizer)
         model_config = apply_shape(config, shape, **tokenizer.config_fields())
-        hardware = find_hardware(accelerator, config.dollars_per_hour, config.card)
-        plan = Plan(
-            shape=model_config,
-            batch=config.batch,
-            max_steps=config.max_steps,
-            hardware=hardware,
-            compiled=config.compile,
-            activation_checkpointing=config.activation_checkpointing == "block",
-        )
+        plan = make_plan(config, model_config, accelerator)
         say(plan.describe())
         check_memory(plan, accelerator, is_dry_run=config.dry_run)
         if config.dry_run:
@@ -136,12 +128,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             return finish(run, state, stop, repository)
 
-        model = build_model(model_config, config.seed, resume_from or resolved_init_from).to(accelerator.device).train()
-        if plan.activation_checkpointing:
-            checkpoint_activations(model, has_dropout=config.model.dropout > 0)
-        has_positions = config.data.boundary == "document"
-        trial = partial(try_step, plan, accelerator, model, has_positions=has_positions)
-        micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, trial, saved=state)
+        model = build_model(model_config, config, resume_from or resolved_init_from).to(accelerator.device).train()
+        micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model, saved=state)
         state.micro_batch_size, state.num_processes = micro_batch_size, accelerator.num_processes
         say(plan.describe_batch(micro_batch_size, accumulation))
         cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
@@ -334,13 +322,17 @@ def make_evaluation(
     )
 
 
-def build_model(config: GPT2ReproConfig, seed: int, source: str | Path | None) -> GPT2ReproForCausalLM:
+def build_model(shape: GPT2ReproConfig, config: Config, source: str | Path | None) -> GPT2ReproForCausalLM:
     """Return the model in float32, with the weights of a checkpoint or model, or random ones if `source` is None."""
     if source is None:
-        set_seed(seed)  # the same on every process
-        return GPT2ReproForCausalLM(config)
-    dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    return load_gpt2(str(source), vocab_size=config.vocab_size, **dropout)
+        set_seed(config.seed)  # the same on every process
+        model = GPT2ReproForCausalLM(shape)
+    else:
+        dropout = {name: config.model.dropout for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+        model = load_gpt2(str(source), vocab_size=shape.vocab_size, **dropout)
+    if config.activation_checkpointing == "block":
+        checkpoint_activations(model, has_dropout=config.model.dropout > 0)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,14 +73,19 @@ def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
 
 
 def choose_micro_batch_size(
-    plan: Plan, accelerator: Accelerator, trial: Callable[[int, int], None] | None = None, saved: LoopState | None = None
+    plan: Plan,
+    accelerator: Accelerator,
+    model: GPT2ReproForCausalLM | None = None,
+    *,
+    saved: LoopState | None = None,
 ) -> tuple[int, int]:
     """Return (micro_batch_size, accumulation), the same on every process. Every process must call this.
 
+    For "auto" on a GPU, training steps are tried. A CPU does not report that its memory is exhausted, so the memory
+    estimate decides there.
+
     Args:
-        trial: runs a training step with (micro_batch_size, accumulation) and raises RuntimeError if the memory is
-            exhausted (`try_step`); None to use the memory estimate alone. A CPU does not report that its memory is
-            exhausted, so the estimate decides there in any case.
+        model: on its device, before it is wrapped; None to use the estimate alone.
         saved: state of the checkpoint to resume from. "auto" takes its size again if it has this number of processes.
 
     Raises:
@@ -89,13 +95,13 @@ def choose_micro_batch_size(
     sizes = micro_batch_sizes(batch, hardware.num_processes)
     if batch.micro_batch_size != "auto":
         return batch_arithmetic(batch, hardware.num_processes)
-    if hardware.device.type == "cpu":
-        trial = None
+    probe = None
+    if model is not None and hardware.device.type != "cpu":
+        probe = partial(try_step, plan, accelerator, model)
 
     def search(candidates: Sequence[int], available: float) -> int:
-        probe = None if trial is None else lambda size: trial(size, sizes[-1] // size)
         size = largest_fitting_batch(candidates, lambda n: plan.estimate_memory(n).total, probe, available)
-        return min(gather_object([size]))  # without the device: every process has the same
+        return min(gather_object([size]))  # the same on every process; not through the device
 
     available = available_memory(hardware)
     saved_size = None
@@ -107,15 +113,15 @@ def choose_micro_batch_size(
     else:
         sizes_left = sizes
     largest = search(sizes_left, available * (1 - RESERVED_SHARE))
-    if not largest and trial is not None:
+    if not largest and probe is not None:
         raise TrainingError(
             f"not even one sequence of batch.seq_len={batch.seq_len} fits into the memory of {hardware.name}, "
             f"{_gigabytes(available)}: {_remedies(plan)}"
         )
     if saved_size is not None:
         say(
-            f"resume    {saved_size} sequences at once, as before, no longer fit, and {largest or 1} do: this resume is "
-            "not bit-exact"
+            f"resume    {saved_size} sequences at once, as before, no longer fit, and {largest or 1} do: this resume "
+            "is not bit-exact"
         )
     return batch_arithmetic(batch, hardware.num_processes, largest or 1)
 
@@ -157,15 +163,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
-def try_step(
-    plan: Plan,
-    accelerator: Accelerator,
-    model: GPT2ReproForCausalLM,
-    size: int,
-    accumulation: int,
-    *,
-    has_positions: bool,
-) -> None:
+def try_step(plan: Plan, accelerator: Accelerator, model: GPT2ReproForCausalLM, size: int) -> None:
     """Run a training step's forward and backward passes, with memory reserved for what the run will have besides.
 
     Leaves no gradients behind. Compiled code is kept: `compile_and_wrap` uses it again.
@@ -173,7 +171,6 @@ def try_step(
     Args:
         model: on its device, before it is wrapped.
         size: sequences in a micro-batch.
-        has_positions: the batches have position_ids.
 
     Raises:
         RuntimeError: the device's memory is exhausted.
@@ -181,7 +178,8 @@ def try_step(
     device, seq_len = accelerator.device, plan.batch.seq_len
     step_model = compile_model(model, accelerator) if plan.compiled else model
     tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=device)
-    position_ids = torch.arange(seq_len, device=device).expand(size, -1) if has_positions else None
+    position_ids = torch.arange(seq_len, device=device).expand(size, -1) if plan.has_positions else None
+    _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
     num_bytes = int(RESERVED_SHARE * free_memory(device)) // 2  # for evaluation and fragmentation
     # AdamW's moments and DDP's buckets. FSDP2 has a share of them, and of what is whole here.
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -218,8 +216,8 @@ def out_of_memory_as_one_line(plan: Plan, micro_batch_size: int) -> Iterator[Non
             memory = _gigabytes(plan.estimate_memory(fitting[-1]).total)
             remedy = f"--batch.micro_batch_size {fitting[-1]} fits, with about {memory} (an estimate)"
         raise TrainingError(
-            f"out of memory on {hardware.name} with {micro_batch_size} sequence(s) at once: {remedy}. Add --resume auto "
-            "to continue from the newest checkpoint"
+            f"out of memory on {hardware.name} with {micro_batch_size} sequence(s) at once: {remedy}. Add --resume "
+            "auto to continue from the newest checkpoint"
         ) from None
 
 

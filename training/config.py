@@ -199,8 +199,8 @@ class Config:
     dry_run: bool = False
     """print the plan and stop"""
     card: str | None = None
-    """with dry_run: plan for this card in place of the device here: t4, rtx3060, rtx3090, rtx4090, rtx5090, a10g, l4, l40s,
-    a100_40, a100, h100_pcie, h100, h200, b200, mi300x"""
+    """with dry_run: plan for this card in place of the device here: t4, rtx3060, rtx3090, rtx4090, rtx5090, a10g, l4,
+    l40s, a100_40, a100, h100_pcie, h100, h200, b200, mi300x"""
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -275,7 +275,9 @@ def _check(config: Config) -> None:
     if config.card is not None:
         card_by_name(config.card)
         if not config.dry_run:
-            raise TrainingError(f"card={config.card} is for a plan: add --dry_run, or leave it out to train on the device here")
+            raise TrainingError(
+                f"card={config.card} is for a plan: add --dry_run, or leave it out to train on the device here"
+            )
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints are kept")
     if config.push_to_hub is None and config.push_public:

@@ -16,7 +16,7 @@ from training.cards import Card, card_by_name, card_of_device
 
 if TYPE_CHECKING:
     from modeling_gpt2repro import GPT2ReproConfig
-    from training.config import BatchConfig
+    from training.config import BatchConfig, Config
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes of a process without a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
@@ -60,7 +60,9 @@ class Hardware(NamedTuple):
         )
 
 
-def find_hardware(accelerator: Accelerator, dollars_per_hour: float | None = None, card_name: str | None = None) -> Hardware:
+def find_hardware(
+    accelerator: Accelerator, dollars_per_hour: float | None = None, card_name: str | None = None
+) -> Hardware:
     """Find out what the run's hardware is.
 
     Args:
@@ -174,6 +176,8 @@ class Plan:
     max_steps: int
     hardware: Hardware
     compiled: bool = False
+    has_positions: bool = False
+    """batches have position_ids, because documents are kept apart"""
     activation_checkpointing: bool = False
     """blocks are computed again in the backward pass, and keep only their inputs"""
 
@@ -214,7 +218,7 @@ class Plan:
         activations, backward = self._activation_bytes(rows, kind)
         head = self._head_bytes(rows, kind)
         if kind == "cpu":  # freed memory stays in the heap
-            activations, backward = activations + backward, 0
+            activations, backward = activations + backward, 0.0
         buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
         gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
@@ -281,6 +285,19 @@ class Plan:
             f"{self.hardware.num_processes} process(es) = {self.batch.tokens_per_step:,} tokens per step\n"
             f"memory    about {memory.total / 1e9:.2f} GB per process: {parts}"
         )
+
+
+def make_plan(config: "Config", shape: "GPT2ReproConfig", accelerator: Accelerator) -> Plan:
+    """Return the plan of a run's settings, for the hardware here or for `config.card`."""
+    return Plan(
+        shape=shape,
+        batch=config.batch,
+        max_steps=config.max_steps,
+        hardware=find_hardware(accelerator, config.dollars_per_hour, config.card),
+        compiled=config.compile,
+        has_positions=config.data.boundary == "document",
+        activation_checkpointing=config.activation_checkpointing == "block",
+    )
 
 
 def format_duration(seconds: float) -> str:

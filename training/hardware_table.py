@@ -15,16 +15,16 @@ from training.cards import CARDS, PRICES_DATE, Card
 from training.config import BatchConfig
 from training.estimate import Plan, card_hardware, format_duration
 
-# Bytes that a compiled step moves outside matmuls and attention, counted by Inductor for 64 x 1024 tokens in bfloat16 on
-# a GPU that computes nothing (benchmarks/RECORDS.md).
+# Bytes that a compiled step moves outside matmuls and attention, counted by Inductor for 64 x 1024 tokens in bfloat16
+# on a GPU that computes nothing (benchmarks/RECORDS.md).
 _BLOCK_BYTES = 145  # per token, block and element of the width
 _LOGIT_BYTES = 5  # per token and entry of the vocabulary
 _MICRO_BATCH_BYTES = 12  # per parameter: adding up gradients
 _STEP_BYTES = 52  # per parameter: clipping, AdamW, zeroing
 
 SIZES = ("124M", "350M", "774M", "1558M")
-# Sizes that `--batch.micro_batch_size auto` found on a GPU that computes nothing, with the card's memory and torch's real
-# allocator (bf16 or fp16, eager): (card, model): sequences; negative with activation checkpointing.
+# Sizes that `--batch.micro_batch_size auto` found on a GPU that computes nothing, which has the card's memory and
+# torch's allocator (not compiled): {(card, model): sequences}, negative with activation checkpointing.
 COUNTED: dict[tuple[str, str], int] = {}
 
 
@@ -104,16 +104,18 @@ def table(cards: Sequence[str] = tuple(CARDS)) -> str:
     head = ["card", "memory", *SIZES, "tokens/s, 124M", "10B tokens", "fast recipe, 5.5B"]
     rows = [head, ["---"] * len(head)]
     for key in cards:
-        card, by_size = CARDS[key], {size: estimate_on_card(make_plan(size, 19_073), CARDS[key]) for size in SIZES}
-        lecture, fast = by_size["124M"], estimate_on_card(make_plan("124M", 10_490), card)
+        card, by_size = CARDS[key], {size: estimate_on_card(recipe_plan(size, 19_073), CARDS[key]) for size in SIZES}
+        lecture, fast = by_size["124M"], estimate_on_card(recipe_plan("124M", 10_490), card)
         fits = [_format_fit(key, size, estimate) for size, estimate in by_size.items()]
         runs = [_format_run(lecture), _format_run(fast)]
         precision = "" if card.mixed_precision == "bf16" else f" ({card.mixed_precision})"
-        rows.append([f"{card.name}{precision}", f"{card.gigabytes:.0f} GB", *fits, f"{lecture.tokens_per_s:,.0f}", *runs])
+        rows.append(
+            [f"{card.name}{precision}", f"{card.gigabytes:.0f} GB", *fits, f"{lecture.tokens_per_s:,.0f}", *runs]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def make_plan(size: str, max_steps: int) -> Plan:
+def recipe_plan(size: str, max_steps: int) -> Plan:
     """Return the plan of a recipe: GPT-2 of a size, its batch, and so many steps."""
     batch = BatchConfig(tokens_per_step=2**20 if size == "1558M" else 2**19, seq_len=1024)
     return Plan(
