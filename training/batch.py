@@ -95,35 +95,32 @@ def choose_micro_batch_size(
     sizes = micro_batch_sizes(batch, hardware.num_processes)
     if batch.micro_batch_size != "auto":
         return batch_arithmetic(batch, hardware.num_processes)
-    probe = None
-    if model is not None and hardware.device.type != "cpu":
-        probe = partial(try_step, plan, accelerator, model)
-
-    def search(candidates: Sequence[int], available: float) -> int:
-        size = largest_fitting_batch(candidates, lambda n: plan.estimate_memory(n).total, probe, available)
-        return min(gather_object([size]))  # the same on every process; not through the device
-
     available = available_memory(hardware)
-    saved_size = None
+
+    def search(candidates: Sequence[int], reserved_share: float) -> int:
+        probe = None
+        if model is not None and hardware.device.type != "cpu":
+            probe = partial(try_step, plan, accelerator, model, num_reserved=int(available * reserved_share / 2))
+        limit = available * (1 - reserved_share)
+        size = largest_fitting_batch(candidates, lambda n: plan.estimate_memory(n).total, probe, limit)
+        return min(gather_object([size]))  # the same on every process; values do not go through the device
+
     if saved is not None and saved.num_processes == hardware.num_processes and saved.micro_batch_size in sizes:
-        saved_size = saved.micro_batch_size
-        if search([saved_size], available):
-            return batch_arithmetic(batch, hardware.num_processes, saved_size)
-        sizes_left = [size for size in sizes if size < saved_size]
+        if search([saved.micro_batch_size], 0):
+            return batch_arithmetic(batch, hardware.num_processes, saved.micro_batch_size)
+        largest = search([n for n in sizes if n < saved.micro_batch_size], RESERVED_SHARE) or sizes[0]
+        say(
+            f"resume    {saved.micro_batch_size} sequence(s) at once, as before, no longer fit: this resume, with "
+            f"{largest}, is not bit-exact"
+        )
     else:
-        sizes_left = sizes
-    largest = search(sizes_left, available * (1 - RESERVED_SHARE))
-    if not largest and probe is not None:
+        largest = search(sizes, RESERVED_SHARE)
+    if not largest and model is not None and hardware.device.type != "cpu":
         raise TrainingError(
             f"not even one sequence of batch.seq_len={batch.seq_len} fits into the memory of {hardware.name}, "
             f"{_gigabytes(available)}: {_remedies(plan)}"
         )
-    if saved_size is not None:
-        say(
-            f"resume    {saved_size} sequences at once, as before, no longer fit, and {largest or 1} do: this resume "
-            "is not bit-exact"
-        )
-    return batch_arithmetic(batch, hardware.num_processes, largest or 1)
+    return batch_arithmetic(batch, hardware.num_processes, largest or sizes[0])
 
 
 def largest_fitting_batch(
@@ -163,7 +160,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
-def try_step(plan: Plan, accelerator: Accelerator, model: GPT2ReproForCausalLM, size: int) -> None:
+def try_step(
+    plan: Plan, accelerator: Accelerator, model: GPT2ReproForCausalLM, size: int, *, num_reserved: int
+) -> None:
     """Run a training step's forward and backward passes, with memory reserved for what the run will have besides.
 
     Leaves no gradients behind. Compiled code is kept: `compile_and_wrap` uses it again.
@@ -171,6 +170,7 @@ def try_step(plan: Plan, accelerator: Accelerator, model: GPT2ReproForCausalLM, 
     Args:
         model: on its device, before it is wrapped.
         size: sequences in a micro-batch.
+        num_reserved: bytes to leave free, for evaluation and fragmentation.
 
     Raises:
         RuntimeError: the device's memory is exhausted.
@@ -180,7 +180,7 @@ def try_step(plan: Plan, accelerator: Accelerator, model: GPT2ReproForCausalLM, 
     tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=device)
     position_ids = torch.arange(seq_len, device=device).expand(size, -1) if plan.has_positions else None
     _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
-    num_bytes = int(RESERVED_SHARE * free_memory(device)) // 2  # for evaluation and fragmentation
+    num_bytes = num_reserved
     # AdamW's moments and DDP's buckets. FSDP2 has a share of them, and of what is whole here.
     if accelerator.distributed_type != DistributedType.FSDP:
         num_bytes += (12 if accelerator.num_processes > 1 else 8) * plan.num_parameters

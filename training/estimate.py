@@ -155,9 +155,9 @@ class MemoryEstimate(NamedTuple):
     gradients: float
     """float32, and DDP's buckets if there are several processes"""
     activations: float
-    """saved by the forward pass for the backward pass"""
+    """saved by the blocks' forward pass for the backward pass; on a CPU, what else the passes take except logits"""
     head: float
-    """logits of a chunk and the gradient of the head's matrix; on a GPU, a block's backward pass if that takes more"""
+    """logits of a chunk, the matrix's gradient, the last LayerNorm; on a GPU, a block's backward pass if that is more"""
     base: float
     """the process without a model"""
 
@@ -215,10 +215,9 @@ class Plan:
         num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
         rows = micro_batch_size * self.batch.seq_len
         kind = "cpu" if self.hardware.device.type == "cpu" else None
-        activations, backward = self._activation_bytes(rows, kind)
-        head = self._head_bytes(rows, kind)
+        activations, ends, backward = self._activation_bytes(rows, kind)
         if kind == "cpu":  # freed memory stays in the heap
-            activations, backward = activations + backward, 0.0
+            activations, ends, backward = activations + ends + backward, 0, 0
         buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
         gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
@@ -229,12 +228,17 @@ class Plan:
             state=12 * num_parameters,
             gradients=gradients + buckets,
             activations=activations,
-            head=max(head, backward),  # the head's memory is free again when the blocks' backward pass begins
+            # The head's memory is free again when the blocks' backward pass begins.
+            head=max(ends + self._head_bytes(rows, kind), backward),
             base=_BASE_BYTES[kind],
         )
 
-    def _activation_bytes(self, rows: int, kind: str | None) -> tuple[float, float]:
-        """Return the bytes (saved by the forward pass, of the block whose backward pass runs) for `rows` tokens."""
+    def _activation_bytes(self, rows: int, kind: str | None) -> tuple[float, float, float]:
+        """Return the bytes for `rows` tokens.
+
+        Returns:
+            (saved by the blocks' forward pass, around the head, of the block whose backward pass runs)
+        """
         n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd
         width = _DTYPES[self.hardware.mixed_precision].itemsize
         # Per block and token: two residual inputs in float32; in the compute dtype, the inputs of c_attn (D), attention
@@ -253,11 +257,11 @@ class Plan:
             saved, backward = n_layer * 4 * n_embd, backward + block
         casts = width * self.num_parameters if width == 2 else 0  # the matrices, cast once per forward pass
         factor = _FRAGMENTATION.get((kind, width), 1)
-        activations: float = (rows * (saved + ends) + casts) * factor
+        activations: float = (rows * saved + casts) * factor
         if self.shape.attn_pdrop and kind == "cpu":  # no fused kernel: T x T weights three times, float32
             weights = rows * n_head * self.batch.seq_len * _DROPOUT_BYTES
             activations += weights * (1 if self.activation_checkpointing else n_layer)
-        return activations, rows * backward * factor
+        return activations, rows * ends * factor, rows * backward * factor
 
     def _head_bytes(self, rows: int, kind: str | None) -> float:
         """Return the bytes of the head's loss for `rows` tokens: logits of a chunk, and the matrix's gradient."""
