@@ -88,7 +88,7 @@ class BatchConfig:
     """tokens per optimizer step, over all processes"""
     seq_len: Count = 1024
     """tokens in a training sequence, at most n_positions"""
-    micro_batch_size: Count | Literal["auto"] = "auto"
+    micro_batch_size: Count | Literal["auto"] = 64
     """maximum sequences in one forward pass of one process (a process with fewer takes all of them at once); auto: the
     largest number that fits into memory, found by a trial on a GPU, and used again when the run is resumed"""
 

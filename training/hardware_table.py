@@ -95,7 +95,7 @@ def tokens_per_s(plan: Plan, card: Card, micro_batch_size: int) -> float:
 def describe_cards(plan: Plan, card: str | None) -> str:
     """Return the console's lines about one card, or about the usual ones of clouds."""
     lines = [estimate_on_card(plan, CARDS[name]).describe() for name in ([card] if card else ("a100", "h100", "h200"))]
-    basis = f"estimates for one card, compiled; list prices of {PRICES_DATE}: docs/hardware.md says how"
+    basis = f"estimated for one card, compiled, at list prices of {PRICES_DATE}; docs/hardware.md has the basis"
     return "\n".join([*lines, f"          ({basis})"])
 
 
