@@ -128,7 +128,9 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             say(f"resume    {resume_from} has all {config.max_steps:,} steps: nothing left to do")
             return finish(run, state, stop, repository)
 
-        model = build_model(model_config, config, resume_from or resolved_init_from).to(accelerator.device).train()
+        model = build_model(model_config, config.seed, resume_from or resolved_init_from).to(accelerator.device).train()
+        if plan.activation_checkpointing:
+            checkpoint_activations(model)
         micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model, saved=state)
         state.micro_batch_size, state.num_processes = micro_batch_size, accelerator.num_processes
         say(plan.describe_batch(micro_batch_size, accumulation))
@@ -322,16 +324,14 @@ def make_evaluation(
     )
 
 
-def build_model(shape: GPT2ReproConfig, config: Config, source: str | Path | None) -> GPT2ReproForCausalLM:
+def build_model(config: GPT2ReproConfig, seed: int, source: str | Path | None) -> GPT2ReproForCausalLM:
     """Return the model in float32, with the weights of a checkpoint or model, or random ones if `source` is None."""
     if source is None:
-        set_seed(config.seed)  # the same on every process
-        model = GPT2ReproForCausalLM(shape)
-    else:
-        dropout = {name: config.model.dropout for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-        model = load_gpt2(str(source), vocab_size=shape.vocab_size, **dropout)
-    if config.activation_checkpointing == "block":
-        checkpoint_activations(model, has_dropout=config.model.dropout > 0)
+        set_seed(seed)  # the same on every process
+        return GPT2ReproForCausalLM(config)
+    dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    model = load_gpt2(str(source), vocab_size=config.vocab_size, **dropout)
+    model.config.residual_in_autocast_dtype = config.residual_in_autocast_dtype
     return model
 
 

@@ -35,6 +35,8 @@ class GPT2ReproConfig(PreTrainedConfig):
             GPT-2), which has no cache and cannot generate.
         logits_in_training: Also return logits in training with labels, for example for a custom loss. Logits are the
             largest tensor of a training step, and without them the loss is computed in chunks.
+        residual_in_autocast_dtype: Under autocast, keep the residual stream in its 16-bit dtype and not in float32,
+            which saves memory traffic and is less exact (benchmarks/LOG.md).
         kwargs: Other fields of `PreTrainedConfig`.
 
     Raises:
@@ -72,6 +74,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         tie_word_embeddings: bool = True,
         is_causal: bool = True,
         logits_in_training: bool = False,
+        residual_in_autocast_dtype: bool = False,
         **kwargs: Any,
     ) -> None:
         # The fields are set before super().__init__(), which validates the finished config.
@@ -90,6 +93,7 @@ class GPT2ReproConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.is_causal = is_causal
         self.logits_in_training = logits_in_training
+        self.residual_in_autocast_dtype = residual_in_autocast_dtype
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.pad_token_id = pad_token_id

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrain
 from .configuration_gpt2repro import GPT2ReproConfig
 
 # All other fields of GPT2ReproConfig have the same name and meaning in GPT2Config.
-_OWN_FIELDS = ("is_causal", "logits_in_training", "kwargs")
+_OWN_FIELDS = ("is_causal", "logits_in_training", "residual_in_autocast_dtype", "kwargs")
 _SHARED_FIELDS = [name for name in inspect.signature(GPT2ReproConfig).parameters if name not in _OWN_FIELDS]
 # Options of transformers' GPT2Config that this model does not have, with the value of the published GPT-2.
 _REQUIRED_OPTIONS = {

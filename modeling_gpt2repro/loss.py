@@ -96,58 +96,125 @@ def _loss_and_gradients(
     size_key = device_type if device_type in CHUNK_ROWS else None
     chunk_rows = min(num_rows, CHUNK_ROWS[size_key])
     compiling = torch.compiler.is_compiling()
-    if compiling:  # the compiler would unroll the inner loops, and plans the memory itself
-        softmax_rows, gradient_rows = chunk_rows, vocab_size
-    else:
-        softmax_rows, gradient_rows = SOFTMAX_ROWS[size_key] or chunk_rows, GRADIENT_ROWS[size_key] or vocab_size
-
     # Cast and pad the matrix once for all chunks.
     padding = -vocab_size % VOCAB_MULTIPLE
     hidden_c, weight_c = hidden.to(compute_dtype), weight.to(compute_dtype)
     if PAD_MATRIX[size_key]:
         weight_c = F.pad(weight_c, (0, 0, 0, padding))
+    # The compiler would unroll the loop over blocks, and plans the memory itself.
+    gradient_rows = len(weight_c) if compiling else GRADIENT_ROWS[size_key] or len(weight_c)
     valid = targets != IGNORE_INDEX
     safe_targets = targets.masked_fill(~valid, 0)
 
     sum_dtype = scale.dtype
     loss_sum = torch.zeros_like(scale)
     grad_hidden = torch.empty_like(hidden) if needs_grad_hidden else hidden.new_empty(0)
-    grad_weight = torch.empty_like(weight, dtype=sum_dtype) if needs_grad_weight else weight.new_empty(0)
+    grad_weight = torch.empty_like(weight_c, dtype=sum_dtype) if needs_grad_weight else weight.new_empty(0)
+    # float16 ends at 65,504, and the gradient of a frequent token, summed over a chunk, could be larger.
+    shrink = 2.0**-6 if compute_dtype == torch.float16 else 1.0
     # The dtypes are already chosen, and autocast would cast again for each chunk.
     with torch.autocast(device_type, enabled=False):
         if not compiling:
             buffer = hidden_c.new_empty(chunk_rows, vocab_size + padding)
             buffer[:, vocab_size:] = 0  # some bfloat16 kernels read past the end of an odd row, and 0 * NaN is NaN
-            buffer = buffer[:, : weight_c.shape[0]]
+            buffer = buffer[:, : len(weight_c)]
         for start in range(0, num_rows, chunk_rows):
             rows = slice(start, min(start + chunk_rows, num_rows))
-            out = None if compiling else buffer[: rows.stop - start]
-            padded = torch.mm(hidden_c[rows], weight_c.T, out=out)  # [C, V], or [C, V + padding] on a GPU
-            logits = padded[:, :vocab_size]
-            for block, target, is_valid in zip(
-                logits.split(softmax_rows),
-                safe_targets[rows, None].split(softmax_rows),
-                valid[rows, None].split(softmax_rows),
-                strict=True,
-            ):
-                log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
-                target_log_p = log_p.gather(1, target)
-                loss_sum -= (target_log_p * is_valid).sum()
-                if needs_grad_hidden or needs_grad_weight:
-                    # Overwrite the logits with their gradient: softmax - onehot, and 0 for ignored rows.
-                    block.copy_(log_p.exp_().scatter_(1, target, target_log_p.expm1()).mul_(is_valid))
+            chunk, target, is_valid = hidden_c[rows], safe_targets[rows, None], valid[rows, None]
+            # `grad_logits` is [C, V], or [C, V + padding] on a GPU.
+            if compiling:
+                if start > 0:  # depend on the chunk before: else Inductor makes the logits of all chunks first
+                    chunk = chunk + (0 * loss_sum).to(compute_dtype)
+                logits = torch.mm(chunk, weight_c.T)
+                grad_logits, target_log_p = _softmax_gradient_to_compile(
+                    logits, target, is_valid, vocab_size, sum_dtype
+                )
+                inputs = chunk
+            else:
+                grad_logits = buffer[: rows.stop - start]
+                if PAD_MATRIX[size_key]:  # on a GPU, float32 logits save the pass that converts them
+                    logits = _mm(chunk, weight_c.T, sum_dtype)
+                else:
+                    logits = torch.mm(chunk, weight_c.T, out=grad_logits)
+                target_log_p = _softmax_gradient(
+                    logits[:, :vocab_size], target, SOFTMAX_ROWS[size_key] or chunk_rows, grad_logits[:, :vocab_size]
+                )
+                # Rows that are left out become 0 below, where there is less to multiply than in `grad_logits`.
+                inputs = chunk * is_valid
+            loss_sum = loss_sum - (target_log_p * is_valid).sum()
             # Scale after the matmuls: small gradients would underflow in float16 before them.
             if needs_grad_hidden:
-                grad_hidden[rows] = torch.mm(padded, weight_c).to(sum_dtype) * scale
+                grad_hidden[rows] = _mm(grad_logits, weight_c, sum_dtype) * (scale * is_valid)
             if needs_grad_weight:
-                for first in range(0, vocab_size, gradient_rows):
-                    some = slice(first, min(first + gradient_rows, vocab_size))
-                    gradient = torch.mm(logits[:, some].T, hidden_c[rows]).to(sum_dtype)
+                inputs = inputs if shrink == 1 else inputs * shrink
+                for some in (slice(first, first + gradient_rows) for first in range(0, len(weight_c), gradient_rows)):
+                    gradient = _mm(grad_logits[:, some].T, inputs, sum_dtype)
                     if start == 0:
-                        grad_weight[some] = gradient.mul_(scale)
+                        grad_weight[some] = gradient.mul_(scale / shrink)
                     else:
-                        grad_weight[some].addcmul_(gradient, scale)
-    return loss_sum * scale, grad_hidden, grad_weight.to(weight.dtype)
+                        grad_weight[some].addcmul_(gradient, scale / shrink)
+    return loss_sum * scale, grad_hidden, grad_weight[:vocab_size].to(weight.dtype)
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply two matrices. The result has `dtype`, theirs or a wider one."""
+    if a.is_cuda and a.dtype != dtype and not torch.compiler.is_compiling():  # not in Inductor of torch 2.10
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _softmax_gradient(logits: Tensor, target: Tensor, block_rows: int, out: Tensor) -> Tensor:
+    """Write softmax - onehot into `out`, block by block. Return the targets' log-probabilities.
+
+    Args:
+        logits: [C, V] in the compute dtype, and then may be `out` itself, or in the dtype of the sums.
+        target: [C, 1].
+        block_rows: rows of a block.
+        out: [C, V] in the compute dtype.
+
+    Returns:
+        [C, 1] in the dtype of the sums.
+    """
+    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    target_log_ps = []
+    for block, block_target, block_out in zip(
+        logits.split(block_rows), target.split(block_rows), out.split(block_rows), strict=True
+    ):
+        log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
+        target_log_p = log_p.gather(1, block_target)
+        target_log_ps.append(target_log_p)
+        at_target = target_log_p.expm1()
+        if out.is_cuda:  # exp converts in the same kernel
+            torch.exp(log_p, out=block_out).scatter_(1, block_target, at_target.to(out.dtype))
+        else:
+            block_out.copy_(log_p.exp_().scatter_(1, block_target, at_target))
+    return torch.cat(target_log_ps)
+
+
+def _softmax_gradient_to_compile(
+    logits: Tensor, target: Tensor, is_valid: Tensor, vocab_size: int, sum_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute the same so that Inductor makes one kernel of it, which reads the logits twice and overwrites them.
+
+    It wants comparisons in place of gather and scatter, the padding included, and maximum and sum in this form, which
+    it computes in one pass ("online softmax").
+
+    Args:
+        logits: [C, V + padding].
+        target: [C, 1].
+        is_valid: [C, 1] bool. Other rows have a gradient of 0.
+
+    Returns:
+        softmax - onehot, [C, V + padding] in the dtype of the logits; and the targets' log-probabilities [C, 1].
+    """
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    wide = logits.to(sum_dtype).masked_fill(columns >= vocab_size, -torch.inf)
+    maximum = wide.amax(-1, keepdim=True)
+    log_sum = maximum + (wide - maximum).exp().sum(-1, keepdim=True).log()
+    is_target = columns == target
+    target_log_p = wide.masked_fill(~is_target, 0).sum(-1, keepdim=True) - log_sum
+    gradient = torch.where(is_target, target_log_p.expm1(), (wide - log_sum).exp())
+    return logits.copy_(gradient * is_valid), target_log_p
 
 
 # torch reads the schema of the operator from the type hints of the function.

@@ -326,6 +326,9 @@ class GPT2ReproModel(GPT2ReproPreTrainedModel):
         elif position_ids is None:
             position_ids = (torch.arange(num_new, device=inputs_embeds.device) + num_past).unsqueeze(0)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        device_type = hidden_states.device.type
+        if self.config.residual_in_autocast_dtype and torch.is_autocast_enabled(device_type):
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
         del inputs_embeds  # otherwise it would stay in memory through all blocks
         for block in self.h:
             hidden_states = block(

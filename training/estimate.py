@@ -241,9 +241,10 @@ class Plan:
         """
         n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd
         width = _DTYPES[self.hardware.mixed_precision].itemsize
-        # Per block and token: two residual inputs in float32; in the compute dtype, the inputs of c_attn (D), attention
+        # Per block and token: two inputs from the residual stream; in the compute dtype, the inputs of c_attn (D), attention
         # (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
-        block = 8 * n_embd + 10 * width * n_embd + 4 * n_head
+        residual = width if self.shape.residual_in_autocast_dtype else 4
+        block = 2 * residual * n_embd + 10 * width * n_embd + 4 * n_head
         if self.compiled and kind != "cpu":  # Inductor keeps another residual and half of a GELU's output
             block += _COMPILED_BYTES * n_embd
         if self.shape.resid_pdrop:
@@ -253,8 +254,8 @@ class Plan:
         # Gradients inside the MLP and of the residual stream.
         backward = 8 * width * n_embd + 8 * n_embd
         saved = n_layer * block
-        if self.activation_checkpointing:  # a block's input in float32; the block is computed again
-            saved, backward = n_layer * 4 * n_embd, backward + block
+        if self.activation_checkpointing:  # a block's input; the block is computed again
+            saved, backward = n_layer * residual * n_embd, backward + block
         casts = width * self.num_parameters if width == 2 else 0  # the matrices, cast once per forward pass
         factor = _FRAGMENTATION.get((kind, width), 1)
         activations: float = (rows * saved + casts) * factor

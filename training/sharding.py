@@ -71,13 +71,10 @@ def compile_model(model: GPT2ReproForCausalLM, accelerator: Accelerator) -> torc
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # a module, too
 
 
-def checkpoint_activations(model: GPT2ReproForCausalLM, *, has_dropout: bool) -> None:
-    """Keep only the inputs of the blocks for the backward pass, which computes each block again. The loss is the same.
-
-    Args:
-        has_dropout: draw the same numbers in the second computation.
-    """
-    # transformers' new name, and the one before it.
+def checkpoint_activations(model: GPT2ReproForCausalLM) -> None:
+    """Keep only the inputs of the blocks for the backward pass, which computes each block again, to the same bits."""
+    has_dropout = model.config.attn_pdrop > 0 or model.config.resid_pdrop > 0
+    # transformers' new name, and the one before it. The random state is only needed to drop the same units again.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": has_dropout})
 

@@ -1,10 +1,15 @@
 """torch.compile without graph breaks, and torch.export."""
 
+import re
+
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from transformers import DynamicCache
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
+from modeling_gpt2repro import loss as loss_module
+from modeling_gpt2repro.loss import linear_cross_entropy
 
 
 @pytest.fixture(autouse=True)
@@ -45,23 +50,52 @@ def test_training_step_compiles_to_one_graph(model, input_ids, autocast):
             torch.testing.assert_close(actual, reference, atol=1e-6, rtol=1e-4)
 
 
-def test_gpu_code_path_of_the_loss_compiles(model, input_ids, monkeypatch):
-    """On a CPU the compiled loss is one custom operator. On a GPU the compiler traces the chunks."""
-    from modeling_gpt2repro import loss as loss_module
-
+@pytest.fixture
+def gpu_loss(monkeypatch):
+    """Let the compiler trace the chunks of the loss, as on a GPU. On a CPU the compiled loss is one custom operator."""
     monkeypatch.setattr(loss_module, "_loss_and_gradients_op", loss_module._loss_and_gradients)
     monkeypatch.setattr(loss_module, "CHUNK_ROWS", {"cpu": 40})
     monkeypatch.setattr(loss_module, "PAD_MATRIX", {"cpu": True})
+
+
+def test_gpu_code_path_of_the_loss_compiles(model, input_ids, gpu_loss):
     model.train()
-    expected = model(input_ids, labels=input_ids).loss
+    labels = input_ids.clone()
+    labels[0, 5:30] = -100
+    expected = model(input_ids, labels=labels).loss
     expected.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, labels=input_ids).loss
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids, labels=labels).loss
     loss.backward()
     torch.testing.assert_close(loss, expected)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_compiled_loss_keeps_the_logits_of_one_chunk_in_16_bits(gpu_loss):
+    """Inductor allocates one [40, 1024] buffer, which both chunks and their gradients share."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (80, 1000))
+    targets = torch.randint(0, 1000, (80,), generator=generator)
+    targets[::5] = -100
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = linear_cross_entropy(hidden, weight, targets)
+        loss.backward()
+        return loss.detach()
+
+    loss, codes = run_and_get_code(torch.compile(step))
+    buffers = re.findall(r"empty_strided_cpu\(\((\d+), (10\d\d)\), .*?, torch\.(\w+)\)", "".join(codes))
+    assert buffers == [("40", "1024", "bfloat16")]
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = torch.nn.functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    expected.backward()
+    for actual, reference in zip(
+        (loss, hidden.grad, weight.grad), (expected, exact[0].grad, exact[1].grad), strict=True
+    ):
+        assert (actual - reference).norm() / reference.norm() < 0.01
 
 
 @torch.no_grad()

@@ -64,12 +64,13 @@ def test_second_backward_adds_the_same_gradients():
     torch.testing.assert_close(weight.grad, 2 * once)
 
 
-def test_bf16_autocast_matches_plain_autocast():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_matches_plain_autocast(dtype):
     hidden, weight, targets = problem(torch.float32)
     results = []
     for plain in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             loss = F.cross_entropy((h @ w.T).float(), targets) if plain else linear_cross_entropy(h, w, targets)
         loss.backward()
         assert h.grad.dtype == w.grad.dtype == torch.float32
@@ -77,6 +78,16 @@ def test_bf16_autocast_matches_plain_autocast():
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-5)
     for actual, reference in zip(results[1][1:], results[0][1:], strict=True):
         assert (actual - reference).norm() / reference.norm() < 0.01  # bf16 has 8 bits
+
+
+def test_large_sums_of_gradients_fit_float16():
+    """One token is the target of all rows, and its gradient, summed over them, is above float16's 65,504."""
+    hidden, weight = torch.full((800, 4), 100.0), torch.zeros(64, 4)
+    targets = torch.full((800,), 7)
+    weight.requires_grad_()
+    with torch.autocast("cpu", torch.float16):
+        linear_cross_entropy(hidden, weight, targets, num_items=1).backward()
+    torch.testing.assert_close(weight.grad[7], torch.full((4,), -800 * 100 * 63 / 64), rtol=1e-3, atol=0)
 
 
 def test_uninitialized_memory_is_never_read(monkeypatch):

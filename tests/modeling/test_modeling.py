@@ -73,6 +73,21 @@ def test_bf16_error_is_no_larger_than_that_of_transformers(pair, input_ids):
     assert (actual - reference).norm() / exact.norm() < 2 * error
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_residual_stream_in_16_bits_only_under_autocast(model, input_ids, autocast):
+    model.eval()
+    results = []
+    for is_16_bit in (False, True):
+        model.config.residual_in_autocast_dtype = is_16_bit
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            outputs = model(input_ids, labels=input_ids, output_hidden_states=True)
+        expected = torch.bfloat16 if is_16_bit and autocast else torch.float32
+        assert {states.dtype for states in outputs.hidden_states[:-1]} == {expected}  # the last one is after ln_f
+        results.append(outputs.loss)
+    assert torch.equal(*results) is not autocast
+    torch.testing.assert_close(results[0], results[1], atol=0.02, rtol=0)
+
+
 @pytest.mark.parametrize("fields", [("embd_pdrop",), ("attn_pdrop",), ("resid_pdrop",), ()])
 def test_dropout_is_applied_where_gpt2_applies_it(gpt2, input_ids, fields):
     """With one seed, both models drop the same elements only if they call dropout at the same places."""
