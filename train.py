@@ -64,15 +64,16 @@ from eval.hellaswag.task import Task as HellaSwag
 from eval.published import published_lines
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.batch import check_memory, choose_micro_batch_size
+from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
-from training.estimate import Plan, find_hardware, warn_of_repetition
+from training.estimate import Plan, make_plan, warn_of_repetition
+from training.hardware_table import describe_cards
 from training.logging import RunLog
 from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.run import RunFolder, StopRequest, ignore_signals
-from training.sharding import TrainingModels, compile_and_wrap, unsharded_model
+from training.sharding import TrainingModels, checkpoint_activations, compile_and_wrap, unsharded_model
 
 
 def train(argv: Sequence[str], *, started: float | None = None) -> int:
@@ -103,8 +104,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         if resolved_init_from is not None and resume_from is None:
             run_on_main(check_same_tokenizer, resolved_init_from, tokenizer)
         model_config = apply_shape(config, shape, **tokenizer.config_fields())
-        hardware = find_hardware(accelerator, config.dollars_per_hour)
-        plan = Plan(shape=model_config, batch=config.batch, max_steps=config.max_steps, hardware=hardware)
+        plan = make_plan(config, model_config, accelerator)
         say(plan.describe())
         check_memory(plan, accelerator, is_dry_run=config.dry_run)
         if config.dry_run:
@@ -129,8 +129,12 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             return finish(run, state, stop, repository)
 
         model = build_model(model_config, config.seed, resume_from or resolved_init_from).to(accelerator.device).train()
-        micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model)
+        if plan.activation_checkpointing:
+            checkpoint_activations(model)
+        micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model, saved=state)
+        state.micro_batch_size, state.num_processes = micro_batch_size, accelerator.num_processes
         say(plan.describe_batch(micro_batch_size, accumulation))
+        cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
         optimizer = build_optimizer(model, config.optim, accelerator.device.type)
         models = compile_and_wrap(accelerator, model, optimizer, accumulation, use_compile=config.compile)
         torch.manual_seed(config.seed + accelerator.process_index)  # each process drops other units
@@ -240,7 +244,7 @@ def train_steps(
 def print_dry_run(config: Config, accelerator: Accelerator, plan: Plan) -> int:
     """Print the memory that the run takes, time and cost on rented GPUs, and the size of the data. Return 0."""
     say(plan.describe_batch(*choose_micro_batch_size(plan, accelerator)))
-    say(plan.describe_rental())
+    say(describe_cards(plan, config.card))
     mix = config.data.mix or {config.data.path: 1.0}
     for folder, share in zip(mix, normalize([*mix.values()]), strict=True):
         if not Path(folder).exists():

@@ -2,25 +2,29 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 
 from common.cli import say
+from modeling_gpt2repro import GPT2ReproForCausalLM
 from training import TrainingError
+from training.checkpoint import LoopState
 from training.config import nearest_multiples
-from training.estimate import Plan
+from training.estimate import Hardware, Plan
+from training.sharding import compile_model
 
 if TYPE_CHECKING:
     from training.config import BatchConfig
 
-# Share of the free memory that is left for evaluation, fragmentation and compiled code.
-_RESERVED_SHARE = 0.1
+# Share of the memory that is left for evaluation, fragmentation and compiled code.
+RESERVED_SHARE = 0.1
 
 
 def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | None = None) -> tuple[int, int]:
@@ -69,90 +73,157 @@ def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
 
 
 def choose_micro_batch_size(
-    plan: Plan, accelerator: Accelerator, model: torch.nn.Module | None = None
+    plan: Plan,
+    accelerator: Accelerator,
+    model: GPT2ReproForCausalLM | None = None,
+    *,
+    saved: LoopState | None = None,
 ) -> tuple[int, int]:
     """Return (micro_batch_size, accumulation), the same on every process. Every process must call this.
 
+    For "auto" on a GPU, training steps are tried. A CPU does not report that its memory is exhausted, so the memory
+    estimate decides there.
+
     Args:
-        model: on its device, before it is wrapped; None to use the memory estimate alone.
+        model: on its device, before it is wrapped; None to use the estimate alone.
+        saved: state of the checkpoint to resume from. "auto" takes its size again if it has this number of processes.
 
     Raises:
-        TrainingError: the batch does not divide.
+        TrainingError: the batch does not divide, or not even one sequence fits.
     """
-    batch, num_processes = plan.batch, plan.hardware.num_processes
+    batch, hardware = plan.batch, plan.hardware
+    sizes = micro_batch_sizes(batch, hardware.num_processes)
     if batch.micro_batch_size != "auto":
-        return batch_arithmetic(batch, num_processes)
-    largest = largest_fitting_batch(
-        micro_batch_sizes(batch, num_processes),
-        estimate=lambda size: plan.estimate_memory(size).total,
-        probe=None if model is None else lambda size: probe_memory(model, accelerator, size, batch.seq_len),
-        device=accelerator.device,
-        local_world_size=plan.hardware.local_world_size,
-    )
-    largest = int(accelerator.gather(torch.tensor([largest], device=accelerator.device)).min())
-    return batch_arithmetic(batch, num_processes, largest)
+        return batch_arithmetic(batch, hardware.num_processes)
+    available = available_memory(hardware)
+
+    def search(candidates: Sequence[int], reserved_share: float) -> int:
+        probe = None
+        if model is not None and hardware.device.type != "cpu":
+            probe = partial(try_step, plan, accelerator, model, num_reserved=int(available * reserved_share / 2))
+        limit = available * (1 - reserved_share)
+        size = largest_fitting_batch(candidates, lambda n: plan.estimate_memory(n).total, probe, limit)
+        return min(gather_object([size]))  # the same on every process; values do not go through the device
+
+    if saved is not None and saved.num_processes == hardware.num_processes and saved.micro_batch_size in sizes:
+        if search([saved.micro_batch_size], 0):
+            return batch_arithmetic(batch, hardware.num_processes, saved.micro_batch_size)
+        largest = search([n for n in sizes if n < saved.micro_batch_size], RESERVED_SHARE) or sizes[0]
+        say(
+            f"resume    {saved.micro_batch_size} sequence(s) at once, as before, no longer fit: this resume, with "
+            f"{largest}, is not bit-exact"
+        )
+    else:
+        largest = search(sizes, RESERVED_SHARE)
+    if not largest and model is not None and hardware.device.type != "cpu":
+        raise TrainingError(
+            f"not even one sequence of batch.seq_len={batch.seq_len} fits into the memory of {hardware.name}, "
+            f"{_gigabytes(available)}: {_remedies(plan)}"
+        )
+    return batch_arithmetic(batch, hardware.num_processes, largest or sizes[0])
 
 
 def largest_fitting_batch(
-    sizes: Sequence[int],
-    *,
-    estimate: Callable[[int], float],
-    probe: Callable[[int], object] | None,
-    device: torch.device,
-    local_world_size: int,
+    sizes: Sequence[int], estimate: Callable[[int], float], probe: Callable[[int], None] | None, available: float
 ) -> int:
-    """Return the largest number of sequences that a process can train on at once.
+    """Return the largest number of sequences that a process can train on at once, or 0 if none fits.
 
     accelerate's find_executable_batch_size would try sizes that do not divide the batch, and has no estimate to start
     from.
 
     Args:
-        sizes: candidates. If none fits, the smallest is returned, and the run itself fails.
+        sizes: candidates.
         estimate: bytes that a size needs.
-        probe: runs a training step of a size; None to use the estimate alone. A CPU does not report that its memory is
-            exhausted, so the estimate decides there in any case.
-        local_world_size: processes that share a CPU's memory.
+        probe: runs a training step of a size; None to use the estimate alone.
+        available: bytes that the run may use.
     """
-    free = free_memory(device) * (1 - _RESERVED_SHARE)
-    sizes = sorted(sizes, reverse=True)
-    if device.type == "cpu" or probe is None:
-        num_sharing = local_world_size if device.type == "cpu" else 1
-        return next((size for size in sizes if estimate(size) <= free / num_sharing), sizes[-1])
-    for size in sizes:
-        if estimate(size) > 1.5 * free:  # the estimate is better than that
+    for size in sorted(sizes, reverse=True):
+        # A trial may compile for minutes: leave out sizes that the estimate, right to a tenth, rules out.
+        if estimate(size) > available * (1 if probe is None else 1.15):
             continue
+        if probe is None:
+            return size
         try:
             probe(size)
             return size
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; Apple's error is not of that class
-            if "out of memory" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-        torch.get_device_module(device).empty_cache()
-    return sizes[-1]
+            say(f"batch     {size} sequence(s) at once do not fit")
+    return 0
 
 
-def probe_memory(model: torch.nn.Module, accelerator: Accelerator, size: int, seq_len: int) -> None:
-    """Run forward and backward passes on `size` sequences, without leaving gradients or optimizer state.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if a device's memory, or the machine's, was exhausted."""
+    # Apple's error is a RuntimeError, and so are the C++ allocator's for the CPU and a compiler's around any of them.
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
+
+
+def try_step(
+    plan: Plan, accelerator: Accelerator, model: GPT2ReproForCausalLM, size: int, *, num_reserved: int
+) -> None:
+    """Run a training step's forward and backward passes, with memory reserved for what the run will have besides.
+
+    Leaves no gradients behind. Compiled code is kept: `compile_and_wrap` uses it again.
 
     Args:
         model: on its device, before it is wrapped.
+        size: sequences in a micro-batch.
+        num_reserved: bytes to leave free, for evaluation and fragmentation.
 
     Raises:
         RuntimeError: the device's memory is exhausted.
     """
-    num_parameters = sum(p.numel() for p in model.parameters())
-    tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=accelerator.device)
-    # Reserve memory for AdamW's moments, DDP's buckets and overhead.
-    num_bytes = (12 if accelerator.num_processes > 1 else 8) * num_parameters
-    num_bytes += int(_RESERVED_SHARE * free_memory(accelerator.device))
-    reserved = torch.empty(num_bytes, dtype=torch.uint8, device=accelerator.device)
+    device, seq_len = accelerator.device, plan.batch.seq_len
+    step_model = compile_model(model, accelerator) if plan.compiled else model
+    tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=device)
+    position_ids = torch.arange(seq_len, device=device).expand(size, -1) if plan.has_positions else None
+    _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
+    num_bytes = num_reserved
+    # AdamW's moments and DDP's buckets. FSDP2 has a share of them, and of what is whole here.
+    if accelerator.distributed_type != DistributedType.FSDP:
+        num_bytes += (12 if accelerator.num_processes > 1 else 8) * plan.num_parameters
+    reserved = None
     try:
-        for _ in range(2):  # the second pass has the gradients of the first in memory
+        reserved = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        for _ in range(min(2, accumulation)):  # the second pass has the gradients of the first in memory
             with accelerator.autocast():
-                model(input_ids=tokens, shift_labels=tokens, return_logits=False).loss.backward()
+                loss = step_model(
+                    input_ids=tokens, position_ids=position_ids, shift_labels=tokens, return_logits=False
+                ).loss
+            loss.backward()
     finally:
         model.zero_grad()
-        del reserved
+        del reserved, tokens
+        torch.get_device_module(device).empty_cache()
+
+
+@contextlib.contextmanager
+def out_of_memory_as_one_line(plan: Plan, micro_batch_size: int) -> Iterator[None]:
+    """Turn an exhausted memory, in training or evaluation, into a TrainingError with the size that fits."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        hardware = plan.hardware
+        sizes = micro_batch_sizes(plan.batch, hardware.num_processes)
+        usable = available_memory(hardware) * (1 - RESERVED_SHARE)
+        fitting = [n for n in sizes if n < micro_batch_size and plan.estimate_memory(n).total <= usable]
+        remedy = _remedies(plan)
+        if fitting:
+            memory = _gigabytes(plan.estimate_memory(fitting[-1]).total)
+            remedy = f"--batch.micro_batch_size {fitting[-1]} fits, with about {memory} (an estimate)"
+        raise TrainingError(
+            f"out of memory on {hardware.name} with {micro_batch_size} sequence(s) at once: {remedy}. Add --resume "
+            "auto to continue from the newest checkpoint"
+        ) from None
+
+
+def _remedies(plan: Plan) -> str:
+    checkpointing = "" if plan.activation_checkpointing else "--activation_checkpointing block, "
+    return f"{checkpointing}a smaller model or batch.seq_len, or on several GPUs accelerate_configs/fsdp2.yaml"
 
 
 def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> None:
@@ -166,26 +237,24 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> N
     """
     if accelerator.distributed_type == DistributedType.FSDP:
         return
-    device = accelerator.device
-    num_sharing = plan.hardware.local_world_size if device.type == "cpu" else 1
-    sizes = micro_batch_sizes(plan.batch, plan.hardware.num_processes)
+    hardware = plan.hardware
+    sizes = micro_batch_sizes(plan.batch, hardware.num_processes)
     size = sizes[0] if plan.batch.micro_batch_size == "auto" else min(plan.batch.micro_batch_size, sizes[-1])
-    memory, free = plan.estimate_memory(size), free_memory(device) / num_sharing
-    total = total_memory(device) / num_sharing
+    memory, available, total = plan.estimate_memory(size), available_memory(hardware), total_memory(hardware)
     if memory.state > total and not is_dry_run:
         raise TrainingError(
             f"the parameters and the optimizer's moments take {_gigabytes(memory.state)} per process, and the memory "
-            f"of {plan.hardware.name} is {_gigabytes(total)} for each: choose a smaller model (model.n_layer, "
+            f"of {hardware.name} is {_gigabytes(total)} for each: choose a smaller model (model.n_layer, "
             "model.n_embd, model.n_positions)"
         )
-    if memory.total <= free:
+    if memory.total <= available:
         return
-    fitting = [size for size in sizes if plan.estimate_memory(size).total <= free]
-    remedy = f"--batch.micro_batch_size {fitting[-1]} or auto" if fitting else "a smaller model or batch.seq_len"
+    fitting = [size for size in sizes if plan.estimate_memory(size).total <= available]
+    remedy = f"--batch.micro_batch_size {fitting[-1]} or auto" if fitting else _remedies(plan)
     sequences = f"{size} sequence{'s' if size > 1 else ''}"
     say(
         f"warning: with {sequences} at once, a process takes about {_gigabytes(memory.total)} (an estimate), and "
-        f"{_gigabytes(free)} are free: it may run out of memory. Remedy: {remedy}"
+        f"{_gigabytes(available)} are free: it may run out of memory. Remedy: {remedy}"
     )
 
 
@@ -193,12 +262,36 @@ def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.2f} GB"
 
 
+def available_memory(hardware: Hardware) -> float:
+    """Return the bytes that a process of the run can have, with those that torch has reserved for it already."""
+    device = hardware.device
+    if hardware.card is not None:
+        return hardware.card.gigabytes * 1e9
+    if device.type == "cpu":
+        return free_memory(device) / hardware.local_world_size
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return free_memory(device) + torch.get_device_module(device).memory_reserved(device)
+
+
+def total_memory(hardware: Hardware) -> float:
+    """Return the bytes of the device; on a CPU, a process's share of the machine's, with its swap space."""
+    device = hardware.device
+    if hardware.card is not None:
+        return hardware.card.gigabytes * 1e9
+    if device.type == "cpu":
+        return (psutil.virtual_memory().total + psutil.swap_memory().total) / hardware.local_world_size
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return torch.get_device_module(device).mem_get_info(device)[1]
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on the device; on a CPU, in the machine and in the container around it."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type != "cpu":
+        return torch.get_device_module(device).mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
         group = Path("/sys/fs/cgroup")
@@ -208,12 +301,3 @@ def free_memory(device: torch.device) -> int:
         inactive = int(statistics["inactive_file"])
         free = min(free, int((group / "memory.max").read_text()) - (used - inactive))
     return free
-
-
-def total_memory(device: torch.device) -> int:
-    """Return the bytes of the device; on a CPU, of the machine with its swap space."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return psutil.virtual_memory().total + psutil.swap_memory().total

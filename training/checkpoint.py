@@ -59,6 +59,10 @@ class LoopState:
     """True if `val_loss` is that of this step"""
     val_loss: float | None = None
     """None before the first evaluation, and where a saved loss was not finite"""
+    micro_batch_size: int | None = None
+    """sequences in a forward pass of a process; None in checkpoints before 2026-12"""
+    num_processes: int | None = None
+    """that share a step; None in checkpoints before 2026-12"""
     saved: bool = False
     """True once a checkpoint of this step is written, or being written, in the run's folder"""
 
@@ -373,6 +377,8 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str 
             f"has {value}. Resume with the same setting, {new_run}"
         )
     state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
+    for name in ("micro_batch_size", "num_processes"):  # missing in checkpoints before 2026-12
+        state.setdefault(name, None)
     state["saved"] = Path(folder).resolve() == checkpoint_folder(output_dir, state["step"]).resolve()
     say(f"resume    from {folder}, step {state['step']:,}")
     return LoopState(**{field.name: state[field.name] for field in fields(LoopState)})

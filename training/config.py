@@ -17,6 +17,7 @@ from common.cli import say
 from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
+from training.cards import card_by_name
 from training.settings import (
     NULLS,
     RawValue,
@@ -91,7 +92,7 @@ class BatchConfig:
     """tokens in a training sequence, at most n_positions"""
     micro_batch_size: Count | Literal["auto"] = 64
     """maximum sequences in one forward pass of one process (a process with fewer takes all of them at once); auto: the
-    largest number that fits into memory"""
+    largest number that fits into memory, found by a trial on a GPU, and used again when the run is resumed"""
 
 
 @dataclass(kw_only=True)
@@ -180,6 +181,9 @@ class Config:
     """auto: the launcher's setting, otherwise bf16 if the hardware supports it"""
     compile: bool = False
     """torch.compile the training and validation step"""
+    activation_checkpointing: Literal["none", "block"] = "none"
+    """block: keep only the inputs of the blocks for the backward pass, which computes each block again: the same loss
+    and gradients with much less memory, in about a third more time"""
     init_from: str | None = None
     """start from these weights and their shape: a checkpoint, a folder or Hub id of a GPT-2 (openai-community/gpt2)"""
     resume: str | None = None
@@ -196,6 +200,9 @@ class Config:
     """make a new Hub repository public; without it, only the owner of the token can see it"""
     dry_run: bool = False
     """print the plan and stop"""
+    card: str | None = None
+    """with dry_run: plan for this card in place of the device here: t4, rtx3060, rtx3090, rtx4090, rtx5090, a10g, l4,
+    l40s, a100_40, a100, h100_pcie, h100, h200, b200, mi300x"""
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -267,6 +274,12 @@ def _check(config: Config) -> None:
     for name in config.trackers:
         if importlib.util.find_spec(name) is None:
             raise TrainingError(f"trackers: {name} is not installed: pip install {name}, or leave it out")
+    if config.card is not None:
+        card_by_name(config.card)
+        if not config.dry_run:
+            raise TrainingError(
+                f"card={config.card} is for a plan: add --dry_run, or leave it out to train on the device here"
+            )
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints are kept")
     if config.push_to_hub is None and config.push_public:

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,65 +12,24 @@ from accelerate import Accelerator
 
 from common.cli import say
 from modeling_gpt2repro.loss import CHUNK_ROWS
+from training.cards import Card, card_by_name, card_of_device
 
 if TYPE_CHECKING:
     from modeling_gpt2repro import GPT2ReproConfig
-    from training.config import BatchConfig
+    from training.config import BatchConfig, Config
 
-# FLOPs per token of GPT-2 124M at T = 1024, as Plan.flops_per_token counts them.
-FLOPS_PER_TOKEN_124M = 855_166_464
-# On-demand list prices of large GPU clouds per device, rounded. The setting for the price of a device overrides them.
-PRICES_DATE = "late 2026"
-DOLLARS_PER_HOUR = {
-    "B200": 5.00,
-    "H200": 3.50,
-    "H100 PCIe": 2.50,
-    "H100": 3.00,
-    "A100": 1.80,
-    "MI300X": 2.50,
-    "L40S": 1.00,
-    "A10G": 0.75,
-    "L4": 0.70,
-    "RTX 5090": 0.70,
-    "RTX 4090": 0.40,
-    "RTX 3090": 0.25,
-}
-
+_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes of a process without a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
 _BASE_BYTES = {"cpu": 0.6e9, None: 0.8e9}
 # Fragmentation of glibc's heap by (device, bytes per activation), fitted to runs (benchmarks/memory.py).
 _FRAGMENTATION: dict[tuple[str | None, int], float] = {("cpu", 2): 1.25, ("cpu", 4): 1.55}
+# Fitted to torch's allocator on a GPU that computes nothing (benchmarks/RECORDS.md): bytes per logit of a chunk, and
+# bytes per token, block and element of the width that a compiled step keeps in addition.
+_GPU_LOGIT_BYTES = {"eager": 14, "compiled": 5.5}
+_COMPILED_BYTES = 6.3
 _DROPOUT_BYTES = 22  # per attention weight: 12, and fragmentation
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": up to 4 epochs are nearly as good as new data.
 _MAX_USEFUL_EPOCHS = 4
-
-
-class Device(NamedTuple):
-    """Speed of a device."""
-
-    tflops: float
-    """dense bfloat16 matmul of the data sheet, 10^12 FLOP/s, without sparsity"""
-    tokens_per_s: float | None = None
-    """of GPT-2 124M by llm.c, per device, with eight of them (T = 1024, 524,288 tokens per step)"""
-    source: str = ""
-    """of tokens_per_s"""
-
-
-# By words in torch's name of the device; the first that fits counts. Data sheets: nvidia.com, amd.com.
-DEVICES = {
-    "B200": Device(2250),
-    "H200": Device(989, 463_000, "estimated: llm.c's rate on an H100, which has the same peak and less bandwidth"),
-    "H100 PCIe": Device(756),
-    "H100": Device(989, 463_000, "estimated from llm.c's published 140 ms per step on eight (vislog)"),
-    "A100": Device(312, 221_000, "estimated from llm.c's published 94 minutes for 10B tokens on eight"),
-    "MI300X": Device(1307),
-    "L40S": Device(362),
-    "A10G": Device(70),
-    "L4": Device(121),
-    "RTX 5090": Device(209),
-    "RTX 4090": Device(165),
-    "RTX 3090": Device(71),
-}
 
 
 class Hardware(NamedTuple):
@@ -83,13 +41,15 @@ class Hardware(NamedTuple):
     local_world_size: int
     """processes on this machine"""
     mixed_precision: str
-    """ "no" or "bf16" """
+    """ "no", "bf16" or "fp16" """
     peak_flops: float
     """FLOP/s of one device"""
     peak_source: str
     """ "data sheet" or "measured matmul" """
     dollars_per_hour: float | None
     """of one device; None if unknown"""
+    card: Card | None = None
+    """card that a dry run is for, in place of the device here"""
 
     def describe(self) -> str:
         """Return the console's line."""
@@ -100,15 +60,21 @@ class Hardware(NamedTuple):
         )
 
 
-def find_hardware(accelerator: Accelerator, dollars_per_hour: float | None = None) -> Hardware:
+def find_hardware(
+    accelerator: Accelerator, dollars_per_hour: float | None = None, card_name: str | None = None
+) -> Hardware:
     """Find out what the run's hardware is.
 
     Args:
         dollars_per_hour: price of one device, in place of the table's.
+        card_name: card that a dry run is for, in place of the device here.
     """
+    if card_name is not None:
+        return card_hardware(card_by_name(card_name), accelerator.num_processes, dollars_per_hour)
     device, mixed_precision = accelerator.device, accelerator.mixed_precision
     name = device_name(device)
-    peak, source = peak_flops(device, torch.float32 if mixed_precision == "no" else torch.bfloat16)
+    card = card_of_device(name)
+    peak, source = peak_flops(device, _DTYPES[mixed_precision])
     return Hardware(
         device=device,
         name=name,
@@ -117,7 +83,22 @@ def find_hardware(accelerator: Accelerator, dollars_per_hour: float | None = Non
         mixed_precision=mixed_precision,
         peak_flops=peak,
         peak_source=source,
-        dollars_per_hour=dollars_per_hour or DOLLARS_PER_HOUR.get(find_device(name) or ""),
+        dollars_per_hour=dollars_per_hour or (card and card.dollars_per_hour),
+    )
+
+
+def card_hardware(card: Card, num_processes: int = 1, dollars_per_hour: float | None = None) -> Hardware:
+    """Return the hardware of a card that need not be here."""
+    return Hardware(
+        device=torch.device("cuda"),
+        name=card.name,
+        num_processes=num_processes,
+        local_world_size=num_processes,
+        mixed_precision=card.mixed_precision,
+        peak_flops=card.tflops * 1e12,
+        peak_source="data sheet",
+        dollars_per_hour=dollars_per_hour or card.dollars_per_hour,
+        card=card,
     )
 
 
@@ -130,21 +111,14 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.processor() or platform.machine()})"
 
 
-def find_device(name: str) -> str | None:
-    """Return the key in DEVICES of a name such as "NVIDIA H200"; None for parts and slower kinds of a device too."""
-    if re.search(r"MIG|Laptop|Max-Q|NVL|GH200| D$", name):
-        return None
-    return next((key for key in DEVICES if re.search(rf"\b{key}\b", name)), None)
-
-
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return (peak FLOP/s, "data sheet" or "measured matmul").
 
     The peak is measured if the device is not in the table, and in float32, whose peak depends on settings (TF32).
     """
-    key = find_device(device_name(device))
-    if key is not None and dtype == torch.bfloat16:
-        return DEVICES[key].tflops * 1e12, "data sheet"
+    card = card_of_device(device_name(device))
+    if card is not None and dtype != torch.float32:
+        return card.tflops * 1e12, "data sheet"
     return measure_matmul_flops(device, dtype), "measured matmul"
 
 
@@ -181,9 +155,9 @@ class MemoryEstimate(NamedTuple):
     gradients: float
     """float32, and DDP's buckets if there are several processes"""
     activations: float
-    """saved by the forward pass for the backward pass"""
+    """saved by the blocks' forward pass for the backward pass; on a CPU, what else the passes take except logits"""
     head: float
-    """logits of a chunk and the gradient of the head's matrix"""
+    """logits of a chunk, the matrix's gradient, the last LayerNorm; on a GPU, a block's backward pass if that is more"""
     base: float
     """the process without a model"""
 
@@ -201,6 +175,11 @@ class Plan:
     batch: "BatchConfig"
     max_steps: int
     hardware: Hardware
+    compiled: bool = False
+    has_positions: bool = False
+    """batches have position_ids, because documents are kept apart"""
+    activation_checkpointing: bool = False
+    """blocks are computed again in the backward pass, and keep only their inputs"""
 
     @property
     def num_parameters(self) -> int:
@@ -234,27 +213,11 @@ class Plan:
             micro_batch_size: sequences in one forward pass of one process.
         """
         num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
-        n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd
         rows = micro_batch_size * self.batch.seq_len
-        width = 2 if self.hardware.mixed_precision == "bf16" else 4  # bytes of the compute dtype
         kind = "cpu" if self.hardware.device.type == "cpu" else None
-        # Per block and token: two residual inputs in float32; in the compute dtype, the inputs of c_attn (D), attention
-        # (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
-        block = 8 * n_embd + 10 * width * n_embd + 4 * n_head
-        if self.shape.resid_pdrop:
-            block += 2 * n_embd  # two masks, one byte each
-        # Last LayerNorm and loss: input, output, its copy in the compute dtype, its gradient.
-        ends = (12 + width) * n_embd
-        # The block whose backward pass runs: gradients inside the MLP and of the residual stream.
-        backward = 8 * width * n_embd + 8 * n_embd
-        activations: float = rows * (n_layer * block + ends + backward)
-        casts = width * num_parameters if width == 2 else 0  # matrices in bfloat16, cast once per forward pass
-        activations = (activations + casts) * _FRAGMENTATION.get((kind, width), 1)
-        if self.shape.attn_pdrop and kind == "cpu":  # no fused kernel: T x T weights three times, float32
-            activations += rows * n_layer * n_head * self.batch.seq_len * _DROPOUT_BYTES
-        vocab_size = self.shape.vocab_size
-        head_rows = min(rows, CHUNK_ROWS[kind])
-        head = 4 * vocab_size * n_embd + head_rows * vocab_size * (width if kind == "cpu" else width + 4)
+        activations, ends, backward = self._activation_bytes(rows, kind)
+        if kind == "cpu":  # freed memory stays in the heap
+            activations, ends, backward = activations + ends + backward, 0, 0
         buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
         gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
@@ -265,9 +228,48 @@ class Plan:
             state=12 * num_parameters,
             gradients=gradients + buckets,
             activations=activations,
-            head=head,
+            # The head's memory is free again when the blocks' backward pass begins.
+            head=max(ends + self._head_bytes(rows, kind), backward),
             base=_BASE_BYTES[kind],
         )
+
+    def _activation_bytes(self, rows: int, kind: str | None) -> tuple[float, float, float]:
+        """Return the bytes for `rows` tokens.
+
+        Returns:
+            (saved by the blocks' forward pass, around the head, of the block whose backward pass runs)
+        """
+        n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd
+        width = _DTYPES[self.hardware.mixed_precision].itemsize
+        # Per block and token: two inputs from the residual stream; in the compute dtype, the inputs of c_attn (D), attention
+        # (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
+        residual = width if self.shape.residual_in_autocast_dtype else 4
+        block = 2 * residual * n_embd + 10 * width * n_embd + 4 * n_head
+        if self.compiled and kind != "cpu":  # Inductor keeps another residual and half of a GELU's output
+            block += _COMPILED_BYTES * n_embd
+        if self.shape.resid_pdrop:
+            block += 2 * n_embd  # two masks, one byte each
+        # Last LayerNorm and loss: input, output, its copy in the compute dtype, its gradient.
+        ends = (12 + width) * n_embd
+        # Gradients inside the MLP and of the residual stream.
+        backward = 8 * width * n_embd + 8 * n_embd
+        saved = n_layer * block
+        if self.activation_checkpointing:  # a block's input; the block is computed again
+            saved, backward = n_layer * residual * n_embd, backward + block
+        casts = width * self.num_parameters if width == 2 else 0  # the matrices, cast once per forward pass
+        factor = _FRAGMENTATION.get((kind, width), 1)
+        activations: float = (rows * saved + casts) * factor
+        if self.shape.attn_pdrop and kind == "cpu":  # no fused kernel: T x T weights three times, float32
+            weights = rows * n_head * self.batch.seq_len * _DROPOUT_BYTES
+            activations += weights * (1 if self.activation_checkpointing else n_layer)
+        return activations, rows * ends * factor, rows * backward * factor
+
+    def _head_bytes(self, rows: int, kind: str | None) -> float:
+        """Return the bytes of the head's loss for `rows` tokens: logits of a chunk, and the matrix's gradient."""
+        vocab_size, n_embd = self.shape.vocab_size, self.shape.n_embd
+        width = _DTYPES[self.hardware.mixed_precision].itemsize
+        per_logit = width if kind == "cpu" else _GPU_LOGIT_BYTES["compiled" if self.compiled else "eager"]
+        return 4 * vocab_size * n_embd + min(rows, CHUNK_ROWS[kind]) * vocab_size * per_logit
 
     def describe(self) -> str:
         """Return the console's lines about the model, the run and the hardware."""
@@ -289,23 +291,18 @@ class Plan:
             f"memory    about {memory.total / 1e9:.2f} GB per process: {parts}"
         )
 
-    def describe_rental(self) -> str:
-        """Return time and cost on rented GPUs, one and eight, with the source of each rate.
 
-        The rate is GPT-2 124M's, scaled by the FLOPs per token; larger models come a little closer to the peak.
-        """
-        lines = []
-        for name in ("A100", "H100", "H200"):
-            device, price = DEVICES[name], DOLLARS_PER_HOUR[name]
-            assert device.tokens_per_s is not None
-            rate = device.tokens_per_s * FLOPS_PER_TOKEN_124M / self.flops_per_token
-            hours = self.total_tokens / rate / 3600
-            lines.append(
-                f"on        {name:<5} {format_duration(3600 * hours)} on one, {format_duration(3600 * hours / 8)} on "
-                f"eight, ${hours * price:,.2f} at ${price:.2f} per hour (list price, {PRICES_DATE}; {rate:,.0f} "
-                f"tokens/s each, {device.source})"
-            )
-        return "\n".join(lines)
+def make_plan(config: "Config", shape: "GPT2ReproConfig", accelerator: Accelerator) -> Plan:
+    """Return the plan of a run's settings, for the hardware here or for `config.card`."""
+    return Plan(
+        shape=shape,
+        batch=config.batch,
+        max_steps=config.max_steps,
+        hardware=find_hardware(accelerator, config.dollars_per_hour, config.card),
+        compiled=config.compile,
+        has_positions=config.data.boundary == "document",
+        activation_checkpointing=config.activation_checkpointing == "block",
+    )
 
 
 def format_duration(seconds: float) -> str:

@@ -92,7 +92,7 @@ class RunLog:
         resume_step = None if resume_from is None else step
         self._trackers = start_trackers(self._settings, self._output_dir, resume_step=resume_step)
         self._metrics = MetricsWriter(self.metrics_path, history=history)
-        write_provenance(self._output_dir, self._settings, data_info, self._plan, step, previous_folder)
+        write_provenance(self._output_dir, self._settings, data_info, self._plan, state, previous_folder)
 
     def __enter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 from common.checkpoints import is_local
 from common.files import write_json
+from training.checkpoint import LoopState
 from training.estimate import Plan
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
@@ -28,7 +29,7 @@ def write_provenance(
     settings: dict[str, Any],
     data: dict[str, Any],
     plan: Plan,
-    step: int,
+    state: LoopState,
     previous_folder: Path | None,
 ) -> None:
     """Write provenance.json: this launch, and under "earlier_launches" the launches before it.
@@ -36,19 +37,20 @@ def write_provenance(
     Args:
         settings: all resolved settings.
         data: fingerprint of the training data.
-        step: the step that this launch resumes from; 0 for a fresh run.
+        state: the loop's, where this launch starts.
         previous_folder: the run that this launch resumes, possibly in another folder; None for a fresh run.
     """
-    record = describe_launch(settings, data, plan, step)
-    earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", step)
+    record = describe_launch(settings, data, plan, state)
+    earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", state.step)
     write_json(output_dir / "provenance.json", {**record, "earlier_launches": earlier})
 
 
-def describe_launch(settings: dict[str, Any], data: dict[str, Any], plan: Plan, step: int) -> dict[str, Any]:
+def describe_launch(settings: dict[str, Any], data: dict[str, Any], plan: Plan, state: LoopState) -> dict[str, Any]:
     """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "from_step": step,
+        "from_step": state.step,
+        "micro_batch_size": state.micro_batch_size,  # the setting may be "auto"
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "seed": settings["seed"],
         "config": settings,

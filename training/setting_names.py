@@ -42,7 +42,7 @@ _NAMES_BY_HINT = {
     ),
     "batch.micro_batch_size, which evaluation uses too": "per_device_eval_batch_size eval_batch_size",
     "batch.micro_batch_size auto": "auto_find_batch_size",
-    "batch.micro_batch_size auto, which uses less memory if needed": "gradient_checkpointing activation_checkpointing",
+    "activation_checkpointing block": "gradient_checkpointing activation_checkpoint checkpoint_activations",
     # Optimizer
     "optim.lr": "learning_rate max_lr peak_lr base_lr lr_max adam_lr",
     "optim.muon_lr": "matrix_lr",

@@ -53,19 +53,30 @@ def compile_and_wrap(
     """
     copy_from_file(model)
     accelerator.gradient_accumulation_steps = accumulation
-    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    step_model: torch.nn.Module = model
-    if use_compile and is_fsdp:
-        for block in model.transformer.h:  # one graph per block: FSDP2 gathers a block's weights just before its call
-            block.compile(dynamic=False)
-    elif use_compile:
-        # dynamic=None would recompile the training step for any batch size after a smaller last validation batch.
-        step_model = torch.compile(model, dynamic=False)  # type: ignore[assignment]  # a module, too
-    if is_fsdp:
+    step_model = compile_model(model, accelerator) if use_compile else model
+    if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
     empty = meta_copy(model)
     wrapped, optimizer = accelerator.prepare(step_model, optimizer)
     return TrainingModels(model, step_model, wrapped, optimizer, empty)
+
+
+def compile_model(model: GPT2ReproForCausalLM, accelerator: Accelerator) -> torch.nn.Module:
+    """Return the model compiled for training steps. Calling this again uses the compiled code again."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for block in model.transformer.h:  # one graph per block: FSDP2 gathers a block's weights just before its call
+            block.compile(dynamic=False)
+        return model
+    # dynamic=None would recompile the training step for any batch size after a smaller last validation batch.
+    return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # a module, too
+
+
+def checkpoint_activations(model: GPT2ReproForCausalLM) -> None:
+    """Keep only the inputs of the blocks for the backward pass, which computes each block again, to the same bits."""
+    has_dropout = model.config.attn_pdrop > 0 or model.config.resid_pdrop > 0
+    # transformers' new name, and the one before it. The random state is only needed to drop the same units again.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": has_dropout})
 
 
 def fsdp_precision_policy(mixed_precision: str) -> MixedPrecisionPolicy:

@@ -7,9 +7,11 @@ from training.config import BatchConfig
 from training.estimate import Hardware, Plan
 
 
-def make_plan(layers, width, heads, seq_len, rows, accumulation, precision, dropout=0.0, max_steps=10):
-    """A plan for one process on a CPU."""
-    hardware = Hardware(torch.device("cpu"), "cpu", 1, 1, precision, 1e12, "made up", None)
+def make_plan(
+    layers, width, heads, seq_len, rows, accumulation, precision, dropout=0.0, max_steps=10, device="cpu", **more
+):
+    """A plan for one process."""
+    hardware = Hardware(torch.device(device), device, 1, 1, precision, 1e12, "made up", None)
     return Plan(
         shape=GPT2ReproConfig(
             n_layer=layers,
@@ -22,4 +24,5 @@ def make_plan(layers, width, heads, seq_len, rows, accumulation, precision, drop
         batch=BatchConfig(tokens_per_step=rows * seq_len * accumulation, seq_len=seq_len),
         max_steps=max_steps,
         hardware=hardware,
+        **more,
     )

@@ -1,5 +1,7 @@
 """The micro-batch that fits into memory, and warnings if none does."""
 
+import contextlib
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +9,18 @@ import torch
 from accelerate.utils import DistributedType
 from plans import make_plan
 
+from modeling_gpt2repro import GPT2ReproForCausalLM
 from training import TrainingError, batch
-from training.batch import check_memory, largest_fitting_batch
+from training.batch import (
+    RESERVED_SHARE,
+    available_memory,
+    check_memory,
+    choose_micro_batch_size,
+    largest_fitting_batch,
+    out_of_memory_as_one_line,
+    try_step,
+)
+from training.checkpoint import LoopState
 
 GB = 1e9
 ACCELERATOR = SimpleNamespace(device=torch.device("cpu"), distributed_type=DistributedType.NO)
@@ -23,8 +35,8 @@ def plan():
 @pytest.fixture
 def set_memory(monkeypatch):
     def set_memory(free, total):
-        monkeypatch.setattr(batch, "free_memory", lambda device: free * GB)
-        monkeypatch.setattr(batch, "total_memory", lambda device: total * GB)
+        monkeypatch.setattr(batch, "available_memory", lambda hardware: free * GB)
+        monkeypatch.setattr(batch, "total_memory", lambda hardware: total * GB)
 
     return set_memory
 
@@ -35,7 +47,7 @@ def set_memory(monkeypatch):
         (64, 4, []),
         (4, 4, ["4 sequences", "4.58 GB", "4.00 GB", "--batch.micro_batch_size 2 or auto"]),
         (4, 1000, ["8 sequences", "5.56 GB", "--batch.micro_batch_size 2 or auto"]),  # a step has 8
-        (1, 4, ["1.00 GB", "smaller model"]),
+        (1, 4, ["1.00 GB", "smaller model", "--activation_checkpointing block"]),
         (1, "auto", ["1 sequence ", "smaller model"]),
         (4, "auto", []),
     ],
@@ -59,26 +71,98 @@ def test_model_larger_than_the_machine_is_an_error_except_in_a_dry_run(plan, set
         check_memory(plan, ACCELERATOR, is_dry_run=False)
 
 
-@pytest.mark.parametrize(
-    ("estimate", "local_world_size", "expected"),
-    [(lambda size: 100 * size, 1, 8), (lambda size: 100 * size, 4, 2), (lambda size: 10**6, 1, 1)],
-)
-def test_largest_fitting_batch_on_a_cpu_by_the_estimate(monkeypatch, estimate, local_world_size, expected):
-    monkeypatch.setattr(batch, "free_memory", lambda device: 1000)
-    options = {"estimate": estimate, "probe": None, "device": torch.device("cpu")}
-    assert largest_fitting_batch([1, 2, 4, 8, 16], **options, local_world_size=local_world_size) == expected
+@pytest.mark.parametrize(("free", "expected"), [(64, 8), (5, 2), (0.1, 1)])
+def test_auto_on_a_cpu_is_the_estimates(plan, set_memory, free, expected):
+    plan.batch.micro_batch_size = "auto"
+    set_memory(free, 64)
+    assert choose_micro_batch_size(plan, ACCELERATOR, model=object()) == (expected, 8 // expected)
 
 
-def test_largest_fitting_batch_on_a_gpu_by_probing(monkeypatch):
+def test_processes_share_a_cpus_memory(plan, monkeypatch):
     monkeypatch.setattr(batch, "free_memory", lambda device: 1000)
+    assert available_memory(plan.hardware._replace(local_world_size=4)) == 250
+
+
+class TestTrial:
+    """On a GPU, "auto" tries steps, here with a simulated memory."""
+
+    @pytest.fixture
+    def choose(self, plan, monkeypatch, set_memory):
+        """choose(fits, saved): the size for a memory in which up to `fits` sequences fit, and the sizes tried."""
+
+        def choose(fits, saved=None, others=(), limit=64):
+            tried = []
+
+            def try_step(plan, accelerator, model, size, *, num_reserved):
+                tried.append((size, num_reserved))
+                if size > fits:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+            monkeypatch.setattr(batch, "try_step", try_step)
+            monkeypatch.setattr(batch, "gather_object", lambda sizes: [*sizes, *others])
+            set_memory(limit, 64)
+            gpu = dataclasses.replace(plan, hardware=plan.hardware._replace(device=torch.device("cuda"), name="X"))
+            gpu.batch.micro_batch_size = "auto"
+            size, _ = choose_micro_batch_size(gpu, ACCELERATOR, object(), saved=saved)
+            return size, tried
+
+        return choose
+
+    def test_largest_size_that_fits(self, choose):
+        slack = [int(64 * GB * RESERVED_SHARE / 2)] * 2
+        assert choose(fits=5) == (4, [*zip((8, 4), slack, strict=True)])
+
+    def test_sizes_far_above_the_estimate_are_not_tried(self, choose):
+        size, tried = choose(fits=8, limit=6)
+        assert size == tried[0][0] < 8
+
+    def test_smallest_size_of_all_processes(self, choose):
+        assert choose(fits=8, others=[2])[0] == 2
+
+    def test_saved_size_is_used_again(self, choose, capsys):
+        saved = LoopState(micro_batch_size=2, num_processes=1)
+        assert choose(fits=8, saved=saved) == (2, [(2, 0)])
+        assert not capsys.readouterr().out
+        assert choose(fits=8, saved=LoopState(micro_batch_size=2, num_processes=2))[0] == 8
+
+    def test_saved_size_that_no_longer_fits(self, choose, capsys):
+        assert choose(fits=2, saved=LoopState(micro_batch_size=4, num_processes=1))[0] == 2
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resume")]
+        assert all(words in line for words in ("4 sequence(s)", "with 2", "not bit-exact"))
+
+    def test_nothing_fits(self, choose):
+        with pytest.raises(TrainingError, match=r"not even one sequence .* of X, .*activation_checkpointing block"):
+            choose(fits=0)
+
+    def test_other_errors_are_raised(self):
+        with pytest.raises(RuntimeError, match="device-side assert"):
+            largest_fitting_batch([1, 2], lambda size: 1, lambda size: torch_error("device-side assert"), 10)
+
+
+def torch_error(message):
+    raise RuntimeError(message)
+
+
+def test_trial_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(empty_cache=lambda: None))
-    probed = []
+    plan = make_plan(1, 8, 1, 8, 2, 2, "no")
+    accelerator = SimpleNamespace(**vars(ACCELERATOR), num_processes=1, autocast=contextlib.nullcontext)
+    model = GPT2ReproForCausalLM(plan.shape).train()
+    for has_positions in (False, True):
+        plan = dataclasses.replace(plan, has_positions=has_positions)
+        try_step(plan, accelerator, model, 2, num_reserved=10)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
-    def probe(size):
-        probed.append(size)
-        if size > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
 
-    options = {"estimate": lambda size: 100 * size, "device": torch.device("cuda"), "local_world_size": 1}
-    assert largest_fitting_batch([1, 2, 4, 8, 16], probe=probe, **options) == 4
-    assert probed == [8, 4]  # 16 is too far above the estimate
+@pytest.mark.parametrize(
+    ("size", "free", "words"),
+    [(8, 5, ["8 sequence(s)", "--batch.micro_batch_size 2 fits", "3.60 GB"]), (1, 5, ["--activation_checkpointing"])],
+)
+def test_out_of_memory_is_one_line_with_the_size_that_fits(plan, set_memory, size, free, words):
+    set_memory(free, 64)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory (MPS ...")):
+        with pytest.raises(TrainingError) as caught, out_of_memory_as_one_line(plan, size):
+            raise error
+        assert all(word in str(caught.value) for word in [*words, "out of memory on cpu"]), caught.value
+    with pytest.raises(RuntimeError, match="something else"), out_of_memory_as_one_line(plan, size):
+        raise RuntimeError("something else")
