@@ -71,6 +71,7 @@ from training.distributed import isolated_accelerator_state, leave_process_group
 from training.estimate import Plan, make_plan, warn_of_repetition
 from training.hardware_table import describe_cards
 from training.logging import RunLog
+from training.machine import can_compile
 from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.run import RunFolder, StopRequest, ignore_signals
 from training.sharding import TrainingModels, checkpoint_activations, compile_and_wrap, unsharded_model
@@ -91,7 +92,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         config.data.path = prepare_text(config.data.text, is_dry_run=config.dry_run)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
     with isolated_accelerator_state(), ExitStack() as cleanup:
-        accelerator = start_accelerator(config.mixed_precision)
+        accelerator = start_accelerator(config.mixed_precision, use_cpu=config.cpu)
+        config.compile = config.compile and can_compile(accelerator.device.type, is_dry_run=config.dry_run)
         stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
         run = cleanup.enter_context(RunFolder(str(config.output_dir)))
         resume_from = None if config.dry_run else run_on_main(run.open, config.resume)
@@ -222,19 +224,20 @@ def train_steps(
         # One exchange for both: the mean loss of all processes, and the share of them that was asked to stop.
         stop_vote = torch.full((), float(stop.is_requested), device=device)
         means = accelerator.reduce(torch.stack([torch.stack(losses).mean(), stop_vote]), "mean")
-        step_if_finite(models.optimizer, means[0].isfinite() & grad_norm.isfinite())
+        loss_scale = step_if_finite(models.optimizer, means[0].isfinite() & grad_norm.isfinite(), accelerator.scaler)
         models.optimizer.zero_grad()
         # Read the step's numbers with one copy from the device, on CUDA the only one of a step.
-        train_loss, stop_share, norm = torch.cat([means, grad_norm.view(1)]).tolist()
+        train_loss, stop_share, norm, scale = torch.cat([means, torch.stack([grad_norm, loss_scale])]).tolist()
         seconds = time.perf_counter() - start
         # A request after the vote: a single process stops now, several processes one step later.
         is_stopped = stop_share > 0 or (world_size == 1 and stop.is_requested)
 
-        # (d) Log. A step that is not finite was skipped: log which windows caused it. Too many in a row are an error.
-        is_finite = math.isfinite(train_loss) and math.isfinite(norm)
+        # (d) Log. A step that is not finite was skipped: log which windows caused it. Too many in a row are an error,
+        # but not with fp16 while a lower loss scale is still to be tried: that is how the scale is found.
+        is_finite = math.isfinite(train_loss) and (math.isfinite(norm) or scale > 1)
         windows = [] if is_finite else windows_with_nonfinite_loss(losses, loader.window_origins(state.step))
         state.advance(is_finite)
-        log.log_step(state, loss=train_loss, lr=lr, grad_norm=norm, seconds=seconds, windows=windows)
+        log.log_step(state, loss=train_loss, lr=lr, grad_norm=norm, seconds=seconds, windows=windows, loss_scale=scale)
 
 
 # ----------------------------------------------------------------------------------------------------------

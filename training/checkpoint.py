@@ -153,6 +153,8 @@ class CheckpointWriter:
             rng = {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()}
             saved = asdict(state) | {"val_loss": state.val_loss if state.evaluated else None} | self._fingerprint
             saved["tokens"] = state.step * self._fingerprint["tokens_per_step"]
+            if accelerator.scaler is not None:  # fp16
+                saved["loss_scaler"] = accelerator.scaler.state_dict()
             del saved["saved"]
             self._pending = self._thread.submit(self._write, tensors, moments, rng, saved)
             if not self._in_background:
@@ -385,7 +387,7 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str 
 
 
 def load_training_state(folder: str | Path, models: TrainingModels, accelerator: Accelerator) -> None:
-    """Load the optimizer's moments by parameter name, and this process's random state, if the run had its rank."""
+    """Load the optimizer's moments by parameter name, fp16's loss scale, and this rank's random state."""
     device, rank = accelerator.device, accelerator.process_index
     path = Path(folder) / "training_state" / "optimizer.safetensors"
     new_run = f"or start a new run from its weights: --init_from {folder}"
@@ -400,6 +402,9 @@ def load_training_state(folder: str | Path, models: TrainingModels, accelerator:
         raise TrainingError(
             f"{path} does not fit ({error}); resume with the optim.muon_lr (or none) it was saved with, {new_run}"
         ) from error
+    state = json.loads((Path(folder) / "training_state" / "state.json").read_text(encoding="utf-8"))
+    if accelerator.scaler is not None and "loss_scaler" in state:
+        accelerator.scaler.load_state_dict(state["loss_scaler"])
     rng = load_file(Path(folder) / "training_state" / "rng.safetensors")
     if f"{rank}.cpu" in rng:
         torch.set_rng_state(rng[f"{rank}.cpu"])

@@ -177,10 +177,12 @@ class Config:
     """steps between lines on the console (metrics.jsonl has every step)"""
     seed: Annotated[int, "[0, 4294967295]"] = 1337
     """seed of the initial weights, the order of the data, dropout and the text samples"""
-    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
-    """auto: the launcher's setting, otherwise bf16 if the hardware supports it"""
+    cpu: bool = False
+    """train on the CPU, even if there is a GPU"""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """auto: the launcher's setting, otherwise bf16 if the hardware supports it, or fp16 on a GPU that has only that"""
     compile: bool = False
-    """torch.compile the training and validation step"""
+    """torch.compile the training and validation step (not on Apple's GPUs)"""
     activation_checkpointing: Literal["none", "block"] = "none"
     """block: keep only the inputs of the blocks for the backward pass, which computes each block again: the same loss
     and gradients with much less memory, in about a third more time"""

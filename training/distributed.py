@@ -20,8 +20,9 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from common.cli import available_cores, check_world_size, is_main_process
+from common.cli import available_cores, check_world_size, is_main_process, say
 from training import TrainingError
+from training.machine import check_gpu, half_precision
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -33,20 +34,27 @@ class MainProcessFailed(SystemExit):
     """Ends a process because the main process failed and has reported the error."""
 
 
-def start_accelerator(mixed_precision: str) -> Accelerator:
+def start_accelerator(mixed_precision: str, *, use_cpu: bool = False) -> Accelerator:
     """Return an Accelerator for the launcher's settings and this hardware.
 
     Args:
-        mixed_precision: "auto", "no" or "bf16".
+        mixed_precision: "auto", "no", "bf16" or "fp16".
+        use_cpu: train on the CPU, even if there is a GPU.
 
     Raises:
-        UserError: the launcher's processes do not see each other, or its way of sharding is not supported.
+        UserError: there is a GPU that torch cannot use, the launcher's processes do not see each other, or its
+            precision or way of sharding is not supported.
     """
+    use_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")  # the launcher's --cpu
+    if not use_cpu:
+        check_gpu()
+    accelerator_type = torch.accelerator.current_accelerator(check_available=True)
+    device_type = "cpu" if use_cpu or accelerator_type is None else accelerator_type.type
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         _refuse_sharding("DeepSpeed")  # accelerate would import the package first
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes that were started on a CPU do not find each other
-        mixed_precision=resolve_mixed_precision(mixed_precision),
+        cpu=device_type == "cpu",  # else processes that were started on a CPU do not find each other
+        mixed_precision=resolve_mixed_precision(mixed_precision, device_type),
         kwargs_handlers=[
             # While the main process prepares data, checks a checkpoint or saves, the others wait. NCCL's default is 10.
             InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
@@ -59,6 +67,8 @@ def start_accelerator(mixed_precision: str) -> Accelerator:
         _refuse_sharding("fsdp_version: 1")
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         _refuse_sharding("Megatron-LM")
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.mixed_precision == "fp16":
+        raise TrainingError("mixed_precision=fp16 does not go with FSDP2: use bf16, or DDP (ddp_8gpu.yaml)")
     if accelerator.device.type == "cpu" and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise TrainingError(  # accelerate would train with DDP and say nothing
             "the launcher's configuration selects FSDP, which needs GPUs, and there is none here: use "
@@ -79,36 +89,33 @@ def _refuse_sharding(name: str) -> None:
     )
 
 
-def resolve_mixed_precision(setting: str) -> str:
-    """Return "no" or "bf16" for "auto", "no" or "bf16".
+def resolve_mixed_precision(setting: str, device_type: str) -> str:
+    """Return "no", "bf16" or "fp16" for one of them or "auto".
 
-    "auto" is bf16 if the launcher's setting or the hardware says so. The launcher's "no" is also its default, so the
-    hardware decides then; `--mixed_precision no` as a setting of train.py selects float32.
+    "auto" is the launcher's setting, or else the 16-bit format of the hardware. The launcher's "no" is also its
+    default, so the hardware decides then; `--mixed_precision no` as a setting of train.py selects float32. A GPU
+    without bfloat16 gets fp16, and a line says so.
 
     Raises:
-        TrainingError: the launcher is set to a precision that train.py does not support.
+        TrainingError: the launcher is set to a precision that train.py does not support, or fp16 was asked for without
+            a GPU that has it.
     """
-    if setting != "auto":
-        return setting
-    launchers = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launchers not in ("no", "bf16"):
-        raise TrainingError(
-            f"the launcher's mixed_precision is {launchers!r}, and train.py supports 'bf16' and 'no' (float32): "
-            "change it, or override it with --mixed_precision after train.py"
-        )
-    return "bf16" if launchers == "bf16" or supports_bf16() else "no"
-
-
-def supports_bf16() -> bool:
-    """Return True if the hardware computes bfloat16 matmuls; emulated ones are slower than float32."""
-    is_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")  # the launcher's --cpu
-    if torch.cuda.is_available() and not is_on_cpu:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if torch.backends.mps.is_available() and not is_on_cpu:
-        return True  # every Apple GPU that torch 2.10 runs on (macOS 14 and newer)
-    # torch.cpu's probes are private and change between versions; float32 is the safe choice without them.
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+    hardware = half_precision(device_type)
+    if setting == "auto":
+        setting = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if setting not in ("no", "bf16", "fp16"):
+            raise TrainingError(
+                f"the launcher's mixed_precision is {setting!r}, and train.py supports 'bf16', 'fp16' and 'no' "
+                "(float32): change it, or override it with --mixed_precision after train.py"
+            )
+        if setting == "no":
+            setting = hardware
+    if setting == "fp16" and device_type != "cuda":  # accelerate would train in float32 on a CPU, and say nothing
+        raise TrainingError("mixed_precision=fp16 needs an NVIDIA or AMD GPU; use bf16, or no for float32")
+    if setting == "bf16" and hardware == "fp16":
+        say(f"precision {torch.cuda.get_device_name()} has no bfloat16: training in fp16, with loss scaling")
+        return "fp16"
+    return setting
 
 
 def use_all_cores(local_world_size: int) -> None:

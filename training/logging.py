@@ -101,7 +101,15 @@ class RunLog:
         self.close(has_failed=error is not None)
 
     def log_step(
-        self, state: LoopState, *, loss: float, lr: float, grad_norm: float, seconds: float, windows: Sequence[Any]
+        self,
+        state: LoopState,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        seconds: float,
+        windows: Sequence[Any],
+        loss_scale: float = 1.0,
     ) -> None:
         """Log a training step.
 
@@ -109,6 +117,7 @@ class RunLog:
             state: the loop's, after the step.
             windows: descriptions of the windows that made the step's loss or gradient infinite or NaN, so that the step
                 was skipped; empty if it was not.
+            loss_scale: fp16's, from the next step on; 1 with other precisions.
 
         Raises:
             TrainingError: this was one skipped step too many. Raised on every process.
@@ -122,6 +131,8 @@ class RunLog:
             "ms": round(1000 * seconds, 2),
             "tokens_per_s": round(self._tokens_per_step / seconds, 1),
         }
+        if loss_scale != 1:
+            record["loss_scale"] = loss_scale
         if windows:
             skips = {"so_far": state.num_skipped, "in_a_row": state.consecutive_skips, "windows": windows}
             record["skipped"] = {"loss": str(loss), "grad_norm": str(grad_norm), **skips}
@@ -132,6 +143,8 @@ class RunLog:
                 f"step {state.step:>6,} | SKIPPED: loss {loss}, gradient norm {grad_norm}; its windows are in "
                 f"metrics.jsonl; skipped so far: {state.num_skipped}, in a row: {state.consecutive_skips}"
             )
+        elif not math.isfinite(grad_norm):
+            say(f"step {state.step:>6,} | fp16: a gradient overflowed; step left out, loss scale now {loss_scale:,g}")
         else:
             self._track(state.step, {name: value for name, value in record.items() if name != "step"})
         self._console.log_step(record)

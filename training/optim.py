@@ -179,10 +179,11 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
         matrices: [N, rows, columns].
 
     Returns:
-        bfloat16 [N, rows, columns], with singular values between about 0.7 and 1.2.
+        bfloat16 (float16 on a GPU without it) [N, rows, columns], with singular values between about 0.7 and 1.2.
     """
     a, b, c = _COEFFICIENTS
-    x = matrices.bfloat16()
+    is_old_gpu = matrices.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.half() if is_old_gpu else matrices.bfloat16()
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -203,19 +204,33 @@ def clip_gradients(accelerator: Accelerator, model: torch.nn.Module, max_norm: f
     return norm.to(device=accelerator.device, dtype=torch.float32)
 
 
-def step_if_finite(optimizer: AcceleratedOptimizer, is_finite: torch.Tensor) -> None:
+def step_if_finite(
+    optimizer: AcceleratedOptimizer, is_finite: torch.Tensor, scaler: torch.amp.GradScaler | None = None
+) -> torch.Tensor:
     """Take the optimizer's step if the loss and the gradient are finite; otherwise change nothing.
 
-    On CUDA the optimizer decides on the device, and the host does not wait.
+    On CUDA the optimizer decides on the device, and the host does not wait. With fp16, adapt the loss scale too: after
+    `clip_gradients`, the gradient has its own scale again, and is not finite if the scaled one was too large. (The
+    scaler's own step would make the host wait, and does not know the loss.)
 
     Args:
         is_finite: scalar bool tensor on the device, the same on every process.
+        scaler: of the Accelerator, for fp16.
+
+    Returns:
+        scalar float32 tensor on the device, the loss scale from now on; 1 without fp16.
     """
+    inner = optimizer.optimizer
     if is_finite.device.type in _FOUND_INF:
-        optimizer.optimizer.found_inf = is_finite.logical_not().float()
-        optimizer.step()
+        inner.found_inf = is_finite.logical_not().float()
+        inner.step()
     elif is_finite.item():
-        optimizer.step()
+        inner.step()
+    scale = torch.ones((), device=is_finite.device)
+    if scaler is not None:
+        scaler.update()
+        scale = scaler.scale(scale)
+    return scale
 
 
 def windows_with_nonfinite_loss(losses: list[torch.Tensor], windows: Sequence[Window]) -> list[Window]:

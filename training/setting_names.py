@@ -116,7 +116,7 @@ _NAMES_BY_HINT = {
     "`accelerate launch --config_file accelerate_configs/ddp_8gpu.yaml train.py` (or accelerate_configs/fsdp2.yaml)": (
         "ddp fsdp deepspeed backend ddp_backend distributed world_size"
     ),
-    "mixed_precision (auto, no or bf16)": "dtype precision torch_dtype bf16 fp16 fp32 float16 bfloat16 amp",
+    "mixed_precision (auto, no, bf16 or fp16)": "dtype precision torch_dtype bf16 fp16 fp32 float16 bfloat16 amp",
     "compile": "torch_compile use_compile",
     "attention is always PyTorch's scaled_dot_product_attention": "flash use_flash flash_attention attn_implementation",
     "seed": "data_seed random_seed",

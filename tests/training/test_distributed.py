@@ -19,7 +19,6 @@ from training.distributed import (
     resolve_mixed_precision,
     run_on_main,
     start_accelerator,
-    supports_bf16,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,33 +115,35 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
 
 @pytest.mark.usefixtures("_not_launched")
 @pytest.mark.parametrize(
-    ("setting", "launcher", "has_bf16", "expected"),
+    ("setting", "launcher", "device_type", "hardware", "expected"),
     [
-        ("auto", None, True, "bf16"),
-        ("auto", None, False, "no"),
-        ("auto", "no", True, "bf16"),  # the launcher's default
-        ("auto", "bf16", False, "bf16"),
-        ("no", None, True, "no"),
-        ("bf16", "fp16", False, "bf16"),
-        ("auto", "fp16", True, None),
+        ("auto", None, "cpu", "bf16", "bf16"),
+        ("auto", None, "cpu", "no", "no"),
+        ("auto", "no", "cuda", "bf16", "bf16"),  # the launcher's default
+        ("auto", "no", "cuda", "fp16", "fp16"),  # a T4
+        ("auto", "bf16", "cpu", "no", "bf16"),
+        ("auto", "fp16", "cuda", "bf16", "fp16"),
+        ("no", None, "cuda", "bf16", "no"),
+        ("bf16", "fp16", "cpu", "no", "bf16"),
+        ("auto", "fp8", "cuda", "bf16", TrainingError("fp8")),
+        ("auto", "fp16", "cpu", "bf16", TrainingError("needs an NVIDIA or AMD GPU")),
+        ("fp16", None, "mps", "bf16", TrainingError("needs an NVIDIA or AMD GPU")),
     ],
 )
-def test_mixed_precision(setting, launcher, has_bf16, expected, monkeypatch):
-    monkeypatch.setattr(distributed, "supports_bf16", lambda: has_bf16)
+def test_mixed_precision(setting, launcher, device_type, hardware, expected, monkeypatch):
+    monkeypatch.setattr(distributed, "half_precision", lambda device_type: hardware)
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    if expected:
-        assert resolve_mixed_precision(setting) == expected
+    if isinstance(expected, str):
+        assert resolve_mixed_precision(setting, device_type) == expected
     else:
-        with pytest.raises(TrainingError, match=launcher):
-            resolve_mixed_precision(setting)
+        with pytest.raises(TrainingError, match=str(expected)):
+            resolve_mixed_precision(setting, device_type)
 
 
 @pytest.mark.usefixtures("_not_launched")
-def test_bf16_support_is_the_gpus_unless_the_launcher_uses_the_cpu(monkeypatch):
-    on_cpu = supports_bf16() if not torch.accelerator.is_available() else None
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not on_cpu)
-    assert supports_bf16() is not on_cpu
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert on_cpu is None or supports_bf16() is on_cpu
+def test_bf16_on_a_gpu_without_it_becomes_fp16_aloud(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "half_precision", lambda device_type: "fp16")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert resolve_mixed_precision("bf16", "cuda") == "fp16"
+    assert "Tesla T4 has no bfloat16: training in fp16" in capsys.readouterr().out
