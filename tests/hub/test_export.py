@@ -87,17 +87,6 @@ def test_gpt2_export_opens_as_plain_gpt2(exported, model, tokenizer, greedy):
     assert AutoTokenizer.from_pretrained(folder)(PROMPTS).input_ids == [prompt for prompt, _ in greedy]
 
 
-@torch.no_grad()
-def test_mlx_computes_the_same_logits(exported, model):
-    """Not among the test extra's packages; run in an environment with `mlx` or `mlx[cpu]` (benchmarks/RECORDS.md)."""
-    mx = pytest.importorskip("mlx.core", reason="mlx is for Macs: pip install 'mlx[cpu]' mlx-lm elsewhere")
-    mlx_lm = pytest.importorskip("mlx_lm")
-    engine, _ = mlx_lm.load(str(exported("gpt2")))
-    ids = torch.randint(0, 50257, (1, 100), generator=torch.Generator().manual_seed(1))
-    logits = torch.tensor(engine(mx.array(ids.tolist())).tolist())
-    torch.testing.assert_close(logits, model(ids).logits, atol=1e-4, rtol=0)
-
-
 def test_documented_python_opens_the_exports(exported, checkpoint, fresh, tmp_path):
     """The blocks of docs/sharing.md run in a process that has only the exports and a checkpoint."""
     for name, to in (("plain", "gpt2"), ("onnx", "onnx")):
