@@ -3,15 +3,14 @@
     python -m benchmarks.gpu_check --out runs/gpu_check          # 124M; at most 8 minutes, no network
     python -m benchmarks.gpu_check --out runs/gpu_check          # again: continues with the parts that are missing
 
-    machine      versions, driver, the attention kernel that torch picks, the fastest matmul
+    machine      versions, driver, the fastest matmul; attention: torch's choice, and each kernel's time
     steps        this model, transformers' GPT-2 and benchmarks/plain_gpt2.py, eager and compiled: 20 losses from the
-                 same weights on the same data; tokens/s in turns; peak memory, and what the plan says
+                 same weights on the same data; tokens/s in turns; peak memory, and what train.py's plan says
     train        train.py: tokens/s; the same run killed and resumed, and how far its losses are from the first one's
     hellaswag    10,042 items as long as HellaSwag's, scored twice: the first pass has new shapes
-    attention    flash against cuDNN and the other kernels
 
 Each part is a process with a time limit of its own, so a failure costs only itself. A part writes OUT/PART.json as it
-goes; the report is OUT/gpu_check.md, and all numbers are in OUT/gpu_check.json.
+goes; the report is OUT/gpu_check.md. The numbers of "steps" are for one micro-batch per step.
 """
 
 import argparse
@@ -24,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any, cast
 from common.cli import prepare_process
 
 if __name__ == "__main__":
-    prepare_process()  # before torch: its allocator is set as in train.py
+    prepare_process()  # before torch, whose allocator it sets as for train.py
 
 import torch
 from accelerate import Accelerator
@@ -48,12 +47,14 @@ from data.manifest import open_split
 from data.prepare import prepare_sample_if_missing
 from eval.scoring import Request, loglikelihoods
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
+from modeling_gpt2repro.configuration_gpt2repro import SIZES
 from training.config import BatchConfig
 from training.estimate import Plan, find_hardware
 
-CANDIDATES = ("ours", "transformers", "plain")
 NUM_LOSSES = 20
-RESUME_STEPS, SAVE_EVERY, ACCUMULATION = 24, 4, 4  # of train.py
+TRAIN_STEPS, SAVE_EVERY, ACCUMULATION = 24, 4, 4  # of train.py
+KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+NOT_SETTINGS = ("out", "parts", "minutes")
 Results = dict[str, Any]
 Save = Callable[[Results], None]
 
@@ -64,28 +65,25 @@ def main() -> None:
         run_part(sys.argv[2], argparse.Namespace(**json.loads(sys.argv[3])))
         return
     args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * args.minutes
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     prepare_sample_if_missing(args.out / "shards")
+    end = time.monotonic() + 60 * args.minutes
     for name in args.parts:
         results = read_part(args.out, name)
-        left = end - time.monotonic()
-        if results.get("complete") and results["settings"] == settings_of(args):
+        limit = min(PARTS[name][1], end - time.monotonic())
+        if results.get("complete") and results["settings"] == settings:
             print(f"{name:<10} is there already")
-        elif left < min(10, PARTS[name][1]):
+        elif limit < 10:
             print(f"{name:<10} no time left: run the same command again")
         else:
-            print(f"{name:<10} {start_part(name, args, min(left, PARTS[name][1]))}", flush=True)
-    parts = {name: read_part(args.out, name) for name in PARTS}
-    write_json(args.out / "gpu_check.json", parts)
-    (args.out / "gpu_check.md").write_text(report(parts), encoding="utf-8")
-    print(f"\n{report(parts)}\n\nreport     {args.out / 'gpu_check.md'}")
+            print(f"{name:<10} {start_part(name, args.out, settings, limit)}", flush=True)
+    text = report({name: read_part(args.out, name) for name in PARTS})
+    (args.out / "gpu_check.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}")
 
 
 def parse_args() -> argparse.Namespace:
     """Return the arguments, with the model's shape as `layers`, `heads` and `width`."""
-    from modeling_gpt2repro.configuration_gpt2repro import SIZES
-
     sizes = {"tiny": (2, 2, 64), **SIZES}  # "tiny" is for trying this program
     parser = harness.make_parser(__doc__, rounds=3)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"), help="folder (default: %(default)s)")
@@ -95,16 +93,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="sequences per micro-batch (default: by the GPU's memory, up to 64)")
     parser.add_argument("--seq_len", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per turn (default: %(default)s)")
-    parser.add_argument("--items", type=int, default=10042, help="items of the part hellaswag (default: %(default)s)")
+    parser.add_argument("--items", type=int, default=10042, help="of the part hellaswag (default: %(default)s)")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True, help="torch.compile, too")
     args = parser.parse_args()
     args.layers, args.heads, args.width = sizes[args.size]
     return args
-
-
-def settings_of(args: argparse.Namespace) -> Results:
-    """Return what the numbers depend on; parts with other settings are repeated."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "parts", "minutes")}
 
 
 def read_part(out: Path, name: str) -> Results:
@@ -113,40 +106,38 @@ def read_part(out: Path, name: str) -> Results:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def start_part(name: str, args: argparse.Namespace, limit: float) -> str:
-    """Run a part in a fresh process, and end it with all that it started when its time is over. Return how it went."""
-    settings = json.dumps(settings_of(args) | {"out": str(args.out)})
+def start_part(name: str, out: Path, settings: Results, limit: float) -> str:
+    """Run a part in a fresh process. When its time is over, end it and all that it started. Return how it went."""
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, json.dumps(settings | {"out": str(out)})]
     start = time.monotonic()
-    with (args.out / f"{name}.log").open("w") as log:
-        command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, settings]
+    with (out / f"{name}.log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code = process.wait(limit)
-        except BaseException as error:  # the time is over, or Ctrl-C
-            os.killpg(process.pid, signal.SIGKILL)
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            return f"stopped after {limit:.0f} s; OUT/{name}.json has what was complete"
+        except subprocess.TimeoutExpired:
+            return f"stopped after {limit:.0f} s: {out / f'{name}.json'} has what was complete"
+        finally:
+            if process.poll() is None:  # also after Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
     return f"{f'failed, see {log.name}' if code else 'done'} ({time.monotonic() - start:.0f} s)"
 
 
 def run_part(name: str, args: argparse.Namespace) -> None:
     """Run a part in this process. Whenever it has a result, OUT/PART.json is written."""
-    args.out, args.device = Path(args.out), harness.pick_device()
-    settings = {key: value for key, value in vars(args).items() if key not in ("out", "device")}
-    torch.set_float32_matmul_precision("high")
-    if args.batch is None:  # transformers' GPT-2, not compiled, takes 1.5 GB per sequence of 1,024 tokens
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    args.out, args.device, is_bf16 = Path(args.out), harness.pick_device(), True
+    if args.device.type == "cuda":
+        is_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if args.batch is None:  # the plain models take about 1.2 GB per sequence of 1,024 tokens
         memory = torch.cuda.mem_get_info()[1] if args.device.type == "cuda" else 4e9
-        args.batch = min(64, 2 ** int(memory / 1.2e9).bit_length() // 2)
-    is_bf16 = args.device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        args.batch = min(64, 2 ** (int(memory / 1.2e9).bit_length() - 1))
     args.dtype = torch.bfloat16 if is_bf16 else torch.float16
+    torch.set_float32_matmul_precision("high")
     start = time.monotonic()
 
     def save(results: Results, complete: bool = False) -> None:
-        seconds = time.monotonic() - start
-        write_json(
-            args.out / f"{name}.json", results | {"complete": complete, "seconds": seconds, "settings": settings}
-        )
+        state = {"complete": complete, "part_s": time.monotonic() - start, "settings": settings}
+        write_json(args.out / f"{name}.json", results | state)
 
     save(PARTS[name][0](args, save), complete=True)
 
@@ -156,232 +147,198 @@ def run_part(name: str, args: argparse.Namespace) -> None:
 
 
 def check_machine(args: argparse.Namespace, save: Save) -> Results:
-    """Versions, driver, memory, torch's choice of attention kernel, and the fastest matmul."""
+    """Find versions, driver and memory, and time matmuls and attention (forward and backward pass of one block)."""
     results: Results = {"machine": harness.machine_name(), "dtype": str(args.dtype)}
     results |= {package: version(package) for package in ("transformers", "accelerate")}
     if args.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        results["capability"], results["memory_gb"] = (
-            f"{properties.major}.{properties.minor}",
-            properties.total_memory / 1e9,
-        )
-        results["cuda"], results["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
-        if shutil.which("nvidia-smi"):
-            query = "--query-gpu=driver_version,power.limit,clocks.max.sm"
-            command = ["nvidia-smi", query, "--format=csv,noheader"]
-            results["driver, power limit, clock"] = subprocess.run(
-                command, capture_output=True, text=True
-            ).stdout.strip()
-    save(results)
-    q, k, v = attention_inputs(args)
-    results["attention kernel"] = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name
+        gpu = torch.cuda.get_device_properties(0)
+        results |= {"capability": f"{gpu.major}.{gpu.minor}", "memory GB": gpu.total_memory / 1e9}
+        results |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    if shutil.which("nvidia-smi"):
+        command = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+        results["driver, power limit, clock"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     turn = argparse.Namespace(**vars(args) | {"dtype": "bf16" if args.dtype == torch.bfloat16 else "fp32"})
     results["matmul TFLOP/s"] = train_step.matmul_ceiling(turn, args.device) / 1e12
+    shape = (args.batch, args.heads, args.seq_len, args.width // args.heads)
+    q, k, v = (torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3))
+    results["torch's choice of attention"] = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name
+    rows = results["attention"] = {kernel.name: Results() for kernel in KERNELS}
+    save(results)
+
+    def attend() -> None:
+        for _ in range(args.steps):
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+    for kernel in KERNELS:
+        try:
+            with sdpa_kernel(kernel):
+                attend()
+                seconds = [harness.timed(attend, args.device)[1] for _ in range(args.rounds)]
+            rows[kernel.name]["ms"] = [1000 * value / args.steps for value in seconds]
+        except RuntimeError as error:  # not for this device, dtype or shape
+            rows[kernel.name]["error"] = first_line(error)
+        save(results)
     return results
 
 
 class Candidate:
     """A model with an optimizer, from the same weights as the others."""
 
-    def __init__(self, args: argparse.Namespace, name: str, is_compiled: bool, start: GPT2ReproForCausalLM) -> None:
+    def __init__(self, args: argparse.Namespace, name: str, mode: str, start: GPT2ReproForCausalLM) -> None:
         self.args = args
         self.model, self.compute_loss = train_step.build(argparse.Namespace(**vars(args) | {"candidate": name}))
+        weights = (start.to_gpt2() if name == "transformers" else start).state_dict()
         if name == "plain":
             weights = start.transformer.state_dict()
-            padding = len(self.model.state_dict()["wte.weight"]) - start.config.vocab_size
+            padding = len(self.model.state_dict()["wte.weight"]) - len(weights["wte.weight"])
             weights["wte.weight"] = F.pad(weights["wte.weight"], (0, 0, 0, padding))
-        else:
-            weights = (start.to_gpt2() if name == "transformers" else start).state_dict()
         self.model.load_state_dict(weights)
-        self.model.to(args.device).train()
-        self.called = self.model
-        if is_compiled:  # as train.py does
+        self.called = self.model.to(args.device).train()
+        if mode == "compiled":  # as train.py does
             self.called = torch.compile(self.model, dynamic=False)  # type: ignore[assignment]  # a module, too
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
         self.scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
 
-    def step(self, batch: Batch) -> torch.Tensor:
-        """Take an optimizer step and return the loss before it, on the device."""
-        inputs, targets, _ = batch.to(self.args.device)
-        with torch.autocast(self.args.device.type, self.args.dtype):
-            loss = self.compute_loss(self.called, inputs, targets)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-    def turn(self, batches: list[Batch]) -> float:
-        """Return tokens/s over all steps but the first, which creates the optimizer's state. Drop the state at the end."""
-        self.step(batches[0])
-
-        def steps() -> None:
-            for batch in batches[1:]:
-                self.step(batch)
-
-        seconds = harness.timed(steps, self.args.device)[1]
-        self.optimizer.state.clear()
-        return (len(batches) - 1) * batches[0].inputs.numel() / seconds
+    def steps(self, batches: Iterable[Batch]) -> list[float]:
+        """Take an optimizer step for each batch. Return the losses, which are read at the end."""
+        losses = []
+        for batch in batches:
+            inputs, targets, _ = batch.to(self.args.device)
+            with torch.autocast(self.args.device.type, self.args.dtype):
+                loss = self.compute_loss(self.called, inputs, targets)
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            losses.append(loss.detach())
+        return torch.stack(losses).tolist()
 
 
 def check_steps(args: argparse.Namespace, save: Save) -> Results:
-    """Losses from the same weights on the same data, then tokens/s in turns."""
+    """Compare losses from the same weights on the same data, then tokens/s in turns."""
     torch.manual_seed(0)
-    shape = {"n_layer": args.layers, "n_head": args.heads, "n_embd": args.width}
-    start = GPT2ReproForCausalLM(GPT2ReproConfig(**shape, n_positions=max(1024, args.seq_len)))
-    plan = make_plan(args, cast(GPT2ReproConfig, start.config))
-    loader = WindowLoader(
-        [open_split(args.out / "shards", "train")], seq_len=args.seq_len, batch_size=args.batch, seed=0
-    )
-    batches = [loader.batch(step) for step in range(max(NUM_LOSSES, args.steps + 1))]
-    rows: dict[str, Results] = {}
-    estimate = plan.estimate_memory(args.batch)
-    results = {"batch": args.batch, "plan_gb": (estimate.total - estimate.base) / 1e9, "candidates": rows}
-    candidates: dict[str, Candidate] = {}
-    for mode in ("eager", "compiled") if args.compiled else ("eager",):
-        for name in CANDIDATES:
-            row = rows[f"{name} {mode}"] = {}
-            try:
-                before = reset_peak(args.device)
-                candidate = Candidate(args, name, mode == "compiled", start)
-                losses = [candidate.step(batch) for batch in batches[:NUM_LOSSES]]
-                row["losses"] = torch.stack(losses).tolist()
-                if args.device.type == "cuda":
-                    row["peak_gb"] = (torch.cuda.max_memory_allocated() - before) / 1e9
-                candidate.optimizer.state.clear()
-                candidates[f"{name} {mode}"] = candidate
-            except Exception as error:  # out of memory, no compiler: the others are still worth their time
-                row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-            save(results)
-    for _ in range(args.rounds):
-        for key, candidate in candidates.items():
-            speed = candidate.turn(batches[: args.steps + 1])
-            rows[key].setdefault("tokens_per_s", []).append(speed)
-            rows[key].setdefault("mfu", []).append(speed * plan.flops_per_token / plan.hardware.peak_flops)
-            reset_peak(args.device)
-            save(results)
-    return results | {"peak": f"{plan.hardware.peak_flops / 1e12:,.3g} TFLOP/s ({plan.hardware.peak_source})"}
-
-
-def make_plan(args: argparse.Namespace, shape: GPT2ReproConfig) -> Plan:
-    """Return train.py's plan for steps of one micro-batch."""
-    precision = "bf16" if args.dtype == torch.bfloat16 else "fp16"
+    start = GPT2ReproForCausalLM(GPT2ReproConfig(**model_shape(args), n_positions=max(1024, args.seq_len)))
     batch = BatchConfig(tokens_per_step=args.batch * args.seq_len, seq_len=args.seq_len, micro_batch_size=args.batch)
-    accelerator = Accelerator(mixed_precision=precision, cpu=args.device.type == "cpu")
-    return Plan(shape=shape, batch=batch, max_steps=1, hardware=find_hardware(accelerator))
-
-
-def reset_peak(device: torch.device) -> int:
-    """Give cached memory back and start a new peak. Return the bytes that are allocated."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+    precision = "bf16" if args.dtype == torch.bfloat16 else "fp16"
+    hardware = find_hardware(Accelerator(mixed_precision=precision, cpu=args.device.type == "cpu"))
+    plan = Plan(shape=cast(GPT2ReproConfig, start.config), batch=batch, max_steps=1, hardware=hardware)
+    memory = plan.estimate_memory(args.batch)
+    shards = open_split(args.out / "shards", "train")
+    loader = WindowLoader([shards], seq_len=args.seq_len, batch_size=args.batch, seed=0)
+    batches = [loader.batch(step) for step in range(max(NUM_LOSSES, args.steps + 1))]
+    modes = ("eager", "compiled") if args.compiled else ("eager",)
+    rows = {f"{name} {mode}": Results() for mode in modes for name in ("ours", "transformers", "plain")}
+    results: Results = {"sequences": args.batch, "plan GB, without torch": (memory.total - memory.base) / 1e9}
+    results |= {"peak TFLOP/s": hardware.peak_flops / 1e12, "candidates": rows}
+    candidates: dict[str, Candidate] = {}
+    losses: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        try:
+            before = reset_peak(args.device)
+            name, mode = key.split()
+            candidates[key] = Candidate(args, name, mode, start)
+            losses[key] = candidates[key].steps(batches[:NUM_LOSSES])
+            if args.device.type == "cuda":
+                row["peak GB"] = train_step.peak_memory_gb(args.device) - before
+            row |= {"first loss": losses[key][0], f"loss {NUM_LOSSES}": losses[key][-1]}
+            row["off ours eager"] = max(abs(a - b) for a, b in zip(losses[key], losses["ours eager"], strict=True))
+            candidates[key].optimizer.state.clear()  # makes room for the next candidate
+        except Exception as error:  # out of memory, no compiler: the others are still worth their time
+            row["error"] = first_line(error)
+            candidates.pop(key, None)
+        save(results | {"losses": losses})
+    for key, candidate in [*candidates.items()] * args.rounds:
+        candidate.steps(batches[:1])  # creates the optimizer's state
+        _, seconds = harness.timed(partial(candidate.steps, batches[1 : args.steps + 1]), args.device)
+        candidate.optimizer.state.clear()
+        reset_peak(args.device)
+        speed = args.steps * batch.tokens_per_step / seconds
+        rows[key].setdefault("tokens/s", []).append(speed)
+        rows[key].setdefault("MFU", []).append(speed * plan.flops_per_token / hardware.peak_flops)
+        save(results | {"losses": losses})
+    return results | {"losses": losses}
 
 
 def check_training(args: argparse.Namespace, save: Save) -> Results:
     """Run train.py to its end; then once more, killed after a checkpoint and resumed."""
-    settings = {
-        "config": "recipes/gpt2_124m.yaml",
-        **{"model.n_layer": args.layers, "model.n_head": args.heads, "model.n_embd": args.width},
-        **{"data.path": args.out / "shards", "data.prepare_sample": "true"},
-        **{"batch.micro_batch_size": args.batch, "batch.seq_len": args.seq_len},
-        "batch.tokens_per_step": ACCUMULATION * args.batch * args.seq_len,
-        **{"max_steps": RESUME_STEPS, "save_every": SAVE_EVERY, "eval_every": 10**6, "optim.warmup_steps": 4},
-        **{"eval.val_tokens": args.batch * args.seq_len, "eval.hellaswag": "null", "eval.prompts": "[]"},
-        **{"compile": str(args.compiled).lower(), "trackers": "[]"},
-    }
-    command = [
-        sys.executable,
-        "train.py",
-        *(word for key, value in settings.items() for word in (f"--{key}", str(value))),
+    micro, tokens = args.batch, args.batch * args.seq_len
+    command = [sys.executable, "train.py", "--config", "recipes/gpt2_124m.yaml", "--data.path", f"{args.out}/shards"]
+    command += [f"--model.{name}={value}" for name, value in model_shape(args).items()]
+    command += [f"--batch.micro_batch_size={micro}", f"--batch.seq_len={args.seq_len}"]
+    command += [f"--batch.tokens_per_step={ACCUMULATION * tokens}", f"--eval.val_tokens={tokens}"]
+    command += [f"--max_steps={TRAIN_STEPS}", f"--save_every={SAVE_EVERY}", f"--eval_every={TRAIN_STEPS}"]
+    command += [
+        "--eval.hellaswag=null",
+        "--eval.prompts=[]",
+        "--trackers=[]",
+        f"--compile={str(args.compiled).lower()}",
     ]
 
     def start(run: Path, *more: str) -> subprocess.Popen:
-        print(f"\n{run.name}", *more, flush=True)
         return subprocess.Popen([*command, "--output_dir", str(run), *more])
 
-    undisturbed, killed = args.out / "train_undisturbed", args.out / "train_killed"
-    for run in (undisturbed, killed):
+    def seconds_to_end(process: subprocess.Popen) -> float:
+        _, seconds = harness.timed(process.wait, torch.device("cpu"))
+        if process.returncode:
+            raise SystemExit(f"train.py failed with exit code {process.returncode}")
+        return seconds
+
+    runs = undisturbed, killed = args.out / "undisturbed", args.out / "killed"
+    for run in runs:
         shutil.rmtree(run, ignore_errors=True)
-    code, seconds = harness.timed(start(undisturbed).wait, torch.device("cpu"))
-    results: Results = {"code": code, "undisturbed_s": seconds}
-    milliseconds = [record["ms"] for record in read_metrics(undisturbed / "metrics.jsonl") if "ms" in record]
-    if milliseconds:
-        tokens = ACCUMULATION * args.batch * args.seq_len
-        results["tokens_per_s"] = 1000 * tokens / statistics.median(milliseconds[len(milliseconds) // 2 :])
+    results: Results = {"seconds": seconds_to_end(start(undisturbed))}
+    first = [record for record in read_metrics(undisturbed / "metrics.jsonl") if "loss" in record]
+    results["tokens/s"] = statistics.median(record["tokens_per_s"] for record in first[TRAIN_STEPS // 2 :])
     save(results)
     process = start(killed)
     while process.poll() is None and not [*killed.glob("checkpoints/step_*")]:
         time.sleep(0.02)
     process.kill()
-    results["killed"] = process.wait() < 0  # not if it ended before
-    results["resume_code"], results["resume_s"] = harness.timed(
-        start(killed, "--resume", "auto").wait, torch.device("cpu")
-    )
-    first, second = (
-        {record["step"]: record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record}
-        for run in (undisturbed, killed)
-    )
-    differences = {step: abs(first[step] - second[step]) for step in first if step in second}
-    return results | {
-        "steps_in_both": len(differences),
-        "largest_difference": max(differences.values(), default=None),
-        "first_different_step": next((step for step, value in differences.items() if value), None),
-    }
+    results["was killed"] = process.wait() < 0  # not if it ended before
+    results["seconds after the kill"] = seconds_to_end(start(killed, "--resume", "auto"))
+    second = [record for record in read_metrics(killed / "metrics.jsonl") if "loss" in record]
+    results["off the first run"] = max(abs(a["loss"] - b["loss"]) for a, b in zip(first, second, strict=True))
+    return results
 
 
 def check_hellaswag(args: argparse.Namespace, save: Save) -> Results:
     """Score items of HellaSwag's lengths with random tokens, twice."""
-    rng = random.Random(0)
-    tokens = [rng.randrange(50257) for _ in range(1000)]
+    rng, shapes = random.Random(0), set()
+    tokens = [rng.randrange(50257) for _ in range(100)]
     requests = [
-        Request(tokens[: rng.randint(15, 105)], [tokens[: rng.randint(10, 40)] for _ in range(4)])
+        Request(tokens[: rng.randint(5, 100)], [tokens[: rng.randint(8, 45)] for _ in range(4)])
         for _ in range(args.items)
     ]
-    shape = {"n_layer": args.layers, "n_head": args.heads, "n_embd": args.width}
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(**shape)).to(args.device)
-    shapes = set()
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(**model_shape(args))).to(args.device)
     model.transformer.wte.register_forward_pre_hook(lambda _, arguments: shapes.add(arguments[0].shape))
     results: Results = {"items": args.items}
     for number in ("first", "second"):
         with torch.autocast(args.device.type, args.dtype):
-            score = partial(loglikelihoods, model, requests)
-            results[f"{number}_pass_s"] = harness.timed(score, args.device)[1]
+            _, results[f"{number} pass s"] = harness.timed(partial(loglikelihoods, model, requests), args.device)
         results["shapes"] = len(shapes)
         save(results)
     return results
 
 
-def attention_inputs(args: argparse.Namespace) -> list[torch.Tensor]:
-    """Return query, key and value [B, H, T, D/H] of one block."""
-    shape = (args.batch, args.heads, args.seq_len, args.width // args.heads)
-    return [torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3)]
+def model_shape(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the model's shape in GPT-2's names."""
+    return {"n_layer": args.layers, "n_head": args.heads, "n_embd": args.width}
 
 
-def check_attention(args: argparse.Namespace, save: Save) -> Results:
-    """Time forward and backward pass of one block's attention with each of torch's kernels."""
-    q, k, v = attention_inputs(args)
-    times: dict[str, list[float] | str] = {}
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+def reset_peak(device: torch.device) -> float:
+    """Return cached memory to the GPU and start a new peak. Return the GB that are allocated."""
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 1e9
 
-    def forward_and_backward() -> None:
-        for _ in range(args.steps):
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
 
-    for kernel in kernels:
-        try:
-            with sdpa_kernel(kernel):
-                forward_and_backward()
-                seconds = [harness.timed(forward_and_backward, args.device)[1] for _ in range(args.rounds)]
-            times[kernel.name] = [1000 * value / args.steps for value in seconds]
-        except RuntimeError as error:  # not for this device, dtype or shape
-            times[kernel.name] = str(error).splitlines()[0][:200]
-        save({"ms": times})
-    return {"ms": times}
+def first_line(error: Exception) -> str:
+    """Return an exception as one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:150]}" if str(error) else type(error).__name__
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace, Save], Results], float]] = {  # with the limit in seconds
@@ -389,57 +346,29 @@ PARTS: dict[str, tuple[Callable[[argparse.Namespace, Save], Results], float]] = 
     "steps": (check_steps, 300),
     "train": (check_training, 240),
     "hellaswag": (check_hellaswag, 90),
-    "attention": (check_attention, 60),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The report.
-
-
 def report(parts: dict[str, Results]) -> str:
-    """Return the results of all parts as Markdown."""
+    """Return the results of all parts as Markdown: a table of the single numbers, and one for each table."""
     sections = []
     for name, results in parts.items():
-        state = "" if results.get("complete") else ": incomplete" if results else ": not run"
-        sections.append(f"## {name}{state}")
-        if name == "steps" and results:
-            sections.append(steps_table(results))
-        elif results:
-            hidden = ("complete", "seconds", "settings")
-            rows = [(key, rounded(value)) for key, value in results.items() if key not in hidden]
-            sections.append(harness.table(("", ""), rows))
+        sections.append(f"## {name}{'' if results.get('complete') else ': incomplete' if results else ': not run'}")
+        shown = {key: value for key, value in results.items() if key not in ("complete", "settings", "losses")}
+        tables = {key: shown.pop(key) for key, value in results.items() if key in shown and isinstance(value, dict)}
+        sections.append(harness.table((name, ""), ((key, format_result(value)) for key, value in shown.items())))
+        for title, rows in tables.items():
+            columns = [*dict.fromkeys(column for row in rows.values() for column in row)]
+            cells = ([key, *(format_result(row.get(column, "-")) for column in columns)] for key, row in rows.items())
+            sections.append(harness.table([title, *columns], cells))
     return "\n\n".join(sections)
 
 
-def steps_table(results: Results) -> str:
-    """Return the table of the part `steps`. Losses are compared with those of our model without torch.compile."""
-    reference = results["candidates"].get("ours eager", {}).get("losses")
-    rows = []
-    for name, row in results["candidates"].items():
-        losses, cells = row.get("losses"), [row.get("error", "-")] * 3
-        if losses:
-            cells = [f"{losses[0]:.4f}", f"{losses[-1]:.4f}", "-"]
-        if losses and reference:
-            cells[2] = f"{max(abs(a - b) for a, b in zip(losses, reference, strict=True)):.4f}"
-        if "mfu" in row:
-            cells += [harness.with_range(row["tokens_per_s"], ",.0f"), harness.with_range(row["mfu"], ".3f")]
-        rows.append([name, *cells, *["-"] * (5 - len(cells)), rounded(row.get("peak_gb", "-"))])
-    columns = ("candidate", "first loss", f"loss {NUM_LOSSES}", "largest difference to ours eager", "tokens/s", "MFU")
-    table = harness.table((*columns, "peak GB"), rows)
-    return (
-        f"{results['batch']} sequences per step; the plan says {results['plan_gb']:.2f} GB for ours in train.py; peak "
-        f"{results.get('peak', '?')}\n\n{table}"
-    )
-
-
-def rounded(value: object) -> str:
-    """Return a result as text."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {rounded(item)}" for key, item in value.items())
+def format_result(value: object) -> str:
+    """Return a result as text: of a list, the median with its range."""
     if isinstance(value, list):
-        return harness.with_range(value, ".3f")
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+        return harness.with_range(value, ",.0f" if min(value) > 100 else ".3f")
+    return f"{value:,.5g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
