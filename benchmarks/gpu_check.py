@@ -10,7 +10,7 @@
     hellaswag    10,042 items as long as HellaSwag's, scored twice: the first pass has new shapes
 
 Each part is a process with a time limit of its own, so a failure costs only itself. A part writes OUT/PART.json as it
-goes; the report is OUT/gpu_check.md. The numbers of "steps" are for one micro-batch per step.
+goes; OUT/gpu_check.json has them all, and OUT/gpu_check.md is the report. "steps" takes one micro-batch per step.
 """
 
 import argparse
@@ -77,7 +77,9 @@ def main() -> None:
             print(f"{name:<10} no time left: run the same command again")
         else:
             print(f"{name:<10} {start_part(name, args.out, settings, limit)}", flush=True)
-    text = report({name: read_part(args.out, name) for name in PARTS})
+    parts = {name: read_part(args.out, name) for name in PARTS}
+    write_json(args.out / "gpu_check.json", parts)
+    text = report(parts)
     (args.out / "gpu_check.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
 
@@ -202,8 +204,7 @@ class Candidate:
     def steps(self, batches: Iterable[Batch]) -> list[float]:
         """Take an optimizer step for each batch. Return the losses, which are read at the end."""
         losses = []
-        for batch in batches:
-            inputs, targets, _ = batch.to(self.args.device)
+        for inputs, targets, _ in batches:
             with torch.autocast(self.args.device.type, self.args.dtype):
                 loss = self.compute_loss(self.called, inputs, targets)
             self.scaler.scale(loss).backward()
@@ -227,7 +228,7 @@ def check_steps(args: argparse.Namespace, save: Save) -> Results:
     memory = plan.estimate_memory(args.batch)
     shards = open_split(args.out / "shards", "train")
     loader = WindowLoader([shards], seq_len=args.seq_len, batch_size=args.batch, seed=0)
-    batches = [loader.batch(step) for step in range(max(NUM_LOSSES, args.steps + 1))]
+    batches = [loader.batch(step).to(args.device) for step in range(max(NUM_LOSSES, args.steps + 1))]
     modes = ("eager", "compiled") if args.compiled else ("eager",)
     rows = {f"{name} {mode}": Results() for mode in modes for name in ("ours", "transformers", "plain")}
     results: Results = {"sequences": args.batch, "plan GB, without torch": (memory.total - memory.base) / 1e9}
@@ -243,7 +244,8 @@ def check_steps(args: argparse.Namespace, save: Save) -> Results:
             if args.device.type == "cuda":
                 row["peak GB"] = train_step.peak_memory_gb(args.device) - before
             row |= {"first loss": losses[key][0], f"loss {NUM_LOSSES}": losses[key][-1]}
-            row["off ours eager"] = max(abs(a - b) for a, b in zip(losses[key], losses["ours eager"], strict=True))
+            first = next(iter(losses))  # "ours eager", if it has not failed
+            row[f"off {first}"] = max(abs(a - b) for a, b in zip(losses[key], losses[first], strict=True))
             candidates[key].optimizer.state.clear()  # makes room for the next candidate
         except Exception as error:  # out of memory, no compiler: the others are still worth their time
             row["error"] = first_line(error)
