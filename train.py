@@ -69,10 +69,12 @@ from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_fo
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, make_plan, warn_of_repetition
+from training.garbage import collector_restored, stop_collecting
 from training.hardware_table import describe_cards
 from training.logging import RunLog
 from training.machine import can_compile
 from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
+from training.profiling import profiled
 from training.run import RunFolder, StopRequest, ignore_signals
 from training.sharding import TrainingModels, checkpoint_activations, compile_and_wrap, unsharded_model
 
@@ -159,7 +161,10 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         run.mark_running()
         say(f"training  from step {state.step:,} to {config.max_steps:,}, into {run.path}")
         batches = loader.batches(state.step, config.max_steps, pin_memory=accelerator.device.type == "cuda")
+        if config.profile is not None and accelerator.is_main_process:
+            batches = profiled(batches, config.profile, run.path)
         cleanup.callback(batches.close)  # ends the thread that reads ahead
+        cleanup.enter_context(collector_restored())
         is_stopped = train_steps(
             config, accelerator, models, micro_batch_size, state, loader, batches, evaluation, checkpoints, log, stop
         )
@@ -238,6 +243,7 @@ def train_steps(
         windows = [] if is_finite else windows_with_nonfinite_loss(losses, loader.window_origins(state.step))
         state.advance(is_finite)
         log.log_step(state, loss=train_loss, lr=lr, grad_norm=norm, seconds=seconds, windows=windows, loss_scale=scale)
+        stop_collecting()  # once, after the first step, which may have compiled
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
     python -m benchmarks.train_step                                  # 124M, 4 x 1024 tokens, bf16, eager and compiled
     python -m benchmarks.train_step --no-compiled --candidates ours transformers script:build-nanogpt/train_gpt2.py
-    python -m benchmarks.train_step --candidates ours ours-50304     # what a 50,257-row vocabulary costs
+    python -m benchmarks.train_step --candidates ours ours-50304 plain      # what a 50,257-row vocabulary costs
 
 Every turn is a fresh process, so that peak memory is its own. Each turn also measures the machine's ceiling: the best
 of a few matmuls of the model's shapes and of square shapes, in the same dtype. Prints a Markdown table.
 
-A script is not run: its imports, classes and functions are taken, and `GPT(GPTConfig(...))` is built from them with
-the lecture's 50,304-row vocabulary. Its forward takes (tokens, targets) and returns (logits, loss).
+"plain" is the model of benchmarks/plain_gpt2.py. A script is not run: its imports, classes and functions are taken, and
+`GPT(GPTConfig(...))` is built from them with the lecture's 50,304-row vocabulary. Its forward takes (tokens, targets)
+and returns (logits, loss).
 """
 
 import argparse
@@ -24,12 +25,14 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.plain_gpt2 import PlainGPT2
 
 WARM_UP_STEPS = 3  # the first two allocate memory and create the optimizer's state
 COLUMNS = (
     *("candidate", "mode", "tokens/s", "share of ceiling", "peak GB"),
     *("tokens/s over transformers'", "peak over transformers' eager"),
 )
+CANDIDATES = ("ours", "ours-50304", "transformers", "plain")
 LossFunction = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -80,7 +83,7 @@ def parse_args() -> argparse.Namespace:
         "--candidates",
         nargs="+",
         default=["ours", "transformers"],
-        help="ours, ours-50304, transformers, script:PATH of a file that defines GPT and GPTConfig",
+        help="ours, ours-50304, transformers, plain, script:PATH of a file that defines GPT and GPTConfig",
     )
     parser.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
@@ -88,8 +91,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for candidate in args.candidates:  # before the turns, which take minutes
         name, _, path = candidate.partition(":")
-        if candidate not in ("ours", "ours-50304", "transformers") and not (name == "script" and Path(path).is_file()):
-            parser.error(f"candidate {candidate!r} must be ours, ours-50304, transformers or script:PATH of a file")
+        if candidate not in CANDIDATES and not (name == "script" and Path(path).is_file()):
+            parser.error(f"candidate {candidate!r} must be {', '.join(CANDIDATES)} or script:PATH of a file")
     args.layers, args.heads, args.width = sizes[args.size]
     return args
 
@@ -166,8 +169,13 @@ def build(turn: argparse.Namespace) -> tuple[torch.nn.Module, LossFunction]:
 
         config = GPT2Config(**shape, n_positions=n_positions, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         gpt2 = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
-        # This loss shifts the labels itself, so it has one target less per sequence.
-        return gpt2, lambda model, tokens, targets: model(tokens, labels=tokens, use_cache=False).loss
+        # With shift_labels, the loss does not shift the labels.
+        return (
+            gpt2,
+            lambda model, tokens, targets: model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss,
+        )
+    if turn.candidate == "plain":
+        return PlainGPT2(**shape, n_positions=n_positions), lambda model, tokens, targets: model(tokens, targets)
     if turn.candidate.startswith("script:"):
         names = harness.load_definitions(turn.candidate.partition(":")[2])
         gpt = names["GPT"](names["GPTConfig"](**shape, block_size=n_positions, vocab_size=50304))

@@ -19,6 +19,9 @@ from typing import NoReturn
 from common.errors import UserError, one_line
 from common.terminal import take_terminal
 
+# The first is the name since torch 2.9. torch reads the others, too.
+_ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 _has_terminal = False  # taken over from accelerate's launcher
 
 
@@ -31,12 +34,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare_process() -> None:
-    """Prepare the output streams, and make Ctrl-C end the process with one line. Call it before other imports.
+    """Prepare the output streams and the GPU's allocator, and make Ctrl-C one line. Call it before other imports.
 
     Characters that the console does not have (cp1252, ASCII, a redirected log on Windows) are printed as escapes.
     """
     global _has_terminal
     _use_utf8_for_paths()
+    _use_expandable_segments()
     gc.disable()  # until run_command: looking for garbage among the imported modules takes half a second
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
@@ -63,6 +67,15 @@ def _use_utf8_for_paths() -> None:
     encoding = os.environ.get("PYTHONIOENCODING") or f"{getattr(sys.stdout, 'encoding', 'utf-8')}:backslashreplace"
     environment = os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": encoding}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def _use_expandable_segments() -> None:
+    """Let torch's CUDA allocator grow its segments, which wastes less memory, unless the user has set the allocator.
+
+    torch reads the variable when it is imported. Windows does not support such segments.
+    """
+    if os.name != "nt" and not any(name in os.environ for name in _ALLOCATOR_VARIABLES):
+        os.environ[_ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def is_main_process() -> bool:

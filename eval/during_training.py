@@ -1,5 +1,6 @@
 """Evaluate during training: validation loss, HellaSwag and samples, on all processes of the run together."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -106,6 +107,7 @@ class TrainingEvaluation:
         samples: list[str] = []
         if PartialState().is_main_process and not is_broken:
             samples = sample_texts(model, self.tokenizer, self.prompts, num_tokens=self.sample_tokens, seed=self.seed)
+        gc.collect()  # generate leaves cycles of objects, and training switches the collector off
         return EvaluationResult(
             val_loss=val_loss,
             val_losses=dict(zip(self.val_batches, losses, strict=True)) if len(losses) > 1 else None,

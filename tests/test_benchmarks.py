@@ -1,5 +1,6 @@
 """The benchmarks start, print their columns, and compare runs correctly. Their timings are not tested."""
 
+import argparse
 import dataclasses
 import importlib
 import json
@@ -13,10 +14,11 @@ import pytest
 import torch
 from tiny_run import ROOT
 
-from benchmarks import harness, loop_overhead, race, tokenization, train_step
+from benchmarks import gpu_check, harness, loop_overhead, race, tokenization, train_step
 from training.config import load_config
+from training.distributed import isolated_accelerator_state
 
-NAMES = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "harness"})
+NAMES = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "harness", "plain_gpt2"})
 
 
 @pytest.fixture
@@ -65,6 +67,40 @@ def test_train_step_prints_a_row_per_candidate(run, monkeypatch):
     rows = [line.strip("| ").split(" | ") for line in lines[-3:]]
     assert [row[:2] for row in rows] == [[candidate, "eager"] for candidate in candidates]
     assert rows[1][5:] == ["1.00", "1.00"] and len(rows[0]) == len(train_step.COLUMNS)
+
+
+TINY_CHECK = ("--size", "tiny", "--batch", 2, "--seq_len", 32, "--steps", 1, "--rounds", 1, "--items", 5)
+
+
+def test_gpu_check_continues_with_the_missing_parts(run, tiny, tmp_path, monkeypatch):
+    def start_part(name, out, settings, limit):  # in this process
+        with isolated_accelerator_state():
+            gpu_check.run_part(name, argparse.Namespace(**settings, out=out))
+
+    monkeypatch.setattr(gpu_check, "start_part", start_part)
+    monkeypatch.setattr(gpu_check, "NUM_LOSSES", 3)
+    monkeypatch.setattr(train_step, "matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would stay set for other tests
+    (tmp_path / "shards").symlink_to(tiny.parent / "shards")
+    command = ("gpu_check", "--out", tmp_path, "--no-compiled", *TINY_CHECK)
+    run(*command, "--parts", "machine", "steps")
+    results = json.loads((tmp_path / "steps.json").read_text())
+    ours, transformers, plain = (row["first loss"] for row in results["candidates"].values())
+    assert transformers == pytest.approx(ours, abs=1e-3)
+    assert plain == pytest.approx(ours + 47 / 50304, abs=1e-3)  # its padding has 47 more tokens
+    assert all(row["tokens/s"][0] > 0 and "error" not in row for row in results["candidates"].values())
+    output = run(*command, "--parts", "machine", "steps", "hellaswag")
+    assert output.startswith("machine    is there already\nsteps      is there already\nhellaswag  ")
+    assert "\n| plain eager | 10." in output and "\n## train: not run\n" in output
+    assert "machine    no time left" in run(*command, "--parts", "machine", "--seq_len", 16, "--minutes", 0)
+
+
+@pytest.mark.slow
+def test_gpu_check_runs_every_part_in_a_process(launch, tiny, tmp_path):
+    (tmp_path / "shards").symlink_to(tiny.parent / "shards")
+    output = launch("benchmarks.gpu_check", "--out", tmp_path, "--no-compiled", *TINY_CHECK, script="-m").stdout
+    assert [line.split()[1] for line in output.splitlines()[:4]] == ["done"] * 4, output
+    assert "| was killed | True |" in output and "| off the first run | 0 |" in output
 
 
 def test_tokenization_prints_a_row_per_candidate(run, tmp_path):

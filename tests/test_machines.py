@@ -7,6 +7,7 @@ A short run, its evaluation, sampling, export and push live through each of them
 import contextlib
 import errno
 import fcntl
+import gc
 import io
 import itertools
 import json
@@ -244,11 +245,32 @@ def test_a_console_prints_what_it_can(is_prepared, encoding, monkeypatch):
     console = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
     monkeypatch.setattr(sys, "stdout", console)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
     if is_prepared:
         cli.prepare_process()
+        gc.enable()  # as run_command does
     print(text if is_prepared else cli.encodable(text))
     printed = console.buffer.getvalue().decode(encoding)
     assert printed == text.encode(encoding, "backslashreplace").decode(encoding) + "\n"
+
+
+EXPANDABLE = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize(
+    ("system", "before", "after"),
+    [
+        ("posix", {}, EXPANDABLE),
+        ("nt", {}, {}),
+        ("posix", {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, {}),
+        ("posix", {"PYTORCH_ALLOC_CONF": ""}, {}),
+    ],
+)
+def test_the_allocator_is_set_unless_the_user_has_set_it(system, before, after, monkeypatch):
+    environment = dict(before)
+    monkeypatch.setattr(cli, "os", SimpleNamespace(name=system, environ=environment))
+    cli._use_expandable_segments()
+    assert environment == before | after
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -390,6 +412,7 @@ def test_train_is_called_again_and_again(tiny, tmp_path, monkeypatch):
     def call(run, *more):
         code = train.train(["--config", str(tiny), "--output_dir", str(tmp_path / run), *QUICK, *more])
         assert handlers() == before
+        assert gc.isenabled() and gc.get_freeze_count() == 0
         return code
 
     assert call("one") == 0
@@ -407,7 +430,7 @@ def test_train_is_called_again_and_again(tiny, tmp_path, monkeypatch):
         patch.setattr(train, "clip_gradients", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             call("four")
-    assert status(tmp_path / "four")["status"] == "failed"
+    assert status(tmp_path / "four")["status"] == "failed" and gc.isenabled()
     assert conditions.user_of(tmp_path) is None
     assert call("four") == 0
     assert time.monotonic() - started < 60  # no call has waited for another one

@@ -18,6 +18,7 @@ from common.models import check_name, load_gpt2_config
 from modeling_gpt2repro import GPT2ReproConfig
 from training import TrainingError
 from training.cards import card_by_name
+from training.profiling import WARM_UP_STEPS
 from training.settings import (
     NULLS,
     RawValue,
@@ -186,6 +187,8 @@ class Config:
     activation_checkpointing: Literal["none", "block"] = "none"
     """block: keep only the inputs of the blocks for the backward pass, which computes each block again: the same loss
     and gradients with much less memory, in about a third more time"""
+    profile: Count | None = None
+    """record this many steps, from the fourth on, with torch's profiler: profile.json.gz, and a table on the console"""
     init_from: str | None = None
     """start from these weights and their shape: a checkpoint, a folder or Hub id of a GPT-2 (openai-community/gpt2)"""
     resume: str | None = None
@@ -284,6 +287,11 @@ def _check(config: Config) -> None:
             )
     if config.keep_every is not None and config.keep_last is None:
         raise TrainingError(f"keep_every={config.keep_every} needs keep_last: without it, all checkpoints are kept")
+    if config.profile is not None and config.profile + WARM_UP_STEPS >= config.max_steps:
+        raise TrainingError(
+            f"profile={config.profile} needs {config.profile + WARM_UP_STEPS + 1} steps ({WARM_UP_STEPS} before those "
+            f"recorded, and one after), got max_steps={config.max_steps}"
+        )
     if config.push_to_hub is None and config.push_public:
         raise TrainingError("push_public needs push_to_hub=USER/NAME, the repository to push to")
     checkout = DEFAULT_RECIPE.parent.parent

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from eval import EvalError
+from eval import EvalError, scoring
 from eval.scoring import Request, _can_share_context, loglikelihoods
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -148,6 +148,17 @@ def test_rows_share_contexts_longest_first_within_the_budget(model, monkeypatch)
     shapes.clear()
     loglikelihoods(model, requests, tokens_per_batch=1)
     assert shapes == [(1, 24), (1, 24), (1, 22), (1, 10)]
+
+
+def test_rows_are_padded_to_few_lengths_as_on_cuda(any_model, reference, monkeypatch):
+    requests, lengths = some_requests(24), set()
+    monkeypatch.setattr(scoring, "LENGTH_MULTIPLE", {None: 10})
+    embedding = any_model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda _, arguments: lengths.add(arguments[0].shape[1]))
+    scores = loglikelihoods(any_model, requests, tokens_per_batch=70)
+    hook.remove()
+    assert lengths == {10, 20, CONTEXT}  # at most the model's context
+    assert sums(scores) == pytest.approx([sum(reference(*pair)[0]) for pair in pairs(requests)], abs=1e-4)
 
 
 def test_mask_is_made_only_for_several_continuations(model, monkeypatch):

@@ -159,7 +159,10 @@ def test_prefill_and_decode_equal_one_forward(model, input_ids, cache_class):
 
 
 def test_compiled_static_cache_gives_the_same_tokens(pair, prompts):
-    """All decoding steps use one full graph. On a CPU, generate() compiles only with _compile_all_devices."""
+    """All decoding steps of all texts use one full graph, if they get caches of one size.
+
+    On a CPU, generate() compiles only with _compile_all_devices.
+    """
     torch._dynamo.reset()
     model, gpt2 = pair
     graphs = []
@@ -170,10 +173,12 @@ def test_compiled_static_cache_gives_the_same_tokens(pair, prompts):
 
     settings = CompileConfig(fullgraph=True, backend=backend, mode=None)
     settings._compile_all_devices = True
-    arguments = {"do_sample": False, "cache_implementation": "static", "compile_config": settings}
-    compiled = texts(model, prompts, **arguments)
-    assert len(graphs) == 1
-    assert torch.equal(compiled, texts(gpt2, prompts, do_sample=False))
+    arguments = {"cache_implementation": "static", "max_cache_len": 64, "compile_config": settings}
+    longer = {name: tensor.repeat(1, 2) for name, tensor in prompts.items()}
+    for inputs in (prompts, longer):
+        compiled = texts(model, inputs, do_sample=False, **arguments)
+        assert len(graphs) == 1
+        assert torch.equal(compiled, texts(gpt2, inputs, do_sample=False))
 
 
 def test_generation_beyond_n_positions_is_refused(model, prompts):

@@ -1,0 +1,54 @@
+"""`--profile` and the garbage collector during training."""
+
+import gc
+import gzip
+import json
+
+import pytest
+import torch
+
+from training import TrainingError
+from training.config import load_config
+from training.garbage import collector_restored, stop_collecting
+from training.profiling import WARM_UP_STEPS, profiled
+
+
+def test_profile_records_the_steps_after_the_warm_up(tmp_path, capsys):
+    recorded = range(WARM_UP_STEPS, WARM_UP_STEPS + 2)
+    batches = (torch.ones(4, 4) for _ in range(9))
+    steps = profiled(batches, len(recorded), tmp_path)
+    for step, batch in enumerate(steps):
+        for _ in range(3):
+            (batch.cosh if step in recorded else batch.sinh)()
+    trace = json.loads(gzip.decompress((tmp_path / "profile.json.gz").read_bytes()))
+    names = [event.get("name") for event in trace["traceEvents"]]
+    assert names.count("aten::cosh") == 6 and "aten::sinh" not in names
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.endswith("aten::cosh")]
+    assert row[2] == "3"  # calls per step
+
+
+def test_profile_closes_the_batches(tmp_path):
+    batches = (number for number in range(9))
+    steps = profiled(batches, 2, tmp_path)
+    next(steps)
+    steps.close()
+    assert next(batches, None) is None
+
+
+def test_profile_needs_enough_steps():
+    assert load_config(["--max_steps", "9", "--profile", "5"]).profile == 5
+    with pytest.raises(TrainingError, match=r"profile=6 needs 10 steps .* got max_steps=9"):
+        load_config(["--max_steps", "9", "--profile", "6"])
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_collector_is_off_until_the_end_of_training(was_enabled):
+    (gc.enable if was_enabled else gc.disable)()
+    try:
+        with pytest.raises(KeyboardInterrupt), collector_restored():
+            stop_collecting()
+            assert not gc.isenabled() and (gc.get_freeze_count() > 0) is was_enabled
+            raise KeyboardInterrupt
+        assert gc.isenabled() is was_enabled and gc.get_freeze_count() == 0
+    finally:
+        gc.enable()

@@ -1,0 +1,56 @@
+"""`--profile N`: record N training steps with torch's profiler."""
+
+import contextlib
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from torch.autograd import DeviceType
+from torch.profiler import profile, schedule
+
+from common.cli import say
+
+WARM_UP_STEPS = 3  # they compile and allocate memory; in the last one the profiler runs and nothing is kept
+NUM_ROWS = 16
+Batch = TypeVar("Batch")
+
+
+def profiled(batches: Generator[Batch, None, None], num_steps: int, folder: str | Path) -> Generator[Batch, None, None]:
+    """Yield the batches of training steps, and write a trace of some of the steps to profile.json.gz in the folder.
+
+    A step lasts until the next batch is requested. Operations and kernels are also summed up in a table on the console.
+
+    Args:
+        num_steps: steps to record, after WARM_UP_STEPS.
+    """
+    when = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1)
+    write = partial(_write, num_steps=num_steps, path=Path(folder) / "profile.json.gz")
+    with contextlib.closing(batches), profile(schedule=when, on_trace_ready=write) as profiler:
+        for batch in batches:
+            yield batch
+            profiler.step()
+
+
+def _write(profiler: profile, num_steps: int, path: Path) -> None:
+    profiler.export_chrome_trace(str(path))
+    say(f"profile   {num_steps} steps, in {path}: open it in https://ui.perfetto.dev or chrome://tracing")
+    say(table(profiler, num_steps))
+
+
+def table(profiler: profile, num_steps: int) -> str:
+    """Return the kernels that took the longest, or on a CPU the operations: one line each, as averages per step."""
+    events = [event for event in profiler.key_averages() if not event.is_user_annotation]
+    kernels = [event for event in events if event.device_type != DeviceType.CPU]
+    if kernels:
+        rows = [(event.self_device_time_total, event.count, event.key) for event in kernels]
+    else:
+        rows = [(event.self_cpu_time_total, event.count, event.key) for event in events]
+    total = sum(microseconds for microseconds, *_ in rows) or 1
+    lines = [f"          ms per step  share  calls  {'kernel' if kernels else 'operation'}"]
+    for microseconds, calls, name in sorted(rows, reverse=True)[:NUM_ROWS]:
+        milliseconds = microseconds / 1000 / num_steps
+        lines.append(
+            f"          {milliseconds:11.2f} {microseconds / total:6.1%} {calls / num_steps:6.0f}  {name[:90]}"
+        )
+    return "\n".join([*lines, f"          {total / 1000 / num_steps:11.2f}  all {len(rows)}"])
