@@ -17,8 +17,8 @@ from training.estimate import Plan, card_hardware, format_duration
 
 # Bytes that a compiled step moves outside matmuls and attention, counted by Inductor for 64 x 1024 tokens in bfloat16
 # on a GPU that computes nothing (benchmarks/RECORDS.md).
-_BLOCK_BYTES = 145  # per token, block and element of the width
-_LOGIT_BYTES = 5  # per token and entry of the vocabulary
+_BLOCK_BYTES = 143  # per token, block and element of the width
+_LOGIT_BYTES = 5.2  # per token and entry of the vocabulary
 _MICRO_BATCH_BYTES = 12  # per parameter: adding up gradients
 _STEP_BYTES = 52  # per parameter: clipping, AdamW, zeroing
 
@@ -117,7 +117,7 @@ def table(cards: Sequence[str] = tuple(CARDS)) -> str:
 
 def recipe_plan(size: str, max_steps: int) -> Plan:
     """Return the plan of a recipe: GPT-2 of a size, its batch, and so many steps."""
-    batch = BatchConfig(tokens_per_step=2**20 if size == "1558M" else 2**19, seq_len=1024)
+    batch = BatchConfig(tokens_per_step=2**20 if size == "1558M" else 2**19, seq_len=1024, micro_batch_size="auto")
     return Plan(
         shape=GPT2ReproConfig.from_size(size),
         batch=batch,
