@@ -244,7 +244,7 @@ class Plan:
         # Per block and token: two inputs from the residual stream; in the compute dtype, the inputs of c_attn (D),
         # attention (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
         residual = width if self.shape.residual_in_autocast_dtype else 4
-        block = 2 * residual * n_embd + 10 * width * n_embd + 4 * n_head
+        block: float = 2 * residual * n_embd + 10 * width * n_embd + 4 * n_head
         if self.compiled and kind != "cpu":  # what Inductor chooses to keep
             block += _COMPILED_BYTES * n_embd
         if self.shape.resid_pdrop:
@@ -253,7 +253,7 @@ class Plan:
         ends = (12 + width) * n_embd
         # Gradients inside the MLP and of the residual stream.
         backward = 8 * width * n_embd + 8 * n_embd
-        saved = n_layer * block
+        saved: float = n_layer * block
         if self.activation_checkpointing:  # a block's input; the block is computed again
             saved, backward = n_layer * residual * n_embd, backward + block
         casts = width * self.num_parameters if width == 2 else 0  # the matrices, cast once per forward pass

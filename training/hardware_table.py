@@ -41,7 +41,7 @@ COUNTED = {
 
 
 class CardEstimate(NamedTuple):
-    """What a run takes on one card."""
+    """Time and cost of a run on one card."""
 
     card: Card
     micro_batch_size: int

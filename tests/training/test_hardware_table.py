@@ -64,10 +64,10 @@ def test_activation_checkpointing_is_slower_and_fits_more():
 
 
 def test_memory_estimate_agrees_with_what_was_counted():
-    """Up to a factor of two, the step between sizes, and up to the compiled head, which takes less."""
+    """Up to a factor of two, the step between sizes; not compiled, as they were counted."""
     for key, sizes in COUNTED.items():
         for size, counted in zip(SIZES, sizes, strict=True):
-            plan = dataclasses.replace(recipe_plan(size, 10), hardware=card_hardware(CARDS[key]))
+            plan = dataclasses.replace(recipe_plan(size, 10), hardware=card_hardware(CARDS[key]), compiled=False)
             estimate, is_checkpointed = _largest_size(plan)
             if counted:
                 assert not is_checkpointed and counted / 2 <= estimate <= 2 * counted, (key, size, estimate)
