@@ -24,6 +24,7 @@ from unittest import mock
 
 import conditions
 import pytest
+import torch
 from hub_server import TOKEN, HubServer
 from huggingface_hub import constants
 from tiny_run import ROOT, clean_environment
@@ -37,7 +38,7 @@ from data import prepare
 from eval import __main__ as evaluation
 from eval import miniseries
 from hub import __main__ as hub
-from training import TrainingError, estimate
+from training import TrainingError, batch, estimate
 from training.checkpoint import LoopState
 from training.distributed import MainProcessFailed
 from training.logging import RunLog
@@ -433,6 +434,24 @@ def test_train_is_called_again_and_again(tiny, tmp_path, monkeypatch):
     assert status(tmp_path / "four")["status"] == "failed" and gc.isenabled()
     assert conditions.user_of(tmp_path) is None
     assert call("four") == 0
+
+    # Out of memory, in a step and in an evaluation: one line with the size that fits.
+    for owner, name in ((train, "clip_gradients"), (train.TrainingEvaluation, "run")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried")))
+            with pytest.raises(TrainingError, match=r"with 4 sequence.* --batch\.micro_batch_size 2 fits") as caught:
+                call("five")
+        assert caught.value.exit_code == 1
+        assert status(tmp_path / "five") | {"pid": 0} == {"status": "failed", "pid": 0, "error": str(caught.value)}
+
+    # "auto" takes the checkpoint's size again, whatever fits by now.
+    auto = ("--batch.micro_batch_size", "auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "largest_fitting_batch", lambda sizes, *_: min(sizes[-1], 2))
+        assert call("six", *auto) == 0
+    assert call("six", *auto, "--max_steps", "4", "--resume", "auto") == 0
+    provenance = json.loads((tmp_path / "six" / "provenance.json").read_text())
+    assert [made["micro_batch_size"] for made in (*provenance["earlier_launches"], provenance)] == [2, 2]
     assert time.monotonic() - started < 60  # no call has waited for another one
 
 

@@ -18,7 +18,13 @@ ARGUMENTS = (
     *("--max_steps", "10", "--eval_every", "100", "--save_every", "10", "--eval.hellaswag", "null"),
     *("--eval.prompts", "[]", "--eval.ngram_baselines", "false", "--trackers", "[]", "--data.order", "sequential"),
 )
-SPLITS = {"1x8": ("8", "false"), "2x4": ("4", "false"), "4x2": ("2", "false"), "2x4 compiled": ("4", "true")}
+# micro-batch size, compile, activation checkpointing
+SPLITS = {
+    "1x8": ("8", "false", "none"),
+    "2x4": ("4", "false", "none"),
+    "4x2 checkpointed": ("2", "false", "block"),
+    "2x4 compiled": ("4", "true", "none"),
+}
 SEVERAL_RUNS = """
 import json, sys, train
 
@@ -66,19 +72,26 @@ def test_one_process(launch, tiny, by_hand, tmp_path):
     runs = [
         [
             *("--config", str(tiny), "--output_dir", str(tmp_path / name), *ARGUMENTS),
-            *("--batch.micro_batch_size", micro, "--compile", compiled),
+            *("--batch.micro_batch_size", micro, "--compile", compiled, "--activation_checkpointing", checkpointing),
         ]
-        for name, (micro, compiled) in splits.items()
+        for name, (micro, compiled, checkpointing) in splits.items()
     ]
     launch(SEVERAL_RUNS, json.dumps(runs), script="-c")
     for name in splits:
         assert_same_parameters(tmp_path / name, by_hand)
 
 
-@pytest.mark.parametrize("micro", [4, 2])
-def test_two_processes(launch, tiny, by_hand, tmp_path, micro):
+@pytest.mark.parametrize(
+    ("micro", "more"),
+    [
+        (4, ()),
+        (2, ("--activation_checkpointing", "block")),
+        pytest.param(2, ("--activation_checkpointing", "block", "--compile", "true"), marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes(launch, tiny, by_hand, tmp_path, micro, more):
     launch(
-        *("--config", tiny, "--output_dir", tmp_path / "run", *ARGUMENTS, "--batch.micro_batch_size", micro),
+        *("--config", tiny, "--output_dir", tmp_path / "run", *ARGUMENTS, "--batch.micro_batch_size", micro, *more),
         accelerate=TWO_PROCESSES,
     )
     assert_same_parameters(tmp_path / "run", by_hand)

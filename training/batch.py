@@ -181,7 +181,7 @@ def try_step(
     position_ids = torch.arange(seq_len, device=device).expand(size, -1) if plan.has_positions else None
     _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
     num_bytes = num_reserved
-    # AdamW's moments and DDP's buckets. FSDP2 has a share of them, and of what is whole here.
+    # AdamW's moments and DDP's buckets. FSDP2 shards them, and the parameters that are full here.
     if accelerator.distributed_type != DistributedType.FSDP:
         num_bytes += (12 if accelerator.num_processes > 1 else 8) * plan.num_parameters
     reserved = None

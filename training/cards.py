@@ -20,10 +20,11 @@ class Reached(NamedTuple):
 
 
 # Assumptions. Attention is in the range that FlashAttention 2 and 3 published (arXiv 2307.08691, 2407.08608). GeForce
-# cards come close to a peak that is halved for float32 sums. A T4 is held at 70 W, and has no flash kernel.
+# cards come close to a peak that is halved for float32 sums. A T4 and an L4 are held at 70 W; a T4 has no flash kernel.
 _HOPPER = Reached(0.70, 0.85, 0.40, 0.30)
 _AMPERE = Reached(0.80, 0.85, 0.54, 0.38)
 _GEFORCE = Reached(0.85, 0.90, 0.85, 0.67)
+_SMALL = Reached(0.45, 0.85, 0.40, 0.30)
 _TURING = Reached(0.40, 0.80, 0.30, 0.20)
 
 
@@ -53,8 +54,8 @@ CARDS = {
     "rtx4090": Card("RTX 4090", 165, 1008, 25.2, 0.40, _GEFORCE),
     "rtx5090": Card("RTX 5090", 209, 1792, 33.7, 0.70, _GEFORCE),
     "a10g": Card("A10G", 70, 600, 23.7, 0.75, _GEFORCE),
-    "l4": Card("L4", 121, 300, 23.7, 0.70, _AMPERE),
-    "l40s": Card("L40S", 362, 864, 47.7, 1.00, _AMPERE),
+    "l4": Card("L4", 121, 300, 23.7, 0.70, _SMALL),
+    "l40s": Card("L40S", 362, 864, 47.7, 1.00, _HOPPER),
     "a100_40": Card("A100 40GB", 312, 1555, 42.3, 1.30, _AMPERE, words=r"\bA100\b.*\b40GB"),
     "a100": Card("A100", 312, 2039, 85.0, 1.80, _AMPERE),
     "h100_pcie": Card("H100 PCIe", 756, 2000, 84.9, 2.50, _HOPPER),

@@ -198,7 +198,7 @@ class Config:
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """trackers to log the metrics to, in addition to metrics.jsonl"""
     dollars_per_hour: Positive | None = None
-    """price of one device, for the cost on the console; null: the price in training/estimate.py, if it has one"""
+    """price of one device, for the cost on the console; null: the price in training/cards.py, if it has one"""
     push_to_hub: str | None = None
     """USER/NAME: push the last checkpoint there, with a model card; the token is HF_TOKEN or from `hf auth login`"""
     push_public: bool = False

@@ -25,8 +25,8 @@ _BASE_BYTES = {"cpu": 0.6e9, None: 0.8e9}
 _FRAGMENTATION: dict[tuple[str | None, int], float] = {("cpu", 2): 1.25, ("cpu", 4): 1.55}
 # Fitted to torch's allocator on a GPU that computes nothing (benchmarks/RECORDS.md): bytes per logit of a chunk, and
 # bytes per token, block and element of the width that a compiled step keeps in addition.
-_GPU_LOGIT_BYTES = {"eager": 14, "compiled": 5.5}
-_COMPILED_BYTES = 6.3
+_GPU_LOGIT_BYTES = {"eager": 14, "compiled": 1.7}
+_COMPILED_BYTES = 8.4
 _DROPOUT_BYTES = 22  # per attention weight: 12, and fragmentation
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": up to 4 epochs are nearly as good as new data.
 _MAX_USEFUL_EPOCHS = 4
@@ -157,7 +157,7 @@ class MemoryEstimate(NamedTuple):
     activations: float
     """saved by the blocks' forward pass for the backward pass; on a CPU, what else the passes take except logits"""
     head: float
-    """logits of a chunk, the matrix's gradient, the last LayerNorm; on a GPU, a block's backward pass if that is more"""
+    """logits of a chunk, the matrix's gradient, last LayerNorm; on a GPU, a block's backward pass if that is more"""
     base: float
     """the process without a model"""
 
@@ -241,11 +241,11 @@ class Plan:
         """
         n_layer, n_head, n_embd = self.shape.n_layer, self.shape.n_head, self.shape.n_embd
         width = _DTYPES[self.hardware.mixed_precision].itemsize
-        # Per block and token: two inputs from the residual stream; in the compute dtype, the inputs of c_attn (D), attention
-        # (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
+        # Per block and token: two inputs from the residual stream; in the compute dtype, the inputs of c_attn (D),
+        # attention (3 D), c_proj (D), c_fc (D) and the GELU (4 D).
         residual = width if self.shape.residual_in_autocast_dtype else 4
-        block = 2 * residual * n_embd + 10 * width * n_embd + 4 * n_head
-        if self.compiled and kind != "cpu":  # Inductor keeps another residual and half of a GELU's output
+        block: float = 2 * residual * n_embd + 10 * width * n_embd + 4 * n_head
+        if self.compiled and kind != "cpu":  # what Inductor chooses to keep
             block += _COMPILED_BYTES * n_embd
         if self.shape.resid_pdrop:
             block += 2 * n_embd  # two masks, one byte each
@@ -253,7 +253,7 @@ class Plan:
         ends = (12 + width) * n_embd
         # Gradients inside the MLP and of the residual stream.
         backward = 8 * width * n_embd + 8 * n_embd
-        saved = n_layer * block
+        saved: float = n_layer * block
         if self.activation_checkpointing:  # a block's input; the block is computed again
             saved, backward = n_layer * residual * n_embd, backward + block
         casts = width * self.num_parameters if width == 2 else 0  # the matrices, cast once per forward pass

@@ -1,40 +1,54 @@
 """Estimate time and cost of a run on the cards of training/cards.py. None of them need be here.
 
-    python -m training.hardware_table    the table of docs/hardware.md
+    python -m training.hardware_table    the tables of docs/hardware.md
 
 `train.py --dry_run --card h100` prints the same numbers for any recipe.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from modeling_gpt2repro import GPT2ReproConfig
-from training.batch import RESERVED_SHARE, micro_batch_sizes
+from training.batch import RESERVED_SHARE, available_memory, micro_batch_sizes
 from training.cards import CARDS, PRICES_DATE, Card
 from training.config import BatchConfig
 from training.estimate import Plan, card_hardware, format_duration
 
 # Bytes that a compiled step moves outside matmuls and attention, counted by Inductor for 64 x 1024 tokens in bfloat16
 # on a GPU that computes nothing (benchmarks/RECORDS.md).
-_BLOCK_BYTES = 145  # per token, block and element of the width
-_LOGIT_BYTES = 5  # per token and entry of the vocabulary
+_BLOCK_BYTES = 143  # per token, block and element of the width
+_LOGIT_BYTES = 5.2  # per token and entry of the vocabulary
 _MICRO_BATCH_BYTES = 12  # per parameter: adding up gradients
 _STEP_BYTES = 52  # per parameter: clipping, AdamW, zeroing
 
-SIZES = ("124M", "350M", "774M", "1558M")
-# Sizes that `--batch.micro_batch_size auto` found on a GPU that computes nothing, which has the card's memory and
-# torch's allocator (not compiled): {(card, model): sequences}, negative with activation checkpointing.
-COUNTED: dict[tuple[str, str], int] = {}
+SIZES = {"124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
+# Sequences of 1,024 tokens that `--batch.micro_batch_size auto` found for each of SIZES on a GPU that computes nothing,
+# which has the card's memory and torch's allocator; not compiled. 0: none, with activation checkpointing either.
+COUNTED = {
+    "t4": (16, 4, 0, 0),
+    "rtx3060": (4, 2, 0, 0),
+    "rtx3090": (32, 8, 4, 0),
+    "rtx4090": (32, 8, 4, 0),
+    "rtx5090": (64, 16, 4, 1),
+    "a10g": (32, 8, 2, 0),
+    "l4": (32, 8, 2, 0),
+    "a100_40": (64, 32, 8, 2),
+    "a100": (128, 64, 32, 16),
+    "h100": (128, 64, 32, 16),
+    "h200": (256, 128, 64, 32),
+    "b200": (512, 128, 64, 64),
+}
 
 
 class CardEstimate(NamedTuple):
-    """What a run takes on one card."""
+    """Time and cost of a run on one card."""
 
     card: Card
     micro_batch_size: int
     """0: not even one sequence fits"""
     activation_checkpointing: bool
+    is_counted: bool
+    """True if micro_batch_size is from COUNTED, False if it is by the memory estimate"""
     tokens_per_s: float
     hours: float
     dollars: float | None
@@ -46,29 +60,45 @@ class CardEstimate(NamedTuple):
             return f"{name} does not fit, with activation checkpointing either"
         checkpointing = " with activation checkpointing" if self.activation_checkpointing else ""
         price = "" if self.dollars is None else f", ${self.dollars:,.2f} at ${self.card.dollars_per_hour:.2f} per hour"
+        basis = "counted" if self.is_counted else "estimated"
         return (
-            f"{name} {self.micro_batch_size} sequence(s) at once{checkpointing}, {self.tokens_per_s:,.0f} tokens/s, "
-            f"{format_duration(3600 * self.hours)}{price}"
+            f"{name} {self.micro_batch_size} sequence(s) at once{checkpointing} ({basis}), {self.tokens_per_s:,.0f} "
+            f"tokens/s (estimated), {format_duration(3600 * self.hours)}{price}"
         )
 
 
-def estimate_on_card(plan: Plan, card: Card) -> CardEstimate:
-    """Estimate a plan on one card: the largest micro-batch that fits, with activation checkpointing if none does."""
-    hardware = card_hardware(card)
-    plan = dataclasses.replace(plan, hardware=hardware, compiled=True)
-    usable = card.gigabytes * 1e9 * (1 - RESERVED_SHARE)
-    sizes, size = micro_batch_sizes(plan.batch, 1), 0
+def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
+    """Estimate a plan on one card: the largest micro-batch that fits, with activation checkpointing if none does.
+
+    Args:
+        key: of CARDS.
+    """
+    card = CARDS[key]
+    plan = dataclasses.replace(plan, hardware=card_hardware(card), compiled=True)
+    size, checkpointing = _largest_size(plan)
+    counted = dict(zip(SIZES.values(), COUNTED.get(key, ()), strict=False)).get(plan.num_parameters)
+    is_counted = counted is not None and not plan.activation_checkpointing and plan.batch.micro_batch_size == "auto"
+    is_counted = is_counted and plan.batch.seq_len == 1024 and counted in micro_batch_sizes(plan.batch, 1)
+    if counted is not None and is_counted:
+        size, checkpointing = counted, counted == 0
+    plan = dataclasses.replace(plan, activation_checkpointing=checkpointing)
+    rate = tokens_per_s(plan, card, size or 1)
+    hours, price = plan.total_tokens / rate / 3600, card.dollars_per_hour
+    return CardEstimate(card, size, checkpointing, is_counted, rate, hours, None if price is None else hours * price)
+
+
+def _largest_size(plan: Plan) -> tuple[int, bool]:
+    """Return (sequences that fit by the memory estimate, True with activation checkpointing), or (0, True)."""
+    usable = available_memory(plan.hardware) * (1 - RESERVED_SHARE)
+    sizes = micro_batch_sizes(plan.batch, 1)
     if plan.batch.micro_batch_size != "auto":
         sizes = [n for n in sizes if n <= plan.batch.micro_batch_size]
     for checkpointing in (plan.activation_checkpointing, True):
-        plan = dataclasses.replace(plan, activation_checkpointing=checkpointing)
-        size = max((n for n in sizes if plan.estimate_memory(n).total <= usable), default=0)
-        if size:
-            break
-    rate = tokens_per_s(plan, card, size or 1)
-    hours = plan.total_tokens / rate / 3600
-    price = card.dollars_per_hour
-    return CardEstimate(card, size, checkpointing, rate, hours, None if price is None else hours * price)
+        choice = dataclasses.replace(plan, activation_checkpointing=checkpointing)
+        fitting = [n for n in sizes if choice.estimate_memory(n).total <= usable]
+        if fitting:
+            return fitting[-1], checkpointing
+    return 0, True
 
 
 def tokens_per_s(plan: Plan, card: Card, micro_batch_size: int) -> float:
@@ -94,30 +124,51 @@ def tokens_per_s(plan: Plan, card: Card, micro_batch_size: int) -> float:
 
 def describe_cards(plan: Plan, card: str | None) -> str:
     """Return the console's lines about one card, or about the usual ones of clouds."""
-    lines = [estimate_on_card(plan, CARDS[name]).describe() for name in ([card] if card else ("a100", "h100", "h200"))]
+    lines = [estimate_on_card(plan, key).describe() for key in ([card] if card else ("a100", "h100", "h200"))]
     basis = f"estimated for one card, compiled, at list prices of {PRICES_DATE}; docs/hardware.md has the basis"
     return "\n".join([*lines, f"          ({basis})"])
 
 
-def table(cards: Sequence[str] = tuple(CARDS)) -> str:
-    """Return docs/hardware.md's table, in Markdown."""
-    head = ["card", "memory", *SIZES, "tokens/s, 124M", "10B tokens", "fast recipe, 5.5B"]
-    rows = [head, ["---"] * len(head)]
-    for key in cards:
-        card, by_size = CARDS[key], {size: estimate_on_card(recipe_plan(size, 19_073), CARDS[key]) for size in SIZES}
-        lecture, fast = by_size["124M"], estimate_on_card(recipe_plan("124M", 10_490), card)
-        fits = [_format_fit(key, size, estimate) for size, estimate in by_size.items()]
-        runs = [_format_run(lecture), _format_run(fast)]
-        precision = "" if card.mixed_precision == "bf16" else f" ({card.mixed_precision})"
-        rows.append(
-            [f"{card.name}{precision}", f"{card.gigabytes:.0f} GB", *fits, f"{lecture.tokens_per_s:,.0f}", *runs]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def main_table() -> str:
+    """Return docs/hardware.md's first table: what fits, and time and cost of the 124M recipes."""
+    head = ["card", "memory, GB", *SIZES, "tokens/s, 124M", "10B tokens", "fast recipe, 5.5B"]
+    rows = []
+    for key, card in CARDS.items():
+        lecture, fast = (estimate_on_card(recipe_plan("124M", steps), key) for steps in (19_073, 10_490))
+        fits = [_format_fit(estimate_on_card(recipe_plan(size, 1), key)) for size in SIZES]
+        name = card.name if card.mixed_precision == "bf16" else f"{card.name} ({card.mixed_precision})"
+        rate = f"{lecture.tokens_per_s:,.0f}"
+        rows.append([name, f"{card.gigabytes:.0f}", *fits, rate, _format_run(lecture), _format_run(fast)])
+    return _markdown(head, rows)
+
+
+def large_model_table() -> str:
+    """Return docs/hardware.md's second table: GPT-2 1558M without and with activation checkpointing."""
+    kinds = ("none", "block")
+    head = ["card", *(f"{kind}: {what}" for kind in kinds for what in ("sequences", "tokens/s", "33.6B tokens"))]
+    rows = []
+    for key, card in CARDS.items():
+        plan, row = recipe_plan("1558M", 32_000), [card.name]
+        for kind in kinds:
+            estimate = estimate_on_card(dataclasses.replace(plan, activation_checkpointing=kind == "block"), key)
+            fits = estimate.micro_batch_size > 0 and estimate.activation_checkpointing == (kind == "block")
+            row += (
+                [_format_fit(estimate), f"{estimate.tokens_per_s:,.0f}", _format_run(estimate)]
+                if fits
+                else ["no", "", ""]
+            )
+        if row[4] != "no":
+            rows.append(row)
+    return _markdown(head, rows)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def recipe_plan(size: str, max_steps: int) -> Plan:
     """Return the plan of a recipe: GPT-2 of a size, its batch, and so many steps."""
-    batch = BatchConfig(tokens_per_step=2**20 if size == "1558M" else 2**19, seq_len=1024)
+    batch = BatchConfig(tokens_per_step=2**20 if size == "1558M" else 2**19, seq_len=1024, micro_batch_size="auto")
     return Plan(
         shape=GPT2ReproConfig.from_size(size),
         batch=batch,
@@ -127,13 +178,10 @@ def recipe_plan(size: str, max_steps: int) -> Plan:
     )
 
 
-def _format_fit(key: str, size: str, estimate: CardEstimate) -> str:
-    counted = COUNTED.get((key, size))
-    number = estimate.micro_batch_size if counted is None else abs(counted)
-    checkpointing = estimate.activation_checkpointing if counted is None else counted < 0
-    if not number:
+def _format_fit(estimate: CardEstimate) -> str:
+    if not estimate.micro_batch_size:
         return "no"
-    return f"{'~' if counted is None else ''}{number}{' ck' if checkpointing else ''}"
+    return f"{'' if estimate.is_counted else '~'}{estimate.micro_batch_size}"
 
 
 def _format_run(estimate: CardEstimate) -> str:
@@ -142,4 +190,4 @@ def _format_run(estimate: CardEstimate) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(main_table(), large_model_table(), sep="\n\n")

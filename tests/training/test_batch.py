@@ -156,7 +156,7 @@ def test_trial_leaves_nothing_behind(monkeypatch):
 
 @pytest.mark.parametrize(
     ("size", "free", "words"),
-    [(8, 5, ["8 sequence(s)", "--batch.micro_batch_size 2 fits", "3.60 GB"]), (1, 5, ["--activation_checkpointing"])],
+    [(8, 5, ["8 sequence(s)", "--batch.micro_batch_size 2 fits", "3.84 GB"]), (1, 5, ["--activation_checkpointing"])],
 )
 def test_out_of_memory_is_one_line_with_the_size_that_fits(plan, set_memory, size, free, words):
     set_memory(free, 64)

@@ -48,7 +48,9 @@ def tokenizer():
 @pytest.fixture
 def make_writer(trained, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "gather_object", lambda of_this_process: of_this_process)
-    accelerator = SimpleNamespace(is_main_process=True, device=torch.device("cpu"), distributed_type=DistributedType.NO)
+    accelerator = SimpleNamespace(
+        is_main_process=True, device=torch.device("cpu"), distributed_type=DistributedType.NO, scaler=None
+    )
 
     def make_writer(in_background=None, **keep):
         fingerprint = {"tokens_per_step": 8}
