@@ -109,7 +109,7 @@ _NAMES_BY_HINT = {
         "device device_type use_cpu no_cuda cuda gpu gpus"
     ),
     "an option of `accelerate launch`, which goes before train.py": (
-        "config_file cpu multi_gpu num_processes num_machines gpu_ids machine_rank main_process_ip main_process_port"
+        "config_file multi_gpu num_processes num_machines gpu_ids machine_rank main_process_ip main_process_port"
         " num_cpu_threads_per_process use_fsdp use_deepspeed dynamo_backend quiet compute_environment distributed_type"
         " fsdp_config deepspeed_config nproc_per_node"
     ),
