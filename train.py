@@ -93,7 +93,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
     if config.data.text is not None:  # before the process group, whose timeout would end a long preparation
         config.data.path = prepare_text(config.data.text, is_dry_run=config.dry_run)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
-    with isolated_accelerator_state(), ExitStack() as cleanup:
+    with isolated_accelerator_state(), collector_restored(), ExitStack() as cleanup:
         accelerator = start_accelerator(config.mixed_precision, use_cpu=config.cpu)
         config.compile = config.compile and can_compile(accelerator.device.type, is_dry_run=config.dry_run)
         stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
@@ -161,10 +161,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         run.mark_running()
         say(f"training  from step {state.step:,} to {config.max_steps:,}, into {run.path}")
         batches = loader.batches(state.step, config.max_steps, pin_memory=accelerator.device.type == "cuda")
-        if config.profile is not None and accelerator.is_main_process:
-            batches = profiled(batches, config.profile, run.path)
+        batches = profiled(batches, config.profile, run.path)
         cleanup.callback(batches.close)  # ends the thread that reads ahead
-        cleanup.enter_context(collector_restored())
         is_stopped = train_steps(
             config, accelerator, models, micro_batch_size, state, loader, batches, evaluation, checkpoints, log, stop
         )

@@ -9,21 +9,26 @@ from typing import TypeVar
 from torch.autograd import DeviceType
 from torch.profiler import profile, schedule
 
-from common.cli import say
+from common.cli import is_main_process, say
 
 WARM_UP_STEPS = 3  # they compile and allocate memory; in the last one the profiler runs and nothing is kept
 NUM_ROWS = 16
 Batch = TypeVar("Batch")
 
 
-def profiled(batches: Generator[Batch, None, None], num_steps: int, folder: str | Path) -> Generator[Batch, None, None]:
+def profiled(
+    batches: Generator[Batch, None, None], num_steps: int | None, folder: str | Path
+) -> Generator[Batch, None, None]:
     """Yield the batches of training steps, and write a trace of some of the steps to profile.json.gz in the folder.
 
     A step lasts until the next batch is requested. Operations and kernels are also summed up in a table on the console.
 
     Args:
-        num_steps: steps to record, after WARM_UP_STEPS.
+        num_steps: steps to record, after WARM_UP_STEPS, on the main process; None: no step.
     """
+    if num_steps is None or not is_main_process():
+        yield from batches
+        return
     when = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1)
     write = partial(_write, num_steps=num_steps, path=Path(folder) / "profile.json.gz")
     with contextlib.closing(batches), profile(schedule=when, on_trace_ready=write) as profiler:

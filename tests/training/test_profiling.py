@@ -27,9 +27,10 @@ def test_profile_records_the_steps_after_the_warm_up(tmp_path, capsys):
     assert row[2] == "3"  # calls per step
 
 
-def test_profile_closes_the_batches(tmp_path):
+@pytest.mark.parametrize("num_steps", [2, None])
+def test_profile_closes_the_batches(num_steps, tmp_path):
     batches = (number for number in range(9))
-    steps = profiled(batches, 2, tmp_path)
+    steps = profiled(batches, num_steps, tmp_path)
     next(steps)
     steps.close()
     assert next(batches, None) is None
