@@ -252,7 +252,7 @@ class Plan:
         # Last LayerNorm and loss: input, output, its copy in the compute dtype, its gradient.
         ends = (12 + width) * n_embd
         # Gradients inside the MLP and of the residual stream.
-        backward = 8 * width * n_embd + 8 * n_embd
+        backward: float = 8 * width * n_embd + 8 * n_embd
         saved: float = n_layer * block
         if self.activation_checkpointing:  # a block's input; the block is computed again
             saved, backward = n_layer * residual * n_embd, backward + block
