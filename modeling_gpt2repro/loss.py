@@ -158,7 +158,9 @@ def _loss_and_gradients(
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply two matrices. The result has `dtype`, theirs or a wider one."""
-    if a.is_cuda and a.dtype != dtype and not torch.compiler.is_compiling():  # not in Inductor of torch 2.10
+    # One kernel where there is one: NVIDIA's GPUs, for bfloat16 from Ampere on. Inductor of torch 2.10 lacks it.
+    can_widen = a.is_cuda and a.dtype != dtype and torch.version.hip is None and not torch.compiler.is_compiling()
+    if can_widen and (a.dtype == torch.float16 or torch.cuda.get_device_capability(a.device) >= (8, 0)):
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
 

@@ -23,7 +23,7 @@ _STEP_BYTES = 52  # per parameter: clipping, AdamW, zeroing
 
 SIZES = {"124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
 # Sequences of 1,024 tokens that `--batch.micro_batch_size auto` found for each of SIZES on a GPU that computes nothing,
-# which has the card's memory and torch's allocator; not compiled. 0: none, with activation checkpointing either.
+# which has the card's memory and torch's allocator; not compiled. 0: none, not even with activation checkpointing.
 COUNTED = {
     "t4": (16, 4, 0, 0),
     "rtx3060": (4, 2, 0, 0),
@@ -57,7 +57,7 @@ class CardEstimate(NamedTuple):
         """Return the console's line."""
         name = f"on        {self.card.name:<10}"
         if not self.micro_batch_size:
-            return f"{name} does not fit, with activation checkpointing either"
+            return f"{name} does not fit, not even with activation checkpointing"
         checkpointing = " with activation checkpointing" if self.activation_checkpointing else ""
         price = "" if self.dollars is None else f", ${self.dollars:,.2f} at ${self.card.dollars_per_hour:.2f} per hour"
         basis = "counted" if self.is_counted else "estimated"
