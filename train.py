@@ -72,7 +72,7 @@ from training.estimate import Plan, make_plan, warn_of_repetition
 from training.garbage import collector_restored, stop_collecting
 from training.hardware_table import describe_cards
 from training.logging import RunLog
-from training.machine import can_compile
+from training.machine import can_compile, find_device
 from training.optim import build_optimizer, clip_gradients, learning_rate, step_if_finite, windows_with_nonfinite_loss
 from training.profiling import profiled
 from training.run import RunFolder, StopRequest, ignore_signals
@@ -90,12 +90,13 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         exit code: 0, 75 (resume me), or 1 (the training diverged, or the last checkpoint could not be pushed).
     """
     config = load_config(argv)
+    device_type = find_device(use_cpu=config.cpu)
+    config.compile = config.compile and can_compile(device_type, is_dry_run=config.dry_run)
     if config.data.text is not None:  # before the process group, whose timeout would end a long preparation
         config.data.path = prepare_text(config.data.text, is_dry_run=config.dry_run)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
     with isolated_accelerator_state(), collector_restored(), ExitStack() as cleanup:
-        accelerator = start_accelerator(config.mixed_precision, use_cpu=config.cpu)
-        config.compile = config.compile and can_compile(accelerator.device.type, is_dry_run=config.dry_run)
+        accelerator = start_accelerator(config.mixed_precision, device_type)
         stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
         run = cleanup.enter_context(RunFolder(str(config.output_dir)))
         resume_from = None if config.dry_run else run_on_main(run.open, config.resume)

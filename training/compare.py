@@ -167,10 +167,10 @@ def draw(groups: list[list[Run]], path: Path) -> None:
             tokens, hours, losses = zip(*run.val_losses, strict=True)
             by_tokens.plot(tokens, losses, label=label, **style)
             by_hours.plot(hours, losses, **style)
-    losses = [loss for runs in groups for run in runs for _, _, loss in run.val_losses[1:]]
-    if losses:  # the loss before training would flatten the rest
-        margin = 0.05 * (max(losses) - min(losses)) or 0.1
-        by_tokens.set_ylim(min(losses) - margin, max(losses) + margin)
+    trained = [loss for runs in groups for run in runs for _, _, loss in run.val_losses[1:]]
+    if trained:  # the loss before training would flatten the rest
+        margin = 0.05 * (max(trained) - min(trained)) or 0.1
+        by_tokens.set_ylim(min(trained) - margin, max(trained) + margin)
     by_tokens.set(xlabel="training tokens", ylabel="validation loss, nats per token")
     by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_hours.set(xlabel="hours of training")

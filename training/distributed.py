@@ -22,7 +22,7 @@ from accelerate.utils import (
 
 from common.cli import available_cores, check_world_size, is_main_process, say
 from training import TrainingError
-from training.machine import check_gpu, half_precision
+from training.machine import find_device, half_precision
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -34,22 +34,18 @@ class MainProcessFailed(SystemExit):
     """Ends a process because the main process failed and has reported the error."""
 
 
-def start_accelerator(mixed_precision: str, *, use_cpu: bool = False) -> Accelerator:
+def start_accelerator(mixed_precision: str, device_type: str | None = None) -> Accelerator:
     """Return an Accelerator for the launcher's settings and this hardware.
 
     Args:
         mixed_precision: "auto", "no", "bf16" or "fp16".
-        use_cpu: train on the CPU, even if there is a GPU.
+        device_type: from `find_device`; None: find it here.
 
     Raises:
-        UserError: there is a GPU that torch cannot use, the launcher's processes do not see each other, or its
-            precision or way of sharding is not supported.
+        UserError: the launcher's processes do not see each other, or its precision or way of sharding is not supported;
+            or see `find_device`.
     """
-    use_cpu = use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1")  # the launcher's --cpu
-    if not use_cpu:
-        check_gpu()
-    accelerator_type = torch.accelerator.current_accelerator(check_available=True)
-    device_type = "cpu" if use_cpu or accelerator_type is None else accelerator_type.type
+    device_type = device_type or find_device()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         _refuse_sharding("DeepSpeed")  # accelerate would import the package first
     accelerator = Accelerator(
@@ -94,7 +90,7 @@ def resolve_mixed_precision(setting: str, device_type: str) -> str:
 
     "auto" is the launcher's setting, or else the 16-bit format of the hardware. The launcher's "no" is also its
     default, so the hardware decides then; `--mixed_precision no` as a setting of train.py selects float32. A GPU
-    without bfloat16 gets fp16, and a line says so.
+    without bfloat16 gets fp16, and a line says so if bf16 was asked for.
 
     Raises:
         TrainingError: the launcher is set to a precision that train.py does not support, or fp16 was asked for without

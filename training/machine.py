@@ -19,6 +19,19 @@ _INSTALL_COMPILER = {
 }
 
 
+def find_device(*, use_cpu: bool = False) -> str:
+    """Return the type of the device to train on: "cuda", "mps", "xpu" or "cpu".
+
+    Raises:
+        TrainingError: see `check_gpu`.
+    """
+    if use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):  # the launcher's --cpu
+        return "cpu"
+    check_gpu()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
 def check_gpu() -> None:
     """Refuse to train on the CPU, or to fail later, because of a GPU that torch cannot use.
 
@@ -117,6 +130,6 @@ def _find_compiler(device_type: str) -> str | None:
     variable, names = "CC", ("gcc", "clang", "cc", "cl")
     if device_type == "cpu":
         variable, names = "CXX", ("g++", "clang++", "c++", "cl")
-    if variable in os.environ:
-        return shutil.which(os.environ[variable].split()[0])
+    if command := os.environ.get(variable, "").split():
+        return shutil.which(command[0])
     return next(filter(None, map(shutil.which, names)), None)

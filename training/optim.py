@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
+from training.machine import half_precision
 from training.sharding import full_tensor, shard_like
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ class MuonAdamW(torch.optim.Optimizer):
             assign(p, decayed.add_(shard_like(p, update), alpha=-lr))
 
 
+def _normalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Divide each matrix by its norm, which bounds the singular values."""
+    return matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+
+
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Orthogonalize matrices approximately, by the Newton-Schulz iteration.
 
@@ -182,12 +188,10 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
         bfloat16 (float16 on a GPU without it) [N, rows, columns], with singular values between about 0.7 and 1.2.
     """
     a, b, c = _COEFFICIENTS
-    is_old_gpu = matrices.is_cuda and not torch.cuda.is_bf16_supported(including_emulation=False)
-    x = matrices.half() if is_old_gpu else matrices.bfloat16()
-    is_tall = x.shape[-2] > x.shape[-1]
-    if is_tall:
-        x = x.mT
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # the norm bounds the singular values
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    # For float16, divide first: small gradients are below its range.
+    x = _normalize(x).half() if half_precision(x.device.type) == "fp16" else _normalize(x.bfloat16())
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -70,6 +70,16 @@ def test_nvidia_smi_is_asked_where_there_are_no_device_files(tmp_path, monkeypat
     assert machine._has_nvidia_gpu() is found
 
 
+def test_cpu_is_used_on_request(nvidia, monkeypatch):
+    nvidia()
+    assert machine.find_device(use_cpu=True) == "cpu"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert machine.find_device() == "cpu"
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    with pytest.raises(TrainingError, match="add --cpu"):
+        machine.find_device()
+
+
 def test_half_precision_of_gpus(monkeypatch):
     for has_bf16, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bf16: has)
@@ -90,7 +100,7 @@ def test_compiler_that_is_missing_is_an_error_with_the_package(monkeypatch, tmp_
     with pytest.raises(TrainingError, match=r"needs Python\.h: apt install python3-dev.*--compile false"):
         machine.can_compile("cpu")
     for name in ("CC", "CXX"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TrainingError, match=r"needs a C compiler: .*--compile false"):
         machine.can_compile("cpu")

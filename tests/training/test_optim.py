@@ -128,6 +128,15 @@ def test_newton_schulz_maps_singular_values_near_1():
         assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_newton_schulz_in_float16_keeps_the_direction_of_small_gradients(monkeypatch):
+    matrices = torch.randn(1, 48, 16, generator=torch.Generator().manual_seed(0)) * 3e-8
+    expected = newton_schulz(matrices).double()
+    monkeypatch.setattr("training.optim.half_precision", lambda device_type: "fp16")
+    found = newton_schulz(matrices)
+    assert found.dtype == torch.float16
+    assert torch.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0) > 0.999
+
+
 @pytest.mark.parametrize("optim", [OptimConfig(lr=1e-2), MUON], ids=["adamw", "muon"])
 @pytest.mark.parametrize("bad_step", [0, 2])
 def test_nonfinite_step_changes_nothing(optim, bad_step):
