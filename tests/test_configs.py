@@ -92,7 +92,8 @@ def test_recipes_have_the_published_settings(name):
 def test_the_fast_recipe_differs_in_how_it_learns_alone():
     plain, fast = (load_config(["--config", str(ROOT / "recipes" / f"gpt2_124m{kind}.yaml")]) for kind in ("", "_fast"))
     differing = {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(fast, f.name)}
-    assert differing == {"optim", "max_steps", "output_dir"}
+    assert differing == {"optim", "max_steps", "output_dir", "model"}
+    assert dataclasses.replace(fast.model, residual_in_autocast_dtype=False) == plain.model
     assert fast.max_steps / plain.max_steps == pytest.approx(0.55, abs=1e-3)
     assert fast.optim.grad_clip == plain.optim.grad_clip
 

@@ -67,7 +67,7 @@ def plot_curves(
     _horizontal_lines(axes[0], loss_lines, "{:.3f}")
     axes[0].set(xlabel="training tokens", ylabel="loss, nats per token")
     if len(losses) >= 40:  # cut off the first steps, so that the end can be read
-        axes[0].set_ylim(top=1.05 * max(smooth[len(smooth) // 20 :].max(), *loss_lines.values()))
+        axes[0].set_ylim(top=1.05 * max([smooth[len(smooth) // 20 :].max(), *loss_lines.values()]))
     axes[0].legend()
 
     if scored:

@@ -113,6 +113,12 @@ def test_reader_of_a_missing_file_and_of_a_folder(tmp_path):
         read_metrics(tmp_path)
 
 
+def test_curves_of_a_long_run_without_lines(tmp_path):
+    records = [{"step": n, "tokens": n, "loss": 9.0 - n / 10} for n in range(50)]
+    plot_curves(records, tmp_path / "curves.png", title="t", loss_lines={}, hellaswag_lines={})
+    assert (tmp_path / "curves.png").is_file()
+
+
 def test_moving_average_starts_with_fewer_values():
     assert moving_average(np.array([4.0, 2.0, 6.0, 1.0]), width=3).tolist() == [4, 3, 4, 3]
 
