@@ -65,7 +65,7 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
     old = read_manifest(out, PREPARING) or read_manifest(out)
     if old is None:
         if any(not entry.name.startswith(".") and entry.name != TOKENIZER for entry in out.iterdir()):
-            raise DataError(f"{out} already exists and has other content; remove it or choose another --out")
+            raise DataError(f"{out} already exists and has other content; remove it, or prepare into another folder")
         shutil.rmtree(out / TOKENIZER, ignore_errors=True)  # of a preparation that was killed before its plan
         plan.inputs = _group(source.tasks())
         plan.source = {**plan.source, **source.provenance}
@@ -77,13 +77,11 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
     what = f"{out} {'already exists' if old.shards else 'was started'} with"
     for key, value in _settings(plan).items():
         if (found := _settings(old).get(key)) != value:
-            raise DataError(
-                f"{what} {key} {found!r}, got {value!r}; use the same value, choose another --out, or remove it"
-            )
+            raise DataError(f"{what} {key} {found!r}, got {value!r}; use the same value, or remove the folder")
     if old.tokenizer.sha256 != tokenizer.sha256:
         raise DataError(
-            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, choose "
-            "another --out, or remove it"
+            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, or remove "
+            "the folder"
         )
     if not old.shards:
         _accept_changed_inputs(old, source, out)
@@ -112,17 +110,17 @@ def _group(tasks: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
     """Accept changed files if their task is not finished: the user fixed them."""
     if _is_of_earlier_version(plan):
-        raise DataError(f"an earlier version began {out}; remove it, or choose another --out")
+        raise DataError(f"an earlier version began {out}; remove the folder")
     inputs = _group(source.tasks())
     if inputs == plan.inputs:
         return
     paths = [[[task["path"] for task in group] for group in groups] for groups in (inputs, plan.inputs)]
     if paths[0] != paths[1]:
-        raise DataError(f"{out} was started with other files; choose another --out, or remove it")
+        raise DataError(f"{out} was started with other files; give the same ones, or remove the folder")
     for number in _finished_entries(out):
         for new, old in zip(inputs[number], plan.inputs[number], strict=True):
             if new != old:
-                raise DataError(f"{new['path']} has changed since it was tokenized for {out}; remove {out}")
+                raise DataError(f"{new['path']} has changed since it was tokenized for {out}; remove the folder")
     plan.inputs = inputs
     plan.write(out / PREPARING)
 
@@ -310,7 +308,7 @@ def reopen(manifest: Manifest, damaged: set[str], out: Path) -> Manifest:
     """Turn a finished folder into one whose parts with damaged shards are not made yet. Return its plan."""
     parts = {shard["part"] for shard in manifest.shards if shard["file"] in damaged}
     if not manifest.parts:
-        raise DataError(f"an earlier version made {out}: prepare it again in another --out, or copy the shards again")
+        raise DataError(f"an earlier version made {out}: prepare it again in another folder, or copy the shards again")
     plan = dataclasses.replace(manifest, shards=[])
     plan.write(out / PREPARING)
     (out / _PARTS).mkdir(exist_ok=True)

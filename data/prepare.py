@@ -144,8 +144,8 @@ def prepare(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or out
-            raise DataError(f"no space for {where} on its disk; free some or choose another --out") from error
-        raise DataError(f"{out} was not made: {error}; fix that or choose another --out") from error
+            raise DataError(f"no space for {where} on its disk; free some, or use another disk") from error
+        raise DataError(f"{out} was not made: {error}; fix that, or prepare into another folder") from error
     finally:
         if is_new and out.is_dir() and not kept_work(out) and not (out / MANIFEST).exists():
             shutil.rmtree(out)

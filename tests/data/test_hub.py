@@ -233,3 +233,18 @@ def test_resuming_and_repairing_read_the_commit_of_the_start(hub, tmp_path, monk
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     assert any("resolve" in path for _, path in hub.log)
     assert all(f"resolve/{COMMIT}" in path for _, path in hub.log if "resolve" in path)
+
+
+def test_finished_folder_of_an_earlier_version_is_prepared(hub, tmp_path):
+    """Its manifest does not name the split, which was always train, and nothing is downloaded again."""
+    source, out = DatasetSource("o/n", subset="sample-10BT"), tmp_path / "out"
+    manifest = prepare_module.prepare(source, out, name="t", val_fraction=0.2)
+    del manifest.source["split"], manifest.source["parse_eos"]
+    manifest.write(out / "manifest.json")
+    hub.log.clear()
+    lines = []
+    source = DatasetSource("o/n", subset="sample-10BT")
+    assert prepare_module.prepare(source, out, name="t", val_fraction=0.2, log=lines.append) == manifest
+    assert "is already prepared" in lines[0] and hub.log == []
+    with pytest.raises(DataError, match="already exists with split 'train', got 'test'"):
+        prepare_module.prepare(DatasetSource("o/n", subset="sample-10BT", split="test"), out, name="t")
