@@ -18,7 +18,7 @@ from common.errors import one_line
 from common.files import write_text_atomically
 from data import DataError
 from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard
-from data.tokenizer import EOT_TEXT, GPT2_VOCABULARY, Tokenizer, Vocabulary, load_tokenizer, tokenizer_sha256
+from data.tokenizer import GPT2, Tokenizer, Vocabulary
 
 MANIFEST = "manifest.json"
 PREPARING = "preparing.json"
@@ -39,12 +39,12 @@ class TokenizerRecord:
 
     name: str = "gpt2"
     """as the user gave it; sha256 decides if two are the same"""
-    sha256: str = field(default_factory=tokenizer_sha256)
+    sha256: str = GPT2.sha256
     """see Tokenizer.sha256"""
-    vocab_size: int = GPT2_VOCABULARY.size
-    eos: str = EOT_TEXT
+    vocab_size: int = GPT2.vocabulary.size
+    eos: str = GPT2.eos_text
     """the token that separates documents"""
-    eos_id: int = GPT2_VOCABULARY.eos_id
+    eos_id: int = GPT2.vocabulary.eos_id
     pad: str | None = None
     unk: str | None = None
     dtype: str = "uint16"
@@ -65,10 +65,10 @@ def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecor
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos=tokenizer.eos_text,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.vocabulary.eos_id,
         pad=tokenizer.pad_text,
         unk=tokenizer.unk_text,
-        dtype=tokenizer.dtype.name,
+        dtype=tokenizer.vocabulary.dtype.name,
         files=tokenizer.save(Path(folder) / TOKENIZER),
     )
 
@@ -155,7 +155,7 @@ def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
     elif version != FORMAT_VERSION:
         raise DataError(f"{path}: format {version!r}, this program reads {FORMAT_VERSION} and 2; {remedy}")
     tokenizer = TokenizerRecord(**_known_fields(TokenizerRecord, content["tokenizer"]))
-    if tokenizer.name == "gpt2" and tokenizer.sha256 != tokenizer_sha256():
+    if tokenizer.name == "gpt2" and tokenizer.sha256 != GPT2.sha256:
         raise DataError(f"{path}: another tokenizer than GPT-2's made these shards; prepare them again")
     return Manifest(**(_known_fields(Manifest, content) | {"tokenizer": tokenizer}))
 
@@ -173,7 +173,7 @@ def shard_tokenizer(folder: str | Path) -> Tokenizer:
     """
     manifest = read_manifest(folder)
     if manifest is None or manifest.tokenizer.name == "gpt2":
-        return load_tokenizer()
+        return GPT2
     record = manifest.tokenizer
     for name, sha256 in record.files.items():
         path = Path(folder) / TOKENIZER / name

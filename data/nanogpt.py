@@ -1,6 +1,5 @@
 """Read nanoGPT's meta.pkl, which describes its character-level data sets, without unpickling it."""
 
-import json
 import pickletools
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def nanogpt_tokenizer(folder: str | Path) -> Tokenizer | None:
     fast = FastTokenizer(models.BPE(vocab=characters, merges=[]))
     fast.decoder = decoders.Fuse()
     fast.add_special_tokens([EOT_TEXT])
-    return make_tokenizer("characters", json.dumps(json.loads(fast.to_str())))
+    return make_tokenizer("characters", fast.to_str())
 
 
 def read_plain_pickle(path: Path) -> dict[Any, Any]:

@@ -80,8 +80,8 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
             raise DataError(f"{what} {key} {found!r}, got {value!r}; use the same value, or remove the folder")
     if old.tokenizer.sha256 != tokenizer.sha256:
         raise DataError(
-            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, or remove "
-            "the folder"
+            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, or "
+            "remove the folder"
         )
     if not old.shards:
         _accept_changed_inputs(old, source, out)

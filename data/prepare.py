@@ -50,7 +50,7 @@ from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS
 from data.sources import FileSource, SampleSource, Source
 from data.tasks import SPLIT_RULE, Task, Work, Workers, finished_tasks, remove_task, tasks_of
-from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, open_tokenizer
 from data.verify import verify
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
@@ -98,7 +98,7 @@ def prepare(
         UserError: the folder has other content, the source failed, the disk is full, or a process was killed. Finished
             tasks are kept.
     """
-    out, tokenizer = Path(out), tokenizer or load_tokenizer()
+    out, tokenizer = Path(out), tokenizer or open_tokenizer()
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens)
     if (out.is_symlink() and not out.exists()) or (out.exists() and not out.is_dir()):
         raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
@@ -399,10 +399,10 @@ def _prepare(args: argparse.Namespace) -> Manifest:
     if args.source == "pretokenized":
         tokenizer = None
         if args.tokenizer is not None:
-            tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token)
+            tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token)
         options = {"name": name, "revision": args.revision, "max_tokens": args.max_tokens}
         return import_shards(args.where, args.out, tokenizer=tokenizer, log=tqdm.write, **options)
-    tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
+    tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
     if getattr(args, "executor", "local") != "local":

@@ -24,7 +24,7 @@ from data.manifest import (
 )
 from data.nanogpt import nanogpt_tokenizer
 from data.shards import HEADER_BYTES, HEADERLESS_NAMES, scan_shard
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import GPT2, Tokenizer, open_tokenizer
 
 DOWNLOADS = "downloads"  # of files that are not checked yet, in the folder to make
 _NPY_HEADER_BYTES = 128
@@ -68,7 +68,7 @@ def import_shards(
     else:
         source = {"kind": "pretokenized", "folder": str(where)}
         tokenizer = tokenizer or _own_tokenizer(Path(where))
-    tokenizer = tokenizer or load_tokenizer()
+    tokenizer = tokenizer or GPT2
     before = read_manifest(out)
     if before is not None and any(before.source.get(key) != value for key, value in source.items()):
         raise DataError(f"{out} has shards of another source ({before.source}); choose another --out")
@@ -77,7 +77,7 @@ def import_shards(
         files = _hub_files(str(where), source["revision"])
     else:
         files = _local_files(Path(where))
-    files = _select(files, max_tokens, where, tokenizer.dtype.itemsize)
+    files = _select(files, max_tokens, where, tokenizer.vocabulary.dtype.itemsize)
     recorded = {entry["file"]: entry["sha256"] for entry in before.shards} if before else {}
     out.mkdir(parents=True, exist_ok=True)
     if is_remote:
@@ -110,7 +110,7 @@ def _own_tokenizer(folder: Path) -> Tokenizer | None:
     if (folder / MANIFEST).exists():
         return shard_tokenizer(folder)
     if (folder / TOKENIZER).is_dir():  # its manifest was lost
-        return load_tokenizer(str(folder / TOKENIZER))
+        return open_tokenizer(str(folder / TOKENIZER))
     return nanogpt_tokenizer(folder)
 
 

@@ -17,7 +17,7 @@ from data.hub import DatasetSource, find_commit
 from data.manifest import FORMAT_VERSION, MANIFEST
 from data.prepare import VAL_FRACTION, prepare
 from data.sources import FileSource, file_kind
-from data.tokenizer import tokenizer_sha256
+from data.tokenizer import GPT2
 
 CACHE = Path("shards")
 _HASHED_BYTES = 2**30  # read in a second or two; reading 100 GB at every start would take minutes
@@ -35,7 +35,7 @@ def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
     """
     source, content = _open_text(text)
     settings = {key: value for key, value in source.settings.items() if key != "paths"}
-    decisive = [content, settings, VAL_FRACTION, tokenizer_sha256(), FORMAT_VERSION]
+    decisive = [content, settings, VAL_FRACTION, GPT2.sha256, FORMAT_VERSION]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     name = _name_of(text)
     out = CACHE / f"{name}-{digest[:12]}"
