@@ -23,7 +23,7 @@ from data.manifest import (
     unmanaged_shards,
 )
 from data.nanogpt import nanogpt_tokenizer
-from data.shards import HEADER_BYTES, HEADERLESS_NAMES, scan_shard
+from data.shards import HEADER_BYTES, HEADERLESS_NAMES, check_space, scan_shard
 from data.tokenizer import GPT2, Tokenizer, open_tokenizer
 
 DOWNLOADS = "downloads"  # of files that are not checked yet, in the folder to make
@@ -81,7 +81,7 @@ def import_shards(
     recorded = {entry["file"]: entry["sha256"] for entry in before.shards} if before else {}
     out.mkdir(parents=True, exist_ok=True)
     if is_remote:
-        _check_space(out, files)
+        check_space(out, sum(file["bytes"] for file in files if not (out / PurePosixPath(file["path"]).name).exists()))
     shards = []
     for part, file in enumerate(files):
         path = _fetch(str(where), source["revision"], file, out, log) if is_remote else Path(where) / file["path"]
@@ -153,16 +153,6 @@ def _select(files: list[dict[str, Any]], max_tokens: int | None, where: object, 
             tokens += (file["bytes"] - (0 if path.name in HEADERLESS_NAMES else header)) // itemsize
             selected.append(file)
     return selected
-
-
-def _check_space(out: Path, files: list[dict[str, Any]]) -> None:
-    missing = sum(file["bytes"] for file in files if not (out / PurePosixPath(file["path"]).name).exists())
-    free = shutil.disk_usage(out).free
-    if missing > free:
-        raise DataError(
-            f"{out} needs {missing / 1e9:,.1f} GB, but its disk has only {free / 1e9:,.1f} GB free; free some space, "
-            "choose another --out, or give --max_tokens"
-        )
 
 
 def _fetch(dataset: str, commit: str, file: dict[str, Any], out: Path, log: Callable[[str], object]) -> Path:

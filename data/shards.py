@@ -13,6 +13,7 @@ tokens. `Shard` checks a block before its first use, so a damaged token is an er
 import hashlib
 import mmap
 import os
+import shutil
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future
@@ -230,6 +231,16 @@ def _header(num_tokens: int, dtype: np.dtype) -> bytes:
     header = np.zeros(256, dtype="<i4")
     header[:3] = *FORMATS[dtype], num_tokens
     return header.tobytes()
+
+
+def check_space(folder: Path, needed: float) -> None:
+    """Raise DataError if a folder's disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{folder} needs about {needed / 1e9:,.2f} GB, but its disk has only {free / 1e9:,.2f} GB free; free some "
+            "space, use another disk, or give --max_tokens"
+        )
 
 
 def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary = GPT2_VOCABULARY) -> None:

@@ -77,7 +77,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
         futures = {
             name: pool.submit(_find_problem, folder / name, entry, vocabulary) for name, entry in entries.items()
         }
-        bar = tqdm(futures.items(), unit=" shards", disable=not sys.stderr.isatty())
+        bar = tqdm(futures.items(), unit=" shards", disable=None)  # None: unless on a terminal
         results = {name: future.result() for name, future in bar}
     return list(results), {name: problem for name, problem in results.items() if problem}
 

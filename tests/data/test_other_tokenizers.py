@@ -210,11 +210,7 @@ def test_from_a_trained_tokenizer_to_a_model_in_a_fresh_process(own, tmp_path):
     checkpoint = run / "checkpoints" / "step_000003"
     config = json.loads((checkpoint / "config.json").read_text())
     eos_id = own.vocabulary.eos_id
-    assert [config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")] == [
-        400,
-        own.vocabulary.eos_id,
-        own.vocabulary.eos_id,
-    ]
+    assert [config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")] == [*(400, eos_id, eos_id)]
     export(str(checkpoint), to="gpt2", out=tmp_path / "gpt2")
     items, _ = Task(data=str(shards), limit=2).read(AutoTokenizer.from_pretrained(tmp_path / "gpt2"), 64)
     assert len(items) == 2
