@@ -46,7 +46,7 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)
 
     source = FileSource(args.paths, separator=args.separator)
-    documents = [document.text for task in source.tasks() for document in source.documents(task)]
+    documents = [document.text for task in source.tasks() for document in source.documents(task) if document.text]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, {num_tokens:,} tokens", flush=True)

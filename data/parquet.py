@@ -24,18 +24,10 @@ def pieces(size: int) -> list[dict[str, int]]:
 
 def rows(
     file: Path | BinaryIO, task: Mapping[str, Any], *, text_column: str, where: str, errors: str = "strict"
-) -> Iterator[tuple[int, str | None]]:
-    """Yield (number of the row in the file, text or None where the row is null) of one piece.
+) -> Iterator[str | None]:
+    """Yield the text of each row of one piece, None where it is null.
 
-    Args:
-        file: a path, or an open file that can seek.
-        task: "piece" and "pieces", see `pieces`. A file with fewer row groups than pieces has pieces without rows.
-        text_column: name of a text column.
-        where: name of the file for messages.
-        errors: for text that is not UTF-8: "strict" raises, "replace" puts U+FFFD.
-
-    Raises:
-        DataError: the file is damaged, the column is missing or not text, or its text is not UTF-8.
+    A file with fewer row groups than pieces has pieces without rows. `where` is the name of the file for messages.
     """
     import pyarrow
     from pyarrow import parquet
@@ -55,7 +47,7 @@ def rows(
                     column = column.dictionary_decode()
                 for value in column.cast(pyarrow.large_binary()).to_pylist():
                     number += 1
-                    yield number, None if value is None else value.decode("utf-8", errors)
+                    yield None if value is None else value.decode("utf-8", errors)
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise DataError(

@@ -101,7 +101,7 @@ def run_task(work: Work, task: Task) -> str:
 def _texts(work: Work, task: Task, counts: dict[str, int]) -> Iterator[tuple[str, bool]]:
     """Yield (text, whether a document starts with it)."""
     for document in _documents(work, task):
-        if document.is_null:
+        if document.text is None:
             counts["null_rows"] += 1
             continue
         parts = [document.text]

@@ -62,9 +62,9 @@ def _texts(source: FileSource) -> Iterator[str]:
     is_empty = True
     for task in source.tasks():
         for document in source.documents(task):
-            for begin, end in pieces(document.text):
-                is_empty = is_empty and begin == end
-                yield document.text[begin:end]
+            text = document.text or ""
+            is_empty = is_empty and not text
+            yield from (text[begin:end] for begin, end in pieces(text))
     if is_empty:
         raise DataError(f"{', '.join(source.paths)}: no text to train on; give files with text")
 
