@@ -139,11 +139,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
-    """Read a folder's MANIFEST (or PREPARING); None if the folder does not have one.
-
-    Raises:
-        DataError: the manifest cannot be read, is damaged, or has a format that this program does not read.
-    """
+    """Read a folder's MANIFEST (or PREPARING); None if the folder does not have one."""
     path = Path(folder) / name
     if not path.exists():
         return None
@@ -166,29 +162,23 @@ def _known_fields(kind: Any, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer of a folder of shards: the manifest's, or GPT-2's for a folder without one.
-
-    Raises:
-        DataError: its files are missing or damaged, or the manifest is.
-    """
+    """Return the tokenizer of a folder of shards: the manifest's, or GPT-2's for a folder without one."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.tokenizer.name == "gpt2":
         return GPT2
     record = manifest.tokenizer
+    contents = {}
     for name, sha256 in record.files.items():
         path = Path(folder) / TOKENIZER / name
         try:
-            content = path.read_bytes()
+            contents[name] = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise DataError(f"{path}: the tokenizer's file does not match its checksum; {REMEDY}")
+    definition = contents["tokenizer.json"].decode()
     return Tokenizer(
-        name=record.name,
-        eos_text=record.eos,
-        pad_text=record.pad,
-        unk_text=record.unk,
-        definition=(Path(folder) / TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"),
+        name=record.name, eos_text=record.eos, pad_text=record.pad, unk_text=record.unk, definition=definition
     )
 
 
@@ -218,8 +208,13 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
         )
     manifest = read_manifest(folder)
     if manifest is not None:
-        vocabulary = manifest.tokenizer.vocabulary
-        shards = [_open_entry(folder, entry, vocabulary) for entry in manifest.shards if entry["split"] == split]
+        shards = []
+        for entry in (entry for entry in manifest.shards if entry["split"] == split):
+            path = folder / entry["file"]  # imported shards have absolute paths
+            shard = open_shard(path, crc32=entry["crc32"], vocabulary=manifest.tokenizer.vocabulary)
+            if len(shard) != entry["tokens"]:
+                raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
+            shards.append(shard)
     elif (folder / PREPARING).exists():
         raise DataError(
             f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
@@ -248,15 +243,6 @@ def _similar_names(folder: Path) -> str:
         names = []
     similar = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(str(folder.parent / name) for name in similar)}?" if similar else "."
-
-
-def _open_entry(folder: Path, entry: dict[str, Any], vocabulary: Vocabulary) -> Shard:
-    """Open a shard of the folder's manifest. Raises DataError if it does not have the manifest's number of tokens."""
-    path = folder / entry["file"]  # imported shards have absolute paths
-    shard = open_shard(path, crc32=entry["crc32"], vocabulary=vocabulary)
-    if len(shard) != entry["tokens"]:
-        raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
-    return shard
 
 
 def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:

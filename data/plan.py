@@ -154,11 +154,11 @@ def _entry(key: str) -> int:
 class Joiner:
     """Join tasks to the shards of parts. `add` is called with every task, in order."""
 
-    def __init__(self, plan: Manifest, tokenizer: Tokenizer, out: Path) -> None:
+    def __init__(self, plan: Manifest, out: Path) -> None:
         assert plan.shard_tokens is not None and plan.val_fraction is not None
         self.plan, self.out = plan, out
         self.shard_tokens, self.val_fraction = plan.shard_tokens, plan.val_fraction
-        self._vocabulary = tokenizer.vocabulary
+        self._vocabulary = plan.tokenizer.vocabulary
         self.parts = {record["part"]: record for record in part_records(out)}
         self._counted: set[int] = set()  # parts
         self._pending: list[dict[str, Any]] = []  # records of tasks that are not in a part yet
@@ -264,13 +264,8 @@ class Joiner:
         prefix = f"{self.plan.name}_{split}_{part:05d}"
         for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
             stale.unlink()  # from an interrupted run
-        return ShardWriter(
-            self.out,
-            prefix,
-            shard_tokens=self.shard_tokens,
-            executor=self._executor,
-            vocabulary=self._vocabulary,
-        )
+        tokens, vocabulary = self.shard_tokens, self._vocabulary
+        return ShardWriter(self.out, prefix, shard_tokens=tokens, executor=self._executor, vocabulary=vocabulary)
 
 
 def _cut(lengths: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
@@ -295,10 +290,7 @@ def finish(plan: Manifest, out: Path) -> Manifest:
             for shard in plan.shards:
                 (out / shard["file"]).unlink(missing_ok=True)
             remove_plan(out)
-            raise DataError(
-                f"the {split} split has no text (val_fraction {plan.val_fraction}): give more text, or another "
-                "--val_fraction"
-            )
+            raise DataError(f"the {split} split has no text (val_fraction {plan.val_fraction}): give more text")
     plan.write(out / MANIFEST)
     remove_plan(out)
     return plan

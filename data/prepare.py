@@ -161,7 +161,7 @@ def prepare(
 
 def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
     """Run the tasks that are not done, and join them to shards."""
-    with Joiner(plan, work.tokenizer, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
+    with Joiner(plan, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
         for key in finished_tasks(work.out):
             if joiner.part_of(key):  # an interruption left it
                 remove_task(work.out, key)
@@ -337,7 +337,7 @@ def _parser() -> Parser:
 
 
 def _unescape(text: str) -> str:
-    """Replace backslash-n and backslash-t, as typed in a shell, by a line break and a tab."""
+    r"""Replace \n and \t, as typed in a shell, by a line break and a tab."""
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 

@@ -31,11 +31,6 @@ _NPY_HEADER_BYTES = 128
 _NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy), or train.bin and val.bin"
 
 
-def is_hub_id(where: str | Path) -> bool:
-    """Return True if `where` looks like OWNER/NAME, and no folder has this name."""
-    return not Path(where).is_dir() and str(where).count("/") == 1 and str(where)[0] not in "./~"
-
-
 def import_shards(
     where: str | Path,
     out: str | Path,
@@ -48,21 +43,16 @@ def import_shards(
 ) -> Manifest:
     """Check the shards of a folder or a Hub data set, and write a manifest for them.
 
-    After an interruption, files that were downloaded are checked again, and the others downloaded. In a folder that is
-    complete, only files that are missing or damaged are downloaded again.
+    Files that were downloaded before are checked again; only those that are missing or damaged are downloaded.
 
     Args:
         where: a folder, or OWNER/NAME on the Hub.
         out: folder of the manifest, and of downloaded shards; for a local folder it may be the same one.
-        revision: branch, tag or commit on the Hub.
-        tokenizer: the one that made them; None for that of nanoGPT's meta.pkl, or GPT-2's.
+        tokenizer: the one that made them; None for the one that the folder brings, or GPT-2's.
         max_tokens: take as many training shards as are needed for this many tokens.
-        log: called with lines for the user.
-
-    Raises:
-        DataError: a shard is damaged, or has tokens outside the tokenizer's vocabulary; `out` has other data.
     """
-    out, is_remote = Path(out), is_hub_id(where)
+    out = Path(out)
+    is_remote = not Path(where).is_dir() and str(where).count("/") == 1 and str(where)[0] not in "./~"  # OWNER/NAME
     if is_remote:
         source = {"kind": "pretokenized", "dataset": str(where), "asked_revision": revision}
     else:

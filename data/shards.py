@@ -48,14 +48,9 @@ class Shard:
         offset: int = HEADER_BYTES,
         crc32: str | None = None,
     ) -> None:
-        """Wrap an array of tokens.
+        """Wrap tokens, [N] uint16 or uint32, which begin at byte `offset` of the mapped file `path`, if there is one.
 
-        Args:
-            tokens: [N] uint16 or uint32 array, or memory map.
-            vocabulary: the tokenizer's.
-            path: the mapped file; None for an array in memory.
-            offset: bytes of the file before the tokens.
-            crc32: checksums of the blocks from `scan_shard`; without them, only ids outside the vocabulary are errors.
+        Without `crc32`, the checksums of the blocks from `scan_shard`, only ids outside the vocabulary are errors.
         """
         self.tokens, self.vocabulary, self.path, self.offset = tokens, vocabulary, path, offset
         self._crc32, self._itemsize = crc32, tokens.dtype.itemsize
@@ -70,11 +65,7 @@ class Shard:
         return self.tokens.dtype
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """Return a contiguous slice of tokens, [n] uint16 or uint32, a view of the file.
-
-        Raises:
-            DataError: the tokens differ from those that were written, or are not in the vocabulary.
-        """
+        """Return a contiguous slice of tokens, a view of the file. Raises DataError if they are damaged."""
         begin, end, _ = window.indices(len(self.tokens))
         first, last = begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)
         if not self._is_checked[first:last].all():
@@ -103,29 +94,24 @@ class Shard:
     def check_block(self, block: int, tokens: np.ndarray) -> str:
         """Check a block's tokens, as read from the file; return their CRC-32, 8 hex digits.
 
-        Raises:
-            DataError: the tokens differ from those that were written, or are not in the vocabulary.
+        Raises DataError if they differ from those that were written, or are not in the vocabulary.
         """
         begin = block * BLOCK_TOKENS
         crc32 = f"{zlib.crc32(tokens.data):08x}"
         if self._crc32 is not None and crc32 != self._crc32[8 * block : 8 * block + 8]:
-            byte_range = self._byte_range(begin, len(tokens))
-            raise DataError(f"{self.path}: {byte_range} do not match their checksum; {REMEDY}")
+            raise DataError(f"{self.path}: {self._bytes(begin, len(tokens))} do not match their checksum; {REMEDY}")
         size = self.vocabulary.size
         if len(tokens) and tokens.max() >= size:
             index = int((tokens >= size).argmax())
-            owner = (
-                "GPT-2, the tokenizer that is assumed unless --tokenizer names one,"
-                if size == GPT2_VOCABULARY.size
-                else "the tokenizer"
-            )
+            is_gpt2 = self.vocabulary == GPT2_VOCABULARY
+            owner = "GPT-2, assumed unless --tokenizer names another," if is_gpt2 else "the tokenizer"
             raise DataError(
                 f"{self.path or 'shard'}: token {begin + index:,} is {tokens[index]}, and {owner} has only {size:,} "
-                f"tokens: made with another tokenizer, or damaged at {self._byte_range(begin + index, 1)}; {REMEDY}"
+                f"tokens: made with another tokenizer, or damaged at {self._bytes(begin + index, 1)}; {REMEDY}"
             )
         return crc32
 
-    def _byte_range(self, begin: int, count: int) -> str:
+    def _bytes(self, begin: int, count: int) -> str:
         """Return where in the file `count` tokens from `begin` on are: "bytes 1,024 to 66,559"."""
         first = self.offset + self._itemsize * begin
         return f"bytes {first:,} to {first + self._itemsize * count - 1:,}"
@@ -134,8 +120,8 @@ class Shard:
 class ShardWriter:
     """Write documents to the shards of one split: {prefix}000.bin, {prefix}001.bin, ...
 
-    A document is never split over two shards: a shard ends when the next document does not fit. A file is written under
-    another name, flushed to the disk, read again, and renamed.
+    A document is never split over two shards: a shard ends when the next document does not fit in shard_tokens, and a
+    longer document gets its own. A file is written under another name, flushed to the disk, read again, and renamed.
     """
 
     def __init__(
@@ -147,12 +133,7 @@ class ShardWriter:
         executor: Executor,
         vocabulary: Vocabulary = GPT2_VOCABULARY,
     ) -> None:
-        """Prepare to write; the first document creates the first file.
-
-        Args:
-            shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
-            executor: threads that finish shards while others are written.
-        """
+        """Prepare to write; the threads of `executor` finish shards while others are written."""
         self.folder, self.prefix, self.shard_tokens = Path(folder), prefix, shard_tokens
         self._executor, self._vocabulary = executor, vocabulary
         self._finishing: list[Future[dict[str, Any]]] = []
@@ -190,12 +171,7 @@ class ShardWriter:
         self._finishing.append(future)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Wait until all shards are on the disk; return `scan_shard`'s dict of each, with "file", in order.
-
-        Raises:
-            OSError: a shard cannot be written.
-            DataError: the disk returned other bytes than were written.
-        """
+        """Wait until all shards are on the disk; return `scan_shard`'s dict of each, with "file", in order."""
         if self._file is not None:
             self._close(self._file)
         return [future.result() for future in self._finishing]
@@ -258,9 +234,7 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray, vocabulary
 def open_shard(path: str | Path, crc32: str | None = None, *, vocabulary: Vocabulary = GPT2_VOCABULARY) -> Shard:
     """Map a shard into memory, in any format that this file names (`crc32` and `vocabulary`: see `Shard`).
 
-    Raises:
-        DataError: the file is missing, has tokens of another type than the vocabulary needs, or its header and size are
-            not those of a complete shard.
+    Raises DataError for anything but a complete shard of the vocabulary's type of tokens.
     """
     path, dtype = Path(path), vocabulary.dtype
     try:
@@ -330,11 +304,9 @@ def _npy_extent(path: Path, dtype: np.dtype) -> tuple[int, int]:
 
 
 def _wrong_dtype(path: Path, found: np.dtype, expected: np.dtype) -> str:
-    size = "more than" if found.itemsize > expected.itemsize else "at most"
     return (
-        f"{path}: {found} tokens, which are for vocabularies of {size} 65,536 tokens, and the tokenizer (GPT-2's "
-        f"unless --tokenizer names one) has {expected}: import the shards with `python -m data.prepare pretokenized "
-        "FOLDER --tokenizer NAME`"
+        f"{path}: {found} tokens, and those of the tokenizer (GPT-2's unless --tokenizer names one) are {expected}: "
+        "import the shards with `python -m data.prepare pretokenized FOLDER --tokenizer NAME`"
     )
 
 
@@ -346,9 +318,6 @@ def scan_shard(
     Returns:
         "tokens", "documents" (number of eos tokens), "sha256" (of the file, hex), "crc32" (of each block of
         BLOCK_TOKENS tokens, 8 hex digits each) and "crc32_of_all" (of all tokens, an int).
-
-    Raises:
-        DataError: see `open_shard` and `Shard.check_block`.
     """
     path = Path(path)
     shard = open_shard(path, crc32, vocabulary=vocabulary)

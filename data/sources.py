@@ -22,7 +22,7 @@ import platform
 import re
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -223,15 +223,19 @@ class FileSource:
                 ]
         return tasks
 
-    def documents(self, task: Mapping[str, Any], piece: tuple[int, bytes] | None = None) -> Iterator[Document]:
-        """Yield the documents of a task, or those of a piece of its `stream`."""
+    def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
+        """Yield the documents of a task, or of a piece of its `stream` in "piece_content"."""
         path = Path(task["path"])
         with name_unreadable_file(path):
             if file_kind(path) == ".parquet":
                 rows = parquet.rows(path, task, text_column=self.text_column, where=str(path), errors=self.errors)
                 yield from map(Document, rows)
                 return
-            pieces = [piece] if piece else self.stream(task) if _compression(path) else [self._range(path, task)]
+            pieces: Iterable[tuple[int, bytes]]
+            if "piece_content" in task:
+                pieces = [task["piece_content"]]
+            else:
+                pieces = self.stream(task) if _compression(path) else [self._range(path, task)]
             for offset, content in pieces:
                 yield from self._split(path, offset, content)
 
