@@ -207,43 +207,36 @@ def find_commit(dataset: str, revision: str, commit: str | None = None) -> str:
 
 
 def ask_hub(call: Callable[[], Result], dataset: str, what: str, revision: str = "main") -> Result:
-    """Return call(), which makes requests for `what` of a data set; repeat it after errors that may be temporary.
-
-    Raises:
-        DataError: the data set or revision cannot be read, HF_HUB_OFFLINE is set, or requests fail.
-    """
+    """Return call(), which makes requests for `what` of a data set; repeat it after errors that may be temporary."""
     from huggingface_hub import constants, errors, get_session
 
-    final = (
-        *(errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError),
-        *(errors.HFValidationError, errors.OfflineModeIsEnabled),
-    )
-    get_session().timeout = _TIMEOUT_SECONDS  # the client itself has none, and a silent server would hold us for ever
-    try:
-        return with_retries(call, raises=final, log=lambda line: print(f"{dataset}, {what}: {line}", file=sys.stderr))
-    except errors.GatedRepoError:
-        page = f"{constants.ENDPOINT}/datasets/{dataset}"
-        problem = f"{dataset} is gated: accept its terms on {page} and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        problem = (
-            f"no data set {dataset} on {constants.ENDPOINT}, or you may not read it: check the name, or log in with "
-            "`hf auth login`"
-        )
-    except errors.RevisionNotFoundError:
-        problem = f"{dataset} has no revision {revision!r}; check --revision"
-    except errors.HFValidationError as error:
-        problem = f"{dataset!r} is not the name of a data set: {one_line(error)}"
-    except errors.OfflineModeIsEnabled:
-        problem = (
+    hub = constants.ENDPOINT
+    final: dict[type[Exception], str] = {
+        errors.GatedRepoError: (
+            f"{dataset} is gated: accept its terms on {hub}/datasets/{dataset} and log in with `hf auth login`"
+        ),
+        errors.RepositoryNotFoundError: (
+            f"no data set {dataset} on {hub}, or you may not read it: check the name, or log in with `hf auth login`"
+        ),
+        errors.RevisionNotFoundError: f"{dataset} has no revision {revision!r}; check --revision",
+        errors.HFValidationError: f"{dataset!r} is not the name of a data set, which is OWNER/NAME",
+        errors.OfflineModeIsEnabled: (
             f"{dataset}: HF_HUB_OFFLINE is set; unset it, or use data on this machine (`files PATH`, "
             "`pretokenized FOLDER` or `sample`)"
-        )
+        ),
+    }
+    get_session().timeout = _TIMEOUT_SECONDS  # the client itself has none, and a silent server would hold us for ever
+    try:
+        log = partial(print, f"{dataset}, {what}:", file=sys.stderr)
+        return with_retries(call, raises=tuple(final), log=log)
     except HubRequestError as error:
         tried = "" if error.is_final else f" after {error.attempts} attempts"
         problem = (
-            f"{dataset}, {what}: request to {constants.ENDPOINT} failed{tried} ({error.reason}); check the network, "
-            "the proxy settings and HF_ENDPOINT, and run the same command again: finished work is kept"
+            f"{dataset}, {what}: request to {hub} failed{tried} ({error.reason}); check the network, the proxy "
+            "settings and HF_ENDPOINT, and run the same command again: finished work is kept"
         )
+    except tuple(final) as error:
+        problem = next(text for kind, text in final.items() if isinstance(error, kind))
     raise DataError(problem)  # without the client's exception, which has the token
 
 

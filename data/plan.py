@@ -11,7 +11,7 @@ import glob
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -280,8 +280,11 @@ def _cut(lengths: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-def finish(plan: Manifest, out: Path) -> Manifest:
-    """Write the manifest of a folder whose parts are all there, and remove the rest."""
+def finish(plan: Manifest, out: Path, before: Sequence[Mapping[str, Any]] = ()) -> Manifest:
+    """Write the manifest of a folder whose parts are all there, and remove the rest.
+
+    Raises DataError if a split is empty, or if a repaired folder does not have the shards that it had `before`.
+    """
     parts = part_records(out)
     plan.shards = [shard for part in parts for shard in part.pop("shards")]
     plan.parts = parts
@@ -291,6 +294,13 @@ def finish(plan: Manifest, out: Path) -> Manifest:
                 (out / shard["file"]).unlink(missing_ok=True)
             remove_plan(out)
             raise DataError(f"the {split} split has no text (val_fraction {plan.val_fraction}): give more text")
+    if before and plan.shards != before:
+        (out / MANIFEST).unlink()
+        remove_plan(out)
+        raise DataError(
+            f"{out} cannot be repaired: its source has changed, or the program that reads it; it has no manifest now: "
+            "remove it, and prepare it again"
+        )
     plan.write(out / MANIFEST)
     remove_plan(out)
     return plan

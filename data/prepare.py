@@ -92,10 +92,6 @@ def prepare(
             is plain characters.
         cluster: the machines that run the tasks; None: this one. On SLURM the result is the plan, without shards.
         log: called with lines for the user.
-
-    Raises:
-        UserError: the folder has other content, the source failed, the disk is full, or a process was killed. Finished
-            tasks are kept.
     """
     out, tokenizer = Path(out), tokenizer or open_tokenizer()
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens)
@@ -117,36 +113,21 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
             plan = open_plan(plan, source, tokenizer, out)
-            before = plan if plan.shards else None
-            if before is not None:
-                log(f"{out} is already prepared: checking its shards")
-                damaged = verify(out, num_proc=num_proc)[1]
-                if not damaged:
-                    remove_plan(out)
-                    return before
-                log(f"repair    {len(damaged)} shards are damaged or missing")
-                plan = reopen(before, set(damaged), out)
-            if isinstance(source, FileSource) and source.skipped:
-                names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
-                log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
-            needed = _estimate_bytes(plan)
-            log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate)")
-            check_space(out, needed)
-            work = Work(source, tokenizer, out if cluster is None else out.absolute(), val_fraction, parse_eos)
+            before = plan.shards
+            if before and not (damaged := _damaged_shards(out, num_proc, log)):
+                return plan
+            if before:
+                plan = reopen(plan, damaged, out)
+            _report_plan(plan, source, out, log)
+            work = Work(source, tokenizer, out.absolute(), val_fraction, parse_eos)
             if cluster is not None:
                 again: dict[str, Any] = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
                 again |= {"max_tokens": max_tokens, "tokenizer": tokenizer, "parse_eos": parse_eos}
-                if not cluster.run(work, partial(prepare, source, out.absolute(), **again)):
+                if not cluster.run(work, partial(prepare, source, work.out, **again)):
                     is_new = False
                     return plan
             _run_tasks(plan, work, num_proc, log)
-            manifest = finish(plan, out)
-        if before is not None and manifest.shards != before.shards:
-            (out / MANIFEST).unlink()
-            raise DataError(
-                f"{out} cannot be repaired: its source has changed, or the program that reads it; it has no manifest "
-                "now: remove it, and prepare it again"
-            )
+            manifest = finish(plan, out, before)
         _report_oddities(manifest, tokenizer, parse_eos, log)
         return manifest
     except OSError as error:
@@ -157,6 +138,30 @@ def prepare(
     finally:
         if is_new and out.is_dir() and not kept_work(out) and not (out / MANIFEST).exists():
             shutil.rmtree(out)
+
+
+def _damaged_shards(out: Path, num_proc: int, log: Log) -> set[str]:
+    """Check the shards of a finished folder; return the names of the damaged and missing ones."""
+    log(f"{out} is already prepared: checking its shards")
+    damaged = {*verify(out, num_proc=num_proc)[1]}
+    if damaged:
+        log(f"repair    {len(damaged)} shards are damaged or missing")
+    else:
+        remove_plan(out)  # which an interruption may have left
+    return damaged
+
+
+def _report_plan(plan: Manifest, source: Source, out: Path, log: Log) -> None:
+    """Say which files are not read and how large the shards will be. Raises DataError if the disk is too small."""
+    if isinstance(source, FileSource) and source.skipped:
+        names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
+        log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
+    tasks = [task for inputs in plan.inputs for task in inputs]
+    needed = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
+    if plan.max_tokens is not None:
+        needed = min(needed, plan.tokenizer.vocabulary.dtype.itemsize * plan.max_tokens)
+    log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate)")
+    check_space(out, needed)
 
 
 def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
@@ -263,14 +268,6 @@ def _versions(tokenizer: Tokenizer) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[package] = metadata.version(package)
     return versions
-
-
-def _estimate_bytes(plan: Manifest) -> float:
-    """Estimate the size of the shards from the sizes of the files."""
-    tasks = [task for inputs in plan.inputs for task in inputs]
-    size = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
-    itemsize = plan.tokenizer.vocabulary.dtype.itemsize
-    return size if plan.max_tokens is None else min(size, itemsize * plan.max_tokens)
 
 
 def _parser() -> Parser:

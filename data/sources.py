@@ -95,31 +95,25 @@ class SampleSource:
             yield Document(text.encode("utf-8", "replace").decode())
 
 
-def sample_documents() -> Iterator[str]:
-    """Yield the documents of the offline sample. Raises DataError if Python was installed without documentation."""
+def sample_documents() -> list[str]:
+    """Return the documents of the offline sample. Raises DataError if Python was installed without documentation."""
     documents = []
     with contextlib.suppress(ImportError):  # a separate package in some distributions
         from pydoc_data.topics import topics
 
         documents = [topics[name] for name in sorted(topics)]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(_python_files(library)):
-        text = docstrings(path)
-        if len(text) >= _MIN_DOCSTRING_CHARACTERS:
-            documents.append(text)
+    library, paths = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, folders, names in os.walk(library):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    documents += [text for text in map(docstrings, sorted(paths)) if len(text) >= _MIN_DOCSTRING_CHARACTERS]
     characters = sum(len(text) for text in documents)
     if characters < _MIN_SAMPLE_CHARACTERS:
         raise DataError(
             f"this Python's documentation has only {characters:,} characters ({library}); some packages of Python "
             "leave it out. Use your own text: `python -m data.prepare files PATH --out DIR`"
         )
-    yield from documents
-
-
-def _python_files(library: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(library):
-        folders[:] = set(folders) - _SKIPPED_FOLDERS
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+    return documents
 
 
 def docstrings(path: Path) -> str:
