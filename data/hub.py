@@ -126,10 +126,7 @@ class DatasetSource:
             rows = datasets.load_dataset(task["format"], data_files=[url], split="train", streaming=True)
             for batch in rows.iter(batch_size=64):
                 if self.text_column not in batch:
-                    raise DataError(
-                        f"{where}: no column {self.text_column!r}, only {', '.join(batch)}; name the right one with "
-                        "--text_column"
-                    )
+                    raise parquet.missing_column(self.text_column, batch, where)
                 for value in batch[self.text_column]:
                     number += 1
                     if not isinstance(value, str | None):

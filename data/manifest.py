@@ -17,7 +17,7 @@ from common.cli import shell_quote
 from common.errors import one_line
 from common.files import write_text_atomically
 from data import DataError
-from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard
+from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard, reading
 from data.tokenizer import GPT2, Tokenizer, Vocabulary
 
 MANIFEST = "manifest.json"
@@ -170,10 +170,8 @@ def shard_tokenizer(folder: str | Path) -> Tokenizer:
     contents = {}
     for name, sha256 in record.files.items():
         path = Path(folder) / TOKENIZER / name
-        try:
+        with reading(path):
             contents[name] = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
         if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise DataError(f"{path}: the tokenizer's file does not match its checksum; {REMEDY}")
     definition = contents["tokenizer.json"].decode()
@@ -189,11 +187,7 @@ def needs_preparing(folder: str | Path) -> bool:
 
 
 def open_split(folder: str | Path, split: str) -> list[Shard]:
-    """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order.
-
-    Raises:
-        DataError: the folder does not exist or is not finished, has no shards of the split, or one is damaged.
-    """
+    """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order."""
     folder = Path(folder)
     if folder.is_file():
         raise DataError(

@@ -39,11 +39,7 @@ def nanogpt_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 
 def read_plain_pickle(path: Path) -> dict[Any, Any]:
-    """Read a pickle of dicts, texts and integers by its opcodes; nothing in it is executed.
-
-    Raises:
-        DataError: it has anything else, or is damaged.
-    """
+    """Read a pickle of dicts, texts and integers by its opcodes; nothing in it is executed."""
     stack: list[Any] = []
     memo: list[Any] = []
     mark = object()

@@ -6,7 +6,7 @@ from the Hub three requests and 0.4 s for each row group (a server on this machi
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,14 +59,19 @@ def rows(
         ) from error
 
 
+def missing_column(text_column: str, names: Iterable[str], where: str) -> DataError:
+    """Return the error for a file that does not have the column."""
+    return DataError(
+        f"{where}: no column {text_column!r}, only {', '.join(names)}; name the right one with --text_column"
+    )
+
+
 def _check_column(schema: Any, text_column: str, where: str) -> None:
     """Raise DataError if the file has no such column, or if it is not text."""
     import pyarrow
 
     if text_column not in schema.names:
-        raise DataError(
-            f"{where}: no column {text_column!r}, only {', '.join(schema.names)}; name the right one with --text_column"
-        )
+        raise missing_column(text_column, schema.names, where)
     kind = schema.field(text_column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type

@@ -10,12 +10,13 @@ and val.bin, tokens without a header. A folder's manifest (manifest.py) has a CR
 tokens. `Shard` checks a block before its first use, so a damaged token is an error and never training data.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,15 @@ MAX_TOKENS = 2**31 - 1  # the largest int32 in the header
 BLOCK_TOKENS = 32_768  # 64 KiB of uint16: checking the blocks of random windows reads little more than the windows
 HEADERLESS_NAMES = ("train.bin", "val.bin")  # nanoGPT's
 REMEDY = "copy the file again, or prepare the folder again, which makes only damaged shards"
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a DataError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
 
 
 class Shard:
@@ -79,12 +89,9 @@ class Shard:
         tokens = self.tokens[begin : begin + BLOCK_TOKENS]
         if self.path is not None:
             # Not through the map, which would read the block from the disk page by page.
-            try:
-                with self.path.open("rb", buffering=0) as file:
-                    file.seek(self.offset + self._itemsize * begin)
-                    content = file.read(self._itemsize * len(tokens))
-            except OSError as error:
-                raise DataError(f"{self.path}: {error.strerror or error}; {REMEDY}") from error
+            with reading(self.path), self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + self._itemsize * begin)
+                content = file.read(self._itemsize * len(tokens))
             if len(content) != self._itemsize * len(tokens):
                 raise DataError(f"{self.path}: became shorter while it was being read; {REMEDY}")
             tokens = np.frombuffer(content, dtype=self.dtype)
@@ -237,14 +244,12 @@ def open_shard(path: str | Path, crc32: str | None = None, *, vocabulary: Vocabu
     Raises DataError for anything but a complete shard of the vocabulary's type of tokens.
     """
     path, dtype = Path(path), vocabulary.dtype
-    try:
+    with reading(path):
         offset, count = _npy_extent(path, dtype) if path.suffix == ".npy" else _bin_extent(path, dtype)
         if count == 0:
             return Shard(np.zeros(0, dtype), vocabulary=vocabulary, path=path, offset=offset, crc32=crc32)
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
     if hasattr(content, "madvise"):
         # Windows are read in random order: without this, each page fault reads the megabytes around the page.
         content.madvise(mmap.MADV_RANDOM)
@@ -323,18 +328,15 @@ def scan_shard(
     shard = open_shard(path, crc32, vocabulary=vocabulary)
     sha256, crcs, crc32_of_all, documents = hashlib.sha256(), [], 0, 0
     itemsize = shard.dtype.itemsize
-    try:
-        with path.open("rb") as file:
-            sha256.update(file.read(shard.offset))
-            for begin in range(0, len(shard), BLOCK_TOKENS):
-                content = file.read(itemsize * min(BLOCK_TOKENS, len(shard) - begin))
-                block = np.frombuffer(content, dtype=shard.dtype)
-                sha256.update(content)
-                crcs.append(shard.check_block(begin // BLOCK_TOKENS, block))
-                crc32_of_all = zlib.crc32(content, crc32_of_all)
-                documents += int(np.count_nonzero(block == vocabulary.eos_id))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
+    with reading(path), path.open("rb") as file:
+        sha256.update(file.read(shard.offset))
+        for begin in range(0, len(shard), BLOCK_TOKENS):
+            content = file.read(itemsize * min(BLOCK_TOKENS, len(shard) - begin))
+            block = np.frombuffer(content, dtype=shard.dtype)
+            sha256.update(content)
+            crcs.append(shard.check_block(begin // BLOCK_TOKENS, block))
+            crc32_of_all = zlib.crc32(content, crc32_of_all)
+            documents += int(np.count_nonzero(block == vocabulary.eos_id))
     return {
         "tokens": len(shard),
         "documents": documents,

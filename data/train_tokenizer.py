@@ -21,9 +21,6 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
     """Train on the texts of a source, and save the tokenizer as a folder that AutoTokenizer opens.
 
     Memory grows with the number of different words, not with the length of the text.
-
-    Raises:
-        UserError: the vocabulary is too small, the folder is not empty, or a file cannot be read.
     """
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers

@@ -32,18 +32,15 @@ def _find_problem(path: Path, entry: dict[str, Any] | None, vocabulary: Vocabula
     if not path.is_file():
         return f"{path}: the file is missing"
     try:
-        if entry is None:
-            scan_shard(path, vocabulary=vocabulary)
-            return None
         num_tokens = len(open_shard(path, vocabulary=vocabulary))
-        if num_tokens != entry["tokens"]:
-            return (
-                f"{path}: {num_tokens:,} tokens, {MANIFEST} says {entry['tokens']:,} "
-                "(first bad: bytes 8 to 11, the count in the header)"
-            )
-        scan = scan_shard(path, entry["crc32"], vocabulary=vocabulary)
+        if entry is not None and num_tokens != entry["tokens"]:
+            says = f"{MANIFEST} says {entry['tokens']:,} (first bad: bytes 8 to 11, the count in the header)"
+            return f"{path}: {num_tokens:,} tokens, {says}"
+        scan = scan_shard(path, entry["crc32"] if entry else None, vocabulary=vocabulary)
     except (DataError, OSError) as error:
         return str(error)
+    if entry is None:
+        return None
     if scan["sha256"] != entry["sha256"]:
         return f"{path}: bytes 0 to {HEADER_BYTES - 1:,}, the header, do not match their checksum"
     if scan["documents"] != entry["documents"]:

@@ -236,7 +236,7 @@ def test_resuming_and_repairing_read_the_commit_of_the_start(hub, tmp_path, monk
 
 
 def test_finished_folder_of_an_earlier_version_is_prepared(hub, tmp_path):
-    """Its manifest does not name the split, which was always train, and nothing is downloaded again."""
+    """A manifest without a split means train, and nothing is downloaded again."""
     source, out = DatasetSource("o/n", subset="sample-10BT"), tmp_path / "out"
     manifest = prepare_module.prepare(source, out, name="t", val_fraction=0.2)
     del manifest.source["split"], manifest.source["parse_eos"]
