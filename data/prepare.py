@@ -262,9 +262,8 @@ def _report_oddities(manifest: Manifest, tokenizer: Tokenizer, parse_eos: bool, 
 
 def _versions(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the versions of the software that makes the tokens, for the manifest."""
-    package = tokenizer.backend if tokenizer.is_gpt2 else "tokenizers"
-    versions = {"python": platform.python_version(), package: metadata.version(package)}
-    for package in ("gpt2-repro", "tiktoken"):
+    versions = {"python": platform.python_version()}
+    for package in (tokenizer.backend if tokenizer.is_gpt2 else "tokenizers", "gpt2-repro", "tiktoken"):
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[package] = metadata.version(package)
     return versions

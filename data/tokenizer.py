@@ -385,7 +385,12 @@ def pieces(text: str) -> Iterator[tuple[int, int]]:
     yield begin, len(text)
 
 
-if __name__ == "__main__":
-    from data.train_tokenizer import main  # which imports this module
+def main() -> int:
+    """Run `python -m data.tokenizer train`, see data/train_tokenizer.py, and return its exit code."""
+    from data import train_tokenizer  # which imports this module
 
+    return train_tokenizer.main()
+
+
+if __name__ == "__main__":
     sys.exit(main())
