@@ -29,7 +29,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks import harness
-from data.tokenizer import load_hf_tokenizer, load_tiktoken
+from data.tokenizer import GPT2, load_tiktoken
 from eval import evaluate
 from eval.hellaswag.items import HellaSwagItem, load_items
 from eval.hellaswag.task import LECTURE, LM_EVAL, Task
@@ -58,7 +58,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT2ReproForCausalLM(GPT2ReproConfig.from_size(args.size)).eval()
     torch.nn.Module.to(model, device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
-    tokenizer = load_hf_tokenizer()
+    tokenizer = GPT2.hf()
     all_items, _ = load_items(args.data)
     items = random.Random(0).sample(all_items, min(args.items, len(all_items)))
 

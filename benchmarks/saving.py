@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.harness import make_parser, print_report, take_turns, timed, with_range
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.checkpoint import CheckpointWriter, Keep, LoopState
 from training.config import OptimConfig
@@ -42,7 +42,7 @@ def main() -> None:
     model = GPT2ReproForCausalLM(config).to(device).train()
     optimizer = build_optimizer(model, OptimConfig(lr=1e-4), device.type)
     models = compile_and_wrap(accelerator, model, optimizer, accumulation=1, use_compile=False)
-    tokenizer = load_hf_tokenizer(model_max_length=1024)
+    tokenizer = GPT2.hf(model_max_length=1024)
     tokens = torch.randint(0, 50257, (args.rows, SEQ_LEN + 1), device=device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from benchmarks.harness import make_parser, median_ratio, print_report, take_turns, with_range
 from data.sources import FileSource
-from data.tokenizer import EOT, load_hf_tokenizer, load_tiktoken
+from data.tokenizer import EOT, GPT2, load_tiktoken
 
 CANDIDATES = ("tiktoken", "lecture", "tokenizers", "prepare", "prepare-giga")
 COLUMNS = ("candidate", "M tokens/s", "a core", "over tiktoken alone")
@@ -46,7 +46,7 @@ def main() -> None:
     os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)
 
     source = FileSource(args.paths, separator=args.separator)
-    documents = [document.text for task in source.tasks() for document in source.documents(task)]
+    documents = [document.text for task in source.tasks() for document in source.documents(task) if document.text]
     encoding = load_tiktoken()
     num_tokens = sum(1 + len(encoding.encode_ordinary(text)) for text in documents)
     print(f"{len(documents):,} documents, {sum(map(len, documents)):,} characters, {num_tokens:,} tokens", flush=True)
@@ -123,7 +123,7 @@ def _encode_one(text: str) -> np.ndarray:
 
 def tokenizers_batch(documents: list[str]) -> float:
     """Return the seconds of Hugging Face tokenizers' batch call, 1,000 documents at a time."""
-    tokenizer = load_hf_tokenizer()
+    tokenizer = GPT2.hf()
     tokenizer(documents[:10])
     start = time.perf_counter()
     for first in range(0, len(documents), 1000):

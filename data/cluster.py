@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +22,24 @@ from data.tasks import Work, Workers, finished_tasks, tasks_of
 
 EXECUTORS = ("local", "slurm", "ray")
 _ROOT = Path(__file__).resolve().parent.parent
-_NEEDED = ("time", "partition")
 
 
-@dataclass
-class Tokenize:
-    """The step of a rank."""
-
-    work: Work
-    num_proc: int
-
-    def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Run the tasks of this rank that are not done."""
-        plan = read_manifest(self.work.out, PREPARING)
-        if plan is None:
-            raise DataError(f"{self.work.out} has no plan; run the same data.prepare command again")
-        parts = part_records(self.work.out)
-        entries = range(rank, len(plan.inputs), world_size)
-        tasks = (task for number in entries for task in tasks_of(self.work.source, number, plan.inputs[number]))
-        missing = (task for task in tasks if part_of(parts, task.key) is None)
-        with Workers(self.work, num_proc=self.num_proc) as workers:
-            for _ in workers.run(missing, {*finished_tasks(self.work.out)}):
-                pass
+def run_rank(work: Work, num_proc: int, data: object, rank: int, world_size: int) -> None:
+    """Run the tasks of a rank that are not done: a step of datatrove's, which gives the last three arguments."""
+    plan = read_manifest(work.out, PREPARING)
+    if plan is None:
+        raise DataError(f"{work.out} has no plan; run the same data.prepare command again")
+    parts = part_records(work.out)
+    entries = range(rank, len(plan.inputs), world_size)
+    tasks = (task for number in entries for task in tasks_of(work.source, number, plan.inputs[number]))
+    missing = (task for task in tasks if part_of(parts, task.key) is None)
+    with Workers(work, num_proc=num_proc) as workers:
+        for _ in workers.run(missing, {*finished_tasks(work.out)}):
+            pass
 
 
-@dataclass
-class Join:
-    """The step of the one process that joins everything on SLURM."""
-
-    prepare: Callable[[], object]
-
-    def __call__(self, data: object, rank: int, world_size: int) -> None:
-        """Finish the folder."""
-        self.prepare()
+def _run_join(join: Callable[[], object], data: object, rank: int, world_size: int) -> None:
+    join()
 
 
 @dataclass
@@ -82,8 +68,9 @@ class Cluster:
             return
         if shutil.which("sbatch") is None:
             raise DataError("--executor slurm: sbatch was not found; run this on a login node of the cluster")
-        if missing := [name for name in _NEEDED if name not in self.slurm]:
-            raise DataError(f"--executor slurm needs --slurm {missing[0]}=VALUE")
+        for name in ("time", "partition"):
+            if name not in self.slurm:
+                raise DataError(f"--executor slurm needs --slurm {name}=VALUE")
 
     def run(self, work: Work, join: Callable[[], object]) -> bool:
         """Run the tasks; return False if they were submitted, with the joining, to run later."""
@@ -96,7 +83,7 @@ class Cluster:
         if not ray.is_initialized():
             ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(_ROOT)}})
         cores = max(1, min(int(node["Resources"]["CPU"]) for node in ray.nodes() if node["Resources"].get("CPU")))
-        step = Tokenize(work, cores)
+        step = partial(run_rank, work, cores)
         options = {"tasks": self.num_tasks, "logging_dir": str(self.logging_dir), "cpus_per_task": cores}
         RayPipelineExecutor([step], **options, mem_per_cpu_gb=0, skip_completed=False).run()
         return True
@@ -107,7 +94,9 @@ class Cluster:
         path = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
         options: dict[str, Any] = {"env_command": f"export PYTHONPATH={shlex.quote(str(_ROOT))} PATH={path}", "qos": ""}
         options |= {"skip_completed": False, **self.slurm}
-        step = Tokenize(work, int(options.get("cpus_per_task", 1)))
+        step = partial(run_rank, work, int(options.get("cpus_per_task", 1)))
         logs = [str(self.logging_dir / name) for name in ("tasks", "join")]
         tasks = SlurmPipelineExecutor([step], self.num_tasks, job_name="tokenize", logging_dir=logs[0], **options)
-        SlurmPipelineExecutor([Join(join)], 1, job_name="join", depends=tasks, logging_dir=logs[1], **options).run()
+        SlurmPipelineExecutor(
+            [partial(_run_join, join)], 1, job_name="join", depends=tasks, logging_dir=logs[1], **options
+        ).run()

@@ -44,9 +44,7 @@ class DatasetSource:
         """Record the settings; `tasks` asks the Hub.
 
         Args:
-            dataset: id, OWNER/NAME.
-            subset: subset of the data set (a "config" in its card); None for the default.
-            revision: branch, tag or commit.
+            subset: a "config" in the data set's card; None for the default.
             commit: commit of an earlier lookup, to continue with; the branch may have moved since.
             errors: for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD.
         """
@@ -70,7 +68,8 @@ class DatasetSource:
     def tasks(self) -> list[dict[str, Any]]:
         """List the pieces to read, in order: {"path", "bytes", "format", "size" of the file, "piece", "pieces"}."""
         self.commit = find_commit(self.dataset, self.revision, self.commit)
-        builder = self._ask(partial(_open_builder, self.dataset, self.subset, self.commit), "its files")
+        ask = partial(ask_hub, dataset=self.dataset, revision=self.revision)
+        builder = ask(partial(_open_builder, self.dataset, self.subset, self.commit), what="its files")
         splits = builder.config.data_files or {}
         if self.split not in splits:
             raise DataError(
@@ -82,7 +81,7 @@ class DatasetSource:
         paths = [url.removeprefix(root) for url in splits[self.split]]
         if elsewhere := [path for path in paths if "://" in path]:
             raise DataError(f"{self.dataset} has its files elsewhere ({elsewhere[0]}); download them and use `files`")
-        sizes = self._ask(partial(_sizes, self.dataset, self.commit, paths), "the sizes of its files")
+        sizes = ask(partial(_sizes, self.dataset, self.commit, paths), what="the sizes of its files")
         whole_file = {"piece": 0, "pieces": 1}
         return [
             {"path": path, "format": data_format, "size": size, **piece}
@@ -101,12 +100,10 @@ class DatasetSource:
             texts = self._lines(file, where, is_json=kind == ".jsonl")
         else:
             texts = self._other_rows(task, where)
-        for _, text in texts:
-            if text is None or not (text == "" or text.isspace()):
-                yield Document(text or "", is_null=text is None)
+        yield from (Document(text) for text in texts if text is None or text.strip())
 
-    def _lines(self, file: BinaryIO, where: str, *, is_json: bool) -> Iterator[tuple[int, str | None]]:
-        """Yield (number, text or None) of each line of JSON, or of the entire .txt file.
+    def _lines(self, file: BinaryIO, where: str, *, is_json: bool) -> Iterator[str | None]:
+        """Yield the text of each line of JSON, or of the entire .txt file.
 
         `datasets` refuses lines whose other fields change their type, and half surrogates; it joins CR LF.
         """
@@ -114,17 +111,12 @@ class DatasetSource:
         with name_unreadable_file(where), decompress(raw, PurePosixPath(where).suffix) as stream:
             for number, content in enumerate(stream if is_json else [stream.read()], start=1):
                 if not content.isspace():
-                    text = decode_text(
-                        content,
-                        is_json,
-                        text_column=self.text_column,
-                        errors=self.errors,
-                        locate=lambda _, number=number: f"{where}:{number}",  # type: ignore[misc]
-                    )
-                    yield number, text
+                    place = f"{where}:{number}"
+                    options = {"text_column": self.text_column, "errors": self.errors}
+                    yield decode_text(content, is_json, **options, locate=lambda byte, place=place: place)  # type: ignore[misc]
 
-    def _other_rows(self, task: Mapping[str, Any], where: str) -> Iterator[tuple[int, str | None]]:
-        """Yield (row number, text or None) of a file that `datasets` reads."""
+    def _other_rows(self, task: Mapping[str, Any], where: str) -> Iterator[str | None]:
+        """Yield the text of each row of a file that `datasets` reads."""
         import datasets
 
         silence(datasets)
@@ -134,16 +126,12 @@ class DatasetSource:
             rows = datasets.load_dataset(task["format"], data_files=[url], split="train", streaming=True)
             for batch in rows.iter(batch_size=64):
                 if self.text_column not in batch:
-                    raise DataError(
-                        f"{where}: no column {self.text_column!r}, only {', '.join(batch)}; name the right one with "
-                        "--text_column"
-                    )
+                    raise parquet.missing_column(self.text_column, batch, where)
                 for value in batch[self.text_column]:
                     number += 1
                     if not isinstance(value, str | None):
-                        kind = type(value).__name__
-                        raise DataError(f"{where}:{number}: {self.text_column!r} is a {kind}, not text")
-                    yield number, value
+                        raise DataError(f"{where}:{number}: {self.text_column!r} is a {type(value).__name__}, not text")
+                    yield value
         except DataError:
             raise
         except Exception as error:  # of any library that reads a format
@@ -151,9 +139,6 @@ class DatasetSource:
                 f"{where}: `datasets` cannot read this file after row {number} ({one_line(error)}); run the command "
                 "again, or try the Hub's conversion to Parquet: --revision refs/convert/parquet"
             ) from None
-
-    def _ask(self, call: Callable[[], Result], what: str) -> Result:
-        return ask_hub(call, self.dataset, what, self.revision)
 
 
 class HubFile(io.RawIOBase):
@@ -219,43 +204,36 @@ def find_commit(dataset: str, revision: str, commit: str | None = None) -> str:
 
 
 def ask_hub(call: Callable[[], Result], dataset: str, what: str, revision: str = "main") -> Result:
-    """Return call(), which makes requests for `what` of a data set; repeat it after errors that may be temporary.
-
-    Raises:
-        DataError: the data set or revision cannot be read, HF_HUB_OFFLINE is set, or requests fail.
-    """
+    """Return call(), which makes requests for `what` of a data set; repeat it after errors that may be temporary."""
     from huggingface_hub import constants, errors, get_session
 
-    final = (
-        *(errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError),
-        *(errors.HFValidationError, errors.OfflineModeIsEnabled),
-    )
-    get_session().timeout = _TIMEOUT_SECONDS  # the client itself has none, and a silent server would hold us for ever
-    try:
-        return with_retries(call, raises=final, log=lambda line: print(f"{dataset}, {what}: {line}", file=sys.stderr))
-    except errors.GatedRepoError:
-        page = f"{constants.ENDPOINT}/datasets/{dataset}"
-        problem = f"{dataset} is gated: accept its terms on {page} and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        problem = (
-            f"no data set {dataset} on {constants.ENDPOINT}, or you may not read it: check the name, or log in with "
-            "`hf auth login`"
-        )
-    except errors.RevisionNotFoundError:
-        problem = f"{dataset} has no revision {revision!r}; check --revision"
-    except errors.HFValidationError as error:
-        problem = f"{dataset!r} is not the name of a data set: {one_line(error)}"
-    except errors.OfflineModeIsEnabled:
-        problem = (
+    hub = constants.ENDPOINT
+    final: dict[type[Exception], str] = {
+        errors.GatedRepoError: (
+            f"{dataset} is gated: accept its terms on {hub}/datasets/{dataset} and log in with `hf auth login`"
+        ),
+        errors.RepositoryNotFoundError: (
+            f"no data set {dataset} on {hub}, or you may not read it: check the name, or log in with `hf auth login`"
+        ),
+        errors.RevisionNotFoundError: f"{dataset} has no revision {revision!r}; check --revision",
+        errors.HFValidationError: f"{dataset!r} is not the name of a data set, which is OWNER/NAME",
+        errors.OfflineModeIsEnabled: (
             f"{dataset}: HF_HUB_OFFLINE is set; unset it, or use data on this machine (`files PATH`, "
             "`pretokenized FOLDER` or `sample`)"
-        )
+        ),
+    }
+    get_session().timeout = _TIMEOUT_SECONDS  # the client itself has none, and a silent server would hold us for ever
+    try:
+        log = partial(print, f"{dataset}, {what}:", file=sys.stderr)
+        return with_retries(call, raises=tuple(final), log=log)
     except HubRequestError as error:
         tried = "" if error.is_final else f" after {error.attempts} attempts"
         problem = (
-            f"{dataset}, {what}: request to {constants.ENDPOINT} failed{tried} ({error.reason}); check the network, "
-            "the proxy settings and HF_ENDPOINT, and run the same command again: finished work is kept"
+            f"{dataset}, {what}: request to {hub} failed{tried} ({error.reason}); check the network, the proxy "
+            "settings and HF_ENDPOINT, and run the same command again: finished work is kept"
         )
+    except tuple(final) as error:
+        problem = next(text for kind, text in final.items() if isinstance(error, kind))
     raise DataError(problem)  # without the client's exception, which has the token
 
 

@@ -55,12 +55,8 @@ class WindowLoader:
             weights: of the sources; only their proportions matter.
             seq_len: T, tokens in a training sequence.
             batch_size: B, windows per step over all processes.
-            order: "shuffled"; "sequential", the order in the shards, the same in each epoch; or "lecture", see
-                `_lecture_batch`.
-            boundary: "ignore", or "document": position ids restart at each document.
-
-        Raises:
-            DataError: a source has no window, or the settings do not fit.
+            order: "sequential" is the order in the shards, the same in each epoch; for "lecture", see `_lecture_batch`.
+            boundary: "document": position ids restart at each document.
         """
         if batch_size % world_size:
             raise DataError(f"a batch of {batch_size} windows cannot be divided evenly by {world_size} processes")
@@ -151,11 +147,7 @@ class WindowLoader:
         return self.global_batch(step)[self.rank * rows : (self.rank + 1) * rows]
 
     def batch(self, step: int) -> Batch:
-        """Read this process's B / world_size rows of a step; step 0 is the first.
-
-        Raises:
-            DataError: a token differs from the one that was written, or is not in the vocabulary.
-        """
+        """Read this process's B / world_size rows of a step; step 0 is the first."""
         return self.windows.read(self._rank_windows(step), self.boundary)
 
     def batches(self, first_step: int, last_step: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
@@ -182,15 +174,9 @@ class WindowLoader:
 
     def val_batches(self, shards: Sequence[Shard], batch_size: int, max_tokens: int) -> Iterator[Batch]:
         """Read windows of the validation split, of the same length and boundary; see `validation_batches`."""
-        return validation_batches(
-            shards,
-            seq_len=self.windows.seq_len,
-            batch_size=batch_size,
-            max_tokens=max_tokens,
-            boundary=self.boundary,
-            rank=self.rank,
-            world_size=self.world_size,
-        )
+        options: dict[str, Any] = {"seq_len": self.windows.seq_len, "boundary": self.boundary}
+        options |= {"rank": self.rank, "world_size": self.world_size}
+        return validation_batches(shards, batch_size=batch_size, max_tokens=max_tokens, **options)
 
 
 def _count_windows(shards: Sequence[Shard], seq_len: int) -> int:
@@ -232,11 +218,7 @@ def validation_batches(
     """Read the first windows of the validation split, in order, each on exactly one process; see WindowLoader.
 
     Processes may get different numbers of windows: sum the losses and the token counts over the processes at the end.
-
-    Args:
-        shards: the validation shards.
-        batch_size: maximum number of rows in a batch.
-        max_tokens: maximum number of tokens to score, over all processes.
+    `batch_size` is the maximum number of rows, `max_tokens` that of the tokens to score, over all processes.
     """
     windows = Windows(shards, seq_len)
     count = min(len(windows), max_tokens // seq_len)

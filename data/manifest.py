@@ -17,8 +17,8 @@ from common.cli import shell_quote
 from common.errors import one_line
 from common.files import write_text_atomically
 from data import DataError
-from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard
-from data.tokenizer import EOT_TEXT, GPT2_VOCABULARY, Tokenizer, Vocabulary, load_tokenizer, tokenizer_sha256
+from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard, reading
+from data.tokenizer import GPT2, Tokenizer, Vocabulary
 
 MANIFEST = "manifest.json"
 PREPARING = "preparing.json"
@@ -39,12 +39,12 @@ class TokenizerRecord:
 
     name: str = "gpt2"
     """as the user gave it; sha256 decides if two are the same"""
-    sha256: str = field(default_factory=tokenizer_sha256)
+    sha256: str = GPT2.sha256
     """see Tokenizer.sha256"""
-    vocab_size: int = GPT2_VOCABULARY.size
-    eos: str = EOT_TEXT
+    vocab_size: int = GPT2.vocabulary.size
+    eos: str = GPT2.eos_text
     """the token that separates documents"""
-    eos_id: int = GPT2_VOCABULARY.eos_id
+    eos_id: int = GPT2.vocabulary.eos_id
     pad: str | None = None
     unk: str | None = None
     dtype: str = "uint16"
@@ -65,10 +65,10 @@ def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecor
         sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         eos=tokenizer.eos_text,
-        eos_id=tokenizer.eos_id,
+        eos_id=tokenizer.vocabulary.eos_id,
         pad=tokenizer.pad_text,
         unk=tokenizer.unk_text,
-        dtype=tokenizer.dtype.name,
+        dtype=tokenizer.vocabulary.dtype.name,
         files=tokenizer.save(Path(folder) / TOKENIZER),
     )
 
@@ -139,11 +139,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
-    """Read a folder's MANIFEST (or PREPARING); None if the folder does not have one.
-
-    Raises:
-        DataError: the manifest cannot be read, is damaged, or has a format that this program does not read.
-    """
+    """Read a folder's MANIFEST (or PREPARING); None if the folder does not have one."""
     path = Path(folder) / name
     if not path.exists():
         return None
@@ -155,7 +151,7 @@ def read_manifest(folder: str | Path, name: str = MANIFEST) -> Manifest | None:
     elif version != FORMAT_VERSION:
         raise DataError(f"{path}: format {version!r}, this program reads {FORMAT_VERSION} and 2; {remedy}")
     tokenizer = TokenizerRecord(**_known_fields(TokenizerRecord, content["tokenizer"]))
-    if tokenizer.name == "gpt2" and tokenizer.sha256 != tokenizer_sha256():
+    if tokenizer.name == "gpt2" and tokenizer.sha256 != GPT2.sha256:
         raise DataError(f"{path}: another tokenizer than GPT-2's made these shards; prepare them again")
     return Manifest(**(_known_fields(Manifest, content) | {"tokenizer": tokenizer}))
 
@@ -166,29 +162,21 @@ def _known_fields(kind: Any, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer of a folder of shards: the manifest's, or GPT-2's for a folder without one.
-
-    Raises:
-        DataError: its files are missing or damaged, or the manifest is.
-    """
+    """Return the tokenizer of a folder of shards: the manifest's, or GPT-2's for a folder without one."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.tokenizer.name == "gpt2":
-        return load_tokenizer()
+        return GPT2
     record = manifest.tokenizer
+    contents = {}
     for name, sha256 in record.files.items():
         path = Path(folder) / TOKENIZER / name
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
+        with reading(path):
+            contents[name] = path.read_bytes()
+        if hashlib.sha256(contents[name]).hexdigest() != sha256:
             raise DataError(f"{path}: the tokenizer's file does not match its checksum; {REMEDY}")
+    definition = contents["tokenizer.json"].decode()
     return Tokenizer(
-        name=record.name,
-        eos_text=record.eos,
-        pad_text=record.pad,
-        unk_text=record.unk,
-        definition=(Path(folder) / TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"),
+        name=record.name, eos_text=record.eos, pad_text=record.pad, unk_text=record.unk, definition=definition
     )
 
 
@@ -199,11 +187,7 @@ def needs_preparing(folder: str | Path) -> bool:
 
 
 def open_split(folder: str | Path, split: str) -> list[Shard]:
-    """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order.
-
-    Raises:
-        DataError: the folder does not exist or is not finished, has no shards of the split, or one is damaged.
-    """
+    """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order."""
     folder = Path(folder)
     if folder.is_file():
         raise DataError(
@@ -218,8 +202,13 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
         )
     manifest = read_manifest(folder)
     if manifest is not None:
-        vocabulary = manifest.tokenizer.vocabulary
-        shards = [_open_entry(folder, entry, vocabulary) for entry in manifest.shards if entry["split"] == split]
+        shards = []
+        for entry in (entry for entry in manifest.shards if entry["split"] == split):
+            path = folder / entry["file"]  # imported shards have absolute paths
+            shard = open_shard(path, crc32=entry["crc32"], vocabulary=manifest.tokenizer.vocabulary)
+            if len(shard) != entry["tokens"]:
+                raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
+            shards.append(shard)
     elif (folder / PREPARING).exists():
         raise DataError(
             f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
@@ -248,15 +237,6 @@ def _similar_names(folder: Path) -> str:
         names = []
     similar = difflib.get_close_matches(folder.name, names, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(str(folder.parent / name) for name in similar)}?" if similar else "."
-
-
-def _open_entry(folder: Path, entry: dict[str, Any], vocabulary: Vocabulary) -> Shard:
-    """Open a shard of the folder's manifest. Raises DataError if it does not have the manifest's number of tokens."""
-    path = folder / entry["file"]  # imported shards have absolute paths
-    shard = open_shard(path, crc32=entry["crc32"], vocabulary=vocabulary)
-    if len(shard) != entry["tokens"]:
-        raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
-    return shard
 
 
 def unmanaged_shards(folder: str | Path) -> dict[str, list[Path]]:

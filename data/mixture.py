@@ -59,18 +59,11 @@ def floor_sum(n: int, m: int, a: int, b: int) -> int:
 
 
 def mixture_fingerprint(mix: Mapping[str, float]) -> dict[str, Any]:
-    """Describe the data of a run. For one folder, this is `dataset_fingerprint`.
+    """Describe the data of a run, with the weight of each folder. For one folder, this is `dataset_fingerprint`.
 
-    Args:
-        mix: the weight of each folder.
-
-    Returns:
-        the same keys for several folders: train_tokens, val_tokens and shards are sums, and train_sha256 changes with
-        the content or the order of the folders, but not with their names. Also mix_weights, which add up to 1, and
-        sources, {folder: its fingerprint and "weight"}.
-
-    Raises:
-        DataError: see `open_split`; or the folders were not made with the same tokenizer.
+    For several, the same keys: train_tokens, val_tokens and shards are sums, and train_sha256 changes with the content
+    or the order of the folders, but not with their names. Also mix_weights, which add up to 1, and sources, {folder:
+    its fingerprint and "weight"}. Raises DataError if the folders were not made with the same tokenizer.
     """
     fingerprints = {folder: dataset_fingerprint(folder) for folder in mix}
     if len(mix) == 1:

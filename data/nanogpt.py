@@ -1,6 +1,5 @@
 """Read nanoGPT's meta.pkl, which describes its character-level data sets, without unpickling it."""
 
-import json
 import pickletools
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,11 @@ def nanogpt_tokenizer(folder: str | Path) -> Tokenizer | None:
     fast = FastTokenizer(models.BPE(vocab=characters, merges=[]))
     fast.decoder = decoders.Fuse()
     fast.add_special_tokens([EOT_TEXT])
-    return make_tokenizer("characters", json.dumps(json.loads(fast.to_str())))
+    return make_tokenizer("characters", fast.to_str())
 
 
 def read_plain_pickle(path: Path) -> dict[Any, Any]:
-    """Read a pickle of dicts, texts and integers by its opcodes; nothing in it is executed.
-
-    Raises:
-        DataError: it has anything else, or is damaged.
-    """
+    """Read a pickle of dicts, texts and integers by its opcodes; nothing in it is executed."""
     stack: list[Any] = []
     memo: list[Any] = []
     mark = object()

@@ -6,7 +6,7 @@ from the Hub three requests and 0.4 s for each row group (a server on this machi
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,18 +24,10 @@ def pieces(size: int) -> list[dict[str, int]]:
 
 def rows(
     file: Path | BinaryIO, task: Mapping[str, Any], *, text_column: str, where: str, errors: str = "strict"
-) -> Iterator[tuple[int, str | None]]:
-    """Yield (number of the row in the file, text or None where the row is null) of one piece.
+) -> Iterator[str | None]:
+    """Yield the text of each row of one piece, None where it is null.
 
-    Args:
-        file: a path, or an open file that can seek.
-        task: "piece" and "pieces", see `pieces`. A file with fewer row groups than pieces has pieces without rows.
-        text_column: name of a text column.
-        where: name of the file for messages.
-        errors: for text that is not UTF-8: "strict" raises, "replace" puts U+FFFD.
-
-    Raises:
-        DataError: the file is damaged, the column is missing or not text, or its text is not UTF-8.
+    A file with fewer row groups than pieces has pieces without rows. `where` is the name of the file for messages.
     """
     import pyarrow
     from pyarrow import parquet
@@ -55,7 +47,7 @@ def rows(
                     column = column.dictionary_decode()
                 for value in column.cast(pyarrow.large_binary()).to_pylist():
                     number += 1
-                    yield number, None if value is None else value.decode("utf-8", errors)
+                    yield None if value is None else value.decode("utf-8", errors)
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise DataError(
@@ -67,14 +59,19 @@ def rows(
         ) from error
 
 
+def missing_column(text_column: str, names: Iterable[str], where: str) -> DataError:
+    """Return the error for a file that does not have the column."""
+    return DataError(
+        f"{where}: no column {text_column!r}, only {', '.join(names)}; name the right one with --text_column"
+    )
+
+
 def _check_column(schema: Any, text_column: str, where: str) -> None:
     """Raise DataError if the file has no such column, or if it is not text."""
     import pyarrow
 
     if text_column not in schema.names:
-        raise DataError(
-            f"{where}: no column {text_column!r}, only {', '.join(schema.names)}; name the right one with --text_column"
-        )
+        raise missing_column(text_column, schema.names, where)
     kind = schema.field(text_column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type

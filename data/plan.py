@@ -11,7 +11,7 @@ import glob
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -65,7 +65,7 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
     old = read_manifest(out, PREPARING) or read_manifest(out)
     if old is None:
         if any(not entry.name.startswith(".") and entry.name != TOKENIZER for entry in out.iterdir()):
-            raise DataError(f"{out} already exists and has other content; remove it or choose another --out")
+            raise DataError(f"{out} already exists and has other content; remove it, or prepare into another folder")
         shutil.rmtree(out / TOKENIZER, ignore_errors=True)  # of a preparation that was killed before its plan
         plan.inputs = _group(source.tasks())
         plan.source = {**plan.source, **source.provenance}
@@ -77,13 +77,11 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
     what = f"{out} {'already exists' if old.shards else 'was started'} with"
     for key, value in _settings(plan).items():
         if (found := _settings(old).get(key)) != value:
-            raise DataError(
-                f"{what} {key} {found!r}, got {value!r}; use the same value, choose another --out, or remove it"
-            )
+            raise DataError(f"{what} {key} {found!r}, got {value!r}; use the same value, or remove the folder")
     if old.tokenizer.sha256 != tokenizer.sha256:
         raise DataError(
-            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, choose "
-            "another --out, or remove it"
+            f"{what} tokenizer {old.tokenizer.name!r}, got another one, {tokenizer.name!r}; use the same one, or "
+            "remove the folder"
         )
     if not old.shards:
         _accept_changed_inputs(old, source, out)
@@ -112,17 +110,17 @@ def _group(tasks: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
     """Accept changed files if their task is not finished: the user fixed them."""
     if _is_of_earlier_version(plan):
-        raise DataError(f"an earlier version began {out}; remove it, or choose another --out")
+        raise DataError(f"an earlier version began {out}; remove the folder")
     inputs = _group(source.tasks())
     if inputs == plan.inputs:
         return
     paths = [[[task["path"] for task in group] for group in groups] for groups in (inputs, plan.inputs)]
     if paths[0] != paths[1]:
-        raise DataError(f"{out} was started with other files; choose another --out, or remove it")
+        raise DataError(f"{out} was started with other files; give the same ones, or remove the folder")
     for number in _finished_entries(out):
         for new, old in zip(inputs[number], plan.inputs[number], strict=True):
             if new != old:
-                raise DataError(f"{new['path']} has changed since it was tokenized for {out}; remove {out}")
+                raise DataError(f"{new['path']} has changed since it was tokenized for {out}; remove the folder")
     plan.inputs = inputs
     plan.write(out / PREPARING)
 
@@ -156,11 +154,11 @@ def _entry(key: str) -> int:
 class Joiner:
     """Join tasks to the shards of parts. `add` is called with every task, in order."""
 
-    def __init__(self, plan: Manifest, tokenizer: Tokenizer, out: Path) -> None:
+    def __init__(self, plan: Manifest, out: Path) -> None:
         assert plan.shard_tokens is not None and plan.val_fraction is not None
         self.plan, self.out = plan, out
         self.shard_tokens, self.val_fraction = plan.shard_tokens, plan.val_fraction
-        self._vocabulary = tokenizer.vocabulary
+        self._vocabulary = plan.tokenizer.vocabulary
         self.parts = {record["part"]: record for record in part_records(out)}
         self._counted: set[int] = set()  # parts
         self._pending: list[dict[str, Any]] = []  # records of tasks that are not in a part yet
@@ -266,13 +264,8 @@ class Joiner:
         prefix = f"{self.plan.name}_{split}_{part:05d}"
         for stale in [*self.out.glob(f"{glob.escape(prefix)}*"), *self.out.glob(f".{glob.escape(prefix)}*")]:
             stale.unlink()  # from an interrupted run
-        return ShardWriter(
-            self.out,
-            prefix,
-            shard_tokens=self.shard_tokens,
-            executor=self._executor,
-            vocabulary=self._vocabulary,
-        )
+        tokens, vocabulary = self.shard_tokens, self._vocabulary
+        return ShardWriter(self.out, prefix, shard_tokens=tokens, executor=self._executor, vocabulary=vocabulary)
 
 
 def _cut(lengths: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
@@ -287,8 +280,11 @@ def _cut(lengths: np.ndarray, at: int) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-def finish(plan: Manifest, out: Path) -> Manifest:
-    """Write the manifest of a folder whose parts are all there, and remove the rest."""
+def finish(plan: Manifest, out: Path, before: Sequence[Mapping[str, Any]] = ()) -> Manifest:
+    """Write the manifest of a folder whose parts are all there, and remove the rest.
+
+    Raises DataError if a split is empty, or if a repaired folder does not have the shards that it had `before`.
+    """
     parts = part_records(out)
     plan.shards = [shard for part in parts for shard in part.pop("shards")]
     plan.parts = parts
@@ -297,10 +293,14 @@ def finish(plan: Manifest, out: Path) -> Manifest:
             for shard in plan.shards:
                 (out / shard["file"]).unlink(missing_ok=True)
             remove_plan(out)
-            raise DataError(
-                f"the {split} split has no text (val_fraction {plan.val_fraction}): give more text, or another "
-                "--val_fraction"
-            )
+            raise DataError(f"the {split} split has no text (val_fraction {plan.val_fraction}): give more text")
+    if before and plan.shards != before:
+        (out / MANIFEST).unlink()
+        remove_plan(out)
+        raise DataError(
+            f"{out} cannot be repaired: its source has changed, or the program that reads it; it has no manifest now: "
+            "remove it, and prepare it again"
+        )
     plan.write(out / MANIFEST)
     remove_plan(out)
     return plan
@@ -310,7 +310,7 @@ def reopen(manifest: Manifest, damaged: set[str], out: Path) -> Manifest:
     """Turn a finished folder into one whose parts with damaged shards are not made yet. Return its plan."""
     parts = {shard["part"] for shard in manifest.shards if shard["file"] in damaged}
     if not manifest.parts:
-        raise DataError(f"an earlier version made {out}: prepare it again in another --out, or copy the shards again")
+        raise DataError(f"an earlier version made {out}: prepare it again in another folder, or copy the shards again")
     plan = dataclasses.replace(manifest, shards=[])
     plan.write(out / PREPARING)
     (out / _PARTS).mkdir(exist_ok=True)

@@ -47,14 +47,15 @@ from data.hub import DatasetSource
 from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing
 from data.plan import Joiner, finish, folder_lock, kept_work, open_plan, remove_plan, reopen
 from data.pretokenized import import_shards
-from data.shards import MAX_TOKENS
+from data.shards import MAX_TOKENS, check_space
 from data.sources import FileSource, SampleSource, Source
 from data.tasks import SPLIT_RULE, Task, Work, Workers, finished_tasks, remove_task, tasks_of
-from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, load_tokenizer
+from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, open_tokenizer
 from data.verify import verify
 
 _SHARD_TOKENS = 100_000_000  # llm.c's, 200 MB
 VAL_FRACTION, _SAMPLE_VAL_FRACTION = 0.01, 0.05
+Log = Callable[[str], object]
 _SECONDS_BETWEEN_LINES = 30
 
 # Bytes of shards per byte of input: a token has two bytes and is about 4.3 bytes of English text.
@@ -73,7 +74,7 @@ def prepare(
     tokenizer: Tokenizer | None = None,
     parse_eos: bool = False,
     cluster: Cluster | None = None,
-    log: Callable[[str], object] = lambda line: None,
+    log: Log = lambda line: None,
 ) -> Manifest:
     """Make a folder of shards with a manifest, or resume making it, or repair it.
 
@@ -81,24 +82,18 @@ def prepare(
     and `parse_eos`, but not on `num_proc` or interruptions.
 
     Args:
-        source: see data/sources.py.
         name: prefix of the file names: {name}_train_00000000.bin has 5 digits for the part, 3 for the shard in it.
         val_fraction: fraction of the documents that are drawn for validation. Where that would be fewer than ten, the
             end of the text is validation: a tenth of the tokens, or val_fraction if it is more.
         shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
         max_tokens: use only the first tokens of the text.
         num_proc: number of tokenizer processes.
-        tokenizer: None: GPT-2's.
         parse_eos: `<|endoftext|>` in a text (the text of the tokenizer's eos token) separates documents; otherwise it
             is plain characters.
         cluster: the machines that run the tasks; None: this one. On SLURM the result is the plan, without shards.
         log: called with lines for the user.
-
-    Raises:
-        UserError: the folder has other content, the source failed, the disk is full, or a process was killed. Finished
-            tasks are kept.
     """
-    out, tokenizer = Path(out), tokenizer or load_tokenizer()
+    out, tokenizer = Path(out), tokenizer or open_tokenizer()
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens)
     if (out.is_symlink() and not out.exists()) or (out.exists() and not out.is_dir()):
         raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
@@ -118,42 +113,60 @@ def prepare(
         out.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
             plan = open_plan(plan, source, tokenizer, out)
-            before = plan if plan.shards else None
-            if before is not None:
-                log(f"{out} is already prepared: checking its shards")
-                damaged = verify(out, num_proc=num_proc)[1]
-                if not damaged:
-                    remove_plan(out)
-                    return before
-                log(f"repair    {len(damaged)} shards are damaged or missing")
-                plan = reopen(before, set(damaged), out)
-            _report_skipped(source, log)
-            _check_disk(plan, out, log)
-            work = Work(source, tokenizer, out if cluster is None else out.absolute(), val_fraction, parse_eos)
+            before = plan.shards
+            if before and not (damaged := _damaged_shards(out, num_proc, log)):
+                return plan
+            if before:
+                plan = reopen(plan, damaged, out)
+            _report_plan(plan, source, out, log)
+            work = Work(source, tokenizer, out.absolute(), val_fraction, parse_eos)
             if cluster is not None:
                 again: dict[str, Any] = {"name": name, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
                 again |= {"max_tokens": max_tokens, "tokenizer": tokenizer, "parse_eos": parse_eos}
-                if not cluster.run(work, partial(prepare, source, out.absolute(), **again)):
+                if not cluster.run(work, partial(prepare, source, work.out, **again)):
                     is_new = False
                     return plan
             _run_tasks(plan, work, num_proc, log)
-            manifest = finish(plan, out)
-        _check_repair(before, manifest, out)
+            manifest = finish(plan, out, before)
         _report_oddities(manifest, tokenizer, parse_eos, log)
         return manifest
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or out
-            raise DataError(f"no space for {where} on its disk; free some or choose another --out") from error
-        raise DataError(f"{out} was not made: {error}; fix that or choose another --out") from error
+            raise DataError(f"no space for {where} on its disk; free some, or use another disk") from error
+        raise DataError(f"{out} was not made: {error}; fix that, or prepare into another folder") from error
     finally:
         if is_new and out.is_dir() and not kept_work(out) and not (out / MANIFEST).exists():
             shutil.rmtree(out)
 
 
-def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Callable[[str], object]) -> None:
+def _damaged_shards(out: Path, num_proc: int, log: Log) -> set[str]:
+    """Check the shards of a finished folder; return the names of the damaged and missing ones."""
+    log(f"{out} is already prepared: checking its shards")
+    damaged = {*verify(out, num_proc=num_proc)[1]}
+    if damaged:
+        log(f"repair    {len(damaged)} shards are damaged or missing")
+    else:
+        remove_plan(out)  # which an interruption may have left
+    return damaged
+
+
+def _report_plan(plan: Manifest, source: Source, out: Path, log: Log) -> None:
+    """Say which files are not read and how large the shards will be. Raises DataError if the disk is too small."""
+    if isinstance(source, FileSource) and source.skipped:
+        names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
+        log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
+    tasks = [task for inputs in plan.inputs for task in inputs]
+    needed = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
+    if plan.max_tokens is not None:
+        needed = min(needed, plan.tokenizer.vocabulary.dtype.itemsize * plan.max_tokens)
+    log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate)")
+    check_space(out, needed)
+
+
+def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
     """Run the tasks that are not done, and join them to shards."""
-    with Joiner(plan, work.tokenizer, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
+    with Joiner(plan, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
         for key in finished_tasks(work.out):
             if joiner.part_of(key):  # an interruption left it
                 remove_task(work.out, key)
@@ -184,10 +197,10 @@ def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Callable[[str], o
 class _Display:
     """Show the progress: a bar on a terminal, and a line from time to time otherwise."""
 
-    def __init__(self, total: int, log: Callable[[str], object]) -> None:
+    def __init__(self, total: int, log: Log) -> None:
         self._log, self._tokens = log, 0
         self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)  # None: unless on a terminal
 
     def __enter__(self) -> Self:
         return self
@@ -233,13 +246,7 @@ def _check_numbers(val_fraction: float, num_proc: int, shard_tokens: int, max_to
         raise DataError(f"--max_tokens must be at least 1, got {max_tokens}")
 
 
-def _report_skipped(source: Source, log: Callable[[str], object]) -> None:
-    if isinstance(source, FileSource) and source.skipped:
-        names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
-        log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
-
-
-def _report_oddities(manifest: Manifest, tokenizer: Tokenizer, parse_eos: bool, log: Callable[[str], object]) -> None:
+def _report_oddities(manifest: Manifest, tokenizer: Tokenizer, parse_eos: bool, log: Log) -> None:
     """Say how many rows had no text, how often the text has the eos token's name in it, and how validation was cut."""
     null_rows, eos_texts = (sum(part[key] for part in manifest.parts) for key in ("null_rows", "eos_texts"))
     if null_rows:
@@ -253,39 +260,13 @@ def _report_oddities(manifest: Manifest, tokenizer: Tokenizer, parse_eos: bool, 
         log(f"split     too few documents to draw some for validation: {manifest.split_rule}")
 
 
-def _check_repair(before: Manifest | None, after: Manifest, out: Path) -> None:
-    """Raise DataError if a repaired folder does not have the shards that it had."""
-    if before is not None and after.shards != before.shards:
-        (out / MANIFEST).unlink()
-        raise DataError(
-            f"{out} cannot be repaired: its source has changed, or the program that reads it; it has no manifest now: "
-            "remove it, and prepare it again"
-        )
-
-
 def _versions(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the versions of the software that makes the tokens, for the manifest."""
-    package = tokenizer.backend if tokenizer.is_gpt2 else "tokenizers"
-    versions = {"python": platform.python_version(), package: metadata.version(package)}
-    for package in ("gpt2-repro", "tiktoken"):
+    versions = {"python": platform.python_version()}
+    for package in (tokenizer.backend if tokenizer.is_gpt2 else "tokenizers", "gpt2-repro", "tiktoken"):
         with contextlib.suppress(metadata.PackageNotFoundError):  # a checkout need not be installed
             versions[package] = metadata.version(package)
     return versions
-
-
-def _check_disk(plan: Manifest, out: Path, log: Callable[[str], object]) -> None:
-    """Raise DataError if the shards, as estimated from the sizes of the files, do not fit on the disk."""
-    tasks = [task for inputs in plan.inputs for task in inputs]
-    needed = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
-    if plan.max_tokens is not None:
-        needed = min(needed, plan.tokenizer.vocabulary.dtype.itemsize * plan.max_tokens)
-    free = shutil.disk_usage(out).free
-    log(f"disk      about {needed / 1e9:,.2f} GB needed in {out} (an estimate), {free / 1e9:,.1f} GB free")
-    if needed > free:
-        raise DataError(
-            f"{out} needs about {needed / 1e9:,.2f} GB (an estimate), but its disk has only {free / 1e9:,.2f} GB free; "
-            "free some space, choose another --out, or give --max_tokens"
-        )
 
 
 def _parser() -> Parser:
@@ -330,15 +311,12 @@ def _parser() -> Parser:
     fraction = "fraction of the documents for validation"
     add(text, "--val_fraction", fraction, type=float, default=VAL_FRACTION)
     add([sample], "--val_fraction", fraction, type=float, default=_SAMPLE_VAL_FRACTION)
-    add(
-        [*text, sample],
-        "--num_proc",
-        "tokenizer processes, one per core by default",
-        type=int,
-        default=available_cores(),
-    )
+    add([*text, sample], "--num_proc", "tokenizer processes, one per core", type=int, default=available_cores())
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
-    add([*text, sample], "--tokenizer_backend", backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
+    for source in (*text, sample):  # --engine: the name before 2026-12
+        source.add_argument(
+            "--tokenizer_backend", "--engine", help=backend, choices=TOKENIZER_BACKENDS, default="tiktoken"
+        )
     name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
     add(datasets, "--split", "split of the data set to read", default="train")
     add([*text, sample, pretokenized], "--tokenizer", name, metavar="NAME")
@@ -351,13 +329,11 @@ def _parser() -> Parser:
     add(text, "--logging_dir", "datatrove's logs; by default a folder next to DIR", metavar="LOGS")
     slurm = "options of datatrove's SlurmPipelineExecutor: time=02:00:00 partition=cpu cpus_per_task=32"
     add(text, "--slurm", slurm, nargs="+", type=_key_value, default=[], metavar="KEY=VALUE")
-    for source in (*text, sample):
-        source.add_argument("--engine", choices=TOKENIZER_BACKENDS, help=argparse.SUPPRESS)  # the name before 2026-12
     return parser
 
 
 def _unescape(text: str) -> str:
-    """Replace backslash-n and backslash-t, as typed in a shell, by a line break and a tab."""
+    r"""Replace \n and \t, as typed in a shell, by a line break and a tab."""
     return text.replace(r"\n", "\n").replace(r"\t", "\t")
 
 
@@ -399,10 +375,10 @@ def _prepare(args: argparse.Namespace) -> Manifest:
     if args.source == "pretokenized":
         tokenizer = None
         if args.tokenizer is not None:
-            tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token)
+            tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token)
         options = {"name": name, "revision": args.revision, "max_tokens": args.max_tokens}
         return import_shards(args.where, args.out, tokenizer=tokenizer, log=tqdm.write, **options)
-    tokenizer = load_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
+    tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
     if getattr(args, "executor", "local") != "local":
@@ -413,9 +389,6 @@ def _prepare(args: argparse.Namespace) -> Manifest:
 
 def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(_check_removed(sys.argv[1:] if argv is None else argv))
-    if getattr(args, "engine", None) is not None:
-        print("--engine is now called --tokenizer_backend", file=sys.stderr)
-        args.tokenizer_backend = args.engine
     try:
         manifest = _prepare(args)
     except UserError as error:
@@ -435,14 +408,10 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def _check_removed(argv: Sequence[str]) -> Sequence[str]:
     """Raise DataError for what this command could do before 2026-12."""
-    removed = {
-        "--shard_index": "several machines: --executor slurm or ray",
-        "--shard_count": "several machines: --executor slurm or ray",
-        "--keep_parquet": "leave it out: nothing is downloaded as a file any more",
-    }
-    if argv[:1] == ["merge"]:
-        raise DataError("merge is gone; several machines: --executor slurm or ray")
-    for word in argv:
+    several = "several machines: --executor slurm or ray"
+    removed = dict.fromkeys(("merge", "--shard_index", "--shard_count"), several)
+    removed["--keep_parquet"] = "leave it out: nothing is downloaded as a file any more"
+    for word in [*argv[:1], *(word for word in argv if word.startswith("--"))]:
         if (remedy := removed.get(word.partition("=")[0])) is not None:
             raise DataError(f"{word} is gone; {remedy}")
     return argv

@@ -23,17 +23,12 @@ from data.manifest import (
     unmanaged_shards,
 )
 from data.nanogpt import nanogpt_tokenizer
-from data.shards import HEADER_BYTES, HEADERLESS_NAMES, scan_shard
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.shards import HEADER_BYTES, HEADERLESS_NAMES, check_space, scan_shard
+from data.tokenizer import GPT2, Tokenizer, open_tokenizer
 
 DOWNLOADS = "downloads"  # of files that are not checked yet, in the folder to make
 _NPY_HEADER_BYTES = 128
 _NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy), or train.bin and val.bin"
-
-
-def is_hub_id(where: str | Path) -> bool:
-    """Return True if `where` looks like OWNER/NAME, and no folder has this name."""
-    return not Path(where).is_dir() and str(where).count("/") == 1 and str(where)[0] not in "./~"
 
 
 def import_shards(
@@ -48,27 +43,22 @@ def import_shards(
 ) -> Manifest:
     """Check the shards of a folder or a Hub data set, and write a manifest for them.
 
-    After an interruption, files that were downloaded are checked again, and the others downloaded. In a folder that is
-    complete, only files that are missing or damaged are downloaded again.
+    Files that were downloaded before are checked again; only those that are missing or damaged are downloaded.
 
     Args:
         where: a folder, or OWNER/NAME on the Hub.
         out: folder of the manifest, and of downloaded shards; for a local folder it may be the same one.
-        revision: branch, tag or commit on the Hub.
-        tokenizer: the one that made them; None for that of nanoGPT's meta.pkl, or GPT-2's.
+        tokenizer: the one that made them; None for the one that the folder brings, or GPT-2's.
         max_tokens: take as many training shards as are needed for this many tokens.
-        log: called with lines for the user.
-
-    Raises:
-        DataError: a shard is damaged, or has tokens outside the tokenizer's vocabulary; `out` has other data.
     """
-    out, is_remote = Path(out), is_hub_id(where)
+    out = Path(out)
+    is_remote = not Path(where).is_dir() and str(where).count("/") == 1 and str(where)[0] not in "./~"  # OWNER/NAME
     if is_remote:
         source = {"kind": "pretokenized", "dataset": str(where), "asked_revision": revision}
     else:
         source = {"kind": "pretokenized", "folder": str(where)}
         tokenizer = tokenizer or _own_tokenizer(Path(where))
-    tokenizer = tokenizer or load_tokenizer()
+    tokenizer = tokenizer or GPT2
     before = read_manifest(out)
     if before is not None and any(before.source.get(key) != value for key, value in source.items()):
         raise DataError(f"{out} has shards of another source ({before.source}); choose another --out")
@@ -77,11 +67,11 @@ def import_shards(
         files = _hub_files(str(where), source["revision"])
     else:
         files = _local_files(Path(where))
-    files = _select(files, max_tokens, where, tokenizer.dtype.itemsize)
+    files = _select(files, max_tokens, where, tokenizer.vocabulary.dtype.itemsize)
     recorded = {entry["file"]: entry["sha256"] for entry in before.shards} if before else {}
     out.mkdir(parents=True, exist_ok=True)
     if is_remote:
-        _check_space(out, files)
+        check_space(out, sum(file["bytes"] for file in files if not (out / PurePosixPath(file["path"]).name).exists()))
     shards = []
     for part, file in enumerate(files):
         path = _fetch(str(where), source["revision"], file, out, log) if is_remote else Path(where) / file["path"]
@@ -110,7 +100,7 @@ def _own_tokenizer(folder: Path) -> Tokenizer | None:
     if (folder / MANIFEST).exists():
         return shard_tokenizer(folder)
     if (folder / TOKENIZER).is_dir():  # its manifest was lost
-        return load_tokenizer(str(folder / TOKENIZER))
+        return open_tokenizer(str(folder / TOKENIZER))
     return nanogpt_tokenizer(folder)
 
 
@@ -153,16 +143,6 @@ def _select(files: list[dict[str, Any]], max_tokens: int | None, where: object, 
             tokens += (file["bytes"] - (0 if path.name in HEADERLESS_NAMES else header)) // itemsize
             selected.append(file)
     return selected
-
-
-def _check_space(out: Path, files: list[dict[str, Any]]) -> None:
-    missing = sum(file["bytes"] for file in files if not (out / PurePosixPath(file["path"]).name).exists())
-    free = shutil.disk_usage(out).free
-    if missing > free:
-        raise DataError(
-            f"{out} needs {missing / 1e9:,.1f} GB, but its disk has only {free / 1e9:,.1f} GB free; free some space, "
-            "choose another --out, or give --max_tokens"
-        )
 
 
 def _fetch(dataset: str, commit: str, file: dict[str, Any], out: Path, log: Callable[[str], object]) -> Path:

@@ -10,11 +10,13 @@ and val.bin, tokens without a header. A folder's manifest (manifest.py) has a CR
 tokens. `Shard` checks a block before its first use, so a damaged token is an error and never training data.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
+import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,6 +37,15 @@ HEADERLESS_NAMES = ("train.bin", "val.bin")  # nanoGPT's
 REMEDY = "copy the file again, or prepare the folder again, which makes only damaged shards"
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a DataError that names the file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
+
+
 class Shard:
     """The memory-mapped tokens of one file. Slicing checks each block before its first use."""
 
@@ -47,14 +58,9 @@ class Shard:
         offset: int = HEADER_BYTES,
         crc32: str | None = None,
     ) -> None:
-        """Wrap an array of tokens.
+        """Wrap tokens, [N] uint16 or uint32, which begin at byte `offset` of the mapped file `path`, if there is one.
 
-        Args:
-            tokens: [N] uint16 or uint32 array, or memory map.
-            vocabulary: the tokenizer's.
-            path: the mapped file; None for an array in memory.
-            offset: bytes of the file before the tokens.
-            crc32: checksums of the blocks from `scan_shard`; without them, only ids outside the vocabulary are errors.
+        Without `crc32`, the checksums of the blocks from `scan_shard`, only ids outside the vocabulary are errors.
         """
         self.tokens, self.vocabulary, self.path, self.offset = tokens, vocabulary, path, offset
         self._crc32, self._itemsize = crc32, tokens.dtype.itemsize
@@ -69,11 +75,7 @@ class Shard:
         return self.tokens.dtype
 
     def __getitem__(self, window: slice) -> np.ndarray:
-        """Return a contiguous slice of tokens, [n] uint16 or uint32, a view of the file.
-
-        Raises:
-            DataError: the tokens differ from those that were written, or are not in the vocabulary.
-        """
+        """Return a contiguous slice of tokens, a view of the file. Raises DataError if they are damaged."""
         begin, end, _ = window.indices(len(self.tokens))
         first, last = begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)
         if not self._is_checked[first:last].all():
@@ -87,12 +89,9 @@ class Shard:
         tokens = self.tokens[begin : begin + BLOCK_TOKENS]
         if self.path is not None:
             # Not through the map, which would read the block from the disk page by page.
-            try:
-                with self.path.open("rb", buffering=0) as file:
-                    file.seek(self.offset + self._itemsize * begin)
-                    content = file.read(self._itemsize * len(tokens))
-            except OSError as error:
-                raise DataError(f"{self.path}: {error.strerror or error}; {REMEDY}") from error
+            with reading(self.path), self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + self._itemsize * begin)
+                content = file.read(self._itemsize * len(tokens))
             if len(content) != self._itemsize * len(tokens):
                 raise DataError(f"{self.path}: became shorter while it was being read; {REMEDY}")
             tokens = np.frombuffer(content, dtype=self.dtype)
@@ -102,29 +101,24 @@ class Shard:
     def check_block(self, block: int, tokens: np.ndarray) -> str:
         """Check a block's tokens, as read from the file; return their CRC-32, 8 hex digits.
 
-        Raises:
-            DataError: the tokens differ from those that were written, or are not in the vocabulary.
+        Raises DataError if they differ from those that were written, or are not in the vocabulary.
         """
         begin = block * BLOCK_TOKENS
         crc32 = f"{zlib.crc32(tokens.data):08x}"
         if self._crc32 is not None and crc32 != self._crc32[8 * block : 8 * block + 8]:
-            byte_range = self._byte_range(begin, len(tokens))
-            raise DataError(f"{self.path}: {byte_range} do not match their checksum; {REMEDY}")
+            raise DataError(f"{self.path}: {self._bytes(begin, len(tokens))} do not match their checksum; {REMEDY}")
         size = self.vocabulary.size
         if len(tokens) and tokens.max() >= size:
             index = int((tokens >= size).argmax())
-            owner = (
-                "GPT-2, the tokenizer that is assumed unless --tokenizer names one,"
-                if size == GPT2_VOCABULARY.size
-                else "the tokenizer"
-            )
+            is_gpt2 = self.vocabulary == GPT2_VOCABULARY
+            owner = "GPT-2, assumed unless --tokenizer names another," if is_gpt2 else "the tokenizer"
             raise DataError(
                 f"{self.path or 'shard'}: token {begin + index:,} is {tokens[index]}, and {owner} has only {size:,} "
-                f"tokens: made with another tokenizer, or damaged at {self._byte_range(begin + index, 1)}; {REMEDY}"
+                f"tokens: made with another tokenizer, or damaged at {self._bytes(begin + index, 1)}; {REMEDY}"
             )
         return crc32
 
-    def _byte_range(self, begin: int, count: int) -> str:
+    def _bytes(self, begin: int, count: int) -> str:
         """Return where in the file `count` tokens from `begin` on are: "bytes 1,024 to 66,559"."""
         first = self.offset + self._itemsize * begin
         return f"bytes {first:,} to {first + self._itemsize * count - 1:,}"
@@ -133,8 +127,8 @@ class Shard:
 class ShardWriter:
     """Write documents to the shards of one split: {prefix}000.bin, {prefix}001.bin, ...
 
-    A document is never split over two shards: a shard ends when the next document does not fit. A file is written under
-    another name, flushed to the disk, read again, and renamed.
+    A document is never split over two shards: a shard ends when the next document does not fit in shard_tokens, and a
+    longer document gets its own. A file is written under another name, flushed to the disk, read again, and renamed.
     """
 
     def __init__(
@@ -146,12 +140,7 @@ class ShardWriter:
         executor: Executor,
         vocabulary: Vocabulary = GPT2_VOCABULARY,
     ) -> None:
-        """Prepare to write; the first document creates the first file.
-
-        Args:
-            shard_tokens: maximum number of tokens in a shard (a longer document gets its own shard).
-            executor: threads that finish shards while others are written.
-        """
+        """Prepare to write; the threads of `executor` finish shards while others are written."""
         self.folder, self.prefix, self.shard_tokens = Path(folder), prefix, shard_tokens
         self._executor, self._vocabulary = executor, vocabulary
         self._finishing: list[Future[dict[str, Any]]] = []
@@ -189,12 +178,7 @@ class ShardWriter:
         self._finishing.append(future)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Wait until all shards are on the disk; return `scan_shard`'s dict of each, with "file", in order.
-
-        Raises:
-            OSError: a shard cannot be written.
-            DataError: the disk returned other bytes than were written.
-        """
+        """Wait until all shards are on the disk; return `scan_shard`'s dict of each, with "file", in order."""
         if self._file is not None:
             self._close(self._file)
         return [future.result() for future in self._finishing]
@@ -232,6 +216,16 @@ def _header(num_tokens: int, dtype: np.dtype) -> bytes:
     return header.tobytes()
 
 
+def check_space(folder: Path, needed: float) -> None:
+    """Raise DataError if a folder's disk has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"{folder} needs about {needed / 1e9:,.2f} GB, but its disk has only {free / 1e9:,.2f} GB free; free some "
+            "space, use another disk, or give --max_tokens"
+        )
+
+
 def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray, vocabulary: Vocabulary = GPT2_VOCABULARY) -> None:
     """Write a shard under another name, then rename it. Raises DataError for an id outside the vocabulary."""
     tokens = np.asarray(tokens)
@@ -247,19 +241,15 @@ def write_shard(path: str | Path, tokens: Sequence[int] | np.ndarray, vocabulary
 def open_shard(path: str | Path, crc32: str | None = None, *, vocabulary: Vocabulary = GPT2_VOCABULARY) -> Shard:
     """Map a shard into memory, in any format that this file names (`crc32` and `vocabulary`: see `Shard`).
 
-    Raises:
-        DataError: the file is missing, has tokens of another type than the vocabulary needs, or its header and size are
-            not those of a complete shard.
+    Raises DataError for anything but a complete shard of the vocabulary's type of tokens.
     """
     path, dtype = Path(path), vocabulary.dtype
-    try:
+    with reading(path):
         offset, count = _npy_extent(path, dtype) if path.suffix == ".npy" else _bin_extent(path, dtype)
         if count == 0:
             return Shard(np.zeros(0, dtype), vocabulary=vocabulary, path=path, offset=offset, crc32=crc32)
         with path.open("rb") as file:
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
     if hasattr(content, "madvise"):
         # Windows are read in random order: without this, each page fault reads the megabytes around the page.
         content.madvise(mmap.MADV_RANDOM)
@@ -319,11 +309,9 @@ def _npy_extent(path: Path, dtype: np.dtype) -> tuple[int, int]:
 
 
 def _wrong_dtype(path: Path, found: np.dtype, expected: np.dtype) -> str:
-    size = "more than" if found.itemsize > expected.itemsize else "at most"
     return (
-        f"{path}: {found} tokens, which are for vocabularies of {size} 65,536 tokens, and the tokenizer (GPT-2's "
-        f"unless --tokenizer names one) has {expected}: import the shards with `python -m data.prepare pretokenized "
-        "FOLDER --tokenizer NAME`"
+        f"{path}: {found} tokens, and those of the tokenizer (GPT-2's unless --tokenizer names one) are {expected}: "
+        "import the shards with `python -m data.prepare pretokenized FOLDER --tokenizer NAME`"
     )
 
 
@@ -335,26 +323,20 @@ def scan_shard(
     Returns:
         "tokens", "documents" (number of eos tokens), "sha256" (of the file, hex), "crc32" (of each block of
         BLOCK_TOKENS tokens, 8 hex digits each) and "crc32_of_all" (of all tokens, an int).
-
-    Raises:
-        DataError: see `open_shard` and `Shard.check_block`.
     """
     path = Path(path)
     shard = open_shard(path, crc32, vocabulary=vocabulary)
     sha256, crcs, crc32_of_all, documents = hashlib.sha256(), [], 0, 0
     itemsize = shard.dtype.itemsize
-    try:
-        with path.open("rb") as file:
-            sha256.update(file.read(shard.offset))
-            for begin in range(0, len(shard), BLOCK_TOKENS):
-                content = file.read(itemsize * min(BLOCK_TOKENS, len(shard) - begin))
-                block = np.frombuffer(content, dtype=shard.dtype)
-                sha256.update(content)
-                crcs.append(shard.check_block(begin // BLOCK_TOKENS, block))
-                crc32_of_all = zlib.crc32(content, crc32_of_all)
-                documents += int(np.count_nonzero(block == vocabulary.eos_id))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; {REMEDY}") from error
+    with reading(path), path.open("rb") as file:
+        sha256.update(file.read(shard.offset))
+        for begin in range(0, len(shard), BLOCK_TOKENS):
+            content = file.read(itemsize * min(BLOCK_TOKENS, len(shard) - begin))
+            block = np.frombuffer(content, dtype=shard.dtype)
+            sha256.update(content)
+            crcs.append(shard.check_block(begin // BLOCK_TOKENS, block))
+            crc32_of_all = zlib.crc32(content, crc32_of_all)
+            documents += int(np.count_nonzero(block == vocabulary.eos_id))
     return {
         "tokens": len(shard),
         "documents": documents,

@@ -22,7 +22,8 @@ import platform
 import re
 import sysconfig
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -35,7 +36,7 @@ _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_tes
 _MIN_DOCSTRING_CHARACTERS = 200
 _MIN_SAMPLE_CHARACTERS = 1_000_000
 
-KINDS = (".txt", ".jsonl", ".parquet")
+_KINDS = ".txt, .jsonl (both also .gz, .xz, .zst) or .parquet"
 TASK_BYTES = 8_000_000  # of text in a task: enough tasks for all cores, and a kill loses little
 _STREAM_BYTES = 4_000_000  # size from which a compressed file has pieces
 _MAX_DOCUMENT_BYTES = 100_000_000  # a bound on memory, far above real documents
@@ -51,11 +52,10 @@ _CUT = re.compile(rb"(?:[!-~]|[\xc4-\xdf\xe4-\xf4][\x80-\xbf]+)(?=[ \n])")
 class Document(NamedTuple):
     """A document, or a part of one."""
 
-    text: str
+    text: str | None
+    """None for a row without a text, which is skipped and counted"""
     starts: bool = True
     """False if it continues the previous one, which was cut in the middle"""
-    is_null: bool = False
-    """True for a row without a text, which is skipped and counted"""
 
 
 class Source(Protocol):
@@ -95,31 +95,25 @@ class SampleSource:
             yield Document(text.encode("utf-8", "replace").decode())
 
 
-def sample_documents() -> Iterator[str]:
-    """Yield the documents of the offline sample. Raises DataError if Python was installed without documentation."""
+def sample_documents() -> list[str]:
+    """Return the documents of the offline sample. Raises DataError if Python was installed without documentation."""
     documents = []
     with contextlib.suppress(ImportError):  # a separate package in some distributions
         from pydoc_data.topics import topics
 
         documents = [topics[name] for name in sorted(topics)]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(_python_files(library)):
-        text = docstrings(path)
-        if len(text) >= _MIN_DOCSTRING_CHARACTERS:
-            documents.append(text)
+    library, paths = Path(sysconfig.get_paths()["stdlib"]), []
+    for folder, folders, names in os.walk(library):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    documents += [text for text in map(docstrings, sorted(paths)) if len(text) >= _MIN_DOCSTRING_CHARACTERS]
     characters = sum(len(text) for text in documents)
     if characters < _MIN_SAMPLE_CHARACTERS:
         raise DataError(
             f"this Python's documentation has only {characters:,} characters ({library}); some packages of Python "
             "leave it out. Use your own text: `python -m data.prepare files PATH --out DIR`"
         )
-    yield from documents
-
-
-def _python_files(library: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(library):
-        folders[:] = set(folders) - _SKIPPED_FOLDERS
-        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+    return documents
 
 
 def docstrings(path: Path) -> str:
@@ -164,15 +158,10 @@ class FileSource:
         """Record the settings; `tasks` looks for the files.
 
         Args:
-            paths: files, folders (searched for such files, in the order of their names), or patterns like
-                "notes/**/*.txt".
-            text_column: key of the text in a .jsonl record (which may also be just a string), or column of a .parquet
-                file.
+            paths: files, folders (searched for such files, in the order of their names), or patterns.
+            text_column: key in a .jsonl record (which may also be just a string), or column of a .parquet file.
             separator: text between the documents of a .txt file; a line break in it matches CR LF, too.
             errors: for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD.
-
-        Raises:
-            DataError: the separator is empty.
         """
         if separator == "":
             raise DataError("the separator is empty; leave it out if each file is one document")
@@ -181,13 +170,8 @@ class FileSource:
         self.paths = [str(path) for path in paths]
         self.skipped: list[Path] = []
         """files of other kinds in the folders, from the last call of `files`"""
-        self.settings = {
-            "kind": "files",
-            "paths": self.paths,
-            "text_column": text_column,
-            "separator": separator,
-            "errors": errors,
-        }
+        self.settings = {"kind": "files", "paths": self.paths, "text_column": text_column, "separator": separator}
+        self.settings["errors"] = errors
 
     def files(self) -> list[Path]:
         """Find the files."""
@@ -196,11 +180,12 @@ class FileSource:
         for name in self.paths:
             path = Path(name)
             if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
-                matches = [p for p in inside if file_kind(p)]
-                self.skipped += [p for p in inside if not file_kind(p)]
+                inside = [p.relative_to(path) for p in sorted(path.rglob("*")) if p.is_file()]
+                visible = [path / p for p in inside if not any(part.startswith(".") for part in p.parts)]
+                matches = [p for p in visible if file_kind(p)]
+                self.skipped += [p for p in visible if not file_kind(p)]
                 if not matches:
-                    raise DataError(f"{path}: no {_kinds()} file in this folder")
+                    raise DataError(f"{path}: no {_KINDS} file in this folder")
                 files += matches
             elif path.exists():
                 files.append(_checked_kind(path))
@@ -232,16 +217,19 @@ class FileSource:
                 ]
         return tasks
 
-    def documents(self, task: Mapping[str, Any], piece: tuple[int, bytes] | None = None) -> Iterator[Document]:
-        """Yield the documents of a task, or those of a piece of its `stream`."""
+    def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
+        """Yield the documents of a task, or of a piece of its `stream` in "piece_content"."""
         path = Path(task["path"])
         with name_unreadable_file(path):
             if file_kind(path) == ".parquet":
                 rows = parquet.rows(path, task, text_column=self.text_column, where=str(path), errors=self.errors)
-                for _, text in rows:
-                    yield Document(text or "", is_null=text is None)
+                yield from map(Document, rows)
                 return
-            pieces = [piece] if piece else self.stream(task) if _compression(path) else [self._range(path, task)]
+            pieces: Iterable[tuple[int, bytes]]
+            if "piece_content" in task:
+                pieces = [task["piece_content"]]
+            else:
+                pieces = self.stream(task) if _compression(path) else [self._range(path, task)]
             for offset, content in pieces:
                 yield from self._split(path, offset, content)
 
@@ -278,7 +266,9 @@ class FileSource:
         boundary = self._boundary(path)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != task["size"]:
-                raise DataError(f"{path} has changed since the preparation began; start again in another --out")
+                raise DataError(
+                    f"{path} has changed since the preparation began; remove the folder of shards and start again"
+                )
             begin, end = (_next_boundary(file, boundary, task[name], task["size"], path) for name in ("begin", "end"))
             file.seek(begin)
             return begin, file.read(end - begin)
@@ -293,17 +283,10 @@ class FileSource:
             end, next_start = match.span() if match else (len(content), len(content))
             part = content[start:end]
             if part and not part.isspace():
-                yield self._decode(part, path, offset + start, is_json, always_starts)
+                locate = partial(_locate, path, offset + start)
+                text = decode_text(part, is_json, text_column=self.text_column, errors=self.errors, locate=locate)
+                yield Document(text, always_starts)
             start = next_start
-
-    def _decode(self, content: bytes, path: Path, offset: int, is_json: bool, starts: bool) -> Document:
-        """Return the document in a part of a file."""
-
-        def locate(byte: int) -> str:
-            return f"{path}:{_line_of(path, offset + byte)}"
-
-        text = decode_text(content, is_json, text_column=self.text_column, errors=self.errors, locate=locate)
-        return Document(text or "", starts, is_null=text is None)
 
 
 def decode_text(
@@ -311,10 +294,7 @@ def decode_text(
 ) -> str | None:
     """Return the text of a document or of a line of JSON; None if it is null.
 
-    Half a surrogate pair, which JSON allows, becomes U+FFFD.
-
-    Args:
-        locate: returns the place of a byte of the content, for messages.
+    Half a surrogate pair, which JSON allows, becomes U+FFFD. `locate` returns the place of a byte, for messages.
     """
     try:
         text = content.decode("utf-8", errors)
@@ -329,19 +309,19 @@ def decode_text(
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = parse_json(text, locate(0))  # raises, with the place
-    field = value.get(text_column, False) if isinstance(value, dict) else value
-    if field is None and isinstance(value, dict):
-        return None
-    if not isinstance(field, str):
-        found = f"its keys are {sorted(value)}" if isinstance(value, dict) else f"it is {value!r:.60}"
-        if isinstance(value, dict) and text_column in value:
+    field = value
+    if isinstance(value, dict):
+        if text_column not in value:
+            found = f"its keys are {sorted(value)}"
+        elif (field := value[text_column]) is None:
+            return None
+        else:
             found = f"but a {type(field).__name__}"
+    else:
+        found = f"it is {value!r:.60}"
+    if not isinstance(field, str):
         raise DataError(f"{locate(0)}: no text under {text_column!r}, {found}; name the right key with --text_column")
-    try:
-        field.encode()
-    except UnicodeEncodeError:
-        field = field.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return field
+    return field.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _next_boundary(file: BinaryIO, boundary: re.Pattern[bytes], position: int, size: int, path: Path) -> int:
@@ -374,32 +354,29 @@ def _last_match(boundary: re.Pattern[bytes], content: bytes) -> int:
 def _check_length(length: int, path: Path, offset: int) -> None:
     if length > _MAX_DOCUMENT_BYTES:
         raise DataError(
-            f"{path}:{_line_of(path, offset)}: a document of more than {_MAX_DOCUMENT_BYTES:,} bytes begins here; give "
+            f"{_locate(path, offset)}: a document of more than {_MAX_DOCUMENT_BYTES:,} bytes begins here; give "
             "the --separator between documents, or split the file"
         )
 
 
-def _line_of(path: Path, offset: int) -> int:
-    """Return the number of the line that has a byte of the (decompressed) file."""
+def _locate(path: Path, start: int, byte: int = 0) -> str:
+    """Return "PATH:LINE" of the line that has byte start + byte of the (decompressed) file."""
+    offset = start + byte
     with path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
         number = 1
         while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
             number += chunk.count(b"\n")
             offset -= len(chunk)
-        return number
+        return f"{path}:{number}"
 
 
 def file_kind(path: str | Path) -> str | None:
-    """Return one of KINDS, or None for another kind of file."""
+    """Return ".txt", ".jsonl" or ".parquet", or None for another kind of file."""
     path = Path(str(path).lower())  # B.TXT
     plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    if plain.suffix not in KINDS or (plain is not path and plain.suffix == ".parquet"):
+    if plain.suffix not in (".txt", ".jsonl", ".parquet") or (plain is not path and plain.suffix == ".parquet"):
         return None
     return plain.suffix
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _compression(path: Path) -> str:
@@ -407,11 +384,7 @@ def _compression(path: Path) -> str:
     return suffix if suffix in COMPRESSIONS else ""
 
 
-def _kinds() -> str:
-    return ".txt, .jsonl (both also .gz, .xz, .zst) or .parquet"
-
-
 def _checked_kind(path: Path) -> Path:
     if file_kind(path) is None:
-        raise DataError(f"{path}: files of kind {''.join(path.suffixes[-2:])!r} are not supported; give {_kinds()}")
+        raise DataError(f"{path}: files of kind {''.join(path.suffixes[-2:])!r} are not supported; give {_KINDS}")
     return path

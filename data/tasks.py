@@ -27,14 +27,13 @@ import numpy as np
 from common.files import replace_file
 from data import DataError
 from data.manifest import read_json_with_checksum, write_json_with_checksum
-from data.sources import Document, Source
+from data.sources import FileSource, Source
 from data.tokenizer import Tokenizer
 
 SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 TASKS = "tasks"
 _BATCH_DOCUMENTS = 500
 _CHUNK_TOKENS = 4_000_000
-_REMEDY = "remove it, and its task is done again"
 
 
 class Work(NamedTuple):
@@ -54,9 +53,7 @@ class Task(NamedTuple):
     key: str
     """"000012", or "000012.00003" for a piece of task 12; keys sort in the order of the documents"""
     inputs: Sequence[Mapping[str, Any]]
-    """tasks of the source, done one after the other"""
-    piece: tuple[int, bytes] | None = None
-    """offset and content of a piece"""
+    """tasks of the source, done one after the other; a piece has its content with it"""
 
 
 def tasks_of(source: Source, number: int, inputs: Sequence[Mapping[str, Any]]) -> Iterator[Task]:
@@ -64,8 +61,9 @@ def tasks_of(source: Source, number: int, inputs: Sequence[Mapping[str, Any]]) -
     if not inputs[0].get("is_stream"):
         yield Task(f"{number:06d}", inputs)
         return
-    for index, piece in enumerate(source.stream(inputs[0])):  # type: ignore[attr-defined]  # it is a FileSource
-        yield Task(f"{number:06d}.{index:05d}", inputs, piece)
+    assert isinstance(source, FileSource)
+    for index, piece in enumerate(source.stream(inputs[0])):
+        yield Task(f"{number:06d}.{index:05d}", [{**inputs[0], "piece_content": piece}])
 
 
 def run_task(work: Work, task: Task) -> str:
@@ -100,8 +98,8 @@ def run_task(work: Work, task: Task) -> str:
 
 def _texts(work: Work, task: Task, counts: dict[str, int]) -> Iterator[tuple[str, bool]]:
     """Yield (text, whether a document starts with it)."""
-    for document in _documents(work, task):
-        if document.is_null:
+    for document in itertools.chain.from_iterable(map(work.source.documents, task.inputs)):
+        if document.text is None:
             counts["null_rows"] += 1
             continue
         parts = [document.text]
@@ -111,14 +109,6 @@ def _texts(work: Work, task: Task, counts: dict[str, int]) -> Iterator[tuple[str
         for index, text in enumerate(parts):
             if text and not text.isspace():
                 yield text, document.starts or index > 0
-
-
-def _documents(work: Work, task: Task) -> Iterator[Document]:
-    for one in task.inputs:
-        if task.piece is None:
-            yield from work.source.documents(one)
-        else:
-            yield from work.source.documents(one, task.piece)  # type: ignore[call-arg]  # it is a FileSource
 
 
 def read_tokens(out: Path, record: Mapping[str, Any], dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -150,7 +140,7 @@ def finished_tasks(out: Path) -> list[str]:
 
 def read_record(out: Path, key: str) -> dict[str, Any]:
     """Read a finished task's record."""
-    return read_json_with_checksum(out / TASKS / f"{key}.json", _REMEDY)
+    return read_json_with_checksum(out / TASKS / f"{key}.json", "remove it, and its task is done again")
 
 
 def remove_task(out: Path, key: str) -> None:
@@ -198,7 +188,7 @@ class Workers:
                     with _delay_interrupts(), _hidden_main():  # submit may start a process
                         pending.append(self._pool.submit(_run_task, task))
                 # A piece of a compressed file is in memory until it is tokenized: read only a few ahead.
-                limit = self._num_proc + 1 if task.piece else 4 * self._num_proc
+                limit = self._num_proc + 1 if "piece_content" in task.inputs[0] else 4 * self._num_proc
                 while len(pending) > limit or (pending and pending[0].done()):
                     yield pending.popleft().result()
             while pending:

@@ -17,7 +17,7 @@ from data.hub import DatasetSource, find_commit
 from data.manifest import FORMAT_VERSION, MANIFEST
 from data.prepare import VAL_FRACTION, prepare
 from data.sources import FileSource, file_kind
-from data.tokenizer import tokenizer_sha256
+from data.tokenizer import GPT2
 
 CACHE = Path("shards")
 _HASHED_BYTES = 2**30  # read in a second or two; reading 100 GB at every start would take minutes
@@ -26,16 +26,12 @@ _HASHED_BYTES = 2**30  # read in a second or two; reading 100 GB at every start 
 def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
     """Return the folder of a text's shards; make it first if it is not there. Every process of a launch calls this.
 
-    Args:
-        text: a file, a folder, a pattern like "notes/**/*.txt", or the id of a data set on the Hub.
-        is_dry_run: only return the folder's name.
-
-    Raises:
-        DataError: there is no such text, or it cannot be prepared.
+    A text is a file, a folder, a pattern like "notes/**/*.txt", or the id of a data set on the Hub. A dry run only
+    returns the folder's name.
     """
     source, content = _open_text(text)
     settings = {key: value for key, value in source.settings.items() if key != "paths"}
-    decisive = [content, settings, VAL_FRACTION, tokenizer_sha256(), FORMAT_VERSION]
+    decisive = [content, settings, VAL_FRACTION, GPT2.sha256, FORMAT_VERSION]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
     name = _name_of(text)
     out = CACHE / f"{name}-{digest[:12]}"

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 VOCAB_SIZE = 50257
 EOT = 50256
 EOT_TEXT = "<|endoftext|>"
-GPT2_NAMES = ("gpt2", "openai-community/gpt2")
+_GPT2_NAMES = ("gpt2", "openai-community/gpt2")
 VOCAB_BPE = Path(__file__).with_name("vocab.bpe")
-VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+_VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+_ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 
 # vocab.bpe writes each byte as a printable character: itself if it is printable, otherwise one from chr(256) on. The
 # printable bytes have the first ids.
@@ -45,7 +45,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n,
 
 # GPT-2's pre-tokenization: contractions, words, numbers, other characters (each with the space before it), white space.
 # From OpenAI's encoder.py, with the possessive quantifiers that tiktoken uses for the same result.
-SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+_SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 # tiktoken panics (StackOverflow, in Rust) on a million white-space characters before another character, since
 # `\s+(?!\S)` keeps a backtracking position for each. In Rust `\s` means Unicode's White_Space, in Python it does not.
@@ -53,7 +53,7 @@ _WHITE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_WHITE = 100_000
 _LONG_WHITE_RUN = re.compile(rf"(?<!{_WHITE}){_WHITE}{{{_LONG_WHITE},}}+(?!\Z)")
 
-# No match of SPLIT_PATTERN spans a letter and the white space after it, or a Chinese or Japanese letter and a comma.
+# No match of _SPLIT_PATTERN spans a letter and the white space after it, or a Chinese or Japanese letter and a comma.
 _PIECE_END = re.compile(r"[^\W\d_](?=[ \n])|[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff](?=[\u3001\u3002\uff0c])")
 _PIECE_CHARACTERS = 1_000_000
 
@@ -120,55 +120,36 @@ class Tokenizer:
         """Number of token ids."""
         return self.vocabulary.size
 
-    @property
-    def eos_id(self) -> int:
-        """Id of the eos token."""
-        return self.vocabulary.eos_id
-
-    @property
-    def pad_id(self) -> int | None:
-        """Id of the padding token, if there is one."""
-        return None if self.pad_text is None else _load_fast(self.definition).token_to_id(self.pad_text)
-
-    @cached_property
-    def dtype(self) -> np.dtype:
-        """Type of the tokens in shards."""
-        return self.vocabulary.dtype
-
-    @cached_property
-    def _eos(self) -> np.ndarray:
-        return np.array([self.eos_id], dtype=np.uint32)
-
     @cached_property
     def sha256(self) -> str:
-        """Hash over tokenizer.json's content and the eos token. Two tokenizers with the same hash are the same."""
+        """Hash over tokenizer.json's content and the eos token, or over GPT-2's two files."""
         if self.is_gpt2:
-            return tokenizer_sha256()
+            return hashlib.sha256(f"{_VOCAB_BPE_SHA256} {_ENCODER_JSON_SHA256}".encode()).hexdigest()
         content = json.dumps(plain_definition(self.definition), sort_keys=True)
         return hashlib.sha256(f"{content}\n{self.eos_text}".encode()).hexdigest()
 
     @cached_property
     def encode(self) -> Callable[[str], np.ndarray]:
         """The function that encodes a text: str -> [N] token ids."""
+        if self.is_gpt2 and self.backend == "gigatoken":
+            return _load_gigatoken()
         if self.is_gpt2:
-            return load_encoder(self.backend)
+            encoding = load_tiktoken()
+            return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
         fast = _load_fast(self.definition)
         return lambda text: np.array(fast.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
     def encode_document(self, text: str, starts: bool = True) -> np.ndarray:
-        """Encode a document of any length: the eos token if a document starts here, then the text; [N] of `dtype`."""
-        parts = [self._eos] if starts else []
-        if len(text) <= _LONG_WHITE:  # most documents
-            parts.append(self.encode(text))
-            return np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+        """Encode a document of any length: the eos token if it starts here, then the text; [N] of Vocabulary.dtype."""
+        parts = [np.array([self.vocabulary.eos_id])] if starts else []
         for begin, end in pieces(text):
             piece, start = text[begin:end], 0
-            # Cut before the last character of a long run, where a match of SPLIT_PATTERN ends anyway: the same tokens.
+            # Cut before the last character of a long run, where a match of _SPLIT_PATTERN ends anyway: the same tokens.
             for run in _LONG_WHITE_RUN.finditer(piece) if len(piece) > _LONG_WHITE else ():
                 parts.append(self.encode(piece[start : run.end() - 1]))
                 start = run.end() - 1
             parts.append(self.encode(piece[start:]))
-        return np.concatenate(parts, dtype=self.dtype, casting="unsafe")
+        return np.concatenate(parts, dtype=self.vocabulary.dtype, casting="unsafe")
 
     def byte_lengths(self) -> np.ndarray | None:
         """Return the number of UTF-8 bytes of each token, [V] uint16, 0 for special ones; None if not byte-level."""
@@ -188,24 +169,27 @@ class Tokenizer:
 
         `tokenizer(text)` encodes `<|endoftext|>` in a text as the special token. With `split_special_tokens=True` it is
         plain characters, as in shards.
-
-        Args:
-            model_max_length: the model's n_positions.
         """
+        import tokenizers
+        from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
+
+        options: dict[str, Any] = {"model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
+        options |= {"bos_token": self.eos_text, "eos_token": self.eos_text}
         if self.is_gpt2:
-            return load_hf_tokenizer(model_max_length)
-        return _build_hf(
-            self.definition, self.eos_text, self.pad_text, self.unk_text, model_max_length=model_max_length
+            return GPT2Tokenizer(vocab=load_vocabulary(), merges=load_merges(), unk_token=EOT_TEXT, **options)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(plain_definition(self.definition))),
+            pad_token=self.pad_text,
+            unk_token=self.unk_text,
+            model_input_names=["input_ids", "attention_mask"],
+            **options,
         )
 
     def config_fields(self) -> dict[str, int | None]:
         """Return the fields of a model's config that follow from the tokenizer."""
-        ids = {"bos_token_id": self.eos_id, "eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
-        return {"vocab_size": self.vocab_size, **ids}
-
-    def extends(self, other: "Tokenizer") -> bool:
-        """Return True if this tokenizer is the other one, or has tokens added to it."""
-        return self.sha256 == other.sha256 or other.ids().items() <= self.ids().items()
+        size, eos_id = self.vocabulary
+        pad_id = None if self.pad_text is None else self.ids()[self.pad_text]
+        return {"vocab_size": size, "bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
 
     def ids(self) -> dict[str, int]:
         """Return {token: id}."""
@@ -219,8 +203,11 @@ class Tokenizer:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
 
 
-def load_tokenizer(name: str | None = None, *, eos_token: str | None = None, backend: str = "tiktoken") -> Tokenizer:
-    """Load GPT-2's tokenizer (None or "gpt2"), offline, or any fast tokenizer of transformers.
+GPT2 = Tokenizer(name="gpt2", eos_text=EOT_TEXT)
+
+
+def open_tokenizer(name: str | None = None, *, eos_token: str | None = None, backend: str = "tiktoken") -> Tokenizer:
+    """Return GPT-2's tokenizer (None or "gpt2"), offline, or any fast tokenizer of transformers.
 
     Args:
         name: a folder (a checkpoint's, or one of `python -m data.tokenizer train`), or an id on the Hub.
@@ -230,39 +217,39 @@ def load_tokenizer(name: str | None = None, *, eos_token: str | None = None, bac
     Raises:
         UserError: it cannot be opened, is not a fast one, or has no eos token; the backend is not available.
     """
-    tokenizer = Tokenizer(name="gpt2", eos_text=EOT_TEXT, backend=backend)
-    if name is not None and name not in GPT2_NAMES:
-        tokenizer = _load_transformers(name, eos_token)
-    if tokenizer.is_gpt2:
-        tokenizer = replace(tokenizer, backend=backend)
-        check_backend(backend)
-        if eos_token not in (None, EOT_TEXT):
-            raise DataError(f"--eos_token must be {EOT_TEXT} for GPT-2's tokenizer, got {eos_token!r}; leave it out")
-    elif backend != "tiktoken":
-        raise DataError(
-            f"--tokenizer_backend {backend} is for GPT-2's tokenizer, and --tokenizer is {name!r}; drop one"
-        )
-    return tokenizer
+    tokenizer = GPT2 if name is None or name in _GPT2_NAMES else _open_transformers(name, eos_token)
+    if not tokenizer.is_gpt2:
+        if backend != "tiktoken":
+            raise DataError(
+                f"--tokenizer_backend {backend} is for GPT-2's tokenizer, and --tokenizer is {name!r}; drop one"
+            )
+        return tokenizer
+    if eos_token not in (None, EOT_TEXT):
+        raise DataError(f"--eos_token must be {EOT_TEXT} for GPT-2's tokenizer, got {eos_token!r}; leave it out")
+    if importlib.util.find_spec(backend) is None:
+        raise DataError(f'the tokenizer backend {backend} is not installed: pip install -e ".[fast]"')
+    load_merges()  # which checks the file
+    return replace(GPT2, backend=backend)
 
 
 def check_same_tokenizer(checkpoint: str, tokenizer: Tokenizer) -> None:
-    """Raise DataError if a checkpoint's tokenizer is not that of the shards, nor an extension of it.
+    """Raise DataError unless a checkpoint's tokenizer is that of the shards, perhaps with tokens added to it.
 
     A checkpoint without a tokenizer is one of GPT-2's.
     """
     try:
-        other = load_tokenizer(checkpoint)
+        other = open_tokenizer(checkpoint)
     except UserError:
         has_own = has_tokenizer(resolve_checkpoint(checkpoint))
-        other = load_tokenizer(checkpoint, eos_token=tokenizer.eos_text) if has_own else load_tokenizer()
-    if not other.extends(tokenizer):
+        other = open_tokenizer(checkpoint, eos_token=tokenizer.eos_text) if has_own else GPT2
+    if other.sha256 != tokenizer.sha256 and not tokenizer.ids().items() <= other.ids().items():
         raise DataError(
             f"{checkpoint} has another tokenizer ({other.vocab_size:,} tokens) than the shards ({tokenizer.name}, "
             f"{tokenizer.vocab_size:,} tokens): prepare the text with --tokenizer {checkpoint}, or train from scratch"
         )
 
 
-def _load_transformers(name: str, eos_token: str | None) -> Tokenizer:
+def _open_transformers(name: str, eos_token: str | None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     from common.models import from_pretrained  # which imports torch
@@ -294,43 +281,19 @@ def make_tokenizer(
     name: str, definition: str, eos: str = EOT_TEXT, pad: str | None = None, unk: str | None = None
 ) -> Tokenizer:
     """Make a tokenizer from the content of a tokenizer.json and the names of its special tokens."""
+    tokenizer = Tokenizer(name=name, eos_text=eos, pad_text=pad, unk_text=unk, definition=definition)
     try:
-        own = _build_hf(definition, eos, pad, unk)
+        content = plain_definition(tokenizer.hf().backend_tokenizer.to_str())
     except Exception as error:  # the package tokenizers raises plain Exceptions
         raise DataError(f"--tokenizer {name!r} cannot be used ({one_line(error)})") from error
-    content = plain_definition(own.backend_tokenizer.to_str())
     if _is_gpt2(content, eos):
-        return Tokenizer(name="gpt2", eos_text=EOT_TEXT)
-    return Tokenizer(
-        name=name,
-        eos_text=eos,
-        pad_text=pad,
-        unk_text=unk,
-        definition=json.dumps(content, ensure_ascii=False),
-    )
+        return GPT2
+    return replace(tokenizer, definition=json.dumps(content, ensure_ascii=False))
 
 
 def plain_definition(definition: str) -> dict[str, Any]:
     """Return a tokenizer.json without what depends on its use: truncation, padding, tokens added around a text."""
     return json.loads(definition) | {"truncation": None, "padding": None, "post_processor": None}
-
-
-def _build_hf(
-    definition: str, eos: str, pad: str | None, unk: str | None, model_max_length: int = 1024
-) -> "PreTrainedTokenizerFast":
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(plain_definition(definition))),
-        bos_token=eos,
-        eos_token=eos,
-        pad_token=pad,
-        unk_token=unk,
-        model_max_length=model_max_length,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @cache
@@ -355,7 +318,7 @@ def _is_gpt2(definition: dict[str, Any], eos: str) -> bool:
 
 
 @cache
-def load_merges() -> list[tuple[str, str]]:
+def load_merges() -> list[Any]:
     """Read vocab.bpe: the 50,000 merges as pairs, in order. Raises DataError if the file is missing or not GPT-2's."""
     remedy = f"restore it with `git checkout {VOCAB_BPE.parent.name}/{VOCAB_BPE.name}`, or clone the project again"
     try:
@@ -363,24 +326,18 @@ def load_merges() -> list[tuple[str, str]]:
     except OSError as error:
         raise DataError(f"GPT-2's vocabulary {str(VOCAB_BPE)!r} cannot be read ({error.strerror}): {remedy}") from error
     digest = hashlib.sha256(content).hexdigest()
-    if digest != VOCAB_BPE_SHA256:
+    if digest != _VOCAB_BPE_SHA256:
         raise DataError(
-            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {digest}, expected {VOCAB_BPE_SHA256}; {remedy}"
+            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {digest}, expected {_VOCAB_BPE_SHA256}; {remedy}"
         )
     _version, *lines = content.decode().splitlines()
-    merges = [line.split(" ") for line in lines]
-    return [(first, second) for first, second in merges]
+    return [tuple(line.split(" ")) for line in lines]
 
 
 def load_vocabulary() -> dict[str, int]:
     """Return {token: id} in the order of ids; `json.dumps` of it is encoder.json, byte for byte."""
     tokens = [*_BYTE_OF, *map("".join, load_merges()), EOT_TEXT]
     return {token: number for number, token in enumerate(tokens)}
-
-
-def tokenizer_sha256() -> str:
-    """Return the hash that identifies the vocabulary in manifests: a hash over the two files' hashes."""
-    return hashlib.sha256(f"{VOCAB_BPE_SHA256} {ENCODER_JSON_SHA256}".encode()).hexdigest()
 
 
 @cache
@@ -397,33 +354,15 @@ def load_tiktoken() -> "tiktoken.Encoding":
     ranks = {bytes(_BYTE_OF[character] for character in token): rank for token, rank in vocabulary.items()}
     return tiktoken.Encoding(
         "gpt2",
-        pat_str=SPLIT_PATTERN,
+        pat_str=_SPLIT_PATTERN,
         mergeable_ranks=ranks,
         special_tokens={EOT_TEXT: EOT},
         explicit_n_vocab=VOCAB_SIZE,
     )
 
 
-def check_backend(backend: str) -> None:
-    """Raise DataError unless a tokenizer backend and the vocabulary are installed; loads neither."""
-    if backend not in TOKENIZER_BACKENDS:
-        raise DataError(f"tokenizer_backend must be one of {', '.join(TOKENIZER_BACKENDS)}, got {backend!r}")
-    if importlib.util.find_spec(backend) is None:
-        raise DataError(f'the tokenizer backend {backend} is not installed: pip install -e ".[fast]"')
-    load_merges()
-
-
 @cache
-def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
-    """Load the function that encodes text: str -> [N] token ids. It treats `<|endoftext|>` as plain characters.
-
-    Args:
-        backend: "tiktoken", or "gigatoken" (the extra `fast`), which gives the same ids several times as fast.
-    """
-    check_backend(backend)
-    if backend == "tiktoken":
-        encoding = load_tiktoken()
-        return lambda text: encoding.encode_to_numpy(text, disallowed_special=())
+def _load_gigatoken() -> Callable[[str], np.ndarray]:
     from gigatoken import Tokenizer
 
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -440,35 +379,17 @@ def load_encoder(backend: str = "tiktoken") -> Callable[[str], np.ndarray]:
 def pieces(text: str) -> Iterator[tuple[int, int]]:
     """Split a long text, to save memory, into (begin, end) pieces whose tokens together are the tokens of the text."""
     begin = 0
-    while len(text) - begin > _PIECE_CHARACTERS:
-        cut = _PIECE_END.search(text, begin + _PIECE_CHARACTERS)
-        if cut is None:
-            break
+    while len(text) - begin > _PIECE_CHARACTERS and (cut := _PIECE_END.search(text, begin + _PIECE_CHARACTERS)):
         yield begin, cut.end()
         begin = cut.end()
     yield begin, len(text)
 
 
-def load_hf_tokenizer(model_max_length: int = 1024) -> "PreTrainedTokenizerFast":
-    """Build GPT-2's tokenizer of transformers, see Tokenizer.hf."""
-    from transformers import GPT2Tokenizer
-
-    return GPT2Tokenizer(
-        vocab=load_vocabulary(),
-        merges=load_merges(),  # type: ignore[arg-type]  # pairs, whatever its annotation says
-        unk_token=EOT_TEXT,
-        bos_token=EOT_TEXT,
-        eos_token=EOT_TEXT,
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Run `python -m data.tokenizer train`, see data/train_tokenizer.py, and return its exit code."""
     from data import train_tokenizer  # which imports this module
 
-    return train_tokenizer.main(argv)
+    return train_tokenizer.main()
 
 
 if __name__ == "__main__":

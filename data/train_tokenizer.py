@@ -21,9 +21,6 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
     """Train on the texts of a source, and save the tokenizer as a folder that AutoTokenizer opens.
 
     Memory grows with the number of different words, not with the length of the text.
-
-    Raises:
-        UserError: the vocabulary is too small, the folder is not empty, or a file cannot be read.
     """
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -62,9 +59,9 @@ def _texts(source: FileSource) -> Iterator[str]:
     is_empty = True
     for task in source.tasks():
         for document in source.documents(task):
-            for begin, end in pieces(document.text):
-                is_empty = is_empty and begin == end
-                yield document.text[begin:end]
+            text = document.text or ""
+            is_empty = is_empty and not text
+            yield from (text[begin:end] for begin, end in pieces(text))
     if is_empty:
         raise DataError(f"{', '.join(source.paths)}: no text to train on; give files with text")
 

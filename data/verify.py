@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,15 @@ def _find_problem(path: Path, entry: dict[str, Any] | None, vocabulary: Vocabula
     if not path.is_file():
         return f"{path}: the file is missing"
     try:
-        if entry is None:
-            scan_shard(path, vocabulary=vocabulary)
-            return None
         num_tokens = len(open_shard(path, vocabulary=vocabulary))
-        if num_tokens != entry["tokens"]:
-            return (
-                f"{path}: {num_tokens:,} tokens, {MANIFEST} says {entry['tokens']:,} "
-                "(first bad: bytes 8 to 11, the count in the header)"
-            )
-        scan = scan_shard(path, entry["crc32"], vocabulary=vocabulary)
+        if entry is not None and num_tokens != entry["tokens"]:
+            says = f"{MANIFEST} says {entry['tokens']:,} (first bad: bytes 8 to 11, the count in the header)"
+            return f"{path}: {num_tokens:,} tokens, {says}"
+        scan = scan_shard(path, entry["crc32"] if entry else None, vocabulary=vocabulary)
     except (DataError, OSError) as error:
         return str(error)
+    if entry is None:
+        return None
     if scan["sha256"] != entry["sha256"]:
         return f"{path}: bytes 0 to {HEADER_BYTES - 1:,}, the header, do not match their checksum"
     if scan["documents"] != entry["documents"]:
@@ -55,9 +53,6 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
 
     Returns:
         The names of the checked files, and {file name: error message} of the bad ones.
-
-    Raises:
-        DataError: the folder has no shards or is not finished, or its manifest is damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -65,19 +60,15 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     manifest = read_manifest(folder)
     if manifest is None and (folder / PREPARING).exists():
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
-    vocabulary = GPT2_VOCABULARY if manifest is None else manifest.tokenizer.vocabulary
-    entries: dict[str, dict[str, Any] | None]
+    vocabulary, entries = GPT2_VOCABULARY, dict[str, dict[str, Any] | None]()
     if manifest is not None:
-        entries = {entry["file"]: entry for entry in manifest.shards}
-    else:
-        entries = {path.name: None for paths in unmanaged_shards(folder).values() for path in paths}
-        if not entries:
-            raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
+        vocabulary, entries = manifest.tokenizer.vocabulary, {entry["file"]: entry for entry in manifest.shards}
+    elif not (entries := {path.name: None for paths in unmanaged_shards(folder).values() for path in paths}):
+        raise DataError(f"{folder}: no {MANIFEST} and no shards in it")
     with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading release the GIL
-        futures = {
-            name: pool.submit(_find_problem, folder / name, entry, vocabulary) for name, entry in entries.items()
-        }
-        bar = tqdm(futures.items(), unit=" shards", disable=not sys.stderr.isatty())
+        find = partial(_find_problem, vocabulary=vocabulary)
+        futures = {name: pool.submit(find, folder / name, entry) for name, entry in entries.items()}
+        bar = tqdm(futures.items(), unit=" shards", disable=None)  # None: unless on a terminal
         results = {name: future.result() for name, future in bar}
     return list(results), {name: problem for name, problem in results.items() if problem}
 
@@ -86,19 +77,13 @@ def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m data.verify", description="Check every byte of a folder of shards.")
     parser.add_argument("folder", metavar="DIR", help="a folder from `python -m data.prepare`, or any folder of shards")
     parser.add_argument("--repair", action="store_true", help=argparse.SUPPRESS)  # before 2026-12
-    parser.add_argument(
-        "--num_proc",
-        type=int,
-        default=available_cores(),
-        help="files to read at the same time (default: %(default)s)",
-    )
+    help = "files to read at the same time (default: %(default)s)"
+    parser.add_argument("--num_proc", type=int, default=available_cores(), help=help)
     args = parser.parse_args(argv)
     if args.num_proc < 1:
         raise DataError(f"--num_proc must be at least 1, got {args.num_proc}")
     if args.repair:
-        raise DataError(
-            "--repair is gone; run the command that prepared the folder again: it makes only damaged shards"
-        )
+        raise DataError("--repair is gone; run data.prepare again as before: it makes only damaged shards")
     try:
         checked, problems = verify(args.folder, num_proc=args.num_proc)
     except OSError as error:

@@ -89,7 +89,7 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
     launches = [*earlier, provenance]
     init_from, base_model = _initial_weights(launches, folder)
     items = config["eval"].get("hellaswag")
-    mix = {_file_name(path): weight for path, weight in (config["data"].get("mix") or {}).items()}
+    mix = _name_folders(config["data"].get("mix") or {})
     settings = {key: value for key, value in config.items() if key not in _NOT_SHOWN} | {
         "data": {key: value for key, value in config["data"].items() if key not in ("path", "mix", "text")}
         | ({"mix": mix} if mix else {"path": _file_name(config["data"]["path"])}),
@@ -160,6 +160,16 @@ def _initial_weights(launches: Sequence[dict[str, Any]], folder: Path) -> tuple[
 def _file_name(text: str) -> str:
     """Return a path without its folders, and any text after a comma: "/home/me/x.jsonl, 40 items" -> "x.jsonl, ..."."""
     return re.sub(r".*[/\\](?=[^,/\\])", "", text)
+
+
+def _name_folders(mix: dict[str, float]) -> dict[str, float]:
+    """Shorten the folders of a mixture to their last parts, as many of them as tell the folders apart."""
+    parts = {path: re.split(r"[/\\]", path) for path in mix}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {"/".join(parts[path][-count:]): weight for path, weight in mix.items()}
+        if len(names) == len(mix):
+            return names
+    return mix
 
 
 def has_license_file(checkpoint: Path) -> bool:

@@ -16,7 +16,7 @@ from fresh_process import QUESTION
 from test_imports import extras
 from tiny_run import ROOT
 
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.config import Config, load_config
@@ -38,7 +38,7 @@ def checkout(tmp_path_factory):
     for room in ("common", "data", "eval", "hub", "modeling_gpt2repro", "training"):
         (folder / room).symlink_to(ROOT / room)
     torch.manual_seed(0)
-    model, tokenizer = GPT2ReproForCausalLM(GPT2ReproConfig(**SETTINGS)), load_hf_tokenizer(SETTINGS["n_positions"])
+    model, tokenizer = GPT2ReproForCausalLM(GPT2ReproConfig(**SETTINGS)), GPT2.hf(SETTINGS["n_positions"])
     for path in (STEP, "me/model"):
         model.save_pretrained(folder / path)
         tokenizer.save_pretrained(folder / path)

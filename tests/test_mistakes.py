@@ -23,7 +23,7 @@ import train
 from common.cli import run_command
 from common.errors import UserError
 from data import prepare, verify
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from eval import miniseries
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import estimate
@@ -307,7 +307,7 @@ def folder(tmp_path_factory):
         (folder / name).write_bytes(content)
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=1, n_head=1, n_embd=4, n_positions=8))
     model.save_pretrained(folder / "ok")
-    load_hf_tokenizer().save_pretrained(folder / "ok")
+    GPT2.hf().save_pretrained(folder / "ok")
     for name in ("torn", "stump", "pickle", "adapter", "bare", "nan"):
         shutil.copytree(folder / "ok", folder / name)
     weights = folder / "torn" / "model.safetensors"

@@ -99,7 +99,7 @@ class Task(BaseTask):
 
     def _read_text(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         source = FileSource([self.data])
-        documents = (document.text for task in source.tasks() for document in source.documents(task))
+        documents = (document.text or "" for task in source.tasks() for document in source.documents(task))
         texts = [*itertools.islice((text for text in documents if text.strip()), self.limit)]  # reads no further
         if not texts:
             raise EvalError(f"{self.data}: the file has no text; give one that has text")

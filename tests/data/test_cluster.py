@@ -1,10 +1,12 @@
 """Preparation on several machines: the same bytes, SLURM's scripts, and no pickle in the folder of shards."""
 
+from functools import partial
+
 import pytest
 from shard_folders import DOCUMENTS, content_of, jsonl_folder
 
 from data import DataError
-from data.cluster import Cluster, Tokenize
+from data.cluster import Cluster, run_rank
 from data.prepare import prepare
 from data.sources import FileSource
 
@@ -15,7 +17,7 @@ class Local(Cluster):
     def run(self, work, join):
         from datatrove.executor.local import LocalPipelineExecutor
 
-        step = Tokenize(work, 2)
+        step = partial(run_rank, work, 2)
         LocalPipelineExecutor([step], tasks=2, workers=2, logging_dir=str(self.logging_dir), skip_completed=False).run()
         assert {path.stem for path in (work.out / "tasks").glob("*.json")} == {f"{n:06d}" for n in range(5)}
         return True

@@ -123,7 +123,7 @@ def test_null_rows_blank_rows_and_dictionaries(hub):
     column = pyarrow.array(["one", None, "", " \n", "one"]).dictionary_encode()
     put(hub, {"train.parquet": parquet_file(column)})
     found = documents()
-    assert [(d.text, d.is_null) for d in found] == [("one", False), ("", True), ("one", False)]
+    assert [d.text for d in found] == ["one", None, "one"]
 
 
 @pytest.mark.parametrize(
@@ -182,12 +182,12 @@ def test_other_formats(hub):
     put(hub, {"train.jsonl.gz": gzip.compress(lines.encode())})
     assert texts() == TEXTS
     put(hub, {"train.jsonl": b'{"text": "half \\ud83d of it"}\n{"text": null}\n'})
-    assert [(d.text, d.is_null) for d in documents()] == [("half \ufffd of it", False), ("", True)]
+    assert texts() == ["half \ufffd of it", None]
     assert "train.jsonl:1: no text under 'body', its keys are ['text']" in error(text_column="body")
     put(hub, {"train.txt": b"one\r\ndocument\n"})
     assert texts() == ["one\r\ndocument\n"]
     put(hub, {"train.csv": b"text,n\none,1\n,2\n"})
-    assert [(d.text, d.is_null) for d in documents()] == [("one", False), ("", True)]
+    assert texts() == ["one", None]
     assert "train.csv: no column 'body', only text, n" in error(text_column="body")
 
 
@@ -198,7 +198,7 @@ def test_local_parquet_file_in_pieces(tmp_path, monkeypatch):
     tasks = pieces.pieces(path.stat().st_size)
     assert len(tasks) > 3  # more pieces than row groups: some have no rows
     rows = [row for task in tasks for row in pieces.rows(path, task, text_column="text", where="a.parquet")]
-    assert rows == list(enumerate(TEXTS[:30], start=1))
+    assert rows == TEXTS[:30]
 
 
 def test_network_failures_and_offline_mode(hub, monkeypatch):
@@ -233,3 +233,18 @@ def test_resuming_and_repairing_read_the_commit_of_the_start(hub, tmp_path, monk
     assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
     assert any("resolve" in path for _, path in hub.log)
     assert all(f"resolve/{COMMIT}" in path for _, path in hub.log if "resolve" in path)
+
+
+def test_finished_folder_of_an_earlier_version_is_prepared(hub, tmp_path):
+    """A manifest without a split means train, and nothing is downloaded again."""
+    source, out = DatasetSource("o/n", subset="sample-10BT"), tmp_path / "out"
+    manifest = prepare_module.prepare(source, out, name="t", val_fraction=0.2)
+    del manifest.source["split"], manifest.source["parse_eos"]
+    manifest.write(out / "manifest.json")
+    hub.log.clear()
+    lines = []
+    source = DatasetSource("o/n", subset="sample-10BT")
+    assert prepare_module.prepare(source, out, name="t", val_fraction=0.2, log=lines.append) == manifest
+    assert "is already prepared" in lines[0] and hub.log == []
+    with pytest.raises(DataError, match="already exists with split 'train', got 'test'"):
+        prepare_module.prepare(DatasetSource("o/n", subset="sample-10BT", split="test"), out, name="t")

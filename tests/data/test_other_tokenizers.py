@@ -17,7 +17,7 @@ from data.prepare import main, prepare
 from data.pretokenized import import_shards
 from data.shards import open_shard, scan_shard, write_shard
 from data.sources import FileSource
-from data.tokenizer import Vocabulary, check_same_tokenizer, load_hf_tokenizer, load_tokenizer
+from data.tokenizer import GPT2, Vocabulary, check_same_tokenizer, open_tokenizer
 from data.verify import verify
 
 LARGE = Vocabulary(100_000, 99_999)
@@ -28,7 +28,7 @@ def own(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     path = jsonl(folder / "text.jsonl", [*DOCUMENTS, "naïve café 漢字", "<|endoftext|> in a text"])
     assert train_tokenizer.main(["train", str(path), "--vocab_size", "400", "--out", str(folder / "bpe")]) == 0
-    return load_tokenizer(str(folder / "bpe"))
+    return open_tokenizer(str(folder / "bpe"))
 
 
 def write_shards(folder, tokenizer, texts):
@@ -57,11 +57,11 @@ def test_trained_tokenizer_opens_in_transformers_with_the_same_tokens(own):
     hf = AutoTokenizer.from_pretrained(own.name)
     for text in [*DOCUMENTS[:9], "naïve <|endoftext|> café 漢字 \t\n ", ""]:
         ids = own.encode_document(text).tolist()
-        assert ids == [own.eos_id, *hf(text, split_special_tokens=True).input_ids]
+        assert ids == [own.vocabulary.eos_id, *hf(text, split_special_tokens=True).input_ids]
         assert hf.decode(ids[1:]) == text
         assert own.byte_lengths()[ids].sum() == len(text.encode())
-    assert (own.vocab_size, own.dtype, len(hf)) == (400, np.uint16, 400)
-    assert hf("x <|endoftext|>").input_ids[-1] == hf.eos_token_id == hf.bos_token_id == own.eos_id
+    assert (own.vocab_size, own.vocabulary.dtype, len(hf)) == (400, np.uint16, 400)
+    assert hf("x <|endoftext|>").input_ids[-1] == hf.eos_token_id == hf.bos_token_id == own.vocabulary.eos_id
     assert pickle.loads(pickle.dumps(own)).sha256 == own.sha256  # as sent to worker processes
 
 
@@ -81,28 +81,28 @@ def test_mistakes_in_training_are_one_line(arguments, words, own, tmp_path, caps
 
 
 def test_gpt2_by_any_name_is_gpt2(tmp_path):
-    load_hf_tokenizer().save_pretrained(tmp_path / "saved")
-    assert load_tokenizer(str(tmp_path / "saved")) == load_tokenizer("gpt2") == load_tokenizer()
+    GPT2.hf().save_pretrained(tmp_path / "saved")
+    assert open_tokenizer(str(tmp_path / "saved")) == open_tokenizer("gpt2") == GPT2
     with pytest.raises(DataError, match="--eos_token must be"):
-        load_tokenizer("gpt2", eos_token="x")
+        open_tokenizer("gpt2", eos_token="x")
 
 
 def test_tokenizers_that_cannot_be_used_are_one_line(own, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):
-        load_tokenizer(str(tmp_path / "empty"))
+        open_tokenizer(str(tmp_path / "empty"))
     with pytest.raises(DataError, match="gigatoken is for GPT-2's tokenizer"):
-        load_tokenizer(own.name, backend="gigatoken")
+        open_tokenizer(own.name, backend="gigatoken")
     with pytest.raises(DataError, match="--eos_token 'nothing' is not a token"):
-        load_tokenizer(own.name, eos_token="nothing")
+        open_tokenizer(own.name, eos_token="nothing")
     with pytest.raises(UserError, match="tokenizer 'no/where'"):
-        load_tokenizer("no/where")
+        open_tokenizer("no/where")
     hf = own.hf()
     hf.eos_token = None
     hf.save_pretrained(tmp_path / "no_eos")
     with pytest.raises(DataError, match=r"has no eos token.*--eos_token"):
-        load_tokenizer(str(tmp_path / "no_eos"))
-    assert load_tokenizer(str(tmp_path / "no_eos"), eos_token="<|endoftext|>").sha256 == own.sha256
+        open_tokenizer(str(tmp_path / "no_eos"))
+    assert open_tokenizer(str(tmp_path / "no_eos"), eos_token="<|endoftext|>").sha256 == own.sha256
 
 
 def test_shards_carry_their_tokenizer(own, tmp_path):
@@ -113,7 +113,7 @@ def test_shards_carry_their_tokenizer(own, tmp_path):
     assert shard[:].tolist() == [token for text in DOCUMENTS for token in loaded.encode_document(text)]
     assert read_manifest(folder).shards[1]["documents"] == len(DOCUMENTS)
     with pytest.raises(DataError, match="another tokenizer"):
-        load_hf_tokenizer().save_pretrained(tmp_path / "gpt2")
+        GPT2.hf().save_pretrained(tmp_path / "gpt2")
         check_same_tokenizer(str(tmp_path / "gpt2"), own)
     check_same_tokenizer(own.name, own)
     path = folder / "tokenizer" / "tokenizer.json"
@@ -179,7 +179,7 @@ def test_preparing_with_another_tokenizer(tmp_path, own, num_proc):
 
 
 def test_manifests_of_format_2_open(tmp_path):
-    folder = write_shards(tmp_path / "shards", load_tokenizer(), DOCUMENTS[:5])
+    folder = write_shards(tmp_path / "shards", GPT2, DOCUMENTS[:5])
     from data.manifest import write_json_with_checksum
 
     content = json.loads((folder / "manifest.json").read_text())
@@ -209,12 +209,13 @@ def test_from_a_trained_tokenizer_to_a_model_in_a_fresh_process(own, tmp_path):
     assert train.train(arguments) == 0
     checkpoint = run / "checkpoints" / "step_000003"
     config = json.loads((checkpoint / "config.json").read_text())
-    assert [config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")] == [400, own.eos_id, own.eos_id]
+    eos_id = own.vocabulary.eos_id
+    assert [config[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")] == [*(400, eos_id, eos_id)]
     export(str(checkpoint), to="gpt2", out=tmp_path / "gpt2")
     items, _ = Task(data=str(shards), limit=2).read(AutoTokenizer.from_pretrained(tmp_path / "gpt2"), 64)
     assert len(items) == 2
     with pytest.raises(UserError, match="other data"):  # GPT-2's shards are not those of the run
-        other = write_shards(tmp_path / "other", load_tokenizer(), DOCUMENTS * 20)
+        other = write_shards(tmp_path / "other", GPT2, DOCUMENTS * 20)
         train.train([*arguments, "--resume", "auto", "--data.path", str(other)])
     with pytest.raises(UserError, match=r"vocabulary|another tokenizer"):
         train.train(

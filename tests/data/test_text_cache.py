@@ -80,3 +80,17 @@ def test_a_folder_of_shards_is_not_a_text(prepared, tmp_path):
     folder = prepare_text("book.txt")
     with pytest.raises(DataError, match=f"give it as --data.path {folder}"):
         prepare_text(folder)
+
+
+def test_a_text_that_moved_while_it_was_prepared_names_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text_cache, "available_cores", lambda: 1)
+    monkeypatch.setattr("data.prepare.finish", lambda *_: 1 / 0)
+    (tmp_path / "book.txt").write_text("Some words. " * 99)
+    with pytest.raises(ZeroDivisionError):
+        prepare_text("book.txt")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "book.txt").rename(tmp_path / "texts" / "book.txt")
+    with pytest.raises(DataError, match=r"shards/book-\w+ was started with paths .*remove the folder") as error:
+        prepare_text("texts/book.txt")
+    assert "--out" not in str(error.value)

@@ -7,7 +7,7 @@ import torch
 from hub_server import HubServer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 
@@ -23,7 +23,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tokenizer():
     """Load GPT-2's tokenizer without a network."""
-    return load_hf_tokenizer()
+    return GPT2.hf()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from common.checkpoints import describe_file
 from common.errors import UserError
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 
 
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_hf_tokenizer(model_max_length=128)
+    return GPT2.hf(model_max_length=128)
 
 
 def write_manifest(checkpoint):

@@ -429,6 +429,14 @@ def test_card_names_initial_weights_and_license(copied, provenance, init_from, b
     assert ModelCard(card_of(copied)).data.license is None
 
 
+def test_card_tells_the_folders_of_a_mixture_apart(copied):
+    mix = {"/home/some one/web/shards": 0.7, "/home/some one/code/shards": 0.3}
+    change(copied.parents[1] / "provenance.json", "config", data={"path": None, "mix": mix})
+    change(copied.parents[1] / "provenance.json", "data", source=None)
+    text = card_of(copied)
+    assert "a mixture of `web/shards` (weight 0.7), `code/shards` (weight 0.3)" in text and "some one" not in text
+
+
 def test_card_of_an_interrupted_run(copied, write_manifest):
     """metrics.jsonl ends in half a line, and config.json leaves defaults to its class."""
     with (copied.parents[1] / "metrics.jsonl").open("a") as file:

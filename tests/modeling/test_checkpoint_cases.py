@@ -12,7 +12,7 @@ from fresh_process import QUESTION, run_on_terminal
 from tiny_run import ROOT, clean_environment
 from transformers import pipeline
 
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from modeling_gpt2repro import (
     GPT2ReproForCausalLM,
     GPT2ReproForSequenceClassification,
@@ -44,7 +44,7 @@ def models(tmp_path_factory):
             for parameter in models[kind].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         models[kind].save_pretrained(folder / kind)
-        load_hf_tokenizer().save_pretrained(folder / kind)
+        GPT2.hf().save_pretrained(folder / kind)
     return models, folder
 
 
@@ -52,7 +52,7 @@ def models(tmp_path_factory):
 def expected(models):
     """Return the expected result of each case, computed with the classes of this process."""
     models, _ = models
-    tokenizer = load_hf_tokenizer()
+    tokenizer = GPT2.hf()
     ids = checkpoint_cases.ids()
 
     @torch.no_grad()

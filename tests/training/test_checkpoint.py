@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from common.checkpoints import find_damage, resolve_checkpoint
-from data.tokenizer import load_hf_tokenizer
+from data.tokenizer import GPT2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training import TrainingError, checkpoint
 from training.checkpoint import (
@@ -42,7 +42,7 @@ def trained():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_hf_tokenizer(model_max_length=8)
+    return GPT2.hf(model_max_length=8)
 
 
 @pytest.fixture
