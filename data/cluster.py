@@ -17,7 +17,7 @@ from typing import Any
 
 from data import DataError
 from data.manifest import PREPARING, read_manifest
-from data.plan import part_of, part_records
+from data.plan import part_of, part_records, rank_lock
 from data.tasks import Work, Workers, finished_tasks, tasks_of
 
 EXECUTORS = ("local", "slurm", "ray")
@@ -26,16 +26,17 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 def run_rank(work: Work, num_proc: int, data: object, rank: int, world_size: int) -> None:
     """Run the tasks of a rank that are not done: a step of datatrove's, which gives the last three arguments."""
-    plan = read_manifest(work.out, PREPARING)
-    if plan is None:
-        raise DataError(f"{work.out} has no plan; run the same data.prepare command again")
-    parts = part_records(work.out)
-    entries = range(rank, len(plan.inputs), world_size)
-    tasks = (task for number in entries for task in tasks_of(work.source, number, plan.inputs[number]))
-    missing = (task for task in tasks if part_of(parts, task.key) is None)
-    with Workers(work, num_proc=num_proc) as workers:
-        for _ in workers.run(missing, {*finished_tasks(work.out)}):
-            pass
+    with rank_lock(work.out, rank):
+        plan = read_manifest(work.out, PREPARING)
+        if plan is None:
+            raise DataError(f"{work.out} has no plan; run the same data.prepare command again")
+        parts = part_records(work.out)
+        entries = range(rank, len(plan.inputs), world_size)
+        tasks = (task for number in entries for task in tasks_of(work.source, number, plan.inputs[number]))
+        missing = (task for task in tasks if part_of(parts, task.key) is None)
+        with Workers(work, num_proc=num_proc) as workers:
+            for _ in workers.run(missing, {*finished_tasks(work.out)}):
+                pass
 
 
 def _run_join(join: Callable[[], object], data: object, rank: int, world_size: int) -> None:

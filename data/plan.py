@@ -45,8 +45,21 @@ _MIN_CUT_FRACTION = 0.1
 
 @contextlib.contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises DataError if another process has it."""
-    path = out / _LOCK
+    """Hold the folder's lock. Raises DataError if another process, or a rank on any machine, works there."""
+    with _locked(out, out / _LOCK):
+        for path in out.glob(f"{_LOCK}-*"):
+            with _locked(out, path):
+                pass
+        yield
+
+
+def rank_lock(out: Path, rank: int) -> contextlib.AbstractContextManager[None]:
+    """Hold the lock of one rank of a cluster, which works while others do."""
+    return _locked(out, out / f"{_LOCK}-{rank}")
+
+
+@contextlib.contextmanager
+def _locked(out: Path, path: Path) -> Iterator[None]:
     lock = Lock(path, warn=lambda line: print(line, file=sys.stderr))
     try:
         lock.acquire(timeout=0)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from common.jsonl import name_unreadable_file
 from common.launch import make_once
 from data import DataError
 from data.hub import DatasetSource, find_commit
-from data.manifest import FORMAT_VERSION, MANIFEST
+from data.manifest import FORMAT_VERSION, MANIFEST, PREPARING, read_manifest
 from data.prepare import VAL_FRACTION, prepare
 from data.sources import FileSource, file_kind
 from data.tokenizer import GPT2
@@ -38,6 +39,9 @@ def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
 
     def make() -> None:
         say(f"data      preparing {text} in {out}")
+        started = read_manifest(out, PREPARING)
+        if started is not None and started.source.get("paths") != source.settings.get("paths"):
+            shutil.rmtree(out)  # the text was moved since: the tasks name its old place
         prepare(source, out, name=name, num_proc=available_cores(), log=say)
 
     if not is_dry_run:

@@ -210,13 +210,16 @@ def open_tokenizer(name: str | None = None, *, eos_token: str | None = None, bac
     """Return GPT-2's tokenizer (None or "gpt2"), offline, or any fast tokenizer of transformers.
 
     Args:
-        name: a folder (a checkpoint's, or one of `python -m data.tokenizer train`), or an id on the Hub.
+        name: a folder (a checkpoint's, or one of `python -m data.tokenizer train`), or an id on the Hub. As in
+            transformers, a folder with a tokenizer comes first, also one called gpt2.
         eos_token: the token that separates documents, for a tokenizer that has no eos token.
         backend: for GPT-2's, one of TOKENIZER_BACKENDS.
 
     Raises:
         UserError: it cannot be opened, is not a fast one, or has no eos token; the backend is not available.
     """
+    if name in _GPT2_NAMES and has_tokenizer(name):
+        name = f"./{name}"  # in a manifest, the plain name means GPT-2's
     tokenizer = GPT2 if name is None or name in _GPT2_NAMES else _open_transformers(name, eos_token)
     if not tokenizer.is_gpt2:
         if backend != "tiktoken":

@@ -7,6 +7,7 @@ from shard_folders import DOCUMENTS, content_of, jsonl_folder
 
 from data import DataError
 from data.cluster import Cluster, run_rank
+from data.plan import rank_lock
 from data.prepare import prepare
 from data.sources import FileSource
 
@@ -28,6 +29,14 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr("data.plan.TASK_BYTES", 1)  # a task of each file
     source = FileSource([jsonl_folder(tmp_path / "text", DOCUMENTS, 5)])
     return lambda name, **options: prepare(source, tmp_path / name, name="t", val_fraction=0.1, **options)
+
+
+def test_a_running_rank_keeps_others_out(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with rank_lock(tmp_path / "out", 3), pytest.raises(DataError, match="another process is preparing"):
+        run("out")
+    run("out")
+    assert not [*(tmp_path / "out").glob(".lock*")]
 
 
 @pytest.mark.slow

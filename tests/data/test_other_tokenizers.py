@@ -87,6 +87,14 @@ def test_gpt2_by_any_name_is_gpt2(tmp_path):
         open_tokenizer("gpt2", eos_token="x")
 
 
+def test_a_folder_called_gpt2_comes_first(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own.hf().save_pretrained("gpt2")
+    assert open_tokenizer("gpt2").sha256 == own.sha256
+    write_shards(tmp_path / "shards", open_tokenizer("gpt2"), DOCUMENTS)
+    assert shard_tokenizer("shards").sha256 == own.sha256
+
+
 def test_tokenizers_that_cannot_be_used_are_one_line(own, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"has no tokenizer\.json"):

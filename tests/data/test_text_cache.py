@@ -5,6 +5,7 @@ import os
 import pytest
 
 from data import DataError, text_cache
+from data.manifest import read_manifest
 from data.text_cache import prepare_text
 
 
@@ -82,15 +83,18 @@ def test_a_folder_of_shards_is_not_a_text(prepared, tmp_path):
         prepare_text(folder)
 
 
-def test_a_text_that_moved_while_it_was_prepared_names_the_folder(tmp_path, monkeypatch):
+def test_a_text_that_was_moved_after_an_interruption_starts_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(text_cache, "available_cores", lambda: 1)
-    monkeypatch.setattr("data.prepare.finish", lambda *_: 1 / 0)
-    (tmp_path / "book.txt").write_text("Some words. " * 99)
-    with pytest.raises(ZeroDivisionError):
+    (tmp_path / "book.txt").write_text("Some words.\n" * 1000)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.prepare.finish", interrupt)
         prepare_text("book.txt")
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "book.txt").rename(tmp_path / "texts" / "book.txt")
-    with pytest.raises(DataError, match=r"shards/book-\w+ was started with paths .*remove the folder") as error:
-        prepare_text("texts/book.txt")
-    assert "--out" not in str(error.value)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "book.txt").rename(tmp_path / "moved" / "book.txt")
+    out = prepare_text("moved/book.txt")
+    assert read_manifest(out).source["paths"] == [str(tmp_path / "moved" / "book.txt")]
