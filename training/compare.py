@@ -43,7 +43,7 @@ COLUMNS = ("run", "seeds", "parameters", "tokens", "val loss", "HellaSwag", "hou
 
 
 class Run(NamedTuple):
-    """What a run's folder says."""
+    """A run, read from its folder."""
 
     name: str
     experiment: str
