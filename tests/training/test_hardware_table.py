@@ -32,6 +32,13 @@ def test_docs_have_the_tables(table):
     )
 
 
+def test_readme_has_rows_of_the_table():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(main_table().splitlines()[0])
+    rows = [line for line in lines[start : start + 6] if line.startswith("|")]
+    assert len(rows) == 6 and set(rows) < set(main_table().splitlines())
+
+
 def test_dry_run_prints_the_tables_numbers():
     """For the recipe behind a row."""
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in main_table().splitlines()[2:]]
