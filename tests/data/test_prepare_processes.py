@@ -78,7 +78,7 @@ def num_done(out):
 
 
 @linux_only
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_random_kills_do_not_change_the_bytes(big, tmp_path, seed):
     files, result = big
     out, rng = tmp_path / "uninterrupted", random.Random(seed)
@@ -168,7 +168,9 @@ def test_interrupt_does_not_wait_for_a_large_document(tmp_path):
 
 
 @linux_only
-@pytest.mark.parametrize("kind", ["txt", "book.txt", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["txt", "jsonl.gz", *(pytest.param(k, marks=pytest.mark.slow) for k in ("book.txt", "parquet"))]
+)
 def test_memory_does_not_grow_with_the_input(tmp_path, kind):
     """Compare the peak for 200 MB of text with that for 20 MB; Arrow alone has buffers of up to 130 MB."""
     pytest.importorskip("gigatoken")
