@@ -136,9 +136,9 @@ def _loss_and_gradients(
                     logits = _mm(chunk, weight_c.T, sum_dtype)
                 else:
                     logits = torch.mm(chunk, weight_c.T, out=grad_logits)
-                target_log_p = _softmax_gradient(
-                    logits[:, :vocab_size], target, SOFTMAX_ROWS[size_key] or chunk_rows, grad_logits[:, :vocab_size]
-                )
+                out = grad_logits[:, :vocab_size] if needs_grad_hidden or needs_grad_weight else None
+                block_rows = SOFTMAX_ROWS[size_key] or chunk_rows
+                target_log_p = _softmax_gradient(logits[:, :vocab_size], target, block_rows, out)
                 # Rows that are left out become 0 below, where there is less to multiply than in `grad_logits`.
                 inputs = chunk * is_valid
             loss_sum = loss_sum - (target_log_p * is_valid).sum()
@@ -165,8 +165,8 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
-def _softmax_gradient(logits: Tensor, target: Tensor, block_rows: int, out: Tensor) -> Tensor:
-    """Write softmax - onehot into `out`, block by block. Return the targets' log-probabilities.
+def _softmax_gradient(logits: Tensor, target: Tensor, block_rows: int, out: Tensor | None) -> Tensor:
+    """Write softmax - onehot into `out` if it is given, block by block. Return the targets' log-probabilities.
 
     Args:
         logits: [C, V] in the compute dtype, and then may be `out` itself, or in the dtype of the sums.
@@ -179,17 +179,16 @@ def _softmax_gradient(logits: Tensor, target: Tensor, block_rows: int, out: Tens
     """
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     target_log_ps = []
-    for block, block_target, block_out in zip(
-        logits.split(block_rows), target.split(block_rows), out.split(block_rows), strict=True
-    ):
-        log_p = torch.log_softmax(block, dim=-1, dtype=sum_dtype)
-        target_log_p = log_p.gather(1, block_target)
+    for first in range(0, len(logits), block_rows):
+        rows = slice(first, first + block_rows)
+        log_p = torch.log_softmax(logits[rows], dim=-1, dtype=sum_dtype)
+        target_log_p = log_p.gather(1, target[rows])
         target_log_ps.append(target_log_p)
         at_target = target_log_p.expm1()
-        if out.is_cuda:  # exp converts in the same kernel
-            torch.exp(log_p, out=block_out).scatter_(1, block_target, at_target.to(out.dtype))
-        else:
-            block_out.copy_(log_p.exp_().scatter_(1, block_target, at_target))
+        if out is not None and out.is_cuda:  # exp converts in the same kernel
+            torch.exp(log_p, out=out[rows]).scatter_(1, target[rows], at_target.to(out.dtype))
+        elif out is not None:
+            out[rows].copy_(log_p.exp_().scatter_(1, target[rows], at_target))
     return torch.cat(target_log_ps)
 
 
