@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import harness, train_step
+from common import markdown
 from common.files import write_json
 from common.metrics import read_metrics
 from data.loader import Batch, WindowLoader
@@ -358,11 +359,11 @@ def report(parts: dict[str, Results]) -> str:
         sections.append(f"## {name}{'' if results.get('complete') else ': incomplete' if results else ': not run'}")
         shown = {key: value for key, value in results.items() if key not in ("complete", "settings", "losses")}
         tables = {key: shown.pop(key) for key, value in results.items() if key in shown and isinstance(value, dict)}
-        sections.append(harness.table((name, ""), ((key, format_result(value)) for key, value in shown.items())))
+        sections.append(markdown.table((name, ""), ((key, format_result(value)) for key, value in shown.items())))
         for title, rows in tables.items():
             columns = [*dict.fromkeys(column for row in rows.values() for column in row)]
             cells = ([key, *(format_result(row.get(column, "-")) for column in columns)] for key, row in rows.items())
-            sections.append(harness.table([title, *columns], cells))
+            sections.append(markdown.table([title, *columns], cells))
     return "\n\n".join(sections)
 
 

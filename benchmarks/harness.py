@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from common.markdown import table
+
 Result = TypeVar("Result")
 
 
@@ -82,12 +84,6 @@ def median_ratio(values: Sequence[float], reference: Sequence[float]) -> str:
     if not reference:
         return "-"
     return f"{statistics.median(value / other for value, other in zip(values, reference, strict=True)):.2f}"
-
-
-def table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Return a Markdown table."""
-    header, *lines = (f"| {' | '.join(map(str, row))} |" for row in [columns, *rows])
-    return "\n".join([header, "|---" * len(columns) + "|", *lines])
 
 
 def print_report(title: str, rounds: int, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:

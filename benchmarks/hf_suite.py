@@ -22,7 +22,8 @@ import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from benchmarks.harness import make_parser, table
+from benchmarks.harness import make_parser
+from common.markdown import table
 
 ROOT = Path(__file__).resolve().parents[1]
 Outcomes = dict[str, dict[str, tuple[str, str]]]

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import make_parser, print_report, table, take_turns, with_range
+from benchmarks.harness import make_parser, print_report, take_turns, with_range
+from common.markdown import table
 from data.loader import WindowLoader
 from data.manifest import Manifest, open_split
 from data.shards import BLOCK_TOKENS, HEADER_BYTES, MAGIC, VERSION

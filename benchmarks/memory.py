@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 
-from benchmarks.harness import make_parser, table
+from benchmarks.harness import make_parser
+from common.markdown import table
 
 # layers, width, heads, T, micro-batch size, accumulation, precision, dropout
 SHAPES = [

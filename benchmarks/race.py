@@ -28,9 +28,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.harness import make_parser, table
+from benchmarks.harness import make_parser
 from common.errors import UserError
 from common.files import finite
+from common.markdown import table
 from common.metrics import read_metrics
 from training.config import Config, load_config
 

@@ -107,13 +107,12 @@ class DatasetSource:
 
         `datasets` refuses lines whose other fields change their type, and half surrogates; it joins CR LF.
         """
+        decode = partial(decode_text, is_json=is_json, text_column=self.text_column, errors=self.errors)
         raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, file), _READ_BYTES))
         with name_unreadable_file(where), decompress(raw, PurePosixPath(where).suffix) as stream:
             for number, content in enumerate(stream if is_json else [stream.read()], start=1):
                 if not content.isspace():
-                    place = f"{where}:{number}"
-                    options = {"text_column": self.text_column, "errors": self.errors}
-                    yield decode_text(content, is_json, **options, locate=lambda byte, place=place: place)  # type: ignore[misc]
+                    yield decode(content, locate=partial(_place, where, number))
 
     def _other_rows(self, task: Mapping[str, Any], where: str) -> Iterator[str | None]:
         """Yield the text of each row of a file that `datasets` reads."""
@@ -188,6 +187,11 @@ class HubFile(io.RawIOBase):
         if len(content) != end - begin:  # never a shorter file than the Hub's
             raise OSError(f"received {len(content):,} of {end - begin:,} bytes")
         return content
+
+
+def _place(where: str, number: int, byte: int) -> str:
+    """Return "FILE:LINE" of any byte of a line."""
+    return f"{where}:{number}"
 
 
 def find_commit(dataset: str, revision: str, commit: str | None = None) -> str:

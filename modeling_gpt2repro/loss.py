@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 IGNORE_INDEX = -100
 # Sizes by device type: "cpu", and None for all others. benchmarks/LOG.md has the measurements.
-# Rows (tokens) of logits that exist at once, in the compute dtype: enough to keep the matmul units busy.
+# Rows (tokens) of logits that exist at once: enough to keep the matmul units busy.
 CHUNK_ROWS = {"cpu": 512, None: 8192}
 # Rows of a chunk that are converted to float32 at once (None: all). On a CPU, few rows stay in its cache.
 SOFTMAX_ROWS = {"cpu": 8, None: None}
@@ -172,7 +172,7 @@ def _softmax_gradient(logits: Tensor, target: Tensor, block_rows: int, out: Tens
         logits: [C, V] in the compute dtype, and then may be `out` itself, or in the dtype of the sums.
         target: [C, 1].
         block_rows: rows of a block.
-        out: [C, V] in the compute dtype.
+        out: [C, V] in the compute dtype; None if no gradient is needed.
 
     Returns:
         [C, 1] in the dtype of the sums.

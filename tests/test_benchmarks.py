@@ -15,6 +15,7 @@ import torch
 from tiny_run import ROOT
 
 from benchmarks import gpu_check, harness, loop_overhead, race, tokenization, train_step
+from common.markdown import table
 from training.config import load_config
 from training.distributed import isolated_accelerator_state
 
@@ -54,7 +55,7 @@ def test_candidates_take_turns_and_ratios_are_within_a_round():
     assert harness.with_range(results["b"], ",.1f") == "8.0 (2.0 to 40.0)"
     assert harness.median_ratio(results["b"], results["a"]) == "2.00"
     assert harness.median_ratio(results["b"], []) == "-"
-    assert harness.table(("x", "y"), [(1, "a"), (2, "b")]) == "| x | y |\n|---|---|\n| 1 | a |\n| 2 | b |"
+    assert table(("x", "y"), [(1, "a"), (2, "b")]) == "| x | y |\n|---|---|\n| 1 | a |\n| 2 | b |"
 
 
 def test_train_step_prints_a_row_per_candidate(run, monkeypatch):

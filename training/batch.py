@@ -72,6 +72,11 @@ def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
     return sorted({*small, *(per_process // n for n in small)})
 
 
+def fitting_sizes(plan: Plan, sizes: Sequence[int], num_bytes: float) -> list[int]:
+    """Return the micro-batch sizes that fit into so many bytes by the memory estimate."""
+    return [size for size in sizes if plan.estimate_memory(size).total <= num_bytes]
+
+
 def choose_micro_batch_size(
     plan: Plan,
     accelerator: Accelerator,
@@ -210,7 +215,7 @@ def out_of_memory_as_one_line(plan: Plan, micro_batch_size: int) -> Iterator[Non
         hardware = plan.hardware
         sizes = micro_batch_sizes(plan.batch, hardware.num_processes)
         usable = available_memory(hardware) * (1 - RESERVED_SHARE)
-        fitting = [n for n in sizes if n < micro_batch_size and plan.estimate_memory(n).total <= usable]
+        fitting = fitting_sizes(plan, [n for n in sizes if n < micro_batch_size], usable)
         remedy = _remedies(plan)
         if fitting:
             memory = _gigabytes(plan.estimate_memory(fitting[-1]).total)
@@ -249,7 +254,7 @@ def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> N
         )
     if memory.total <= available:
         return
-    fitting = [size for size in sizes if plan.estimate_memory(size).total <= available]
+    fitting = fitting_sizes(plan, sizes, available)
     remedy = f"--batch.micro_batch_size {fitting[-1]} or auto" if fitting else _remedies(plan)
     sequences = f"{size} sequence{'s' if size > 1 else ''}"
     say(

@@ -402,9 +402,10 @@ def load_training_state(folder: str | Path, models: TrainingModels, accelerator:
         raise TrainingError(
             f"{path} does not fit ({error}); resume with the optim.muon_lr (or none) it was saved with, {new_run}"
         ) from error
-    state = json.loads((Path(folder) / "training_state" / "state.json").read_text(encoding="utf-8"))
-    if accelerator.scaler is not None and "loss_scaler" in state:
-        accelerator.scaler.load_state_dict(state["loss_scaler"])
+    if accelerator.scaler is not None:
+        state = json.loads((Path(folder) / "training_state" / "state.json").read_text(encoding="utf-8"))
+        if "loss_scaler" in state:  # not if the run was in another precision until now
+            accelerator.scaler.load_state_dict(state["loss_scaler"])
     rng = load_file(Path(folder) / "training_state" / "rng.safetensors")
     if f"{rank}.cpu" in rng:
         torch.set_rng_state(rng[f"{rank}.cpu"])

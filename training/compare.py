@@ -24,6 +24,7 @@ from common.cli import Parser, prepare_process, run_command
 if __name__ == "__main__":
     prepare_process()
 
+from common import markdown
 from common.files import atomic_write
 from common.metrics import read_metrics
 from training import TrainingError
@@ -136,8 +137,7 @@ def table(groups: list[list[Run]]) -> str:
                 f"{statistics.fmean(run.tokens_per_s for run in runs):,.0f}",
             ]
         )
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown.table(COLUMNS, rows)
 
 
 def _group_name(runs: list[Run]) -> str:

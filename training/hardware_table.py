@@ -8,8 +8,9 @@
 import dataclasses
 from typing import NamedTuple
 
+from common import markdown
 from modeling_gpt2repro import GPT2ReproConfig
-from training.batch import RESERVED_SHARE, available_memory, micro_batch_sizes
+from training.batch import RESERVED_SHARE, available_memory, fitting_sizes, micro_batch_sizes
 from training.cards import CARDS, PRICES_DATE, Card
 from training.config import BatchConfig
 from training.estimate import Plan, card_hardware, format_duration
@@ -95,8 +96,7 @@ def _largest_size(plan: Plan) -> tuple[int, bool]:
         sizes = [n for n in sizes if n <= plan.batch.micro_batch_size]
     for checkpointing in (plan.activation_checkpointing, True):
         choice = dataclasses.replace(plan, activation_checkpointing=checkpointing)
-        fitting = [n for n in sizes if choice.estimate_memory(n).total <= usable]
-        if fitting:
+        if fitting := fitting_sizes(choice, sizes, usable):
             return fitting[-1], checkpointing
     return 0, True
 
@@ -139,7 +139,7 @@ def main_table() -> str:
         name = card.name if card.mixed_precision == "bf16" else f"{card.name} ({card.mixed_precision})"
         rate = f"{lecture.tokens_per_s:,.0f}"
         rows.append([name, f"{card.gigabytes:.0f}", *fits, rate, _format_run(lecture), _format_run(fast)])
-    return _markdown(head, rows)
+    return markdown.table(head, rows)
 
 
 def large_model_table() -> str:
@@ -159,11 +159,7 @@ def large_model_table() -> str:
             )
         if row[4] != "no":
             rows.append(row)
-    return _markdown(head, rows)
-
-
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return markdown.table(head, rows)
 
 
 def recipe_plan(size: str, max_steps: int) -> Plan:

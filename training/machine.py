@@ -115,7 +115,7 @@ def can_compile(device_type: str, *, is_dry_run: bool = False) -> bool:
     if device_type != "cpu" and importlib.util.find_spec("triton") is None:
         missing = f"Triton: pip install {'triton-windows' if os.name == 'nt' else 'triton'}"
     elif _find_compiler(device_type) is None:
-        missing = f"a C compiler: {_INSTALL_COMPILER['nt' if os.name == 'nt' else 'posix']}"
+        missing = f"a C compiler: {_INSTALL_COMPILER[os.name]}"
     elif not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         missing = "Python.h: apt install python3-dev (or your system's package of Python's headers)"
     if missing is not None and not is_dry_run:
