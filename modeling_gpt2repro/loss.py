@@ -123,8 +123,10 @@ def _loss_and_gradients(
             chunk, target, is_valid = hidden_c[rows], safe_targets[rows, None], valid[rows, None]
             # `grad_logits` is [C, V], or [C, V + padding] on a GPU.
             if compiling:
-                if start > 0:  # depend on the chunk before: else Inductor makes the logits of all chunks first
-                    chunk = chunk + (0 * loss_sum).to(compute_dtype)
+                # Depend on the chunk before: else Inductor makes the logits of all chunks first. An integer 0 would be
+                # removed by Inductor of torch 2.11.
+                if start > 0:
+                    chunk = chunk + (0.0 * loss_sum).to(compute_dtype)
                 logits = torch.mm(chunk, weight_c.T)
                 grad_logits, target_log_p = _softmax_gradient_to_compile(
                     logits, target, is_valid, vocab_size, sum_dtype

@@ -182,7 +182,7 @@ def try_step(
     """
     device, seq_len = accelerator.device, plan.batch.seq_len
     step_model = compile_model(model, accelerator) if plan.compiled else model
-    tokens = torch.zeros(size, seq_len, dtype=torch.int64, device=device)
+    tokens, targets = torch.zeros(2, size, seq_len, dtype=torch.int64, device=device)
     position_ids = torch.arange(seq_len, device=device).expand(size, -1) if plan.has_positions else None
     _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
     num_bytes = num_reserved
@@ -194,13 +194,12 @@ def try_step(
         reserved = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         for _ in range(min(2, accumulation)):  # the second pass has the gradients of the first in memory
             with accelerator.autocast():
-                loss = step_model(
-                    input_ids=tokens, position_ids=position_ids, shift_labels=tokens, return_logits=False
-                ).loss
+                # Arguments as the training loop's, two tensors: else its first step would compile again.
+                loss = step_model(input_ids=tokens, position_ids=position_ids, shift_labels=targets).loss
             loss.backward()
     finally:
         model.zero_grad()
-        del reserved, tokens
+        del reserved, tokens, targets
         torch.get_device_module(device).empty_cache()
 
 

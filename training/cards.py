@@ -9,7 +9,7 @@ PRICES_DATE = "late 2026"
 
 
 class Reached(NamedTuple):
-    """Shares of a data sheet's rates that a training step is assumed to reach."""
+    """Shares of a data sheet's rates that a training step reaches."""
 
     matmul: float
     """of the peak, by bfloat16 matmuls of a step's shapes"""
@@ -19,9 +19,10 @@ class Reached(NamedTuple):
     attention_backward: float
 
 
-# Assumptions. Attention is in the range that FlashAttention 2 and 3 published (arXiv 2307.08691, 2407.08608). GeForce
-# cards come close to a peak that is halved for float32 sums. A T4 and an L4 are held at 70 W; a T4 has no flash kernel.
-_HOPPER = Reached(0.70, 0.85, 0.40, 0.30)
+# Hopper's are measured on an H100: 124M, compiled, cuDNN's attention (benchmarks/RECORDS.md). The others are assumed:
+# attention in the range that FlashAttention 2 published (arXiv 2307.08691). GeForce cards come close to a peak that is
+# halved for float32 sums. A T4 and an L4 are held at 70 W; a T4 has no flash kernel.
+_HOPPER = Reached(0.70, 0.73, 0.31, 0.21)
 _AMPERE = Reached(0.80, 0.85, 0.54, 0.38)
 _GEFORCE = Reached(0.85, 0.90, 0.85, 0.67)
 _SMALL = Reached(0.45, 0.85, 0.40, 0.30)

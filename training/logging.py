@@ -300,7 +300,7 @@ class ConsoleLog:
 
     def __init__(self, plan: Plan, *, first_step: int, log_every: int, eval_every: int) -> None:
         hardware = plan.hardware
-        self._first_step, self._max_steps = first_step, plan.max_steps
+        self._first_step, self._max_steps, self._compiled = first_step, plan.max_steps, plan.compiled
         self._log_every, self._eval_every = log_every, eval_every
         self._tokens_per_step = plan.batch.tokens_per_step
         # Both of all devices together.
@@ -325,20 +325,23 @@ class ConsoleLog:
         if steps_done == 1:
             self._first_step_seconds = seconds
         seconds_left = self._seconds_left(step)
+        left = f"{format_duration(seconds_left)} left"
+        if self._compiled and steps_done == 1:  # most of its time may have been compiling
+            left = "first step"
+        elif self._dollars_per_hour:
+            left = f"{format_duration(seconds_left)}, ${seconds_left / 3600 * self._dollars_per_hour:,.2f} left"
         loss = math.nan if record["loss"] is None else record["loss"]
-        self._bar.set_description_str(f"loss {loss:.4f}, {format_duration(seconds_left)} left", refresh=False)
+        self._bar.set_description_str(f"loss {loss:.4f}, {left}", refresh=False)
         self._bar.update()
         if step % self._log_every and steps_done > 1:
             return
         seconds_per_step = sum(self._seconds) / len(self._seconds)
         tokens_per_s = self._tokens_per_step / seconds_per_step
         self._seconds.clear()
-        cost = f", ${seconds_left / 3600 * self._dollars_per_hour:,.2f}" if self._dollars_per_hour else ""
         say(
             f"step {step:>6,}/{self._max_steps:,} {step / self._max_steps:4.0%} | loss {record['loss']:.4f} | "
             f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {1000 * seconds_per_step:,.0f} ms | "
-            f"{tokens_per_s:,.0f} tok/s | {tokens_per_s / self._peak_tokens_per_s:.1%} of peak | "
-            f"{format_duration(seconds_left)}{cost} left"
+            f"{tokens_per_s:,.0f} tok/s | {tokens_per_s / self._peak_tokens_per_s:.1%} of peak | {left}"
         )
 
     def log_evaluation(self, record: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def profiled(
         return
     when = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1)
     write = partial(_write, num_steps=num_steps, path=Path(folder) / "profile.json.gz")
-    with contextlib.closing(batches), profile(schedule=when, on_trace_ready=write) as profiler:
+    with contextlib.closing(batches), profile(schedule=when, on_trace_ready=write, acc_events=True) as profiler:
         for batch in batches:
             yield batch
             profiler.step()

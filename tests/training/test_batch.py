@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from plans import make_plan
+from torch._dynamo.testing import CompileCounter
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from training import TrainingError, batch
@@ -144,7 +145,7 @@ def torch_error(message):
 
 
 def test_trial_leaves_nothing_behind(monkeypatch):
-    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(empty_cache=lambda: None))
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
     plan = make_plan(1, 8, 1, 8, 2, 2, "no")
     accelerator = SimpleNamespace(**vars(ACCELERATOR), num_processes=1, autocast=contextlib.nullcontext)
     model = GPT2ReproForCausalLM(plan.shape).train()
@@ -152,6 +153,22 @@ def test_trial_leaves_nothing_behind(monkeypatch):
         plan = dataclasses.replace(plan, has_positions=has_positions)
         try_step(plan, accelerator, model, 2, num_reserved=10)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_training_step_uses_the_code_compiled_for_the_trial(monkeypatch):
+    """On an H100 the first step of 124M took 29 s when it compiled again, and 1.4 s when not."""
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    counter = CompileCounter()
+    monkeypatch.setattr(batch, "compile_model", lambda model, _: torch.compile(model, backend=counter, dynamic=False))
+    plan = dataclasses.replace(make_plan(1, 8, 1, 8, 2, 2, "no"), compiled=True)
+    accelerator = SimpleNamespace(**vars(ACCELERATOR), num_processes=1, autocast=contextlib.nullcontext)
+    model = GPT2ReproForCausalLM(plan.shape).train()
+    try_step(plan, accelerator, model, 2, num_reserved=10)
+    compiled_for_trial = counter.frame_count
+    tokens = torch.zeros(2, plan.batch.seq_len + 1, dtype=torch.int64)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    torch.compile(model, backend=counter, dynamic=False)(input_ids=inputs, position_ids=None, shift_labels=targets)
+    assert counter.frame_count == compiled_for_trial > 0
 
 
 @pytest.mark.parametrize(

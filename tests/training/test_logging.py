@@ -33,11 +33,11 @@ def printed(capsys):
     return lambda: capsys.readouterr().out.splitlines()
 
 
-def console(first_step=0, max_steps=1000, log_every=10, eval_every=100, dollars_per_hour=9.0):
+def console(first_step=0, max_steps=1000, log_every=10, eval_every=100, dollars_per_hour=9.0, compiled=False):
     """Two devices of 5e12 FLOP/s each: 10,000 tokens/s together at most."""
     hardware = SimpleNamespace(peak_flops=5e12, num_processes=2, dollars_per_hour=dollars_per_hour)
     batch = SimpleNamespace(tokens_per_step=5000)
-    plan = SimpleNamespace(hardware=hardware, max_steps=max_steps, batch=batch, flops_per_token=1e9)
+    plan = SimpleNamespace(hardware=hardware, max_steps=max_steps, batch=batch, flops_per_token=1e9, compiled=compiled)
     return ConsoleLog(plan, first_step=first_step, log_every=log_every, eval_every=eval_every)
 
 
@@ -167,6 +167,14 @@ def test_console_has_a_line_for_the_first_step_and_one_per_log_interval(printed)
         "0:16:20, $4.90 left"
     )
     assert shown.training_seconds == 39
+
+
+def test_first_compiled_step_has_no_estimate_of_the_time_left(printed):
+    shown = console(compiled=True)
+    for step in range(1, 11):
+        shown.log_step(record(step, 20_000 if step == 1 else 1000))
+    first, tenth = printed()
+    assert first.endswith(" of peak | first step") and tenth.endswith(" left")
 
 
 def test_console_has_the_mean_of_the_interval_and_the_time_of_coming_evaluations(printed):
