@@ -27,7 +27,7 @@ from training.settings import settings_of
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 # docs/sharing.md's blocks need exports: tests/hub/test_export.py runs them.
 WITH_PYTHON = [path for path in DOCUMENTS if "```python" in path.read_text(encoding="utf-8") and path.stem != "sharing"]
-STEP = "runs/sample/checkpoints/step_001250"
+STEP = "runs/sample/checkpoints/step_000660"
 SETTINGS = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 
 

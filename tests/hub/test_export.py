@@ -91,7 +91,7 @@ def test_documented_python_opens_the_exports(exported, checkpoint, fresh, tmp_pa
     """The blocks of docs/sharing.md run in a process that has only the exports and a checkpoint."""
     for name, to in (("plain", "gpt2"), ("onnx", "onnx")):
         (tmp_path / name).symlink_to(exported(to))
-    shutil.copytree(checkpoint, tmp_path / "runs" / "sample" / "checkpoints" / "step_001250")
+    shutil.copytree(checkpoint, tmp_path / "runs" / "sample" / "checkpoints" / "step_000660")
     document = ROOT / "docs" / "sharing.md"
     finished = fresh.run(python_program(document, document.read_text(encoding="utf-8")), cwd=tmp_path)
     assert finished.returncode == 0 and QUESTION not in finished.output, finished.output
