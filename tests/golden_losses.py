@@ -3,8 +3,9 @@ Writes tests/golden_losses.json, which tests/test_golden.py holds the code again
 
     python tests/golden_losses.py        adds this Python's sample corpus, and makes the other anew
 
-First 20 training losses of the sample recipe in float32 on a CPU, on two corpora: the sample itself, whose text is the
-Python version's, and token ids drawn from a seed, the same everywhere.
+First training losses of the sample recipe in float32 on a CPU, on two corpora: the sample itself, whose text is the
+Python version's, and token ids drawn from a seed, the same everywhere. With AdamW at a moderate rate: with Muon, a
+difference of 1e-7 in the sums of a matmul becomes 1e-4 within 12 steps.
 """
 
 import json
@@ -25,7 +26,9 @@ FILE = Path(__file__).with_suffix(".json")
 STEPS = 12
 ARGUMENTS = (
     *("--mixed_precision", "no", "--trackers", "[]", "--eval.val_tokens", "1024", "--eval.hellaswag", "null"),
-    *("--eval.ngram_baselines", "false", "--eval.prompts", "[]"),
+    *("--eval.ngram_baselines", "false", "--eval.prompts", "[]", "--max_steps", "1250"),
+    *("--optim.muon_lr", "null", "--optim.lr", "2e-3", "--optim.betas", "[0.9, 0.999]", "--optim.warmup_steps", "50"),
+    *("--optim.final_lr_fraction", "0.2", "--optim.cooldown_fraction", "null"),
 )
 
 
