@@ -325,11 +325,10 @@ class ConsoleLog:
         if steps_done == 1:
             self._first_step_seconds = seconds
         seconds_left = self._seconds_left(step)
-        left = f"{format_duration(seconds_left)} left"
-        if self._compiled and steps_done == 1:  # most of its time may have been compiling
+        cost = f", ${seconds_left / 3600 * self._dollars_per_hour:,.2f}" if self._dollars_per_hour else ""
+        left = f"{format_duration(seconds_left)}{cost} left"
+        if self._compiled and steps_done == 1:  # an estimate would count its compiling for every step
             left = "first step"
-        elif self._dollars_per_hour:
-            left = f"{format_duration(seconds_left)}, ${seconds_left / 3600 * self._dollars_per_hour:,.2f} left"
         loss = math.nan if record["loss"] is None else record["loss"]
         self._bar.set_description_str(f"loss {loss:.4f}, {left}", refresh=False)
         self._bar.update()
