@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,9 @@ from tiny_run import RECIPE, ROOT, clean_environment
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: threads of several tests that wait for each other's take ten times as long.
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A script's background job ignores Ctrl-C, and so would all processes that the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
