@@ -1,263 +1,254 @@
-r"""Train the same model by several recipes, and compare the tokens and seconds each needs to reach a validation loss.
+r"""Train models of several sizes by several recipes, and compare what each recipe needs to reach a validation loss.
 
-    python -m benchmarks.race adamw=recipes/gpt2_124m.yaml fast=recipes/gpt2_124m_fast.yaml --out runs/race
-    python -m benchmarks.race adamw=benchmarks/race_small.yaml fast=benchmarks/race_small_fast.yaml \
-        wd0=benchmarks/race_small_fast.yaml,optim.muon_weight_decay=0 --seeds 1 2 3 --out runs/race_small
+    python -m benchmarks.race benchmarks/races/final.yaml --out runs/final
+    python -m benchmarks.race benchmarks/races/final.yaml --plan           what is left, and how long it takes
 
-NAME=RECIPE[,SETTING=VALUE...] is a runner. The last validation loss of the first one, the reference, is the goal. Each
-run is `accelerate launch train.py`. The runners take turns for each seed, and see the same batches with the same seed
-if their batches have the same size. Started again, the race resumes an interrupted run and keeps those that finished or
-diverged. A run that diverges has not reached the goal; a run that fails for another reason ends the race.
+A plan is a YAML file. Settings are train.py's, by dotted name; a recipe's go over its size's, and those over the
+common ones:
 
-Writes one folder per run (NAME/SEED), race.json and race.png (loss over tokens and over seconds). Prints a Markdown
-table: mean and standard deviation over the seeds. Ratios compare runs of the same seed and are read off straight lines
-between evaluations, so they are only as precise as the evaluations are frequent. Seconds are those of the steps,
-including the first step's compilation and excluding evaluations and saving.
+    settings: {data.path: shards/prose, batch.tokens_per_step: 4096, warmup: 0.1}
+    sizes: {7M: {model.n_layer: 6, model.n_embd: 256, tokens: 6.0e+6}}
+    seeds: [1, 2, 3]
+    recipes:
+      adamw: {optim.lr: 2.0e-3}                                 # the first one is the reference
+      fast: {optim.muon_lr: 0.02, shares: [0.4, 0.5, 0.6]}      # three runs, with these shares of the tokens
+
+`tokens` and `warmup`, a fraction of the steps, take the place of max_steps and optim.warmup_steps, and `scores: {TASK:
+DATA}` scores each run's last checkpoint by `python -m eval`. Runs with the same seed see the same batches, if these
+have the same size.
+
+A run's result is one file in benchmarks/results/PLAN/. Runs whose file has their settings and their data are not
+trained again, interrupted runs are resumed, and a run that diverges has an infinite loss. Prints a table for each size,
+and draws PLAN.png. Intervals are Student's, at 95%, over the seeds. "tokens to it": the share of the reference's tokens
+at which a recipe with `shares`, each run with its own schedule, ends with the reference's last loss, between two shares
+on a line in log tokens.
 """
 
 import argparse
-import dataclasses
 import itertools
-import json
 import math
-import re
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import make_parser
+from benchmarks.runs import ROOT, Plan, Run, Trainer, code_fingerprint, label, read_plan
 from common.errors import UserError
-from common.files import finite
+from common.files import atomic_write
 from common.markdown import table
-from common.metrics import read_metrics
-from training.config import Config, load_config
+from training.estimate import format_duration
+
+Results = dict[str, dict[str, dict[int, dict[str, Any]]]]  # by size, by recipe with its share, and by seed
+# Student's t, 97.5%, by the number of seeds.
+_STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+_COLUMNS = ("recipe", "n", "tokens", "last validation loss", "above", "tokens to it", "FLOPs", "s per 1M tokens")
 
 
-class Point(NamedTuple):
-    """One evaluation of a run; `loss` is infinite if it was not finite."""
+class Interval(NamedTuple):
+    """A mean over seeds, and half of its 95% interval, NaN for one seed."""
 
-    tokens: float
-    seconds: float
-    loss: float
+    mean: float
+    half: float
 
-
-Curve = list[Point]  # a run's evaluations, in order
-Curves = dict[str, dict[int, Curve]]  # by runner and seed, the reference first
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" if math.isnan(self.half) else f"{self.mean:.4f} ± {self.half:.4f}"
 
 
 def main() -> None:
-    """Parse the arguments, train and compare."""
+    """Parse the arguments, train what is missing, and compare."""
     args = parse_args()
-    folders = {(name, seed): args.out / name / str(seed) for seed in args.seeds for name in args.runners}
-    configs = {(name, seed): check(path, args.runners[name], seed) for (name, seed), path in folders.items()}
-    check_comparable(configs.values())  # before hours of training
-    curves: Curves = {name: {} for name in args.runners}
-    for (name, seed), folder in folders.items():
-        has_finished = train(folder, args.runners[name], args.launch, configs[name, seed])
-        curve = validation_curve(read_metrics(folder / "metrics.jsonl"), has_finished)
-        curves[name][seed] = curve
-        tokens, seconds, loss = curve[-1]
-        print(f"{name} {seed}: {loss:.4f} after {tokens:,} tokens, {seconds:,.0f} s of training", flush=True)
-        if name == next(iter(args.runners)) and not math.isfinite(loss):
-            raise SystemExit(f"error: {folder}: the reference run diverged; see console.log there")
-    origins = {origin(folder) for folder in folders.values()}
-    if len(origins) > 1:
-        print("\nwarning: the runs differ in machine or code:", *sorted(origins), sep="\n    ")
-    rows = compare(curves)
-    (args.out / "race.json").write_text(json.dumps(finite({"curves": curves, "rows": rows}), indent=1) + "\n")
-    plot(curves, args.out / "race.png")
-    print(f"\n{format_rows(rows)}")
+    try:
+        plan = read_plan(args.plan_file)
+        race(plan, args)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def parse_args() -> argparse.Namespace:
-    """Return the arguments; `runners` is {name: options of train.py}."""
+    """Return the arguments."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "runners", nargs="+", metavar="NAME=RECIPE[,SETTING=VALUE...]", help="the first is the reference"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1337, 1338, 1339])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, race.json and race.png")
+    parser.add_argument("plan_file", type=Path, metavar="PLAN")
+    parser.add_argument("--plan", action="store_true", help="say what is left to train, and stop")
+    parser.add_argument("--table", action="store_true", help="train nothing: compare the results that are there")
+    parser.add_argument("--out", type=Path, default=Path("runs/race"), help="folder of the runs (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="folder of the results (default: benchmarks/results/PLAN)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--launch", default="", help="options of `accelerate launch`, in one argument")
-    args = parser.parse_args()
-    runners = {}
-    for runner in args.runners:
-        name, _, rest = runner.partition("=")
-        recipe, *settings = re.split(r",(?![^\[{]*[\]}])", rest)  # not at commas within [] or {}
-        if not Path(recipe).is_file():
-            parser.error(f"{runner}: recipe {recipe!r} not found")
-        if name in runners:
-            parser.error(f"two runners are named {name!r}: give each its own name")
-        pairs = (setting.partition("=") for setting in settings)
-        runners[name] = ["--config", recipe, *(part for key, _, value in pairs for part in (f"--{key}", value))]
-    args.runners = runners
-    return args
+    return parser.parse_args()
 
 
-def check(folder: Path, settings: list[str], seed: int) -> Config:
-    """Return the run's config; exit if it is invalid, or not the config of the run that is in the folder."""
-    try:
-        config = load_config([*settings, "--seed", str(seed)])
-    except UserError as error:
-        raise SystemExit(f"error: {folder}: {error}") from None
-    path = folder / "provenance.json"
-    if path.is_file():
-        config_there = json.loads(path.read_text())["config"]
-        ours = json.loads(json.dumps(dataclasses.asdict(config)))
-        ignored = {"output_dir", "resume"} | ({"model"} if config.init_from else set())  # init_from sets the shape
-        changed = sorted(key for key in ours.keys() - ignored if ours[key] != config_there.get(key))
-        if changed:
-            raise SystemExit(
-                f"error: {folder} has a run with other settings ({', '.join(changed)}): remove the folder or use "
-                "another --out"
-            )
-    return config
+def race(plan: Plan, args: argparse.Namespace) -> None:
+    """Train the runs of a plan that have no result yet, and compare all."""
+    folder = args.results or ROOT / "benchmarks" / "results" / plan.name
+    trainer = Trainer(folder, args.out, args.jobs, args.launch.split(), plan.scores)
+    done = {run.name: result for run in plan.runs if (result := trainer.result(run)) is not None}
+    left = [run for run in plan.runs if run.name not in done]
+    if left and not args.table:
+        print_plan(trainer, left, len(done), args.jobs)
+        if args.plan:
+            return
+        for run, result in trainer.train_all(left):
+            done[run.name] = result
+            tokens, loss = result["losses"][-1]
+            print(f"{run.name:<40} {loss:.4f} after {tokens:,} tokens in {result['seconds']:,.0f} s", flush=True)
+    results = collect(plan.runs, done)
+    warn_of_differences([*done.values()])
+    for size, by_recipe in results.items():
+        print(f"\n{size}: {next(iter(next(iter(by_recipe.values())).values()))['parameters']:,} parameters\n")
+        print(table(_COLUMNS, compare(by_recipe)))
+    draw(results, folder.with_suffix(".png"))
 
 
-def check_comparable(configs: Iterable[Config]) -> None:
-    """Exit if the configs' validation losses do not measure the same thing."""
-    configs = list(configs)
-    values_to_match: dict[str, Iterable[object]] = {
-        "model": (dataclasses.replace(config.model, dropout=0.0) for config in configs),
-        "data.path": (config.data.path for config in configs),
-        "data.boundary": (config.data.boundary for config in configs),
-        "batch.seq_len": (config.batch.seq_len for config in configs),
-        "eval.val_tokens": (config.eval.val_tokens for config in configs),
-        "init_from": (config.init_from for config in configs),
-    }
-    for name, values in values_to_match.items():
-        different = sorted({str(value) for value in values})
-        if len(different) > 1:
-            raise SystemExit(f"error: the runners differ in {name} ({', '.join(different)}): use one value for all")
+def print_plan(trainer: Trainer, left: Sequence[Run], num_done: int, num_jobs: int) -> None:
+    """Print how many runs are left, and how long they take at the rate of each size's first steps."""
+    print(f"{num_done + len(left)} runs, {num_done} of them done; at the rate of the first steps:", flush=True)
+    total = 0.0
+    for size in dict.fromkeys(run.size for run in left):
+        of_size = [run for run in left if run.size == size]
+        tokens = sum(run.settings["max_steps"] * run.settings["batch.tokens_per_step"] for run in of_size)
+        rate = num_jobs * trainer.rate(of_size[0])
+        total += tokens / rate
+        print(
+            f"  {size}: {len(of_size)} runs, {tokens:,} tokens, {rate:,.0f} tokens/s: {format_duration(tokens / rate)}"
+        )
+    print(f"  together {format_duration(total)}, without evaluations and start-up", flush=True)
 
 
-def train(folder: Path, settings: list[str], launch: str, config: Config) -> bool:
-    """Train, unless the run has ended already. Return True if it has all its steps, False if it diverged."""
-    if outcome(folder, config) is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "status.json").unlink(missing_ok=True)  # of an earlier attempt
-        command = [sys.executable, "-m", "accelerate.commands.launch", *launch.split(), "train.py", *settings]
-        command += ["--seed", str(config.seed), "--output_dir", str(folder), "--resume", "auto"]
-        with (folder / "console.log").open("a") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    has_finished = outcome(folder, config)
-    if has_finished is None:
-        raise SystemExit(f"error: {folder}: the run did not finish; see console.log there, then start the race again")
-    return has_finished
+def collect(runs: Sequence[Run], done: dict[str, dict[str, Any]]) -> Results:
+    """Return the results by size, recipe and seed, in the order of the plan."""
+    results: Results = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        if run.name in done:
+            results[run.size][label(run.recipe, run.share)][run.seed] = done[run.name]
+    return results
 
 
-def outcome(folder: Path, config: Config) -> bool | None:
-    """Return True if the run has finished, False if it diverged, otherwise None."""
-    path = folder / "status.json"
-    status = json.loads(path.read_text())["status"] if path.is_file() else None
-    if status == "finished":
-        return True
-    last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
-    gave_up = last.get("skipped", {}).get("in_a_row", 0) >= config.optim.max_skipped_steps
-    ended_without_loss = last.get("step") == config.max_steps and last.get("val_loss", 0.0) is None
-    return False if status == "failed" and (gave_up or ended_without_loss) else None
+def last_loss(result: dict[str, Any]) -> float:
+    """Return a run's last validation loss, infinite if it diverged."""
+    loss = result["losses"][-1][1]
+    return math.inf if loss is None or result["outcome"] == "diverged" else loss
 
 
-def validation_curve(records: Iterable[dict[str, Any]], has_finished: bool) -> Curve:
-    """Return the evaluations in the records of metrics.jsonl. An infinite loss ends a diverged run's curve."""
-    curve, tokens, seconds = [], 0, 0.0
-    for record in records:
-        tokens = record["tokens"]
-        seconds += record.get("ms", 0.0) / 1000
-        if "val_loss" in record:
-            loss = record["val_loss"]
-            curve.append(Point(tokens, seconds, math.inf if loss is None else loss))
-    return curve if has_finished else [*curve, Point(tokens, seconds, math.inf)]
+def interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values and half of its 95% interval."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return Interval(statistics.fmean(values), math.nan)
+    return Interval(statistics.fmean(values), _STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def reach(curve: Curve, loss: float) -> Point | None:
-    """Return the first point with this loss, on straight lines between evaluations; None if the curve ends above it."""
-    if curve[-1].loss > loss:
-        return None
-    if curve[0].loss <= loss:
-        return curve[0]
-    before, after = next(pair for pair in itertools.pairwise(curve) if pair[1].loss <= loss)
-    share = (before.loss - loss) / (before.loss - after.loss) if math.isfinite(before.loss) else 1.0
-    tokens = before.tokens + share * (after.tokens - before.tokens)
-    return Point(tokens, before.seconds + share * (after.seconds - before.seconds), loss)
-
-
-def compare(curves: Curves) -> list[dict[str, Any]]:
-    """Compare each runner with the reference.
-
-    Returns:
-        One dict per runner: "name", and lists over the seeds. "loss": last one, infinite if the run diverged;
-        "difference": loss minus the reference's; "tokens": of the run; "token_ratio" and "time_ratio": what reaching
-        the reference's last loss took, divided by the reference's tokens and seconds, None if it was not reached.
-    """
-    reference = next(iter(curves.values()))
+def compare(by_recipe: dict[str, dict[int, dict[str, Any]]]) -> list[list[str]]:
+    """Return a row of the table per recipe; differences and ratios are between runs of the same seed."""
+    reference = next(iter(by_recipe.values()))
     rows = []
-    for name, by_seed in curves.items():
-        row: dict[str, Any] = {"name": name, "loss": [], "difference": [], "tokens": []}
-        row |= {"token_ratio": [], "time_ratio": []}
-        for seed, curve in by_seed.items():
-            end, goal = curve[-1], reference[seed][-1]
-            reached = goal if by_seed is reference else reach(curve, goal.loss)
-            row["loss"].append(end.loss)
-            row["difference"].append(end.loss - goal.loss)
-            row["tokens"].append(end.tokens)
-            row["token_ratio"].append(reached and reached.tokens / goal.tokens)
-            row["time_ratio"].append(reached and reached.seconds / goal.seconds)
-        rows.append(row)
+    for name, by_seed in by_recipe.items():
+        first = next(iter(by_seed.values()))
+        losses = [last_loss(result) for result in by_seed.values()]
+        deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 and all(map(math.isfinite, losses)) else ""
+        paired = [last_loss(by_seed[seed]) - last_loss(reference[seed]) for seed in by_seed if seed in reference]
+        rows.append(
+            [
+                name,
+                str(len(by_seed)),
+                f"{first['losses'][-1][0]:,}",
+                f"{statistics.fmean(losses):.4f}{deviation}",
+                str(interval(paired)) if by_seed is not reference and paired else "",
+                "",
+                f"{first['flops']:.2e}",
+                f"{statistics.median(r['seconds'] / r['losses'][-1][0] for r in by_seed.values()) * 1e6:.0f}",
+            ]
+        )
+        if first["recipe"] != reference_recipe(by_recipe) and name == last_share_of(by_recipe, first["recipe"]):
+            rows[-1][5] = describe_crossing(crossing(by_recipe, first["recipe"]))
     return rows
 
 
-def origin(folder: Path) -> str:
-    """Return a run's machine, versions and commit on one line."""
-    provenance = json.loads((folder / "provenance.json").read_text())
-    hardware, code = provenance["hardware"], provenance["code"] or {}
-    machine = f"{hardware['processes']} x {hardware['device']}, {hardware['cpu_count']} cores"
-    commit = f"commit {code.get('commit')}{', changed' if code.get('dirty') else ''}"
-    return f"{machine}, {hardware['mixed_precision']}, torch {provenance['versions']['torch']}, {commit}"
+def reference_recipe(by_recipe: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """Return the name of the reference, the first recipe."""
+    recipe: str = next(iter(next(iter(by_recipe.values())).values()))["recipe"]
+    return recipe
 
 
-def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Return the Markdown table."""
-    above = f"above {rows[0]['name']}'s"
-    columns = ("runner", "n", "tokens", "last validation loss", above, "tokens to it", "seconds to it")
-    formats = {"loss": ".4f", "difference": ".4f", "token_ratio": ".2f", "time_ratio": ".2f"}
-    cells = []
-    for row in rows:
-        means = (mean(row[key], number_format) for key, number_format in formats.items())
-        cells.append([row["name"], len(row["loss"]), f"{max(row['tokens']):,}", *means])
-    return table(columns, cells)
+def last_share_of(by_recipe: dict[str, dict[int, dict[str, Any]]], recipe: str) -> str:
+    """Return the label of a recipe's last share, whose row has the crossing."""
+    return [name for name, runs in by_recipe.items() if next(iter(runs.values()))["recipe"] == recipe][-1]
 
 
-def mean(values: Sequence[float | None], number_format: str) -> str:
-    """Return "mean ± standard deviation", or how many are missing or infinite."""
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    if len(numbers) < len(values):
-        return f"not reached by {len(values) - len(numbers)} of {len(values)}"
-    text = f"{statistics.fmean(numbers):{number_format}}"
-    return text if len(numbers) == 1 else f"{text} ± {statistics.stdev(numbers):{number_format}}"
+def crossing(by_recipe: dict[str, dict[int, dict[str, Any]]], recipe: str) -> list[float]:
+    """Return for each seed the share of the reference's tokens with which a recipe ends at the reference's last loss.
+
+    NaN for a seed whose shares do not enclose that loss: nothing is extrapolated.
+    """
+    reference = next(iter(by_recipe.values()))
+    shares = []
+    for seed, goal in reference.items():
+        points = sorted(
+            (math.log(runs[seed]["losses"][-1][0] / goal["losses"][-1][0]), last_loss(runs[seed]))
+            for runs in by_recipe.values()
+            if seed in runs and runs[seed]["recipe"] == recipe
+        )
+        share = math.nan
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if y0 >= last_loss(goal) >= y1 and y0 > y1:
+                share = math.exp(x0 + (x1 - x0) * (y0 - last_loss(goal)) / (y0 - y1))
+        shares.append(share)
+    return shares
 
 
-def plot(curves: Curves, path: Path) -> None:
-    """Plot the losses over tokens and over seconds."""
+def describe_crossing(shares: Sequence[float]) -> str:
+    """Return the mean share with its interval, or how many seeds have none between their shares."""
+    missing = sum(map(math.isnan, shares))
+    return str(interval(shares)) if not missing else f"not between the shares for {missing} of {len(shares)}"
+
+
+def warn_of_differences(results: Sequence[dict[str, Any]]) -> None:
+    """Say if the results have different data, machines or sources."""
+    for name, values in {
+        "the data": {result["data"]["train_sha256"] for result in results},
+        "the machine": {result["machine"] for result in results},
+        "the code (or it has changed since)": {result["code"]["sha256"] for result in results} | {code_fingerprint()},
+    }.items():
+        if len(values) > 1:
+            print(f"warning: the runs differ in {name}: {', '.join(sorted(map(str, values)))}")
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw for each size the validation loss over tokens, and the last losses with their intervals."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    goal = statistics.fmean(curve[-1].loss for curve in next(iter(curves.values())).values())
-    lowest = min(point.loss for by_seed in curves.values() for curve in by_seed.values() for point in curve)
-    for axis, column in zip(axes, ("tokens", "seconds"), strict=True):
-        for number, (name, by_seed) in enumerate(curves.items()):
-            for i, curve in enumerate(by_seed.values()):
-                x, y = [getattr(point, column) for point in curve], [point.loss for point in curve]
-                axis.plot(x, y, "o-", ms=3, lw=1, alpha=0.7, color=f"C{number % 10}", label=name if i == 0 else None)
-        axis.axhline(goal, color="gray", ls="--", lw=1, label=f"the first one's last ({goal:.3f})")
-        axis.set(xlabel=f"{column} of training", ylim=(lowest - 0.1, goal + 1.5 * math.log(4)))
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="validation loss, nats per token")
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure = Figure(figsize=(7 * max(1, len(results)), 5), layout="constrained")
+    for axes, (size, by_recipe) in zip(
+        figure.subplots(1, max(1, len(results)), squeeze=False)[0], results.items(), strict=True
+    ):
+        recipes = list(dict.fromkeys(next(iter(runs.values()))["recipe"] for runs in by_recipe.values()))
+        ends = []
+        for by_seed in by_recipe.values():
+            first = next(iter(by_seed.values()))
+            color = f"C{recipes.index(first['recipe']) % 10}"
+            for result in by_seed.values():
+                tokens, losses = zip(*((t, loss) for t, loss in result["losses"] if loss is not None), strict=True)
+                axes.plot(tokens, losses, color=color, lw=0.7, alpha=0.5)
+            end = interval([last_loss(result) for result in by_seed.values()])
+            ends.append(end.mean)
+            axes.errorbar(tokens[-1], end.mean, yerr=end.half, fmt="o", color=color, ms=4, capsize=3)
+        for index, recipe in enumerate(recipes):
+            axes.plot([], [], "o-", color=f"C{index % 10}", label=recipe)
+        finite = [end for end in ends if math.isfinite(end)]
+        axes.axhline(ends[0], color="gray", ls="--", lw=1)
+        axes.set(
+            title=size,
+            xlabel="training tokens",
+            ylabel="validation loss, nats per token",
+            ylim=(min(finite) - 0.05, max(finite) + 0.8),
+        )
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as tmp_path:
+        figure.savefig(tmp_path, format="png", dpi=110)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,264 @@
+"""The runs of a plan (benchmarks/race.py): train each one once, and keep its result as one small JSON file."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from benchmarks.harness import machine_name
+from common.errors import UserError
+from common.files import write_json, write_text_atomically
+from common.metrics import read_metrics
+from data.manifest import dataset_fingerprint
+from training.config import OptimConfig, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+_KEYS = {"settings", "sizes", "seeds", "recipes"}
+_NUM_EVALUATIONS = 10
+# Settings that do not change a run's losses.
+_WITHOUT_EFFECT = {
+    *("output_dir", "resume", "log_every", "save_every", "keep_last", "keep_every", "keep_best", "trackers"),
+    *("max_hours", "dollars_per_hour", "push_to_hub", "push_public", "profile", "dry_run", "card"),
+}
+# The code that decides the losses. The tests of golden losses hold the rest.
+_SOURCES = ("modeling_gpt2repro/*.py", "training/optim.py", "data/loader.py", "data/windows.py", "data/permutation.py")
+
+
+class Run(NamedTuple):
+    """A run of a plan."""
+
+    size: str
+    recipe: str
+    share: float
+    """of the size's tokens"""
+    seed: int
+    settings: dict[str, Any]
+    """for train.py, by dotted name"""
+
+    @property
+    def name(self) -> str:
+        """Name of the run's folder and of its result."""
+        return f"{self.size}-{label(self.recipe, self.share)}-{self.seed}"
+
+
+def label(recipe: str, share: float) -> str:
+    """Return the name of a recipe with a share of the tokens."""
+    return recipe if share == 1 else f"{recipe}@{share:g}"
+
+
+class Plan(NamedTuple):
+    """A plan: its name, its runs, and {task: data} of the tasks that score each run's last checkpoint."""
+
+    name: str
+    runs: list[Run]
+    scores: dict[str, str]
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan, a YAML file; benchmarks/race.py describes it.
+
+    Raises:
+        UserError: the file is missing, or a key of it is missing or unknown.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    keys = set(content) if isinstance(content, dict) else set()
+    if not _KEYS <= keys <= _KEYS | {"scores"}:
+        raise UserError(
+            f"{path}: a plan has the keys {', '.join(sorted(_KEYS))} and perhaps scores, got {sorted(keys)}"
+        )
+    runs = []
+    for size, of_size in content["sizes"].items():
+        for seed in content["seeds"]:  # a seed's runs are neighbors, so that a stopped race can be compared
+            for recipe, of_recipe in content["recipes"].items():
+                merged = {**content["settings"], **of_size, **(of_recipe or {})}
+                for share in merged.pop("shares", [1]):
+                    settings = _with_steps(merged, share, path)
+                    runs.append(Run(size, recipe, share, seed, {**settings, "seed": seed}))
+    return Plan(path.stem, runs, content.get("scores", {}))
+
+
+def _with_steps(merged: dict[str, Any], share: float, path: Path) -> dict[str, Any]:
+    """Return the settings with steps in place of `tokens` and `warmup`."""
+    settings = dict(merged)
+    try:
+        tokens, warmup = settings.pop("tokens"), settings.pop("warmup")
+        steps = round(float(tokens) * share / settings["batch.tokens_per_step"])
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing: it belongs in settings, sizes or recipes") from None
+    return {
+        **settings,
+        "max_steps": steps,
+        "optim.warmup_steps": round(float(warmup) * steps),
+        "eval_every": max(1, steps // _NUM_EVALUATIONS),
+    }
+
+
+class Trainer:
+    """Trains runs, and keeps a result per run.
+
+    Args:
+        results: folder of the results.
+        out: folder of the runs' own folders.
+        num_jobs: runs that train at the same time and share the cores.
+        launch: options of `accelerate launch`.
+        scores: {task: data} of the tasks that score the last checkpoint.
+    """
+
+    def __init__(self, results: Path, out: Path, num_jobs: int, launch: Sequence[str], scores: dict[str, str]) -> None:
+        self._results, self._out, self._num_jobs, self._launch = results, out, num_jobs, launch
+        self._scores = scores
+        threads = str(max(1, (os.cpu_count() or 1) // num_jobs))
+        self._environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """Return a run's result, or None if there is none with its settings, its data and its scores.
+
+        The data is compared only where it is here. Another code fingerprint is no reason to train again, since tests
+        hold that changes to the code keep the losses; `race` prints a warning.
+        """
+        settings = self._effective_settings(run)  # an invalid one is found before hours of training
+        path = self._results / f"{run.name}.json"
+        if not path.is_file():
+            return None
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        folder = Path(settings["data"]["path"])
+        has_data = folder.is_dir()
+        is_same = (
+            result["settings"] == settings
+            and not (has_data and result["data"]["train_sha256"] != dataset_fingerprint(folder)["train_sha256"])
+            and self._scores.keys() <= result["scores"].keys()
+        )
+        return result if is_same else None
+
+    def rate(self, run: Run) -> float:
+        """Return the tokens per second of a run, from its first steps."""
+        folder = self._out / f"rate-{run.size}"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._launch_training(run, folder, "--max_steps", "6", "--eval_every", "100", "--eval.val_tokens", "1024")
+        milliseconds = [record["ms"] for record in read_metrics(folder / "metrics.jsonl") if "ms" in record]
+        if not milliseconds:
+            raise UserError(f"{run.name} does not start: see {folder / 'console.log'}")
+        return 1000 * run.settings["batch.tokens_per_step"] / statistics.median(milliseconds[1:])
+
+    def train_all(self, runs: Iterable[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+        """Train and score runs, `num_jobs` at a time, and yield each with its result. Started again, resume.
+
+        Raises:
+            UserError: a run ended without a result, other than by diverging.
+        """
+        with ThreadPoolExecutor(self._num_jobs) as executor:
+            futures = [(run, executor.submit(self._train, run)) for run in runs]
+            try:
+                for run, future in futures:
+                    yield run, future.result()
+            except BaseException:
+                executor.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _train(self, run: Run) -> dict[str, Any]:
+        folder = self._out / run.name
+        if outcome(folder, run) is None:
+            (folder / "status.json").unlink(missing_ok=True)  # of an earlier attempt
+            self._launch_training(run, folder, "--resume", "auto")
+        has_finished = outcome(folder, run)
+        if has_finished is None:
+            raise UserError(f"{folder}: the run did not finish; see console.log there, then start the race again")
+        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        curve, seconds = validation_curve(read_metrics(folder / "metrics.jsonl"))
+        result = {
+            **{"size": run.size, "recipe": run.recipe, "share": run.share, "seed": run.seed},
+            "outcome": "finished" if has_finished else "diverged",
+            "losses": curve,
+            "seconds": round(seconds, 1),
+            "scores": self._score(folder, run) if has_finished else dict.fromkeys(self._scores),
+            "parameters": provenance["model"]["parameters"],
+            "flops": curve[-1][0] * provenance["model"]["flops_per_token"],
+            "settings": self._effective_settings(run),
+            "data": provenance["data"],
+            "code": {"sha256": code_fingerprint(), "commit": (provenance["code"] or {}).get("commit")},
+            "machine": machine_name(),
+            "threads": provenance["hardware"]["cpu_threads"],
+        }
+        self._results.mkdir(parents=True, exist_ok=True)
+        write_json(self._results / f"{run.name}.json", result)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return result
+
+    def _launch_training(self, run: Run, folder: Path, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / "recipe.yaml", yaml.safe_dump(run.settings))
+        command = [sys.executable, "-m", "accelerate.commands.launch", *self._launch, "train.py", "--config"]
+        command += [str(folder / "recipe.yaml"), "--output_dir", str(folder), *options]
+        with (folder / "console.log").open("a") as log:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
+
+    def _score(self, folder: Path, run: Run) -> dict[str, dict[str, float]]:
+        """Score the last checkpoint in a process of its own, and return {task: {metric: value}}."""
+        if not self._scores:
+            return {}
+        checkpoint = folder / "checkpoints" / f"step_{run.settings['max_steps']:06d}"
+        command = [sys.executable, "-m", "eval", "--model", str(checkpoint), "--output", str(folder / "scores.json")]
+        command += ["--tasks", *self._scores, "--data", *(f"{task}={data}" for task, data in self._scores.items())]
+        with (folder / "console.log").open("a") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
+        if done.returncode != 0:
+            raise UserError(f"{folder}: the checkpoint cannot be scored; see console.log there")
+        scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())["results"]
+        return scores
+
+    def _effective_settings(self, run: Run) -> dict[str, Any]:
+        """Return all settings that can change the run's losses; raises UserError if one is invalid."""
+        folder = self._out / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(folder / "recipe.yaml", yaml.safe_dump(run.settings))
+        config = json.loads(json.dumps(dataclasses.asdict(load_config(["--config", str(folder / "recipe.yaml")]))))
+        return {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
+
+
+def outcome(folder: Path, run: Run) -> bool | None:
+    """Return True if the run in a folder has finished, False if it diverged, otherwise None."""
+    path = folder / "status.json"
+    status = json.loads(path.read_text())["status"] if path.is_file() else None
+    if status == "finished":
+        return True
+    last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]
+    gave_up = last.get("skipped", {}).get("in_a_row", 0) >= OptimConfig.max_skipped_steps
+    ended_without_loss = last.get("step") == run.settings["max_steps"] and last.get("val_loss", 0.0) is None
+    return False if status == "failed" and (gave_up or ended_without_loss) else None
+
+
+def validation_curve(records: Iterable[dict[str, Any]]) -> tuple[list[tuple[int, float]], float]:
+    """Return (tokens, validation loss) of each evaluation, infinite if it was not finite, and the seconds of the steps.
+
+    Evaluations and saving do not count as seconds.
+    """
+    curve, seconds = [], 0.0
+    for record in records:
+        seconds += record.get("ms", 0.0) / 1000
+        if "val_loss" in record:
+            loss = record["val_loss"]
+            curve.append((record["tokens"], math.inf if loss is None else loss))
+    return curve, seconds
+
+
+def code_fingerprint() -> str:
+    """Return a hash of the sources that decide a run's losses."""
+    digest = sha256()
+    for pattern in _SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
