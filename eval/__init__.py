@@ -4,6 +4,7 @@
     task.py, items.py   the base class of tasks; reading items from the Hub and from files
     hellaswag/          which of four endings follows, as build-nanogpt, llm.c and lm-eval score it
     lambada/            the last word of a passage
+    core/               22 tasks with few-shot prompts, as nanochat scores them
     bits_per_byte/      loss and bits per byte of any text or shards
     lm_eval_bridge.py   any task of the package lm-eval
     evaluator.py        `evaluate`: tasks in, a dict of results out
