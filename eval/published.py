@@ -26,43 +26,12 @@ class PublishedModel(NamedTuple):
 # lm-eval, lambada_openai. Losses: FineWeb-Edu in build-nanogpt's split (its train_gpt2.py's log), FineWeb in llm.c's
 # (its discussion 481), OpenWebText (nanoGPT's README). CORE: nanochat's dev/estimate_gpt3_core.ipynb. Parameters are
 # counted from the shapes.
+_CORE_TASKS = ("core", "hellaswag_zeroshot", "hellaswag", "lambada_openai", "piqa", "arc_easy", "arc_challenge")
 _CORE = {
-    "124M": {
-        "core": 0.1139,
-        "hellaswag_zeroshot": 0.309,
-        "hellaswag": 0.308,
-        "lambada_openai": 0.323,
-        "piqa": 0.623,
-        "arc_easy": 0.412,
-        "arc_challenge": 0.222,
-    },
-    "350M": {
-        "core": 0.1849,
-        "hellaswag_zeroshot": 0.390,
-        "hellaswag": 0.395,
-        "lambada_openai": 0.426,
-        "piqa": 0.670,
-        "arc_easy": 0.480,
-        "arc_challenge": 0.262,
-    },
-    "774M": {
-        "core": 0.2146,
-        "hellaswag_zeroshot": 0.440,
-        "hellaswag": 0.444,
-        "lambada_openai": 0.488,
-        "piqa": 0.698,
-        "arc_easy": 0.535,
-        "arc_challenge": 0.264,
-    },
-    "1558M": {
-        "core": 0.2565,
-        "hellaswag_zeroshot": 0.502,
-        "hellaswag": 0.512,
-        "lambada_openai": 0.523,
-        "piqa": 0.725,
-        "arc_easy": 0.595,
-        "arc_challenge": 0.299,
-    },
+    "124M": dict(zip(_CORE_TASKS, (0.1139, 0.309, 0.308, 0.323, 0.623, 0.412, 0.222), strict=True)),
+    "350M": dict(zip(_CORE_TASKS, (0.1849, 0.390, 0.395, 0.426, 0.670, 0.480, 0.262), strict=True)),
+    "774M": dict(zip(_CORE_TASKS, (0.2146, 0.440, 0.444, 0.488, 0.698, 0.535, 0.264), strict=True)),
+    "1558M": dict(zip(_CORE_TASKS, (0.2565, 0.502, 0.512, 0.523, 0.725, 0.595, 0.299), strict=True)),
 }
 _GPT2_124M = {
     "core": _CORE["124M"],
@@ -77,9 +46,11 @@ _GPT2_1558M = {
 GPT2 = [
     PublishedModel("OpenAI GPT-2 124M", (12, 768), 124_439_808, _GPT2_124M,
                    {"fineweb-edu": 3.2924, "fineweb": 3.425, "openwebtext": 3.12}),
-    PublishedModel("OpenAI GPT-2 350M", (24, 1024), 354_823_168, {"hellaswag": {"acc_norm": 0.3752}, "core": _CORE["350M"]},
+    PublishedModel("OpenAI GPT-2 350M", (24, 1024), 354_823_168,
+                   {"hellaswag": {"acc_norm": 0.3752}, "core": _CORE["350M"]},
                    {"fineweb": 3.083, "openwebtext": 2.84}),
-    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080, {"hellaswag": {"acc_norm": 0.4320}, "core": _CORE["774M"]},
+    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080,
+                   {"hellaswag": {"acc_norm": 0.4320}, "core": _CORE["774M"]},
                    {"fineweb": 3.001, "openwebtext": 2.67}),
     PublishedModel("OpenAI GPT-2 1558M", (48, 1600), 1_557_611_200, _GPT2_1558M,
                    {"fineweb": 2.831, "openwebtext": 2.54}),
