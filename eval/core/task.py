@@ -41,17 +41,13 @@ class Task(BaseTask):
             raise EvalError(f"core needs its data: --data core=FOLDER_OR_ZIP; the bundle is {BUNDLE}")
         if tokenizer.bos_token_id is None:
             raise EvalError("core: the tokenizer has no token that begins texts, and each prompt starts with it")
-        items, names, hashes = [], [], []
+        items: list[Item] = []
+        names, hashes = [], []
         for task, records in read_bundle(self.data):
-            kept = list(range(len(records)))[: self.limit]
-            for first in range(0, len(kept), _ITEMS_PER_ENCODING):
-                prompts = [_prompts(task, records, index) for index in kept[first : first + _ITEMS_PER_ENCODING]]
-                tokens = iter(encode(tokenizer, [text for texts in prompts for text in texts]))
-                for index, texts in zip(kept[first:], prompts, strict=False):
-                    ids = [[tokenizer.bos_token_id, *next(tokens)] for _ in texts]
-                    items.append(_make_item(task, records[index], ids, max_length, where=f"{task.name}, item {index}"))
+            indices = range(len(records))[: self.limit]
+            items += make_items(task, records, indices, tokenizer, max_length)
             names.append(task.name)
-            hashes.append(sha256_of([records[index] for index in kept]))
+            hashes.append(sha256_of([records[index] for index in indices]))
         limit = "" if self.limit is None else f", the first {self.limit:,} items of each"
         missing = [task.name for task in CORE if task.name not in names]
         without = f", without {', '.join(missing)}" if missing else ""
@@ -94,6 +90,25 @@ class Task(BaseTask):
     def aggregate(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
         """Return the metrics, and as "num_truncated" the number of items longer than the model's context."""
         return self.compute_metrics(item_results) | {"num_truncated": sum(r["num_cropped"] > 0 for r in item_results)}
+
+
+def make_items(
+    task: CoreTask, records: list[dict[str, Any]], indices: Sequence[int], tokenizer: Tokenizer, max_length: int | None
+) -> list[Item]:
+    """Return the items of these indices of one of the tasks, ready to be scored.
+
+    Args:
+        records: all items of the task, from `read_bundle`; the examples come from them.
+    """
+    items = []
+    for first in range(0, len(indices), _ITEMS_PER_ENCODING):
+        some = indices[first : first + _ITEMS_PER_ENCODING]
+        prompts = [_prompts(task, records, index) for index in some]
+        tokens = iter(encode(tokenizer, [text for texts in prompts for text in texts]))
+        for index, texts in zip(some, prompts, strict=True):
+            ids = [[tokenizer.bos_token_id, *next(tokens)] for _ in texts]
+            items.append(_make_item(task, records[index], ids, max_length, where=f"{task.name}, item {index}"))
+    return items
 
 
 def _prompts(task: CoreTask, records: list[dict[str, Any]], index: int) -> list[str]:
