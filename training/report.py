@@ -116,7 +116,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "training_seconds": training_seconds,
         "evaluation_seconds": evaluation_seconds,
         "tokens_per_s": statistics.median(rates) if rates else None,
-        "dollars": dollars and dollars * hardware["processes"] * (training_seconds + evaluation_seconds) / 3600,
+        "dollars": dollars and dollars * hardware.get("processes", 1) * (training_seconds + evaluation_seconds) / 3600,
         "pictures": draw_curves(records, lines) if steps else [],
     }
 
@@ -133,7 +133,7 @@ def draw_curves(records: Sequence[dict[str, Any]], lines: Mapping[str, Mapping[s
     pictures = []
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "legend.facecolor": "#010203"}
     for draw, name in ((draw_losses, "loss"), (draw_hellaswag, "hellaswag")):
-        if name == "hellaswag" and not any(r.get("hellaswag") for r in records):
+        if name == "hellaswag" and not any(r.get("hellaswag") for r in records if r["step"]):
             continue
         with matplotlib.rc_context(style), io.StringIO() as file:
             figure = Figure(figsize=(5.6, 3.7), layout="constrained")

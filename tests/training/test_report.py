@@ -99,7 +99,7 @@ def test_report_shows_all_of_a_run(folder, capsys):
         "96 24.6k 0:06:36 4.0000 0.3100",
         "13 of 26 evaluations",
         "<web> 5.2500",
-        "bigram & more 5.0787 +0.4213 is this run's",
+        "bigram & more 5.0787 this run: +0.4213",
         "OpenAI GPT-2 (124M) 0.2955",
         "not comparable with published numbers",
         "Samples step 100, validation loss 5.5000 The<script>alert(100)</script>",
