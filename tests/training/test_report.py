@@ -91,7 +91,7 @@ def test_report_shows_all_of_a_run(folder, capsys):
     for text in (
         "my <run> finished 8 x NVIDIA H100 · commit c0ffeec0f with changes · 2026-11-27 21:16 UTC",
         "Validation loss 5.5000 best 4.0000 at step 96",
-        "HellaSwag-like sample 31.0% ± 2.0, 40 items",
+        "HellaSwag-like 31.0% ± 2.0, 40 items",
         "Parameters 124M 3 layers, 32 wide, 2 heads",
         "Tokens 25.6k step 100 of 100; 4 epochs",
         "Training time 0:06:00 and 0:00:52 of evaluation; $2.75",
