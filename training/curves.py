@@ -64,11 +64,13 @@ def draw_losses(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[
         ms=4,
         label=f"validation ({evaluations[-1]['val_loss']:.3f})" if evaluations else "validation",
     )
-    for folder in evaluations[-1].get("val_losses", {}) if evaluations else {}:
+    for number, folder in enumerate(evaluations[-1].get("val_losses", {}) if evaluations else {}):
         # Before it was resumed, a run may have had its folders under other names.
         known = [r for r in evaluations if folder in r.get("val_losses", {})]
         val_losses = [r["val_losses"][folder] for r in known]
-        axes.plot([r["tokens"] for r in known], val_losses, lw=1, label=f"{folder} ({val_losses[-1]:.3f})")
+        color = f"C{5 + number}"  # the first ones are those of the other lines
+        name = f"{folder} ({val_losses[-1]:.3f})"
+        axes.plot([r["tokens"] for r in known], val_losses, color=color, lw=1, label=name)
     for number, record in enumerate(skipped):
         label = f"skipped steps ({len(skipped)})" if number == 0 else None
         axes.axvline(record["tokens"], color="tab:purple", lw=1, alpha=0.5, label=label)
