@@ -107,7 +107,7 @@ def test_report_shows_all_of_a_run(folder, capsys):
         "nan inf [{'shard': '<a>', 'start': 7}]",
         "optim.lr 0.003 0.0006",
         "data.mix {shards/<web>: 0.7} null",
-        f"git checkout {'c0ffee' * 6} # and apply the diff in provenance.json accelerate launch train.py --output_dir",
+        f"git checkout {'c0ffee' * 6} # then apply the diff in provenance.json accelerate launch train.py --output_dir",
         "versions python 3.11.7 seed 1337",
         "SHA-256 of the training shards 5ha",
         "2 launches",
