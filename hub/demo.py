@@ -117,10 +117,14 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
 
 def _describe(writer: Writer) -> str:
     """Return HTML that says what a model is: its name, its shape, and what its run recorded about the checkpoint."""
-    config = writer.model.config
-    shape = f"{config.num_hidden_layers} layers x {config.hidden_size:,} wide"
-    context = f"context of {config.max_position_embeddings:,} tokens"
-    lines = [f"{writer.model.num_parameters() / 1e6:,.1f}M parameters, {shape}, {context}"]
+    formats = {  # of transformers' common names, which some models on the Hub do not have
+        "num_hidden_layers": ", {:,} layers",
+        "hidden_size": " x {:,} wide",
+        "max_position_embeddings": ", context of {:,} tokens",
+    }
+    values = {name: getattr(writer.model.config, name, None) for name in formats}
+    shape = "".join(formats[name].format(value) for name, value in values.items() if value is not None)
+    lines = [f"{writer.model.num_parameters() / 1e6:,.1f}M parameters{shape}"]
     folder = Path(writer.name)
     progress = read_progress(folder) if folder.is_dir() else None
     if progress is not None:
