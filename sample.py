@@ -109,7 +109,7 @@ def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: Sam
         except HubError as error:  # the line is too long: keep the conversation so far
             print(f"({error})", file=sys.stderr)
             continue
-        answer = tokenizer.decode(write(model, tokenizer, ids, params))
+        answer = str(tokenizer.decode(write(model, tokenizer, ids, params)))
         messages.append({"role": "assistant", "content": answer})
         params = dataclasses.replace(params, seed=params.seed + 1)
 

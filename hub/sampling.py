@@ -65,7 +65,7 @@ def encode_chat(
     context = _context_of(config)
     _check_utf8(messages[-1]["content"])
     while True:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if len(ids) <= max(context - params.max_new_tokens, context // 2) or len(messages) == 1:
             break
         messages = messages[2:]
