@@ -114,7 +114,7 @@ class Trainer:
         results: folder of the results.
         out: folder of the runs' own folders.
         num_jobs: runs that train at the same time and share the cores.
-        launch: options of `accelerate launch`.
+        launch: options of `accelerate launch`; none: one process, without it.
         scores: {task: data} of the tasks that score the last checkpoint.
     """
 
@@ -122,7 +122,7 @@ class Trainer:
         self._results, self._out, self._num_jobs, self._launch = results, out, num_jobs, launch
         self._scores = scores
         threads = str(max(1, (os.cpu_count() or 1) // num_jobs))
-        self._environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        self._environment = {**os.environ, "OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive"}
 
     def result(self, run: Run) -> dict[str, Any] | None:
         """Return a run's result, or None if there is none with its settings, its data and its scores.
@@ -201,8 +201,10 @@ class Trainer:
     def _launch_training(self, run: Run, folder: Path, *options: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text_atomically(folder / "recipe.yaml", yaml.safe_dump(run.settings))
-        command = [sys.executable, "-m", "accelerate.commands.launch", *self._launch, "train.py", "--config"]
-        command += [str(folder / "recipe.yaml"), "--output_dir", str(folder), *options]
+        # Without the launcher, which train.py takes for the owner of all cores when several runs share them.
+        launcher = ["-m", "accelerate.commands.launch", *self._launch] if self._launch else []
+        command = [sys.executable, *launcher, "train.py", "--config", str(folder / "recipe.yaml")]
+        command += ["--output_dir", str(folder), *options]
         with (folder / "console.log").open("a") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
 

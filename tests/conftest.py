@@ -24,7 +24,15 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory):
+def fresh(tmp_path_factory):
+    """fresh.run(program, *arguments, cwd=folder): a program in a fresh process on a terminal; see fresh_process.py."""
+    home = tmp_path_factory.mktemp("fresh")
+    with Forks(clean_environment(home), cwd=home) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory, fresh):
     """
     launch(*arguments) runs `python train.py ...` to its end, which is what `accelerate launch` does for one process;
     launch(..., accelerate=[...]) goes through it, with these options. `script`: another one in the place of train.py,
@@ -34,28 +42,24 @@ def launch(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
 
     def run(*arguments, accelerate=None, check=True, script="train.py", environment=None):
-        through = [] if accelerate is None else ["-m", "accelerate.commands.launch", *accelerate]
-        done = subprocess.run(
-            [sys.executable, *through, script, *map(str, arguments)],
-            cwd=ROOT,
-            env=clean_environment(home) | (environment or {}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        command = [str(script), *map(str, arguments)]
+        if accelerate is None and not (environment or {}).keys() - {"PYTHONPATH"}:
+            done = fresh.run_script(command, cwd=ROOT, environment={"HOME": str(home), **(environment or {})})
+        else:
+            through = [] if accelerate is None else ["-m", "accelerate.commands.launch", *accelerate]
+            done = subprocess.run(
+                [sys.executable, *through, *command],
+                cwd=ROOT,
+                env=clean_environment(home) | (environment or {}),
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
         if check:
             assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
         return done
 
     return run
-
-
-@pytest.fixture(scope="session")
-def fresh(tmp_path_factory):
-    """fresh.run(program, *arguments, cwd=folder): a program in a fresh process on a terminal; see fresh_process.py."""
-    home = tmp_path_factory.mktemp("fresh")
-    with Forks(clean_environment(home), cwd=home) as forks:
-        yield forks
 
 
 @pytest.fixture(scope="session")
