@@ -8,10 +8,12 @@ from pathlib import Path
 import lm_eval
 import numpy as np
 import pytest
+import yaml
 from lm_eval.models.huggingface import HFLM
 
 from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
+from eval.blimp.task import Task as Blimp
 from eval.evaluator import load_tasks
 from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
@@ -19,6 +21,16 @@ from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
+TASKS_HERE = {"hellaswag": HellaSwag, "lambada": Lambada, "blimp": Blimp}
+# BLiMP pairs by paradigm: contractions, equal sentences, odd spaces.
+BLIMP = {
+    "wh_island": [
+        ("Who did Ann say that Bob saw?", "Who did Ann say that Bob saw him?"),
+        ("The same is here.", "The same is here."),
+        ("What can't they do?", "What they can't do?"),
+    ],
+    "causative": [("Tina isn't breaking the cup.", "Tina isn't vanishing the cup."), ("Ich  sehe.", "Ich sähe")],
+}
 # A task of lm-eval with items from a file.
 LOCAL = """
 include: {original}
@@ -44,11 +56,23 @@ def folder(tmp_path_factory):
         'He said, "I know', "One two\n\nthree four five", "word " * 200 + "end", "a tab\tand a don't stop", "She is 42"
     ]  # fmt: skip
     (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
-    for name, split in (("hellaswag", "validation"), ("lambada", "test")):
-        original = TASKS / ("hellaswag/hellaswag.yaml" if name == "hellaswag" else "lambada/lambada_openai.yaml")
-        path = folder / f"{name}.jsonl"
-        text = LOCAL.format(original=original, name=f"{name}_here", split=split, path=path)
-        (folder / f"{name}_here.yaml").write_text(text)
+    blimp = [
+        {"sentence_good": good, "sentence_bad": bad, "UID": paradigm, "linguistics_term": "island_effects"}
+        for paradigm, pairs in BLIMP.items()
+        for good, bad in pairs
+    ]
+    (folder / "blimp.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in blimp))
+    tasks = [("hellaswag", "hellaswag/hellaswag", "validation"), ("lambada", "lambada/lambada_openai", "test")]
+    for paradigm in BLIMP:
+        own = [json.dumps(pair) + "\n" for pair in blimp if pair["UID"] == paradigm]
+        (folder / f"{paradigm}.jsonl").write_text("".join(own))
+        tasks.append((paradigm, f"blimp/{paradigm}", "train"))
+    for name, original, split in tasks:
+        names = {"original": TASKS / f"{original}.yaml", "name": f"{name}_here", "path": folder / f"{name}.jsonl"}
+        (folder / f"{name}_here.yaml").write_text(LOCAL.format(split=split, **names))
+    group = yaml.safe_load((TASKS / "blimp/_blimp.yaml").read_text())
+    group |= {"group": "blimp_here", "task": [f"{paradigm}_here" for paradigm in BLIMP]}
+    (folder / "blimp_here.yaml").write_text(yaml.safe_dump(group))
     return folder
 
 
@@ -59,7 +83,7 @@ def expected(model, tokenizer, folder, tmp_path_factory):
         manager, _ = lm_eval_bridge.check_lm_eval(LmEvalTask(f"{folder}/hellaswag_here"))
         return lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3),
-            tasks=["hellaswag_here", "lambada_here"],
+            tasks=["hellaswag_here", "lambada_here", "blimp_here"],
             task_manager=manager,
             bootstrap_iters=0,
         )
@@ -67,8 +91,36 @@ def expected(model, tokenizer, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(model, tokenizer, folder):
-    tasks = [HellaSwag(data=str(folder / "hellaswag.jsonl")), Lambada(data=str(folder / "lambada.jsonl"))]
+    tasks = [task(data=str(folder / f"{name}.jsonl")) for name, task in TASKS_HERE.items()]
     return evaluate(model, tokenizer, tasks, keep_item_results=True)
+
+
+def test_blimp_log_likelihoods_and_group_match_lm_eval(ours, expected):
+    metrics, num_pairs = ours["results"]["blimp"], 0
+    for name in BLIMP:
+        own = [result for result in ours["item_results"]["blimp"] if result["paradigm"] == name]
+        for result, sample in zip(own, samples_of(expected, name), strict=True):
+            reference = [float(value) for value, _ in sample["filtered_resps"]]
+            assert result["log_likelihoods"] == pytest.approx(reference, abs=1e-3)
+            num_pairs += 1
+        assert metrics[name] == expected["results"][f"{name}_here"]["acc,none"]
+    assert num_pairs == metrics["n"] == 5
+    assert metrics["acc"] == expected["results"]["blimp_here"]["acc,none"]
+
+
+def test_blimp_standard_error_is_that_of_lm_evals_groups():
+    from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
+
+    correct = {"a": [1, 1, 0, 1], "b": [1, 0, 0, 1], "c": [1, 1, 1, 1]}
+    results = [
+        {"paradigm": name, "phenomenon": "x", "log_likelihoods": [x, 0.5], "no_start_log_likelihoods": [0, 0]}
+        for name, values in correct.items()
+        for x in values
+    ]
+    errors = [mean_stderr(values) for values in correct.values()]
+    metrics = Blimp().compute_metrics(results)
+    assert metrics["acc_stderr"] == pytest.approx(pooled_sample_stderr(errors, [4, 4, 4]))
+    assert metrics["a_stderr"] == pytest.approx(errors[0])
 
 
 def samples_of(expected, task):
