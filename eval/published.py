@@ -23,11 +23,17 @@ class PublishedModel(NamedTuple):
 
 
 # HellaSwag, the lecture's and lm-eval's: build-nanogpt hellaswag.py and play.ipynb, llm.c dev/vislog.ipynb. LAMBADA:
-# lm-eval, lambada_openai. Losses: FineWeb-Edu in build-nanogpt's split (its train_gpt2.py's log), FineWeb in llm.c's
+# lm-eval, lambada_openai. WikiText: 124M with lm-eval in the release notes of workofart/ml-by-hand (whose LAMBADA is the
+# one here), 774M in transformers' page on perplexity (docs/source/en/perplexity.md). Losses: FineWeb-Edu in build-nanogpt's split (its train_gpt2.py's log), FineWeb in llm.c's
 # (its discussion 481), OpenWebText (nanoGPT's README). Parameters are counted from the shapes.
 _GPT2_124M = {
     "hellaswag": {"acc": 0.2859, "acc_norm": 0.2955, "lm_eval_acc": 0.2892, "lm_eval_acc_norm": 0.3114},
     "lambada": {"acc": 0.3256, "perplexity": 40.06},
+    "wikitext": {"word_perplexity": 37.3698, "byte_perplexity": 1.9682, "bits_per_byte": 0.9769},
+}
+_GPT2_774M = {
+    "hellaswag": {"acc_norm": 0.4320},
+    "wikitext": {"sliding_perplexity": 16.44, "disjoint_perplexity": 19.44},
 }
 _GPT2_1558M = {"hellaswag": {"acc": 0.3842, "acc_norm": 0.4893, "lm_eval_acc": 0.4004, "lm_eval_acc_norm": 0.5089}}
 # fmt: off
@@ -36,7 +42,7 @@ GPT2 = [
                    {"fineweb-edu": 3.2924, "fineweb": 3.425, "openwebtext": 3.12}),
     PublishedModel("OpenAI GPT-2 350M", (24, 1024), 354_823_168, {"hellaswag": {"acc_norm": 0.3752}},
                    {"fineweb": 3.083, "openwebtext": 2.84}),
-    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080, {"hellaswag": {"acc_norm": 0.4320}},
+    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080, _GPT2_774M,
                    {"fineweb": 3.001, "openwebtext": 2.67}),
     PublishedModel("OpenAI GPT-2 1558M", (48, 1600), 1_557_611_200, _GPT2_1558M,
                    {"fineweb": 2.831, "openwebtext": 2.54}),

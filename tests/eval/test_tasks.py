@@ -1,4 +1,4 @@
-"""Test LAMBADA, BLiMP, bits per byte, the example of a new task, and `eval.evaluate`; HellaSwag has its own file."""
+"""Test all tasks but HellaSwag, which has its own file; the example of a new task; and `eval.evaluate`."""
 
 import json
 import math
@@ -8,8 +8,10 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from data.loader import validation_batches
 from data.manifest import open_split
@@ -24,6 +26,9 @@ from eval.during_training import validation_loss
 from eval.hellaswag.task import Task as HellaSwag
 from eval.items import HubUnavailableError
 from eval.lambada.task import Task as Lambada
+from eval.task import score_items
+from eval.wikitext.task import Task as WikiText
+from eval.wikitext.text import rows_of, split_pages
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["It is the first text, and ein Mädchen liest it.", "The second: 42 words, <|endoftext|> is not one."]
@@ -84,7 +89,7 @@ def test_error_without_network_suggests_a_local_copy(tokenizer, monkeypatch):
         raise HubUnavailableError("the network is down")
 
     monkeypatch.setattr(items, "hub_records", fail)
-    for task in (Lambada(), Blimp()):
+    for task in (Lambada(), Blimp(), WikiText()):
         with pytest.raises(EvalError, match=f"the network is down.*--data {task.name}=FILE"):
             task.load(tokenizer)
 
@@ -307,6 +312,93 @@ def test_bits_per_byte_of_windows_without_text_is_nan():
     window = {"log_likelihood": -2.0, "num_tokens": 1, "text_log_likelihood": 0.0, "num_bytes": 0}
     metrics = BitsPerByte().compute_metrics([window])
     assert metrics["loss"] == 2.0 and math.isnan(metrics["bits_per_byte"])
+
+
+# ------------------------------------------------------------------------------------------------ WikiText
+
+RAW = (
+    " \n = Ann = \n \n Ann wrote 1 @,@ 205 pages . \n \n = = Life = = \n \n She <unk> . \n \n"
+    " = The Lake = \n \n The lake froze , and people walked across it . \n \n"
+)
+# The rows of the dataset `wikitext`, and the pages of the dataset `wikitext_document_level`.
+ROWS = ["", " = Ann = \n", "", " Ann wrote 1 @,@ 205 pages . \n", "", " = = Life = = \n", "", " She <unk> . \n", ""]
+ROWS += [" = The Lake = \n", "", " The lake froze , and people walked across it . \n", ""]
+PAGES = [
+    " = Ann = \n \n Ann wrote 1 @,@ 205 pages . \n \n = = Life = = \n \n She <unk> . \n ",
+    " = The Lake = \n \n The lake froze , and people walked across it . \n \n",
+]
+
+
+def test_wikitext_forms_of_the_data_give_the_same_pages_and_rows(tokenizer, tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(RAW, encoding="utf-8")
+    write(tmp_path / "pages.jsonl", *({"page": page} for page in PAGES))
+    write(tmp_path / "rows.jsonl", *({"text": row} for row in ROWS))
+    parquet.write_table(pyarrow.table({"text": ROWS}), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.table({"page": PAGES}), tmp_path / "pages.parquet")
+    loaded = [WikiText(data=str(path)).load(tokenizer, 16) for path in sorted(tmp_path.iterdir())]
+    assert len({task.data.sha256 for task in loaded}) == 1 and len(loaded) == 5
+    assert split_pages(RAW) == PAGES
+    assert rows_of(PAGES) == ROWS
+    assert loaded[0].data.description.endswith("pages.jsonl, all 2 pages")
+
+
+@pytest.mark.parametrize(("protocol", "stride"), [("sliding", 8), ("disjoint", 16)])
+def test_wikitext_windows_match_transformers_page_on_perplexity(tiny_gpt2, tokenizer, tmp_path, protocol, stride):
+    """Run the windows of https://huggingface.co/docs/transformers/perplexity with the model's own loss."""
+    max_length = 16
+    task = WikiText(data=write(tmp_path / "rows.jsonl", *({"text": row} for row in ROWS)), protocols=(protocol,))
+    results = score_items(task, tiny_gpt2, task.load(tokenizer, max_length).items)
+    ids = tokenizer("\n\n".join(ROWS), return_tensors="pt").input_ids
+    expected, previous_end = [], 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + max_length, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : previous_end - end] = -100
+        labels[:, 0] = -100  # has no logit
+        if num_tokens := (labels != -100).sum().item():
+            with torch.no_grad():
+                loss = tiny_gpt2.eval()(ids[:, begin:end], labels=labels).loss.item()
+            expected.append((num_tokens, -loss * num_tokens))
+        previous_end = end
+        if end == ids.shape[1]:
+            break
+    assert [result["num_tokens"] for result in results] == [n for n, _ in expected]
+    assert [result["log_likelihood"] for result in results] == pytest.approx([x for _, x in expected], rel=1e-4)
+    metrics = task.compute_metrics(results)
+    mean = sum(x for _, x in expected) / sum(n for n, _ in expected)
+    assert metrics == pytest.approx({f"{protocol}_perplexity": math.exp(-mean), "n": len(expected)}, rel=1e-4)
+
+
+def test_wikitext_metrics_match_values_computed_by_hand():
+    results = [
+        {"protocol": "lm_eval", "log_likelihood": -8.0, "num_tokens": 5, "num_words": 3, "num_bytes": 12},
+        {"protocol": "lm_eval", "log_likelihood": -4.0, "num_tokens": 2, "num_words": 1, "num_bytes": 4},
+        {"protocol": "sliding", "log_likelihood": -6.0, "num_tokens": 3},
+        {"protocol": "disjoint", "log_likelihood": -5.0, "num_tokens": 2},
+    ]
+    assert WikiText().compute_metrics(results) == pytest.approx(
+        {
+            **{"word_perplexity": math.exp(12 / 4), "byte_perplexity": math.exp(12 / 16)},
+            **{"bits_per_byte": 12 / 16 / math.log(2), "sliding_perplexity": math.exp(2)},
+            **{"disjoint_perplexity": math.exp(2.5), "n": 2},
+        }
+    )
+
+
+def test_wikitext_data_and_settings_that_do_not_work_are_refused(tokenizer, tmp_path):
+    (tmp_path / "latin.raw").write_bytes("Mädchen".encode("latin-1"))
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    for data, message in (
+        (write(tmp_path / "a.jsonl", {"page": "a b"}, {"page": ""}), "a.jsonl:2: page is empty"),
+        (write(tmp_path / "b.jsonl", {"document": "a b"}), "the field 'page' is missing"),
+        (tmp_path / "latin.raw", "latin.raw: neither UTF-8 text nor"),
+        (tmp_path / "broken.parquet", "broken.parquet: neither UTF-8 text nor"),
+        (tmp_path / "missing.raw", "missing.raw.*no such file"),
+    ):
+        with pytest.raises(EvalError, match=message):
+            WikiText(data=str(data)).load(tokenizer, 16)
+    with pytest.raises(EvalError, match=r"protocols must be one or more of lm_eval, sliding, disjoint, got \('x',\)"):
+        WikiText(protocols=("x",)).load(tokenizer, 16)
 
 
 # ------------------------------------------------------------------------------------------------- evaluate
