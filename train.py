@@ -16,6 +16,7 @@ Writes into --output_dir (runs/<recipe>):
                                for --resume, --init_from, sample.py, eval and hub)
     metrics.jsonl              one object per training step, one per evaluation
     curves.png                 losses and HellaSwag over tokens
+    report.html                the run on one page: results, curves, samples, settings, provenance
     tensorboard/               the same numbers for TensorBoard
     provenance.json            settings, code, versions, hardware, data: what made this run
     status.json                "running", "resume me", "failed" or "finished"

@@ -7,6 +7,7 @@
     lambada/            the last word of a passage
     blimp/              which of two sentences is grammatical; python -m eval.blimp prints it by paradigm
     wikitext/           perplexity of WikiText-2, as lm-eval and transformers' documentation compute it
+    core/               22 tasks with few-shot prompts, as nanochat scores them
     bits_per_byte/      loss and bits per byte of any text or shards
     lm_eval_bridge.py   any task of the package lm-eval
     evaluator.py        `evaluate`: tasks in, a dict of results out

@@ -16,7 +16,6 @@ of two rows of 5 and 4. Rows are batched by length, and only positions that scor
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -217,7 +216,8 @@ def _make_rows(
             )
         num_truncated = max(0, len(context) + len(tokens) - 1 - max_length)
         last = rows[-1] if rows and shares_context else None
-        if last and last.num_truncated == num_truncated and last.num_inputs + len(tokens) - 1 <= max_length:
+        # A row may be longer than the model's context, since only positions count: each continuation starts after it.
+        if last and last.num_truncated == num_truncated and last.num_inputs + len(tokens) - 1 <= 2 * max_length:
             last.indices.append(index)
             last.continuations.append(tokens)
         else:
@@ -232,7 +232,9 @@ def _batches(
     start = 0
     while start < len(rows):
         longest = rows[start].num_inputs
-        length = min(math.ceil(longest / multiple) * multiple, max_length or sys.maxsize)
+        length = math.ceil(longest / multiple) * multiple
+        if max_length is not None and longest <= max_length:
+            length = min(length, max_length)
         size = max(1, tokens_per_batch // length)
         yield rows[start : start + size], length
         start += size
@@ -246,7 +248,8 @@ def _score_batch(
     inputs = np.zeros((3, len(rows), length), dtype=np.int64)
     input_ids, positions, segments = inputs  # [B, T] each
     segments[:] = -1
-    positions[:] = np.arange(length)  # padding too: positions that restart would mean packed documents
+    # Padding too: positions that restart would mean packed documents.
+    positions[:] = np.minimum(np.arange(length), (max_length_of(model.config) or length) - 1)
     # For each of the N scored tokens: the index of its logit in [B * T], and its id.
     logit_index: list[int] = []
     targets: list[int] = []

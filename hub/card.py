@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.metrics import read_metrics
@@ -56,6 +56,7 @@ class Results:
     scores: list[dict[str, Any]]  # rows for the template
     footnotes: list[str]  # one per task: its version and items
     metadata: list[EvalResult]  # the scores that are comparable with those of other models
+    entries: dict[str, list[EvalResultEntry]]  # the same by task, for the benchmarks' leaderboards on the Hub
 
 
 def read_run(checkpoint: Path) -> Run | None:
@@ -201,7 +202,7 @@ def read_results(path: str | Path, checkpoint: Path, weights_sha256: str | None)
 
 def _parse_results(result: dict[str, Any]) -> Results:
     reference, published = next(iter((result.get("published") or {}).items()), ("", {}))
-    results = Results(scores=[], footnotes=[], metadata=[])
+    results = Results(scores=[], footnotes=[], metadata=[], entries={})
     for task, values in result["results"].items():
         about, n = result["tasks"][task], values.get("n")
         version, source = about["version"], about["data"]["source"]
@@ -227,12 +228,35 @@ def _parse_results(result: dict[str, Any]) -> Results:
                     metric_args={name: arg for name, arg in args.items() if arg is not None},
                 )
                 results.metadata.append(entry)
+                results.entries.setdefault(task, []).append(
+                    EvalResultEntry(
+                        dataset_id=dataset,
+                        task_id=metric,
+                        value=value,
+                        dataset_revision=about["data"].get("revision"),
+                        date=result.get("date"),
+                        notes=(
+                            f"{protocol}; {n:,} items of {split}"
+                            + ("" if stderr is None else f", standard error {stderr:.4f}")
+                            + f"; gpt2-repro, task version {version}: python -m eval --model MODEL --tasks {task}"
+                        ),
+                    )
+                )
         if about["data"]["is_sample"]:
             source = source.partition(" (")[0]  # in parentheses: why the Hub could not be reached
         elif not is_public:
             source = _file_name(source)
         results.footnotes.append(f"{task}, version {version}: {source}" + (f", {n:,} items" if n else ""))
     return results
+
+
+def eval_results_files(results: Sequence[Results]) -> dict[str, bytes]:
+    """Return {path: content} of .eval_results/TASK.yaml, which the Hub shows on the pages of model and benchmark."""
+    return {
+        f".eval_results/{task}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()
+        for r in results
+        for task, entries in r.entries.items()
+    }
 
 
 def model_card(

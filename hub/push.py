@@ -27,7 +27,7 @@ from common.errors import UserError
 from common.hub import HubRequestError, with_retries
 from common.weights import weights_problem, weights_sha256
 from hub import HubError
-from hub.card import has_license_file, license_id, model_card, read_results, read_run
+from hub.card import eval_results_files, has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig
 
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
@@ -78,6 +78,7 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
         _check_readme(folder / "README.md", results)
     else:
         weights = weights_sha256(folder) if results else None
+        scores = [read_results(path, folder, weights) for path in results]
         card = model_card(
             repo_id,
             config=_gpt2_config(folder / "config.json", config),
@@ -85,9 +86,9 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
             run=run,
             license=license_id(run, folder),
             has_license_file=has_license_file(folder),
-            results=[read_results(path, folder, weights) for path in results],
+            results=scores,
         )
-        files["README.md"] = card.encode()
+        files |= {"README.md": card.encode(), **eval_results_files(scores)}
         if run is not None and run.curves is not None:
             files["curves.png"] = run.curves
     return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run.step:,}")

@@ -66,7 +66,6 @@ def test_training_starts_without_heavy_optional_packages():
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 # Packages that are declared for others to import, with their users.
 THROUGH_OTHERS = {
-    "jinja2": "huggingface_hub, for the template of the model card",
     "tensorboard": "torch.utils.tensorboard, through accelerate's tracker",
     "onnx": "torch.onnx",
     "onnxscript": "torch.onnx",

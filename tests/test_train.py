@@ -1,5 +1,6 @@
 """train.py as a user meets it: launched, looked at, resumed, started on two processes."""
 
+import html
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from training.provenance import earlier_launches
 def test_a_run_leaves_what_it_promises(finished_run):
     output, console = finished_run
     assert {p.name for p in (output / "checkpoints").iterdir()} == {"step_000010", "step_000020"}
-    for name in ("curves.png", "provenance.json", "metrics.jsonl", "tensorboard", "status.json"):
+    for name in ("curves.png", "report.html", "provenance.json", "metrics.jsonl", "tensorboard", "status.json"):
         assert (output / name).exists(), name
     assert not list(output.rglob(".*.partial"))
 
@@ -44,6 +45,11 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
     assert evaluations[-1]["hellaswag"]["n"] == 6
     assert evaluations[-1]["hellaswag"]["is_sample"] is True
+    [sample] = evaluations[-1]["samples"]
+    assert sample.startswith("The")
+    report = (output / "report.html").read_text(encoding="utf-8")
+    for text in ("finished", f"{evaluations[-1]['val_loss']:.4f}", "bigram", html.escape(sample[3:])):
+        assert text in report
 
     assert "4 sequences x 32 tokens x 2 accumulated x 1 process(es) = 256 tokens per step" in console
     assert "bigram" in console
@@ -180,8 +186,8 @@ import torch, torch.distributed, train
 
 close = train.RunLog.close
 
-def close_and_linger(log, **more):
-    close(log, **more)
+def close_and_linger(log, *error):
+    close(log, *error)
     late = torch.distributed.get_rank() == 1
     time.sleep(1 if late else 0)
     torch.distributed.all_gather([torch.zeros(1), torch.zeros(1)], torch.zeros(1), async_op=True)

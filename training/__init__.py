@@ -10,6 +10,7 @@
     run.py          the run's folder (lock, status.json) and requests to stop (signals, time limit)
     logging.py      metrics.jsonl, the console, trackers
     curves.py       curves.png
+    report.py       report.html
     provenance.py   provenance.json: settings, code, versions, hardware, data
 
 Independent of the data's format and of the evaluation: train.py combines the packages.

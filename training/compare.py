@@ -70,7 +70,7 @@ def compare(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture (default: %(default)s)")
     args = parser.parse_args(argv)
     groups: dict[str, list[Run]] = defaultdict(list)
-    for folder in _folders(args.runs):
+    for folder in run_folders(args.runs):
         run = read_run(folder)
         groups[run.experiment].append(run)
     print(table([*groups.values()]))
@@ -78,7 +78,7 @@ def compare(argv: Sequence[str] | None) -> None:
     print(f"\n{args.out}")
 
 
-def _folders(patterns: list[str]) -> list[Path]:
+def run_folders(patterns: list[str]) -> list[Path]:
     """Return the run folders that paths and patterns name, each once."""
     folders: dict[Path, None] = {}
     for pattern in patterns:

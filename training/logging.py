@@ -1,4 +1,4 @@
-"""Log a run: metrics.jsonl, the console, trackers (TensorBoard, W&B, Trackio) and curves.png."""
+"""Log a run: metrics.jsonl, the console, trackers (TensorBoard, W&B, Trackio), curves.png and report.html."""
 
 import json
 import math
@@ -22,6 +22,8 @@ from training.checkpoint import LoopState, run_folder_of
 from training.curves import plot_curves
 from training.estimate import Plan, format_duration
 from training.provenance import write_provenance
+from training.report import write_report
+from training.run import describe_error
 
 PROJECT = "gpt2-repro"  # in W&B and Trackio
 # The time left is the console lines', since tqdm's estimate ignores evaluations and the slow first step.
@@ -92,13 +94,14 @@ class RunLog:
         resume_step = None if resume_from is None else step
         self._trackers = start_trackers(self._settings, self._output_dir, resume_step=resume_step)
         self._metrics = MetricsWriter(self.metrics_path, history=history)
-        write_provenance(self._output_dir, self._settings, data_info, self._plan, state, previous_folder)
+        references = {"loss": dict(self._loss_lines), "hellaswag": dict(self._score_lines)}
+        write_provenance(self._output_dir, self._settings, data_info, references, self._plan, state, previous_folder)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.close(has_failed=error is not None)
+        self.close(error)
 
     def log_step(
         self,
@@ -160,13 +163,14 @@ class RunLog:
 
         Args:
             result: val_loss, val_losses (of each folder of a mixture; or None), hellaswag (its metrics, n,
-                num_truncated and is_sample; or None), hellaswag_seconds, seconds and samples, which are printed only.
+                num_truncated and is_sample; or None), hellaswag_seconds, seconds and samples.
         """
         if self._metrics is None:
             return
-        samples = result.pop("samples")
-        if not result["val_losses"]:
-            del result["val_losses"]
+        samples = result["samples"]
+        for name in ("val_losses", "samples"):
+            if not result[name]:
+                del result[name]
         record = {"step": step, "tokens": step * self._tokens_per_step, **result}
         self._metrics.write(record)
         scores = record["hellaswag"] or {}
@@ -200,13 +204,26 @@ class RunLog:
                 )
                 self._trackers.remove(tracker)
 
-    def close(self, *, has_failed: bool = False) -> None:
-        """Close the files and let the trackers send what they have. A second call does nothing."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Close the files, write report.html and let the trackers send what they have. A second call does nothing.
+
+        Args:
+            error: the exception that ends the run.
+        """
         self._console.close()
         if self._metrics is not None:
             self._metrics.close()
+            self._metrics = None
+            if not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C ends the run at once
+                self._write_report(error)
         while self._trackers:
-            finish_tracker(self._trackers.pop(), has_failed=has_failed)
+            finish_tracker(self._trackers.pop(), has_failed=error is not None)
+
+    def _write_report(self, error: BaseException | None) -> None:
+        try:
+            write_report(self._output_dir, failure=None if error is None else describe_error(error))
+        except Exception as report_error:  # it must not replace the error that ends the run
+            say(f"warning: report.html could not be written ({one_line(report_error)})")
 
     def print_summary(self, state: LoopState, checkpoint: Path) -> None:
         """Print the results and commands to use the checkpoint."""
@@ -225,6 +242,7 @@ class RunLog:
                 folder=checkpoint.as_posix(),  # no backslashes inside Python's quotes
                 quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
+                report=self._output_dir / "report.html",
                 metrics=f"{self.metrics_path}{show_board}",
             )
         )
@@ -232,6 +250,7 @@ class RunLog:
 
 NEXT_STEPS = """
 checkpoint  {folder}
+report      {report}
 curves      {curves}
 numbers     {metrics}
 
@@ -251,8 +270,8 @@ class MetricsWriter:
     """Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
 
     A step's is {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}, an evaluation's {"step", "tokens",
-    "val_loss", "hellaswag", "hellaswag_seconds", "seconds"}, and "val_losses" by folder for a mixture. `step` counts
-    optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
+    "val_loss", "hellaswag", "hellaswag_seconds", "seconds", "samples"}, and "val_losses" by folder for a mixture.
+    `step` counts optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
 
     Args:
         path: the file, which is replaced.

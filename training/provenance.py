@@ -28,6 +28,7 @@ def write_provenance(
     output_dir: Path,
     settings: dict[str, Any],
     data: dict[str, Any],
+    references: dict[str, dict[str, float]],
     plan: Plan,
     state: LoopState,
     previous_folder: Path | None,
@@ -37,10 +38,11 @@ def write_provenance(
     Args:
         settings: all resolved settings.
         data: fingerprint of the training data.
+        references: losses and HellaSwag scores to compare with, by name: {"loss": {name: value}, "hellaswag": {...}}.
         state: the loop's, where this launch starts.
         previous_folder: the run that this launch resumes, possibly in another folder; None for a fresh run.
     """
-    record = describe_launch(settings, data, plan, state)
+    record = describe_launch(settings, data, plan, state) | {"references": references}
     earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", state.step)
     write_json(output_dir / "provenance.json", {**record, "earlier_launches": earlier})
 

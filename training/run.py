@@ -161,13 +161,13 @@ class RunFolder:
             pass
         elif self._is_running and self._status() in ("running", None):
             with contextlib.suppress(Exception):
-                self._write("failed", from_any_process=True, error=_describe(error))
+                self._write("failed", from_any_process=True, error=describe_error(error))
         if self._lock is not None:
             self._lock.release()
             self._lock = None
 
 
-def _describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception as one line: a user's error as its message, a bug with the name of its class."""
     if isinstance(error, UserError):
         return one_line(error)

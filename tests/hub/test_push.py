@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from hub_server import READ_TOKEN, TOKEN
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 
 from common.weights import weights_sha256
 from hub import HubError
@@ -366,8 +367,16 @@ def test_metadata_has_only_scores_of_full_data_sets(checkpoint, tmp_path, n, sou
     path = results_file(tmp_path / "results.json", checkpoint)
     change(path, "results", "hellaswag", n=n)
     change(path, "tasks", "hellaswag", "data", source=f"Rowan/hellaswag (validation), {source} items")
-    data = ModelCard(card_of(checkpoint, results=[path])).data
-    assert len(data.eval_results) == (2 if n == 10042 else 1)
+    files = collect_files(checkpoint, "user/name", results=[path]).files
+    assert len(ModelCard(files["README.md"].decode()).data.eval_results) == (2 if n == 10042 else 1)
+    if n != 10042:
+        assert ".eval_results/hellaswag.yaml" not in files
+        return
+    content = yaml.safe_load(files[".eval_results/hellaswag.yaml"])
+    [entry] = parse_eval_result_entries(content)  # as huggingface_hub reads the Hub's answer
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("Rowan/hellaswag", "acc_norm", 0.2955)
+    assert entry.notes.startswith("the most probable a token; 10,042 items of validation, standard error 0.0046; ")
+    assert "python -m eval --model MODEL --tasks hellaswag" in entry.notes
 
 
 def test_results_of_other_weights_are_rejected(standalone, tmp_path):
