@@ -38,8 +38,8 @@ class Task(BaseTask):
         "word_perplexity": "detokenized pages, per word of the original (lm-evaluation-harness)",
         "byte_perplexity": "detokenized pages, per byte of the original (lm-evaluation-harness)",
         "bits_per_byte": "log2 of byte_perplexity (lm-evaluation-harness)",
-        "sliding_perplexity": "raw text, per token, windows overlap by half (transformers' docs, stride 512)",
-        "disjoint_perplexity": "raw text, per token, windows do not overlap (transformers' docs, stride 1,024)",
+        "sliding_perplexity": "raw text, per token, windows overlap by half (transformers' docs: stride 512 of 1,024)",
+        "disjoint_perplexity": "raw text, per token, windows do not overlap (transformers' docs: stride 1,024)",
     }
     full_size = 62
 
@@ -86,12 +86,13 @@ class Task(BaseTask):
             except ValueError as error:  # UnicodeDecodeError, ArrowInvalid
                 raise EvalError(f"{path}: neither UTF-8 text nor readable as .parquet ({one_line(error)})") from error
             records, name = [(row, f"{path}, row {index}") for index, row in enumerate(rows)], self.data
-        if records and isinstance(records[0][0], dict) and "text" in records[0][0]:
-            return split_pages("".join(record["text"] or " \n" for record, _ in records)), name
+        first = records[0][0] if records else {}
+        field = "text" if isinstance(first, dict) and "text" in first else "page"
         for record, where in records:
-            check_fields(record, ("page",), where)
-            check_text(record["page"], f"{where}: page")
-        return [record["page"] for record, _ in records], name
+            check_fields(record, (field,), where)
+            check_text(record[field], f"{where}: {field}", may_be_empty=field == "text")
+        texts = [record[field] for record, _ in records]
+        return split_pages("".join(text or " \n" for text in texts)) if field == "text" else texts, name
 
     def process_item(self, item: Item, scores: ItemScores) -> ItemResult:
         """Return the protocol and the log-likelihood (nats) and number of tokens of a page, or of a window of text."""

@@ -180,6 +180,17 @@ def test_blimp_limit_takes_paradigms_in_turn_and_published_phenomena(tokenizer, 
     ]
 
 
+def test_blimp_reads_all_subsets_of_the_hub(tokenizer, monkeypatch):
+    def one_record(dataset, split, name):
+        record = {"sentence_good": "It is so.", "sentence_bad": "It are so.", "UID": name, "linguistics_term": "x"}
+        return [(record, f"{dataset} {split} {name}")]
+
+    monkeypatch.setattr(items, "hub_records", one_record)
+    loaded = Blimp().load(tokenizer)
+    assert [item.reference["paradigm"] for item in loaded.items] == sorted(PARADIGMS)
+    assert loaded.data.description == "nyu-mll/blimp (train), all 67 items"
+
+
 def test_blimp_pair_of_equal_sentences_is_a_tie(model, tokenizer, tmp_path):
     data = write_pairs(tmp_path / "pairs.jsonl", PAIRS[2:3])
     result = evaluate(model, tokenizer, [Blimp(data=data)], keep_item_results=True)
@@ -391,6 +402,8 @@ def test_wikitext_data_and_settings_that_do_not_work_are_refused(tokenizer, tmp_
     for data, message in (
         (write(tmp_path / "a.jsonl", {"page": "a b"}, {"page": ""}), "a.jsonl:2: page is empty"),
         (write(tmp_path / "b.jsonl", {"document": "a b"}), "the field 'page' is missing"),
+        (write(tmp_path / "c.jsonl", {"text": "a b"}, {"text": None}), "c.jsonl:2: text must be text"),
+        (write(tmp_path / "d.jsonl", {"text": ""}), "d.jsonl has fewer than two tokens"),
         (tmp_path / "latin.raw", "latin.raw: neither UTF-8 text nor"),
         (tmp_path / "broken.parquet", "broken.parquet: neither UTF-8 text nor"),
         (tmp_path / "missing.raw", "missing.raw.*no such file"),
