@@ -3,7 +3,9 @@
     python sample.py runs/sample/checkpoints/best "Return a list of"
     python sample.py openai-community/gpt2 "Hello, I'm a language model," --n 3 --temperature 0.8
     echo "Once upon a time" | python sample.py CHECKPOINT
-    python sample.py CHECKPOINT --interactive     your lines and the model's in turns, one text
+    python sample.py CHECKPOINT --interactive     your lines and the model's in turns: one text, or a conversation
+
+If the tokenizer has a chat template, --interactive is a chat: the lines are messages, and the model answers them.
 
 The checkpoint is a folder of train.py's, any other that `from_pretrained` opens, or a model's id on the Hub.
 """
@@ -12,7 +14,7 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from common.cli import Parser, prepare_process, run_command
 
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
 from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
-from hub.sampling import SamplingParams, encode_prompt, generate
+from hub.sampling import SamplingParams, encode_chat, encode_prompt, generate
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,7 +40,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, default=SamplingParams.max_new_tokens, help="(default: 100)")
     add("--n", type=int, default=1, help="number of continuations")
     add("--seed", type=int, default=SamplingParams.seed, help="of the first continuation; the next has seed+1")
-    add("--interactive", action="store_true", help="continue lines as one text; an empty line starts again")
+    add("--interactive", action="store_true", help="chat, or continue lines as one text; an empty line starts again")
     add("--chatty", action="store_true", help=argparse.SUPPRESS)  # the name before 2026-12
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     add("--device", help="cuda, mps or cpu (default: the first that is available)")
@@ -66,16 +68,21 @@ def write(
     return new_ids
 
 
-def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
-    """Continue the user's lines as one text, until the end of the input or Ctrl-C at the prompt."""
-    context = model.config.max_position_embeddings
-    ids: list[int] = []
+def read_lines() -> Iterator[str]:
+    """Yield the user's lines, until the end of the input or Ctrl-C at the prompt."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            yield input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
+
+def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
+    """Continue the user's lines as one text; an empty line begins another."""
+    context = model.config.max_position_embeddings
+    ids: list[int] = []
+    for line in read_lines():
         if not line:
             ids = []
             continue
@@ -87,6 +94,23 @@ def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params:
         # Drop the oldest tokens, so that up to half of the context is free for the continuation.
         ids = ids[-max(context - params.max_new_tokens, context // 2) :]
         ids += write(model, tokenizer, ids, params)
+        params = dataclasses.replace(params, seed=params.seed + 1)
+
+
+def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
+    """Answer the user's lines as messages of a conversation; an empty line begins another."""
+    messages: list[dict[str, str]] = []
+    for line in read_lines():
+        if not line:
+            messages = []
+            continue
+        try:
+            messages, ids = encode_chat(tokenizer, [*messages, {"role": "user", "content": line}], model.config, params)
+        except HubError as error:  # the line is too long: keep the conversation so far
+            print(f"({error})", file=sys.stderr)
+            continue
+        answer = str(tokenizer.decode(write(model, tokenizer, ids, params)))
+        messages.append({"role": "assistant", "content": answer})
         params = dataclasses.replace(params, seed=params.seed + 1)
 
 
@@ -103,6 +127,7 @@ def _sample(arguments: Sequence[str] | None) -> None:
         args.prompt = sys.stdin.read().removesuffix("\n")
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=trust).eval()
     if args.interactive:
+        interact = chat if tokenizer.chat_template else continue_text
         interact(model, tokenizer, params)
         return
     prompt_ids = encode_prompt(tokenizer, args.prompt, model.config)

@@ -25,7 +25,7 @@ from training.config import OptimConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 _KEYS = {"settings", "sizes", "seeds", "recipes"}
-_NUM_EVALUATIONS = 10
+_NUM_EVALUATIONS = 5
 # Settings that do not change a run's losses.
 _WITHOUT_EFFECT = {
     *("output_dir", "resume", "log_every", "save_every", "keep_last", "keep_every", "keep_best", "trackers"),

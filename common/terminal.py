@@ -1,9 +1,62 @@
-"""Ctrl-C under `accelerate launch`: it reaches the command, and not the launcher above it."""
+"""The terminal: progress bars, its title, and Ctrl-C under `accelerate launch`."""
 
 import atexit
 import contextlib
 import os
 import signal
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# Terminals that would print a title's text, or have no place for one.
+_WITHOUT_TITLE = ("", "dumb", "linux", "unknown")
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, *, is_shown: bool = True, **options: Any) -> "tqdm[Any]":
+    """Return a bar of tqdm: on a terminal, or as a widget in a notebook with ipywidgets. Anywhere else, it is disabled.
+
+    A notebook without ipywidgets gets none, since each log line would begin a new bar of text there.
+
+    Args:
+        is_shown: False disables the bar everywhere.
+        options: of tqdm.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the advice to install ipywidgets
+        from tqdm import auto
+    is_widget = auto.notebook_tqdm is not auto.std_tqdm
+    bar: tqdm[Any] = auto.tqdm(iterable, disable=not (is_shown and (is_widget or sys.stderr.isatty())), **options)
+    return bar
+
+
+class TerminalTitle:
+    """Title of the terminal's window or tab, for a few words of status. Does nothing without such a terminal."""
+
+    def __init__(self) -> None:
+        has_title = os.name != "nt" and os.environ.get("TERM", "") not in _WITHOUT_TITLE
+        self._stream = next((s for s in (sys.stderr, sys.stdout) if has_title and s.isatty()), None)
+        self._is_set = False
+
+    def set(self, text: str) -> None:
+        """Replace the title. The first call makes the terminal remember the one before, if it can."""
+        self._write(("" if self._is_set else "\x1b[22;0t") + f"\x1b]0;{text}\x07")
+        self._is_set = True
+
+    def restore(self) -> None:
+        """Clear the title, and then take back the one before. A second call does nothing."""
+        if self._is_set:
+            self._write("\x1b]0;\x07\x1b[23;0t")
+        self._is_set = False
+
+    def _write(self, sequence: str) -> None:
+        if self._stream is not None:
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                self._stream.write(sequence)
+                self._stream.flush()
 
 
 def take_terminal() -> bool:

@@ -40,6 +40,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.terminal import progress_bar
 from data import DataError
 from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
@@ -200,7 +201,7 @@ class _Display:
     def __init__(self, total: int, log: Log) -> None:
         self._log, self._tokens = log, 0
         self._started = self._last_line = time.monotonic()
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, disable=None)  # None: unless on a terminal
+        self._bar = progress_bar(total=total, unit="B", unit_scale=True)
 
     def __enter__(self) -> Self:
         return self

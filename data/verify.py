@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from common.cli import Parser, available_cores, prepare_process, run_command
+from common.terminal import progress_bar
 
 if __name__ == "__main__":
     prepare_process()
 
-from tqdm import tqdm
 
 from data import DataError
 from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
@@ -68,7 +68,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     with ThreadPoolExecutor(num_proc) as pool:  # hashing and reading release the GIL
         find = partial(_find_problem, vocabulary=vocabulary)
         futures = {name: pool.submit(find, folder / name, entry) for name, entry in entries.items()}
-        bar = tqdm(futures.items(), unit=" shards", disable=None)  # None: unless on a terminal
+        bar = progress_bar(futures.items(), unit=" shards")
         results = {name: future.result() for name, future in bar}
     return list(results), {name: problem for name, problem in results.items() if problem}
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from common.terminal import progress_bar
 from eval import EvalError
 from eval.lm_eval_bridge import PREFIX, LmEvalTask, check_lm_eval, score_with_lm_eval
 from eval.scoring import Config, Model, Tokenizer, max_length_of
@@ -32,7 +33,7 @@ def evaluate(
         tasks: names ("hellaswag", "lambada", or "lm-eval:NAME" for a task of the package lm-eval), or tasks with
             settings: `eval.hellaswag.task.Task(data="hellaswag_val.jsonl", limit=100)`; or from `load_tasks`.
         tokens_per_batch: see `eval.scoring.loglikelihoods`.
-        progress: show a progress bar on a terminal.
+        progress: show a progress bar on a terminal, and in a notebook with ipywidgets.
         keep_item_results: return each item's result too.
 
     Returns:
@@ -102,13 +103,11 @@ def _score_on_all_processes(
     task: LoadedTask, model: Model, tokens_per_batch: int | None, progress: bool
 ) -> list[ItemResult]:
     """Score this process's share of the items, and return the results of all items."""
-    from tqdm import tqdm
-
     state = PartialState()
     items = task.items[state.process_index :: state.num_processes]
     total = sum(len(request.continuations) for item in items for request in item.requests)
-    disable = None if progress and state.is_main_process else True  # None: no bar if the output is not a terminal
-    with tqdm(total=total, desc=task.name, unit="continuation", disable=disable, leave=False) as bar:
+    is_shown = progress and state.is_main_process
+    with progress_bar(is_shown=is_shown, total=total, desc=task.name, unit="continuation", leave=False) as bar:
         share = score_items(task.task, model, items, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
     return interleave_ranks(gather_object([share]))
 

@@ -50,6 +50,16 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a checkpoint is trained."""
+
+    step: int
+    tokens: int
+    val_loss: float | None  # nats per token; None if this step was not evaluated or its loss was not finite
+    data: str | None  # a few words; None outside a run, or if the source was not recorded
+
+
+@dataclass(frozen=True, kw_only=True)
 class Results:
     """Content of a file written by `python -m eval --output`."""
 
@@ -73,6 +83,32 @@ def read_run(checkpoint: Path) -> Run | None:
             f"({type(error).__name__}: {error}). Repair the file, or copy the checkpoint out of the run: "
             "then the model card leaves out the run"
         ) from error
+
+
+def read_progress(checkpoint: Path) -> Progress | None:
+    """Read how far a checkpoint is trained; None if it is not one of train.py, or its files are damaged."""
+    try:
+        run = read_run(checkpoint)
+        state = _read_json(checkpoint / "training_state" / "state.json")
+        return Progress(
+            step=int(state["step"]),
+            tokens=int(state["tokens"]),
+            val_loss=run.val_loss if run is not None else state.get("val_loss"),
+            data=None if run is None else _describe_data(run),
+        )
+    except (HubError, *_UNREADABLE):
+        return None
+
+
+def _describe_data(run: Run) -> str | None:
+    facts = run.facts
+    if run.dataset:
+        return f"{run.dataset}, {facts['subset']}" if facts["subset"] else run.dataset
+    if facts["sample_python"]:
+        return f"the documentation of Python {facts['sample_python']}"
+    if facts["files"]:
+        return ", ".join(facts["files"][:3]) + (", ..." if len(facts["files"]) > 3 else "")
+    return f"a mixture of {', '.join(facts['mix'])}" if facts["mix"] else None
 
 
 def _parse_run(folder: Path, checkpoint: Path) -> Run:

@@ -1,8 +1,10 @@
 """A Gradio page on this machine to try a checkpoint, or to compare two side by side."""
 
+import html
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
 from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
+from hub.card import read_progress
 from hub.sampling import SamplingParams, encode_prompt, stream_tokens
 
 if TYPE_CHECKING:
@@ -74,8 +77,8 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
         gr.Markdown("## What would it write?")
         prompt = gr.Textbox("Hello, I'm a language model,", label="Prompt", lines=3, elem_id="prompt")
         with gr.Row():
-            start = gr.Button("Continue", variant="primary", elem_id="continue")
-            stop = gr.Button("Stop", elem_id="stop")
+            start = gr.Button("Continue", variant="primary", min_width=100, elem_id="continue")
+            stop = gr.Button("Stop", min_width=100, elem_id="stop")
         with gr.Accordion("Settings", open=False), gr.Row():
             settings = [
                 gr.Slider(0, 2, defaults.temperature, step=0.05, label="temperature (0: greedy)"),
@@ -88,7 +91,10 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
         with gr.Row():
             for i, writer in enumerate(writers):
                 with gr.Column():
-                    outputs.append(gr.Textbox(label=writer.name, lines=12, max_lines=40, elem_id=f"text-{i}"))
+                    gr.HTML(_describe(writer), padding=False, elem_id=f"model-{i}")
+                    # Texts of the same height, so that the candidates below them start at the same one.
+                    text = gr.Textbox(label="Text", show_label=False, lines=16, max_lines=16, elem_id=f"text-{i}")
+                    outputs.append(text)
                     title = "the last token (in brackets), and its alternatives"
                     outputs.append(gr.Label(label=title, show_heading=False, elem_id=f"next-{i}"))
 
@@ -107,6 +113,26 @@ def build_page(writers: Sequence[Writer]) -> "gradio.Blocks":
         running = start.click(write, [prompt, *settings], outputs, show_progress="hidden", concurrency_limit=1)
         stop.click(None, cancels=[running])
     return page
+
+
+def _describe(writer: Writer) -> str:
+    """Return HTML that says what a model is: its name, its shape, and what its run recorded about the checkpoint."""
+    formats = {  # of transformers' common names, which some models on the Hub do not have
+        "num_hidden_layers": ", {:,} layers",
+        "hidden_size": " x {:,} wide",
+        "max_position_embeddings": ", context of {:,} tokens",
+    }
+    values = {name: getattr(writer.model.config, name, None) for name in formats}
+    shape = "".join(formats[name].format(value) for name, value in values.items() if value is not None)
+    lines = [f"{writer.model.num_parameters() / 1e6:,.1f}M parameters{shape}"]
+    folder = Path(writer.name)
+    progress = read_progress(folder) if folder.is_dir() else None
+    if progress is not None:
+        loss = "" if progress.val_loss is None else f", validation loss {progress.val_loss:.4f}"
+        lines.append(f"step {progress.step:,}, {progress.tokens:,} tokens{loss}")
+        lines += [f"trained on {progress.data}"] if progress.data else []
+    name, *lines = map(html.escape, [writer.name, *lines])
+    return f'<div style="overflow-wrap: anywhere"><b>{name}</b><br>{"<br>".join(lines)}</div>'
 
 
 def _continue(

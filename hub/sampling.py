@@ -42,20 +42,56 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, config: PreTr
         HubError: the prompt is not text or too long, the tokenizer does not fit the model, or the model's config does
             not give the length of its context.
     """
-    context = getattr(config, "max_position_embeddings", None)
+    _check_utf8(prompt)
+    ids = tokenizer(prompt, verbose=False).input_ids
+    if not ids and tokenizer.bos_token_id is None:
+        raise HubError("the prompt is empty, and the tokenizer has no token that begins texts: give a word")
+    ids = ids or [tokenizer.bos_token_id]
+    _check_ids(ids, config)
+    return ids
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], config: PreTrainedConfig, params: SamplingParams
+) -> tuple[list[dict[str, str]], list[int]]:
+    """Return the latest messages, and their token ids by the tokenizer's chat template, up to where the answer begins.
+
+    The oldest questions are dropped with their answers until max_new_tokens tokens of the context, at most half of it,
+    are free for the answer. For the errors, see `encode_prompt`.
+
+    Args:
+        messages: {"role": "user" or "assistant", "content": text} in turns; the last one is the user's.
+    """
+    context = _context_of(config)
+    _check_utf8(messages[-1]["content"])
+    while True:
+        ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if len(ids) <= max(context - params.max_new_tokens, context // 2) or len(messages) == 1:
+            break
+        messages = messages[2:]
+    _check_ids(ids, config)
+    return messages, ids
+
+
+def _context_of(config: PreTrainedConfig) -> int:
+    context: int | None = getattr(config, "max_position_embeddings", None)
     if context is None:
         raise HubError(
             f"the config of this {config.model_type!r} model has no max_position_embeddings: use a model whose config "
             "gives the length of its context"
         )
+    return context
+
+
+def _check_utf8(prompt: str) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError:  # Python decodes bytes that are not UTF-8 to lone surrogates
         raise HubError(f"the prompt {prompt[:40]!a} is not UTF-8 text: convert it first") from None
-    ids = tokenizer(prompt, verbose=False).input_ids
-    if not ids and tokenizer.bos_token_id is None:
-        raise HubError("the prompt is empty, and the tokenizer has no token that begins texts: give a word")
-    ids = ids or [tokenizer.bos_token_id]
+
+
+def _check_ids(ids: list[int], config: PreTrainedConfig) -> None:
+    context = _context_of(config)
     if max(ids) >= config.vocab_size:
         raise HubError(
             f"the tokenizer gives token {max(ids):,} and the model has {config.vocab_size:,}: put the model's own "
@@ -66,7 +102,6 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, config: PreTr
             f"the prompt has {len(ids):,} tokens and the model's context {context:,}: shorten it to {context - 1:,} "
             "at most"
         )
-    return ids
 
 
 def generate(

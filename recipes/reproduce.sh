@@ -4,7 +4,8 @@
 #
 #   recipes/reproduce.sh                              GPT-2 124M on 10 billion tokens of FineWeb-Edu
 #   HUB_ID=USER/NAME recipes/reproduce.sh             the same, then pushed to the Hub (after: .venv/bin/hf auth login)
-#   RECIPE=gpt2_350m PREPARE="fineweb-edu --subset sample-100BT" recipes/reproduce.sh
+#   RECIPE=gpt2_350m recipes/reproduce.sh             another size, on FineWeb-Edu's sample of 100 billion tokens
+#   PREPARE=fineweb-edu recipes/reproduce.sh          tokenize the text here; by default, tokens made by others are downloaded
 #
 # More environment variables: SHARDS (folder of the shards; default: the recipe's data.path), HARDWARE (a file of
 # accelerate_configs without .yaml; default ddp_8gpu), OPTIONS (of train.py), TASKS_OPTIONS (of python -m eval), TRIES
@@ -15,7 +16,11 @@ cd "$(dirname "$0")/.."
 recipe=${RECIPE:-gpt2_124m}
 hardware=${HARDWARE:-ddp_8gpu}
 tries=${TRIES:-100}
-prepare=${PREPARE:-fineweb-edu}
+case $recipe in
+    gpt2_350m | gpt2_774m | gpt2_1558m) prepare="fineweb-edu --subset sample-100BT" ;;
+    *) prepare="pretokenized kjj0/finewebedu10B-gpt2" ;;
+esac
+prepare=${PREPARE:-$prepare}
 [ -f "recipes/$recipe.yaml" ] ||
     { echo "error: recipes/$recipe.yaml not found; the recipes are $(ls recipes/*.yaml)" >&2; exit 1; }
 run=runs/$recipe

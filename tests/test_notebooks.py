@@ -1,5 +1,6 @@
-"""The notebooks: cells of the first one as a script, with a tiny run; all of them in a kernel, as they are (slow)."""
+"""The notebooks: cells as scripts, with a tiny run; all of them in a kernel, as they are (slow)."""
 
+import importlib.util
 import json
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 from tiny_run import ROOT, clean_environment
 
 from common.metrics import read_metrics
+from data.tokenizer import GPT2
 
 SETTINGS = 'SETTINGS = ["--output_dir", "runs/quickstart", "--resume", "auto"]'
 JUPYTER = "from IPython.display import Image, display"
@@ -29,16 +31,47 @@ def test_cells_of_the_quickstart_train_and_sample(launch, tiny, tmp_path):
     assert done.stdout.rstrip().count("Return a list of") == done.stdout.count("The with statement is used to") == 1
 
 
-@pytest.mark.slow
-def test_notebooks_run_from_top_to_bottom(tmp_path, monkeypatch):
-    """As they are: the first one trains the sample recipe, the second one looks into its model."""
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    for name, value in clean_environment(tmp_path).items():
-        monkeypatch.setenv(name, value)
-    copy = tmp_path / "clone"
+def test_conversations_fit_the_template_of_the_chat_notebook():
+    """The answers and their ends are learned, nothing else; and no conversation is cut at 128 tokens."""
+    (cell,) = (cell for cell in code_of("chat.ipynb") if cell.startswith("tokenizer.chat_template"))
+    tokenizer = GPT2.hf(model_max_length=128)
+    exec(cell, {"tokenizer": tokenizer, "print": lambda *_: None})
+    lines = (ROOT / "notebooks" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len({*lines}) >= 60
+    for line in lines:
+        messages = json.loads(line)["messages"]
+        assert [message["role"] for message in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert all(message["content"].strip() == message["content"] != "" for message in messages)
+        encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = encoded["input_ids"], encoded["assistant_masks"]
+        learned = tokenizer.decode([token for token, is_learned in zip(ids, mask, strict=True) if is_learned])
+        assert learned == "".join(message["content"] + "<|endoftext|>" for message in messages[1::2])
+        assert len(ids) <= 128
+        question = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        assert question == ids[: len(question)]  # the prompt of a chat is the beginning of what was learned
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    copy = tmp_path_factory.mktemp("notebooks") / "clone"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "runs", "shards"))
-    for name, num_pictures in (("quickstart.ipynb", 1), ("inside.ipynb", 3)):
-        notebook = nbformat.read(copy / "notebooks" / name, as_version=4)
-        nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": copy / "notebooks"}}).execute()
-        outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-        assert sum("image/png" in output.get("data", {}) for output in outputs) == num_pictures
+    return copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "num_pictures", "packages"),
+    [("quickstart", 1, ()), ("inside", 3, ()), ("finetune", 1, ("peft",)), ("chat", 1, ("trl",))],
+)
+def test_notebook_runs_from_top_to_bottom(clone, tmp_path, monkeypatch, name, num_pictures, packages):
+    """As it is: the first one trains the sample recipe, the others use its model."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    for variable, value in clean_environment(tmp_path).items():
+        monkeypatch.setenv(variable, value)
+    notebook = nbformat.read(clone / "notebooks" / f"{name}.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": clone / "notebooks"}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == num_pictures

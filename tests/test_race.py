@@ -42,8 +42,8 @@ def test_plan_has_every_recipe_share_size_and_seed(plan):
     names = ["S-adamw-1", "S-fast@0.5-1", "S-fast-1", "S-adamw-2", "S-fast@0.5-2", "S-fast-2"]
     assert [run.name for run in planned] == names + [name.replace("S", "M", 1) for name in names]
     half, full = planned[1].settings, planned[8].settings
-    assert (half["max_steps"], half["optim.warmup_steps"], half["eval_every"]) == (10, 1, 1)
-    assert (full["max_steps"], full["optim.warmup_steps"], full["eval_every"]) == (40, 4, 4)
+    assert (half["max_steps"], half["optim.warmup_steps"], half["eval_every"]) == (10, 1, 2)
+    assert (full["max_steps"], full["optim.warmup_steps"], full["eval_every"]) == (40, 4, 8)
     assert full["optim.lr"] == 1e-2 and full["model.n_embd"] == 64 and full["seed"] == 1 and "shares" not in full
 
 

@@ -73,7 +73,7 @@ def test_stages_that_are_done_are_not_repeated_and_the_checkpoint_is_pushed(repr
     assert reproduce(["finished 0"]).returncode == 0
     assert reproduce([], HUB_ID="me/model").returncode == 0
     assert (tmp_path / "commands").read_text().splitlines() == [
-        "-m data.prepare fineweb-edu --out shards/small",
+        "-m data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/small",
         "-m eval --model the/checkpoint --tasks hellaswag --output runs/small/hellaswag.json",
         "-m hub push the/checkpoint me/model --results runs/small/hellaswag.json",
     ]
@@ -84,3 +84,22 @@ def test_crashes_after_the_same_checkpoint_end_the_script(reproduce, tmp_path):
     (tmp_path / "bin" / "ls").chmod(0o755)
     assert reproduce(["running 1"] * 9).returncode == 1
     assert len((tmp_path / "launched").read_text().splitlines()) == 5
+
+
+def test_preparation_is_the_one_of_the_recipes_or_of_the_user(reproduce, tmp_path):
+    small = tmp_path / "recipes" / "small.yaml"
+    shutil.copy(small, small.with_stem("gpt2_350m"))
+    for more, prepare in (
+        ({"RECIPE": "gpt2_350m"}, "fineweb-edu --subset sample-100BT"),
+        ({"PREPARE": "fineweb-edu"}, "fineweb-edu"),
+    ):
+        (tmp_path / "shards" / "small" / "manifest.json").unlink(missing_ok=True)
+        reproduce(["failed 1"], **more)
+        commands = (tmp_path / "commands").read_text().splitlines()
+        assert commands[-1] == f"-m data.prepare {prepare} --out shards/small"
+
+
+def test_default_data_is_that_of_the_readme_and_the_rented_machine():
+    command = "data.prepare pretokenized kjj0/finewebedu10B-gpt2 --out shards/fineweb-edu"
+    for path in ("README.md", "cloud/skypilot.yaml"):
+        assert command in (ROOT / path).read_text(encoding="utf-8"), path

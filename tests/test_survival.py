@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -110,7 +111,8 @@ def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny,
     pid, terminal = pty.fork()  # a session of its own, with the launcher as the leader of the foreground job
     if pid == 0:
         os.chdir(ROOT)
-        os.execve(sys.executable, [str(argument) for argument in command], clean_environment(tmp_path))
+        environment = clean_environment(tmp_path) | {"TERM": "xterm-256color", "NO_COLOR": "1"}
+        os.execve(sys.executable, [str(argument) for argument in command], environment)
     shown = b""
     with contextlib.suppress(OSError):  # the end of a terminal's output, on Linux
         while data := os.read(terminal, 2**16):
@@ -122,6 +124,9 @@ def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny,
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
     assert "SIGINT: stopping after" in shown
     assert "Traceback" not in shown
+    titles = re.findall(r"\x1b]0;(.*?)\x07", shown)
+    assert titles[0].startswith("gpt2-repro") and titles[-1] == ""  # cleared at the end
+    assert not re.findall(r"\x1b\[[\d;]*m", shown)  # no colors
     assert status(output)["status"] == "resume me"
     assert (output / "checkpoints" / f"step_{status(output)['step']:06d}").is_dir()
     launched = losses(output)

@@ -131,7 +131,7 @@ def describe_cards(plan: Plan, card: str | None) -> str:
 
 def main_table() -> str:
     """Return docs/hardware.md's first table: what fits, and time and cost of the 124M recipes."""
-    head = ["card", "memory, GB", *SIZES, "tokens/s, 124M", "10B tokens", "fast recipe, 5.5B"]
+    head = ["card", "GB", *SIZES, "tokens/s", "10B tokens", "fast recipe"]
     rows = []
     for key, card in CARDS.items():
         lecture, fast = (estimate_on_card(recipe_plan("124M", steps), key) for steps in (19_073, 10_490))

@@ -4,19 +4,18 @@ import json
 import math
 import os
 import secrets
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
-from tqdm import tqdm
 
 from common.checkpoints import best_of, list_checkpoints
 from common.cli import is_main_process, say, shell_quote
 from common.errors import UserError, one_line
 from common.files import finite, write_text_atomically
 from common.metrics import read_metrics, recover_metrics
+from common.terminal import TerminalTitle, progress_bar
 from training import TrainingError
 from training.checkpoint import LoopState, run_folder_of
 from training.curves import plot_curves
@@ -315,7 +314,7 @@ def records_up_to(records: Iterable[dict[str, Any]], step: int, *, is_evaluated:
 
 
 class ConsoleLog:
-    """Prints one line per log interval, shows a progress bar on a terminal, and estimates the time left."""
+    """Prints one line per log interval, shows a progress bar and the terminal's title, and estimates the time left."""
 
     def __init__(self, plan: Plan, *, first_step: int, log_every: int, eval_every: int) -> None:
         hardware = plan.hardware
@@ -325,10 +324,14 @@ class ConsoleLog:
         # Both of all devices together.
         self._peak_tokens_per_s = hardware.peak_flops * hardware.num_processes / plan.flops_per_token
         self._dollars_per_hour = (hardware.dollars_per_hour or 0) * hardware.num_processes  # 0: unknown
-        is_shown = is_main_process() and sys.stderr.isatty()
-        self._bar = tqdm(
-            total=plan.max_steps, initial=first_step, bar_format=_BAR, disable=not is_shown, dynamic_ncols=True
+        self._bar = progress_bar(
+            is_shown=is_main_process(),
+            total=plan.max_steps,
+            initial=first_step,
+            bar_format=_BAR,
+            dynamic_ncols=True,
         )
+        self._terminal_title = TerminalTitle() if is_main_process() else None
         self._seconds: list[float] = []  # of the steps since the last line
         self._first_step_seconds = 0.0  # including compilation
         self._evaluation_seconds: list[float] = []
@@ -336,7 +339,7 @@ class ConsoleLog:
         """of all steps, without evaluations and saving"""
 
     def log_step(self, record: dict[str, Any]) -> None:
-        """Update the bar, and print a line at the first step and at multiples of log_every."""
+        """Update the bar. At the first step and at multiples of log_every, print a line and set the title."""
         step, seconds = record["step"], record["ms"] / 1000
         steps_done = step - self._first_step
         self._seconds.append(seconds)
@@ -356,6 +359,8 @@ class ConsoleLog:
         seconds_per_step = sum(self._seconds) / len(self._seconds)
         tokens_per_s = self._tokens_per_step / seconds_per_step
         self._seconds.clear()
+        if self._terminal_title is not None:
+            self._terminal_title.set(f"{PROJECT} {step / self._max_steps:.0%} loss {loss:.2f} {left}")
         say(
             f"step {step:>6,}/{self._max_steps:,} {step / self._max_steps:4.0%} | loss {record['loss']:.4f} | "
             f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {1000 * seconds_per_step:,.0f} ms | "
@@ -379,8 +384,10 @@ class ConsoleLog:
         say(f"{line} | {record['seconds']:.1f} s")
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove the bar and the title."""
         self._bar.close()
+        if self._terminal_title is not None:
+            self._terminal_title.restore()
 
     def _seconds_left(self, step: int) -> float:
         """Estimate the time of the remaining steps and evaluations."""

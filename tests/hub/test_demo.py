@@ -1,6 +1,7 @@
 """The demo's page, in a real browser."""
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from tiny_run import ROOT, clean_environment
 
 from hub import demo
 from hub.__main__ import main
+from hub.card import Progress, read_progress
 from hub.sampling import SamplingParams, generate
 
 PROMPT = "The <b>meaning</b> of life is"
@@ -108,6 +110,28 @@ def test_two_checkpoints_continue_a_prompt(browser, model, tokenizer):
     assert not [entry for entry in problems if "favicon" not in entry["message"]], problems
 
 
+def test_page_says_what_each_model_is_and_fits_a_phone(browser, checkpoint, model):
+    [description] = browser.find("#model-1")
+    assert description.text.splitlines() == [
+        str(checkpoint),
+        f"{model.num_parameters() / 1e6:.1f}M parameters, 2 layers x 64 wide, context of 128 tokens",
+        "step 20, 5,120 tokens, validation loss 3.2924",
+        "trained on HuggingFaceFW/fineweb-edu, sample-10BT",
+    ]
+    columns = [browser.find(f"#text-{i}")[0] for i in range(2)]
+    assert columns[0].rect["y"] == columns[1].rect["y"]  # side by side
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        until(lambda: columns[1].rect["y"] >= columns[0].rect["y"] + columns[0].rect["height"])  # one below the other
+        assert browser.driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        for button in ("continue", "stop"):
+            rect = browser.driver.find_element("id", button).rect
+            assert rect["x"] >= 0 and rect["x"] + rect["width"] <= 390 and rect["y"] + rect["height"] <= 844
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_stop_button_and_the_error_for_a_long_prompt(browser):
     browser.start("Once upon a time")
     until(lambda: browser.text(0).startswith("Once upon a time"))
@@ -131,6 +155,17 @@ def test_page_shows_text_and_candidates(model, tokenizer):
     assert len([name for name in candidates if name.startswith("[") and name.endswith("]")]) == 1
     *_, (text, *_) = write(PROMPT, -1, *values[1:])
     assert text == "error: temperature must be at least 0, got -1"
+
+
+def test_progress_is_left_out_where_it_is_not_known(checkpoint, standalone):
+    """Outside its run, a checkpoint has its step, but not its data; a damaged one has neither."""
+    state = {"step": 20, "tokens": 5120, "val_loss": None}
+    (standalone / "training_state").mkdir()
+    (standalone / "training_state" / "state.json").write_text(json.dumps(state))
+    assert read_progress(standalone) == Progress(**state, data=None)
+    assert read_progress(checkpoint).data == "HuggingFaceFW/fineweb-edu, sample-10BT"
+    (standalone / "training_state" / "state.json").write_text("{")
+    assert read_progress(standalone) is None
 
 
 def test_demo_binds_localhost_only(page):

@@ -1,6 +1,8 @@
 """sample.py and hub/sampling.py."""
 
+import copy
 import io
+import shutil
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import TextStreamer
 
 import sample
 from hub import HubError
-from hub.sampling import SamplingParams, encode_prompt, generate, stream_tokens
+from hub.sampling import SamplingParams, encode_chat, encode_prompt, generate, stream_tokens
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -129,6 +131,56 @@ def test_interactive_continues_one_text(checkpoint, model, tokenizer, capsys, mo
     code, out, error = run(capsys, monkeypatch, *arguments, stdin=f"{' a' * 300}\n{PROMPT}\n")
     assert (code, out) == (0, f"{first}\n\n")  # the line that is too long changes nothing
     assert "the prompt has 300 tokens" in error and error.count("\n") == 1
+
+
+TEMPLATE = """\
+{%- for message in messages %}{{ message.role + ":\\n" + message.content + "\\n" }}{% endfor %}
+{%- if add_generation_prompt %}{{ "assistant:\\n" }}{% endif %}"""
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def as_messages(*texts):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def test_interactive_chats_by_the_chat_template(checkpoint, model, chat_tokenizer, tmp_path, capsys, monkeypatch):
+    """Lines are messages, with the conversation so far; an empty line begins another."""
+    tokenizer = chat_tokenizer
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "chat", ignore=shutil.ignore_patterns("training_state"))
+    tokenizer.save_pretrained(checkpoint)
+    prompts = ["user:\nHello\nassistant:\n"]
+    first = tokenizer.decode(new_tokens(model, tokenizer, prompts[0], temperature=0, max_new_tokens=5))
+    prompts.append(f"{prompts[0]}{first}\nuser:\nAnd then?\nassistant:\n")
+    second = tokenizer.decode(new_tokens(model, tokenizer, prompts[1], temperature=0, max_new_tokens=5))
+    arguments = (checkpoint, "--interactive", "--temperature", 0, "--max_new_tokens", 5)
+    code, out, _ = run(capsys, monkeypatch, *arguments, stdin="Hello\nAnd then?\n\nHello\n")
+    assert (code, out) == (0, f"{first}\n{second}\n{first}\n\n")
+    # A message that is too long changes nothing, and a long conversation loses its oldest turns.
+    code, out, error = run(capsys, monkeypatch, *arguments, stdin=f"Hello\n{' a' * 300}\nAnd then?\n")
+    assert (code, out) == (0, f"{first}\n{second}\n\n")
+    assert "tokens and the model's context 128" in error and error.count("\n") == 1
+    code, out, error = run(capsys, monkeypatch, *arguments, stdin="Hello\n" * 30)
+    assert (code, error) == (0, "") and len(out.splitlines()) >= 30
+
+
+def test_conversation_fits_the_context(model, chat_tokenizer):
+    """The oldest questions are dropped with their answers until the answer has room; the last message is kept."""
+    tokenizer, params = chat_tokenizer, SamplingParams(max_new_tokens=28)
+    messages = as_messages(*["word" + " word" * 19] * 7)  # 24 tokens each, 128 in the context
+    kept, ids = encode_chat(tokenizer, messages, model.config, params)
+    assert kept == messages[-3:] and len(ids) <= 128 - 28
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(kept, add_generation_prompt=True, tokenize=False)
+    assert encode_chat(tokenizer, messages, model.config, SamplingParams(max_new_tokens=500))[0] == messages[-1:]
+    long = as_messages("word" + " word" * 99)
+    assert encode_chat(tokenizer, long, model.config, SamplingParams(max_new_tokens=100))[0] == long
+    with pytest.raises(HubError, match="not UTF-8"):
+        encode_chat(tokenizer, as_messages("\udcff"), model.config, params)
 
 
 def test_old_name_of_interactive_works_and_names_the_new_one(checkpoint, capsys, monkeypatch):

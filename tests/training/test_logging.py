@@ -5,15 +5,18 @@ import os
 import re
 import select
 import struct
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from plans import make_plan
+from tiny_run import ROOT
 
 from common.errors import UserError
 from common.metrics import read_metrics, recover_metrics
+from common.terminal import TerminalTitle
 from training.checkpoint import LoopState
 from training.curves import moving_average, plot_curves
 from training.logging import ConsoleLog, MetricsWriter, RunLog, records_up_to
@@ -210,7 +213,7 @@ def test_console_shows_a_bar_on_a_terminal(monkeypatch, capsys):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal is made with pty")
 @pytest.mark.parametrize("max_steps", [1000, 19073, 1_000_000])
-def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(printed, monkeypatch, max_steps):
+def test_bar_and_title_have_the_estimate_of_the_lines_and_the_bar_fits_50_columns(printed, monkeypatch, max_steps):
     import fcntl
     import pty
     import termios
@@ -219,6 +222,7 @@ def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(printed, monkeypa
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
     with os.fdopen(terminal, "w") as stream:
         monkeypatch.setattr("sys.stderr", stream)
+        monkeypatch.setenv("TERM", "xterm-256color")
         shown = console(max_steps=max_steps, dollars_per_hour=None)
         shown._bar.mininterval = 0  # every step
         shown.log_evaluation({"step": 0, "val_loss": 10.8, "hellaswag": None, "seconds": 60.0})
@@ -226,9 +230,10 @@ def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(printed, monkeypa
             shown.log_step(record(step, 60_000 if step == 1 else 4000))
         shown.close()
         text = ""
-        while f"20/{max_steps} " not in text and select.select([ours], [], [], 5)[0]:  # it comes in pieces
+        while "\x1b[23;0t" not in text and select.select([ours], [], [], 5)[0]:  # it comes in pieces
             text += os.read(ours, 1_000_000).decode()
     os.close(ours)
+    titles, text = re.findall(r"\x1b]0;(.*?)\x07", text), re.sub(r"\x1b(]0;.*?\x07|\[2[23];0t)", "", text)
     bars = [bar.rstrip() for bar in re.split(r"[\r\n]", text) if "left" in bar]
     assert len(bars) >= 20
     assert all(len(bar) <= 50 and bar.endswith(" left") for bar in bars), bars
@@ -236,3 +241,29 @@ def test_bar_has_the_estimate_of_the_lines_and_fits_50_columns(printed, monkeypa
         step, left = re.search(r"step +(\d+)/.*\| (.*) left$", line).groups()
         shown_too = [bar for bar in bars if bar.startswith(f"{step}/{max_steps} ") and bar.endswith(f", {left} left")]
         assert shown_too, (line, bars)
+        assert f"gpt2-repro {int(step) / max_steps:.0%} loss 3.21 {left} left" in titles
+    assert len(titles) == 4 and titles[-1] == ""  # steps 1, 10 and 20, and the end
+
+
+@pytest.mark.parametrize(("term", "is_terminal"), [("dumb", True), ("", True), ("linux", True), ("xterm", False)])
+def test_title_is_not_written_where_it_would_be_text(monkeypatch, capsys, term, is_terminal):
+    monkeypatch.setenv("TERM", term)
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+    title = TerminalTitle()
+    title.set("gpt2-repro 42%")
+    title.restore()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_notebook_without_ipywidgets_has_no_bar_and_no_warning():
+    code = """
+import sys, types
+sys.modules |= {"ipywidgets": None, "ipykernel.zmqshell": types.ModuleType("zmqshell")}
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=lambda: None)
+from common.terminal import progress_bar
+bar = progress_bar(range(3))
+assert list(bar) == [0, 1, 2] and bar.disable
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (0, "")
