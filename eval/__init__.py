@@ -2,8 +2,11 @@
 
     scoring.py          log-likelihoods of continuations, in batches; every task is built on it
     task.py, items.py   the base class of tasks; reading items from the Hub and from files
+    windows.py          a long text in windows that fit the model
     hellaswag/          which of four endings follows, as build-nanogpt, llm.c and lm-eval score it
     lambada/            the last word of a passage
+    blimp/              which of two sentences is grammatical; python -m eval.blimp prints it by paradigm
+    wikitext/           perplexity of WikiText-2, as lm-eval and transformers' documentation compute it
     core/               22 tasks with few-shot prompts, as nanochat scores them
     bits_per_byte/      loss and bits per byte of any text or shards
     lm_eval_bridge.py   any task of the package lm-eval

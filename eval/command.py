@@ -31,8 +31,10 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     about = (
         "where a task's items are; just PATH if there is one task. hellaswag: 'hub' (Rowan/hellaswag, the default), "
         "'sample' (40 items written for this project, for trying things out), or a .jsonl file (also .gz, .xz, .zst); "
-        "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; core: the bundle of its tasks, a "
-        "folder or .zip; bits_per_byte: a folder of shards, or text as `python -m data.prepare files` reads it"
+        "lambada: 'hub' (EleutherAI/lambada_openai, the default), or such a file; blimp: 'hub' (nyu-mll/blimp, the "
+        "default), or such a file; wikitext: 'hub' (EleutherAI/wikitext_document_level, the default), wiki.test.raw or "
+        "its pages or rows as .jsonl or .parquet; core: the bundle of its tasks, a folder or .zip; bits_per_byte: a "
+        "folder of shards, or text as `python -m data.prepare files` reads it"
     )
     add("--data", nargs="+", default=[], metavar="TASK=PATH", help=about)
     add("--limit", type=int, metavar="N", help="score only the first N items of each task")

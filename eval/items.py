@@ -76,6 +76,22 @@ def file_records(path: str | Path, *, alternatives: str = "") -> list[tuple[Any,
     return records
 
 
+def task_records(
+    task: str, data: str, dataset: str, split: str, names: Sequence[str | None] = (None,)
+) -> tuple[list[tuple[Any, str]], str]:
+    """Return the records of a task and where they come from: with data "hub" a dataset's subsets, otherwise a file's.
+
+    Raises:
+        UserError: the dataset is not available, or the file is not a readable .jsonl file.
+    """
+    if data != "hub":
+        return file_records(data, alternatives="'hub' or "), data
+    try:
+        return [pair for name in names for pair in hub_records(dataset, split, name)], f"{dataset} ({split})"
+    except HubUnavailableError as error:
+        raise EvalError(f"{dataset} is not available ({error}); give a local copy with --data {task}=FILE") from error
+
+
 def check_fields(record: Any, fields: Sequence[str], where: str) -> None:
     """Raise EvalError if `record` is not a dict with these fields."""
     if not isinstance(record, dict):

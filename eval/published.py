@@ -24,8 +24,9 @@ class PublishedModel(NamedTuple):
 
 # HellaSwag, the lecture's and lm-eval's: build-nanogpt hellaswag.py and play.ipynb, llm.c dev/vislog.ipynb. LAMBADA:
 # lm-eval, lambada_openai. Losses: FineWeb-Edu in build-nanogpt's split (its train_gpt2.py's log), FineWeb in llm.c's
-# (its discussion 481), OpenWebText (nanoGPT's README). CORE: nanochat's dev/estimate_gpt3_core.ipynb. Parameters are
-# counted from the shapes.
+# (its discussion 481), OpenWebText (nanoGPT's README). CORE: nanochat's dev/estimate_gpt3_core.ipynb. WikiText: 124M by
+# lm-eval in the release notes of workofart/ml-by-hand, whose LAMBADA is the one here, and 774M in transformers' page on
+# perplexity. Parameters are counted from the shapes.
 _CORE_TASKS = ("core", "hellaswag_zeroshot", "hellaswag", "lambada_openai", "piqa", "arc_easy", "arc_challenge")
 _CORE = {
     "124M": dict(zip(_CORE_TASKS, (0.1139, 0.309, 0.308, 0.323, 0.623, 0.412, 0.222), strict=True)),
@@ -37,6 +38,12 @@ _GPT2_124M = {
     "core": _CORE["124M"],
     "hellaswag": {"acc": 0.2859, "acc_norm": 0.2955, "lm_eval_acc": 0.2892, "lm_eval_acc_norm": 0.3114},
     "lambada": {"acc": 0.3256, "perplexity": 40.06},
+    "wikitext": {"word_perplexity": 37.3698, "byte_perplexity": 1.9682, "bits_per_byte": 0.9769},
+}
+_GPT2_774M = {
+    "core": _CORE["774M"],
+    "hellaswag": {"acc_norm": 0.4320},
+    "wikitext": {"sliding_perplexity": 16.44, "disjoint_perplexity": 19.44},
 }
 _GPT2_1558M = {
     "core": _CORE["1558M"],
@@ -49,8 +56,7 @@ GPT2 = [
     PublishedModel("OpenAI GPT-2 350M", (24, 1024), 354_823_168,
                    {"hellaswag": {"acc_norm": 0.3752}, "core": _CORE["350M"]},
                    {"fineweb": 3.083, "openwebtext": 2.84}),
-    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080,
-                   {"hellaswag": {"acc_norm": 0.4320}, "core": _CORE["774M"]},
+    PublishedModel("OpenAI GPT-2 774M", (36, 1280), 774_030_080, _GPT2_774M,
                    {"fineweb": 3.001, "openwebtext": 2.67}),
     PublishedModel("OpenAI GPT-2 1558M", (48, 1600), 1_557_611_200, _GPT2_1558M,
                    {"fineweb": 2.831, "openwebtext": 2.54}),

@@ -107,7 +107,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
-        is_package = (ROOT / program).is_dir()
+        is_package = (ROOT / program.replace(".", "/")).is_dir()
         module = importlib.import_module(f"{program}.__main__" if is_package else program)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)

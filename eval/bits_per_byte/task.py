@@ -15,9 +15,7 @@ from eval import EvalError
 from eval.items import DataInfo, first_items, sha256_of
 from eval.scoring import Request, Tokenizer
 from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
-
-# The window of models whose context has no limit.
-DEFAULT_MAX_LENGTH = 1024
+from eval.windows import DEFAULT_MAX_LENGTH, rolling_requests, start_token, windows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +55,14 @@ class Task(BaseTask):
 
     def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
         lengths = self._byte_lengths(tokenizer)
-        windows = [
+        shard_windows = [
             (shard, start, stop)
             for shard in open_split(self.data, "val")
-            for start, stop in _windows(len(shard) - 1, max_length, stride)
+            for start, stop in windows(len(shard) - 1, max_length, stride)
         ]
-        if not windows:
+        if not shard_windows:
             raise EvalError(f"{self.data}: the validation split has fewer than two tokens; prepare it from more text")
-        kept, count = first_items(windows, self.limit)
+        kept, count = first_items(shard_windows, self.limit)
         items, digest = [], hashlib.sha256()
         for shard, start, stop in kept:
             first = max(0, stop - max_length)
@@ -103,16 +101,11 @@ class Task(BaseTask):
         texts = [*itertools.islice((text for text in documents if text.strip()), self.limit)]  # reads no further
         if not texts:
             raise EvalError(f"{self.data}: the file has no text; give one that has text")
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if bos is None:
-            raise EvalError("the tokenizer has no beginning- or end-of-text token to start a text with; set one")
-        items = []
+        start, items = start_token(tokenizer), []
         for text, tokens in zip(texts, encode(tokenizer, texts), strict=True):
-            tokens = [bos, *tokens]
-            for start, stop in _windows(len(tokens) - 1, max_length, stride):
-                request = Request(tokens[max(0, stop - max_length) : start + 1], [tokens[start + 1 : stop + 1]])
+            for index, request in enumerate(rolling_requests([start, *tokens], max_length, stride)):
                 # The text's bytes are counted with its first window, since tokens can end inside a character.
-                num_bytes = len(text.encode()) if start == 0 else 0
+                num_bytes = len(text.encode()) if index == 0 else 0
                 items.append(Item([request], {"is_text": slice(None), "num_bytes": num_bytes}))
         count = f"{'all' if self.limit is None else 'the first'} {len(texts):,} documents"
         return items, DataInfo(description=f"{self.data}, stride {stride}, {count}", sha256=sha256_of(texts))
@@ -148,9 +141,3 @@ def is_shards(path: str | Path) -> bool:
     """Return True if the path is a folder of shards, complete or not, rather than text."""
     folder = Path(path)
     return folder.is_dir() and bool(unmanaged_shards(folder) or (folder / PREPARING).exists())
-
-
-def _windows(num_tokens: int, max_length: int, stride: int) -> list[tuple[int, int]]:
-    """Return the (start, stop) of the tokens that each window scores, counted from the first scored token."""
-    edges = [0, *range(min(max_length, num_tokens), num_tokens, stride), num_tokens]
-    return list(itertools.pairwise(edges)) if num_tokens > 0 else []

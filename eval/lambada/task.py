@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval import EvalError
-from eval.items import (
-    DataInfo,
-    HubUnavailableError,
-    check_fields,
-    check_text,
-    file_records,
-    first_items,
-    hub_records,
-    sha256_of,
-)
+from eval.items import DataInfo, check_fields, check_text, first_items, sha256_of, task_records
 from eval.scoring import Tokenizer
 from eval.task import BaseTask, Item, ItemResult, ItemScores, encode_together
 
@@ -42,15 +32,7 @@ class Task(BaseTask):
         `data` is "hub" (EleutherAI/lambada_openai), or a file of JSON lines with the fields context and continuation,
         or with the full passage as text.
         """
-        if self.data == "hub":
-            try:
-                records, name = hub_records(HUB_ID, "test", "default"), f"{HUB_ID} (test)"
-            except HubUnavailableError as error:
-                raise EvalError(
-                    f"{HUB_ID} is not available ({error}); give a local copy of LAMBADA with --data lambada=FILE"
-                ) from error
-        else:
-            records, name = file_records(self.data, alternatives="'hub' or "), self.data
+        records, name = task_records(self.name, self.data, HUB_ID, "test", ["default"])
         passages, count = first_items([_split_passage(record, where) for record, where in records], self.limit)
         requests = encode_together(tokenizer, [(context, [f" {word}"]) for context, word in passages])
         items = [Item([request], {"word": word}) for request, (_, word) in zip(requests, passages, strict=True)]

@@ -1,24 +1,47 @@
 """Compare metrics and log-likelihoods with those of the package lm-eval, the reference, on the same model."""
 
 import copy
+import importlib.util
 import json
+import random
 import sys
 from pathlib import Path
 
 import lm_eval
 import numpy as np
 import pytest
+import yaml
 from lm_eval.models.huggingface import HFLM
 
 from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
+from eval.blimp.task import Task as Blimp
 from eval.evaluator import load_tasks
 from eval.hellaswag.items import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
+from eval.wikitext.task import Task as WikiText
+from eval.wikitext.text import detokenize
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
+TASKS_HERE = {"hellaswag": HellaSwag, "lambada": Lambada, "blimp": Blimp, "wikitext": WikiText}
+# BLiMP pairs by paradigm: contractions, equal sentences, odd spaces.
+BLIMP = {
+    "wh_island": [
+        ("Who did Ann say that Bob saw?", "Who did Ann say that Bob saw him?"),
+        ("The same is here.", "The same is here."),
+        ("What can't they do?", "What they can't do?"),
+    ],
+    "causative": [("Tina isn't breaking the cup.", "Tina isn't vanishing the cup."), ("Ich  sehe.", "Ich sähe")],
+}
+# WikiText's pages: separated marks, section titles, unknown words, a page of several windows.
+PAGES = [
+    ' = Ann <unk> = \n \n Ann ( born 3 May 1914 ) wrote 1 @,@ 205 pages @-@ long books ; " a 2 @.@ 5 ° N " . \n \n',
+    " = The 's Lake = \n \n = = Name = = \n \n It 's the birds ' lake : [ sic ] , he said . \n \n"
+    + " = = = Älter = = = \n \n"
+    + " The lake froze in winter , and people walked across it to ' Town ' . \n" * 15,
+]
 # A task of lm-eval with items from a file.
 LOCAL = """
 include: {original}
@@ -44,11 +67,27 @@ def folder(tmp_path_factory):
         'He said, "I know', "One two\n\nthree four five", "word " * 200 + "end", "a tab\tand a don't stop", "She is 42"
     ]  # fmt: skip
     (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
-    for name, split in (("hellaswag", "validation"), ("lambada", "test")):
-        original = TASKS / ("hellaswag/hellaswag.yaml" if name == "hellaswag" else "lambada/lambada_openai.yaml")
-        path = folder / f"{name}.jsonl"
-        text = LOCAL.format(original=original, name=f"{name}_here", split=split, path=path)
-        (folder / f"{name}_here.yaml").write_text(text)
+    blimp = [
+        {"sentence_good": good, "sentence_bad": bad, "UID": paradigm, "linguistics_term": "island_effects"}
+        for paradigm, pairs in BLIMP.items()
+        for good, bad in pairs
+    ]
+    (folder / "blimp.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in blimp))
+    (folder / "wikitext.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in PAGES))
+    tasks = [("hellaswag", "hellaswag/hellaswag", "validation"), ("lambada", "lambada/lambada_openai", "test")]
+    tasks.append(("wikitext", "wikitext/wikitext", "test"))
+    for paradigm in BLIMP:
+        own = [json.dumps(pair) + "\n" for pair in blimp if pair["UID"] == paradigm]
+        (folder / f"{paradigm}.jsonl").write_text("".join(own))
+        tasks.append((paradigm, f"blimp/{paradigm}", "train"))
+    for name, original, split in tasks:
+        names = {"original": TASKS / f"{original}.yaml", "name": f"{name}_here", "path": folder / f"{name}.jsonl"}
+        (folder / f"{name}_here.yaml").write_text(LOCAL.format(split=split, **names))
+    with (folder / "wikitext_here.yaml").open("a") as file:
+        file.write("validation_split: null\n")
+    group = yaml.safe_load((TASKS / "blimp/_blimp.yaml").read_text())
+    group |= {"group": "blimp_here", "task": [f"{paradigm}_here" for paradigm in BLIMP]}
+    (folder / "blimp_here.yaml").write_text(yaml.safe_dump(group))
     return folder
 
 
@@ -59,7 +98,7 @@ def expected(model, tokenizer, folder, tmp_path_factory):
         manager, _ = lm_eval_bridge.check_lm_eval(LmEvalTask(f"{folder}/hellaswag_here"))
         return lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3),
-            tasks=["hellaswag_here", "lambada_here"],
+            tasks=["hellaswag_here", "lambada_here", "blimp_here", "wikitext_here"],
             task_manager=manager,
             bootstrap_iters=0,
         )
@@ -67,7 +106,7 @@ def expected(model, tokenizer, folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(model, tokenizer, folder):
-    tasks = [HellaSwag(data=str(folder / "hellaswag.jsonl")), Lambada(data=str(folder / "lambada.jsonl"))]
+    tasks = [task(data=str(folder / f"{name}.jsonl")) for name, task in TASKS_HERE.items()]
     return evaluate(model, tokenizer, tasks, keep_item_results=True)
 
 
@@ -109,6 +148,59 @@ def test_lambada_log_likelihoods_match_lm_eval(ours, expected):
         [[value, is_greedy]] = sample["filtered_resps"]
         assert result["log_likelihood"] == pytest.approx(float(value), abs=1e-3)
         assert result["is_greedy"] == (str(is_greedy) == "True")
+
+
+def test_blimp_log_likelihoods_and_group_match_lm_eval(ours, expected):
+    metrics, num_pairs = ours["results"]["blimp"], 0
+    for name in BLIMP:
+        own = [result for result in ours["item_results"]["blimp"] if result["paradigm"] == name]
+        for result, sample in zip(own, samples_of(expected, name), strict=True):
+            reference = [float(value) for value, _ in sample["filtered_resps"]]
+            assert result["log_likelihoods"] == pytest.approx(reference, abs=1e-3)
+            num_pairs += 1
+        assert metrics[name] == expected["results"][f"{name}_here"]["acc,none"]
+    assert num_pairs == metrics["n"] == 5
+    assert metrics["acc"] == expected["results"]["blimp_here"]["acc,none"]
+
+
+def test_blimp_standard_error_is_that_of_lm_evals_groups():
+    from lm_eval.api.metrics import mean_stderr, pooled_sample_stderr
+
+    correct = {"a": [1, 1, 0, 1], "b": [1, 0, 0, 1], "c": [1, 1, 1, 1]}
+    results = [
+        {"paradigm": name, "phenomenon": "x", "log_likelihoods": [x, 0.5], "no_start_log_likelihoods": [0, 0]}
+        for name, values in correct.items()
+        for x in values
+    ]
+    errors = [mean_stderr(values) for values in correct.values()]
+    metrics = Blimp().compute_metrics(results)
+    assert metrics["acc_stderr"] == pytest.approx(pooled_sample_stderr(errors, [4, 4, 4]))
+    assert metrics["a_stderr"] == pytest.approx(errors[0])
+
+
+def test_wikitext_pages_and_metrics_match_lm_eval(ours, expected):
+    pages = [result for result in ours["item_results"]["wikitext"] if result["protocol"] == "lm_eval"]
+    assert len(pages) == 2 and pages[1]["num_tokens"] > 2 * 128
+    for page, sample in zip(pages, samples_of(expected, "wikitext"), strict=True):
+        [value] = sample["filtered_resps"]
+        assert page["log_likelihood"] == pytest.approx(float(value), abs=1e-2)
+        _, num_words = sample["word_perplexity"]
+        _, num_bytes = sample["byte_perplexity"]
+        assert (page["num_words"], page["num_bytes"]) == (num_words, num_bytes)
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        reference = expected["results"]["wikitext_here"][f"{metric},none"]
+        assert ours["results"]["wikitext"][metric] == pytest.approx(reference, rel=1e-5)
+
+
+def test_wikitext_detokenizer_matches_lm_eval():
+    spec = importlib.util.spec_from_file_location("lm_eval_wikitext", TASKS / "wikitext/preprocess_wikitext.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rng = random.Random(0)
+    pieces = [*" \nN()[]{}=°:;.!?,'\"\t\u00a0", "a", "is", "s'", "'s", "@-@", "@,@", "@.@", "/'", "5/", *"   =="]
+    texts = [*PAGES, *("".join(rng.choices(pieces, k=rng.randint(1, 40))) for _ in range(5_000))]
+    for text in texts:
+        assert detokenize(text) == module.wikitext_detokenizer({"page": text})
 
 
 def test_tokenizer_that_adds_a_bos_token_matches_lm_eval(model, tokenizer, folder):

@@ -208,7 +208,7 @@ def test_full_disk_keeps_the_older_file(in_process, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "hellaswag", "zzz"], "choose from bits_per_byte, hellaswag, lambada, lm-eval:NAME"),
+        (["--tasks", "hellaswag", "zzz"], "choose from bits_per_byte, blimp, core, hellaswag, lambada, "),
         (["--tasks", "lambada", "lambada"], "--tasks 'lambada' is listed twice"),
         (["--tasks", "lambada", "hellaswag", "--data", "x.jsonl"], "--data 'x.jsonl' must be TASK=PATH"),
         (["--tasks", "lambada", "--data", "helaswag=x.jsonl"], "--data 'helaswag=x.jsonl' must be TASK=PATH"),

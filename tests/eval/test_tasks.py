@@ -1,4 +1,4 @@
-"""Test LAMBADA, bits per byte, the example of a new task, and `eval.evaluate`; HellaSwag has its own file."""
+"""Test all tasks but HellaSwag, which has its own file; the example of a new task; and `eval.evaluate`."""
 
 import json
 import math
@@ -8,20 +8,27 @@ import types
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 
 from data.loader import validation_batches
 from data.manifest import open_split
 from data.shards import write_shard
 from data.tokenizer import EOT
-from eval import EvalError, evaluate
+from eval import EvalError, evaluate, items
 from eval.bits_per_byte.task import Task as BitsPerByte
+from eval.blimp.__main__ import main as print_paradigms
+from eval.blimp.task import PARADIGMS, PHENOMENA
+from eval.blimp.task import Task as Blimp
 from eval.during_training import validation_loss
 from eval.hellaswag.task import Task as HellaSwag
 from eval.items import HubUnavailableError
-from eval.lambada import task as lambada
 from eval.lambada.task import Task as Lambada
+from eval.task import score_items
+from eval.wikitext.task import Task as WikiText
+from eval.wikitext.text import rows_of, split_pages
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["It is the first text, and ein Mädchen liest it.", "The second: 42 words, <|endoftext|> is not one."]
@@ -81,9 +88,10 @@ def test_error_without_network_suggests_a_local_copy(tokenizer, monkeypatch):
     def fail(*_):
         raise HubUnavailableError("the network is down")
 
-    monkeypatch.setattr(lambada, "hub_records", fail)
-    with pytest.raises(EvalError, match="the network is down"):
-        Lambada().load(tokenizer)
+    monkeypatch.setattr(items, "hub_records", fail)
+    for task in (Lambada(), Blimp(), WikiText()):
+        with pytest.raises(EvalError, match=f"the network is down.*--data {task.name}=FILE"):
+            task.load(tokenizer)
 
 
 def test_lambada_metrics_match_values_computed_by_hand():
@@ -100,6 +108,131 @@ def test_lambada_metrics_match_values_computed_by_hand():
     )
     one = Lambada().compute_metrics(item_results[:1])
     assert math.isnan(one["acc_stderr"]) and math.isnan(one["perplexity_stderr"])
+
+
+# -------------------------------------------------------------------------------------------------- BLiMP
+
+PAIRS = [
+    ("Who did she see?", "Who did she saw?", "wh_island", "island_effects"),
+    ("They go home.", "They goes home.", "wh_island", "island_effects"),
+    ("The same is here.", "The same is here.", "wh_island", "island_effects"),
+    ("A cat sat.", "A cats sat.", "animate_subject_trans", "s-selection"),
+    ("He doesn't like it.", "He don't like it.", "causative", "argument_structure"),
+    ("Ann's dog ran.", "Anns dog ran.", "mine", "possession"),
+]
+
+
+def write_pairs(path, pairs=PAIRS):
+    names = ("sentence_good", "sentence_bad", "UID", "linguistics_term")
+    return write(path, *(dict(zip(names, pair, strict=True)) for pair in pairs))
+
+
+def test_blimp_log_likelihoods_with_and_without_start_token(model, tokenizer, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    result = evaluate(model, tokenizer, [Blimp(data=data)], keep_item_results=True)
+    counts, correct = {}, {}
+    for *sentences, paradigm, _ in PAIRS:
+        index = counts[paradigm] = counts.get(paradigm, -1) + 1
+        [scores] = [r for r in result["item_results"]["blimp"] if (r["paradigm"], r["pair"]) == (paradigm, index)]
+        with_start = [reference(model, [EOT, *tokenizer(f" {text}").input_ids], 1) for text in sentences]
+        without_start = [reference(model, tokenizer(text).input_ids, 1) for text in sentences]
+        assert scores["log_likelihoods"] == pytest.approx(with_start, abs=1e-3)
+        assert scores["no_start_log_likelihoods"] == pytest.approx(without_start, abs=1e-3)
+        correct.setdefault(paradigm, []).append(with_start[0] >= with_start[1])
+    metrics, accuracies = result["results"]["blimp"], {name: np.mean(values) for name, values in correct.items()}
+    assert metrics["acc"] == pytest.approx(np.mean(list(accuracies.values())))
+    assert {name: metrics[name] for name in correct} == pytest.approx(accuracies)
+
+
+def test_blimp_metrics_match_values_computed_by_hand():
+    def results(paradigm, phenomenon, *is_correct):
+        pairs = [
+            {"log_likelihoods": [-1, -2] if yes else [-2, -1], "no_start_log_likelihoods": [-3, -2]}
+            for yes in is_correct
+        ]
+        return [{"paradigm": paradigm, "phenomenon": phenomenon, **pair} for pair in pairs]
+
+    one, two = results("a", "x", True, True, False), results("b", "x", True, False)
+    tie = {"log_likelihoods": [-1, -1], "no_start_log_likelihoods": [-1, -1]}
+    three = [{"paradigm": "c", "phenomenon": "y", **tie}] * 2
+    metrics = Blimp().compute_metrics([*one, *two, *three])
+    errors = [math.sqrt(2 / 3 * 1 / 3 / 2), math.sqrt(1 / 2 * 1 / 2)]
+    assert metrics == pytest.approx(
+        {
+            **{"acc": (2 / 3 + 1 / 2 + 1) / 3, "acc_stderr": math.hypot(*errors) / 3},
+            **{"acc_no_start": 1 / 3, "acc_no_start_stderr": 0.0},
+            **{"x": (2 / 3 + 1 / 2) / 2, "x_stderr": math.hypot(*errors) / 2, "y": 1.0, "y_stderr": 0.0},
+            **{"a": 2 / 3, "a_stderr": errors[0], "b": 1 / 2, "b_stderr": errors[1], "c": 1.0, "c_stderr": 0.0, "n": 7},
+        }
+    )
+    assert math.isnan(Blimp().compute_metrics(one[:1])["acc_stderr"])
+
+
+def test_blimp_limit_takes_paradigms_in_turn_and_published_phenomena(tokenizer, tmp_path):
+    items = Blimp(data=write_pairs(tmp_path / "pairs.jsonl"), limit=5).load(tokenizer).items
+    origins = [tuple(item.reference.values()) for item in items]
+    assert origins == [
+        ("animate_subject_trans", "argument_structure", 0),
+        ("causative", "argument_structure", 0),
+        ("mine", "possession", 0),
+        ("wh_island", "island_effects", 0),
+        ("wh_island", "island_effects", 1),
+    ]
+
+
+def test_blimp_reads_all_subsets_of_the_hub(tokenizer, monkeypatch):
+    def one_record(dataset, split, name):
+        record = {"sentence_good": "It is so.", "sentence_bad": "It are so.", "UID": name, "linguistics_term": "x"}
+        return [(record, f"{dataset} {split} {name}")]
+
+    monkeypatch.setattr(items, "hub_records", one_record)
+    loaded = Blimp().load(tokenizer)
+    assert [item.reference["paradigm"] for item in loaded.items] == sorted(PARADIGMS)
+    assert loaded.data.description == "nyu-mll/blimp (train), all 67 items"
+
+
+def test_blimp_pair_of_equal_sentences_is_a_tie(model, tokenizer, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl", PAIRS[2:3])
+    result = evaluate(model, tokenizer, [Blimp(data=data)], keep_item_results=True)
+    good, bad = result["item_results"]["blimp"][0]["log_likelihoods"]
+    assert good == bad and result["results"]["blimp"]["acc"] == 1.0
+
+
+def test_blimp_malformed_pair_is_named(tokenizer, tmp_path):
+    for pair, message in (
+        (("A.", "B c.", "mine", "x"), None),
+        (("A", "B c.", "mine", "x"), "mine, pair 0: a sentence has only one token"),
+        (("A b.", "B c.", "mine", ""), "pairs.jsonl:1: linguistics_term is empty"),
+    ):
+        task = Blimp(data=write_pairs(tmp_path / "pairs.jsonl", [pair]))
+        if message is None:
+            task.load(tokenizer)
+        else:
+            with pytest.raises(EvalError, match=message):
+                task.load(tokenizer)
+
+
+def test_blimp_has_67_paradigms_and_prints_them_next_to_the_published_results(tmp_path, capsys):
+    assert (len(PARADIGMS), len(PHENOMENA)) == (67, 12)
+    result = {
+        "results": {"blimp": {"acc": 0.5, "acc_stderr": None, "ellipsis": 0.25, "wh_island": 0.75}},
+        "tasks": {"blimp": {"data": {"source": "pairs"}}},
+        "model": {"name": "a model"},
+    }
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(result))
+    assert print_paradigms([str(path)]) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first == "a model, pairs" and len(lines) == 2 + 1 + 12 + 67
+    assert "published (not reproduced here)" in lines[0]
+    # The overall and phenomenon figures of the authors' own summary.
+    assert "| **overall** | 0.5000 |  | 0.8302 |" in lines
+    assert "| **ellipsis** | 0.2500 |  | 0.8935 |" in lines
+    assert "| **argument_structure** |  |  | 0.8178 |" in lines
+    assert sum(line.startswith("| wh_island | 0.7500 |") for line in lines) == 1
+    path.write_text("{}")
+    assert print_paradigms([str(path)]) == 2
+    assert "has no results of blimp" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ bits per byte
@@ -192,6 +325,95 @@ def test_bits_per_byte_of_windows_without_text_is_nan():
     assert metrics["loss"] == 2.0 and math.isnan(metrics["bits_per_byte"])
 
 
+# ------------------------------------------------------------------------------------------------ WikiText
+
+RAW = (
+    " \n = Ann = \n \n Ann wrote 1 @,@ 205 pages . \n \n = = Life = = \n \n She <unk> . \n \n"
+    " = The Lake = \n \n The lake froze , and people walked across it . \n \n"
+)
+# The rows of the dataset `wikitext`, and the pages of the dataset `wikitext_document_level`.
+ROWS = ["", " = Ann = \n", "", " Ann wrote 1 @,@ 205 pages . \n", "", " = = Life = = \n", "", " She <unk> . \n", ""]
+ROWS += [" = The Lake = \n", "", " The lake froze , and people walked across it . \n", ""]
+PAGES = [
+    " = Ann = \n \n Ann wrote 1 @,@ 205 pages . \n \n = = Life = = \n \n She <unk> . \n ",
+    " = The Lake = \n \n The lake froze , and people walked across it . \n \n",
+]
+
+
+def test_wikitext_forms_of_the_data_give_the_same_pages_and_rows(tokenizer, tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(RAW, encoding="utf-8")
+    write(tmp_path / "pages.jsonl", *({"page": page} for page in PAGES))
+    write(tmp_path / "rows.jsonl", *({"text": row} for row in ROWS))
+    parquet.write_table(pyarrow.table({"text": ROWS}), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.table({"page": PAGES}), tmp_path / "pages.parquet")
+    loaded = [WikiText(data=str(path)).load(tokenizer, 16) for path in sorted(tmp_path.iterdir())]
+    assert len({task.data.sha256 for task in loaded}) == 1 and len(loaded) == 5
+    assert split_pages(RAW) == PAGES
+    assert rows_of(PAGES) == ROWS
+    assert loaded[0].data.description.endswith("pages.jsonl, all 2 pages")
+
+
+@pytest.mark.parametrize(("protocol", "stride"), [("sliding", 8), ("disjoint", 16)])
+def test_wikitext_windows_match_transformers_page_on_perplexity(tiny_gpt2, tokenizer, tmp_path, protocol, stride):
+    """Run the windows of https://huggingface.co/docs/transformers/perplexity with the model's own loss."""
+    max_length = 16
+    task = WikiText(data=write(tmp_path / "rows.jsonl", *({"text": row} for row in ROWS)), protocols=(protocol,))
+    results = score_items(task, tiny_gpt2, task.load(tokenizer, max_length).items)
+    ids = tokenizer("\n\n".join(ROWS), return_tensors="pt").input_ids
+    expected, previous_end = [], 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + max_length, ids.shape[1])
+        labels = ids[:, begin:end].clone()
+        labels[:, : previous_end - end] = -100
+        labels[:, 0] = -100  # has no logit
+        if num_tokens := (labels != -100).sum().item():
+            with torch.no_grad():
+                loss = tiny_gpt2.eval()(ids[:, begin:end], labels=labels).loss.item()
+            expected.append((num_tokens, -loss * num_tokens))
+        previous_end = end
+        if end == ids.shape[1]:
+            break
+    assert [result["num_tokens"] for result in results] == [n for n, _ in expected]
+    assert [result["log_likelihood"] for result in results] == pytest.approx([x for _, x in expected], rel=1e-4)
+    metrics = task.compute_metrics(results)
+    mean = sum(x for _, x in expected) / sum(n for n, _ in expected)
+    assert metrics == pytest.approx({f"{protocol}_perplexity": math.exp(-mean), "n": len(expected)}, rel=1e-4)
+
+
+def test_wikitext_metrics_match_values_computed_by_hand():
+    results = [
+        {"protocol": "lm_eval", "log_likelihood": -8.0, "num_tokens": 5, "num_words": 3, "num_bytes": 12},
+        {"protocol": "lm_eval", "log_likelihood": -4.0, "num_tokens": 2, "num_words": 1, "num_bytes": 4},
+        {"protocol": "sliding", "log_likelihood": -6.0, "num_tokens": 3},
+        {"protocol": "disjoint", "log_likelihood": -5.0, "num_tokens": 2},
+    ]
+    assert WikiText().compute_metrics(results) == pytest.approx(
+        {
+            **{"word_perplexity": math.exp(12 / 4), "byte_perplexity": math.exp(12 / 16)},
+            **{"bits_per_byte": 12 / 16 / math.log(2), "sliding_perplexity": math.exp(2)},
+            **{"disjoint_perplexity": math.exp(2.5), "n": 2},
+        }
+    )
+
+
+def test_wikitext_data_and_settings_that_do_not_work_are_refused(tokenizer, tmp_path):
+    (tmp_path / "latin.raw").write_bytes("Mädchen".encode("latin-1"))
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    for data, message in (
+        (write(tmp_path / "a.jsonl", {"page": "a b"}, {"page": ""}), "a.jsonl:2: page is empty"),
+        (write(tmp_path / "b.jsonl", {"document": "a b"}), "the field 'page' is missing"),
+        (write(tmp_path / "c.jsonl", {"text": "a b"}, {"text": None}), "c.jsonl:2: text must be text"),
+        (write(tmp_path / "d.jsonl", {"text": ""}), "d.jsonl has fewer than two tokens"),
+        (tmp_path / "latin.raw", "latin.raw: neither UTF-8 text nor"),
+        (tmp_path / "broken.parquet", "broken.parquet: neither UTF-8 text nor"),
+        (tmp_path / "missing.raw", "missing.raw.*no such file"),
+    ):
+        with pytest.raises(EvalError, match=message):
+            WikiText(data=str(data)).load(tokenizer, 16)
+    with pytest.raises(EvalError, match=r"protocols must be one or more of lm_eval, sliding, disjoint, got \('x',\)"):
+        WikiText(protocols=("x",)).load(tokenizer, 16)
+
+
 # ------------------------------------------------------------------------------------------------- evaluate
 
 
@@ -232,14 +454,23 @@ def test_new_task_needs_one_file(model, tokenizer, tmp_path, monkeypatch):
     """Run CONTRIBUTING.md's example."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     [code] = re.findall(r"<!-- example task -->\n```python\n(.*?)```", text, flags=re.DOTALL)
-    module = types.ModuleType("eval.blimp.task")
-    monkeypatch.setitem(sys.modules, "eval.blimp.task", module)  # dataclasses look it up
+    module = types.ModuleType("eval.copa.task")
+    monkeypatch.setitem(sys.modules, "eval.copa.task", module)  # dataclasses look it up
     exec(compile(code, "CONTRIBUTING.md", "exec"), vars(module))
-    pairs = [("He sees it.", "He see it."), ("They go.", "They goes."), ("A cat sat.", "A cats sat.")]
-    path = write(tmp_path / "blimp.jsonl", *({"sentence_good": good, "sentence_bad": bad} for good, bad in pairs))
-    result = evaluate(model, tokenizer, [module.Task(data=path)])["results"]["blimp"]
-    correct = [
-        reference(model, [EOT, *tokenizer(good).input_ids], 1) > reference(model, [EOT, *tokenizer(bad).input_ids], 1)
-        for good, bad in pairs
+    questions = [
+        ("The glass fell.", "effect", "It broke.", "He slept.", 0),
+        ("She ran home.", "cause", "It was dry.", "It was raining.", 1),
+        ("The dog barked.", "cause", "It was fed.", "It saw a cat.", 1),
     ]
-    assert (result["acc"], result["n"]) == (sum(correct) / 3, 3)
+    fields = ("premise", "question", "choice1", "choice2", "label")
+    path = write(tmp_path / "copa.jsonl", *(dict(zip(fields, question, strict=True)) for question in questions))
+    result = evaluate(model, tokenizer, [module.Task(data=path)], keep_item_results=True)
+    contexts = ["The glass fell therefore", "She ran home because", "The dog barked because"]
+    num_correct = 0
+    for context, question, item_result in zip(contexts, questions, result["item_results"]["copa"], strict=True):
+        num_tokens = len(tokenizer(context).input_ids)
+        texts = [f"{context} {choice[0].lower()}{choice[1:]}" for choice in question[2:4]]
+        expected = [reference(model, tokenizer(text).input_ids, num_tokens) for text in texts]
+        assert item_result["log_likelihoods"] == pytest.approx(expected, abs=1e-3)
+        num_correct += (expected[1] > expected[0]) == question[4]
+    assert (result["results"]["copa"]["acc"], result["results"]["copa"]["n"]) == (num_correct / 3, 3)
