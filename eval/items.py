@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,11 @@ class HubUnavailableError(Exception):
     """A dataset is neither on a Hub that can be reached nor in the local cache. The message is the reason."""
 
 
-def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[tuple[dict[str, Any], str]]:
-    """Return a split of a dataset on the Hub, from the network or the local cache: pairs of a record and its location.
+def hub_records(dataset: str, split: str, name: str | None = None) -> tuple[Iterable[tuple[dict[str, Any], str]], str]:
+    """Return a split of a dataset on the Hub, from the network or the local cache.
+
+    Returns:
+        pairs of a record and its location, and a description: "DATASET (SPLIT, revision SHA)"
 
     Raises:
         HubUnavailableError: neither has it.
@@ -50,7 +54,11 @@ def hub_records(dataset: str, split: str, name: str | None = None) -> Iterable[t
         raise HubUnavailableError(unreachable or one_line(error, 1000)) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
-    return ((record, f"{dataset}, item {index}") for index, record in enumerate(records))
+    # The files' addresses on the Hub, hf://datasets/OWNER/NAME@SHA/PATH; a dataset that is not on the Hub has others.
+    found = re.search(r"@([0-9a-f]{40})/", " ".join(records.info.download_checksums or {}))
+    revision = f", revision {found[1]}" if found else ""
+    pairs = ((record, f"{dataset}, item {index}") for index, record in enumerate(records))
+    return pairs, f"{dataset} ({split}{revision})"
 
 
 def file_records(path: str | Path, *, alternatives: str = "") -> list[tuple[Any, str]]:
@@ -87,7 +95,8 @@ def task_records(
     if data != "hub":
         return file_records(data, alternatives="'hub' or "), data
     try:
-        return [pair for name in names for pair in hub_records(dataset, split, name)], f"{dataset} ({split})"
+        subsets = [hub_records(dataset, split, name) for name in names]
+        return [pair for pairs, _ in subsets for pair in pairs], subsets[0][1]
     except HubUnavailableError as error:
         raise EvalError(f"{dataset} is not available ({error}); give a local copy with --data {task}=FILE") from error
 

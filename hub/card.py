@@ -28,6 +28,8 @@ _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Recu
 _PUBLIC_DATASETS = {
     "hellaswag": ("Rowan/hellaswag", "validation", "HellaSwag"),
     "lambada": ("EleutherAI/lambada_openai", "test", "LAMBADA (OpenAI)"),
+    "blimp": ("nyu-mll/blimp", "train", "BLiMP"),
+    "wikitext": ("EleutherAI/wikitext_document_level", "test", "WikiText"),
 }
 
 # Settings that do not change the weights; some of them are folders or account names.
@@ -244,6 +246,8 @@ def _parse_results(result: dict[str, Any]) -> Results:
         version, source = about["version"], about["data"]["source"]
         dataset, split, dataset_name = _PUBLIC_DATASETS.get(task, ("", "", ""))
         is_public = bool(dataset) and source.startswith(f"{dataset} (")
+        found = re.search(r"revision ([0-9a-f]{40})", source)
+        revision = found[1] if found else None
         for metric, protocol in about["figures"].items():
             value, stderr = values.get(metric), values.get(f"{metric}_stderr")
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -258,6 +262,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
                     dataset_type=dataset,
                     dataset_name=dataset_name,
                     dataset_split=split,
+                    dataset_revision=revision,
                     metric_type=metric,
                     metric_name=protocol,
                     metric_value=value,
@@ -269,7 +274,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
                         dataset_id=dataset,
                         task_id=metric,
                         value=value,
-                        dataset_revision=about["data"].get("revision"),
+                        dataset_revision=revision,
                         date=result.get("date"),
                         notes=(
                             f"{protocol}; {n:,} items of {split}"

@@ -77,7 +77,7 @@ def load_items(
     is_sample, reason = data == "sample", ""
     if data == "hub":
         try:
-            records, name = hub_records(HUB_ID, "validation"), f"{HUB_ID} (validation)"
+            records, name = hub_records(HUB_ID, "validation")
         except HubUnavailableError as error:
             is_sample = True
             reason = f" ({HUB_ID} is not available: {error}; give a local copy of it to score that)"

@@ -183,7 +183,7 @@ def test_blimp_limit_takes_paradigms_in_turn_and_published_phenomena(tokenizer, 
 def test_blimp_reads_all_subsets_of_the_hub(tokenizer, monkeypatch):
     def one_record(dataset, split, name):
         record = {"sentence_good": "It is so.", "sentence_bad": "It are so.", "UID": name, "linguistics_term": "x"}
-        return [(record, f"{dataset} {split} {name}")]
+        return [(record, f"{dataset} {split} {name}")], f"{dataset} ({split})"
 
     monkeypatch.setattr(items, "hub_records", one_record)
     loaded = Blimp().load(tokenizer)

@@ -366,7 +366,10 @@ def test_card_has_the_facts_of_the_run(checkpoint, tmp_path):
 def test_metadata_has_only_scores_of_full_data_sets(checkpoint, tmp_path, n, source):
     path = results_file(tmp_path / "results.json", checkpoint)
     change(path, "results", "hellaswag", n=n)
-    change(path, "tasks", "hellaswag", "data", source=f"Rowan/hellaswag (validation), {source} items")
+    revision = "d" * 40
+    change(
+        path, "tasks", "hellaswag", "data", source=f"Rowan/hellaswag (validation, revision {revision}), {source} items"
+    )
     files = collect_files(checkpoint, "user/name", results=[path]).files
     assert len(ModelCard(files["README.md"].decode()).data.eval_results) == (2 if n == 10042 else 1)
     if n != 10042:
@@ -375,6 +378,7 @@ def test_metadata_has_only_scores_of_full_data_sets(checkpoint, tmp_path, n, sou
     content = yaml.safe_load(files[".eval_results/hellaswag.yaml"])
     [entry] = parse_eval_result_entries(content)  # as huggingface_hub reads the Hub's answer
     assert (entry.dataset_id, entry.task_id, entry.value) == ("Rowan/hellaswag", "acc_norm", 0.2955)
+    assert entry.dataset_revision == revision
     assert entry.notes.startswith("the most probable a token; 10,042 items of validation, standard error 0.0046; ")
     assert "python -m eval --model MODEL --tasks hellaswag" in entry.notes
 
