@@ -9,7 +9,7 @@ Read `train_steps` first: (a) evaluate, (b) save, (c) take one optimizer step, (
     accelerate launch train.py --config ... --resume auto             continue from the newest checkpoint
     accelerate launch train.py --config ... --push_to_hub USER/NAME   share the last checkpoint, privately
 
-Writes into --output_dir (runs/<recipe>):
+Writes into --output_dir (runs/<recipe>, or runs/<name of the text>):
 
     checkpoints/step_000100/   a Hugging Face folder: AutoModelForCausalLM.from_pretrained opens it
                                (checkpoints/best is an alias, not a folder: the one with the lowest validation loss,

@@ -1,7 +1,7 @@
 r"""Train models of several sizes by several recipes, and compare what each recipe needs to reach a validation loss.
 
-    python -m benchmarks.race benchmarks/races/final.yaml --out runs/final
-    python -m benchmarks.race benchmarks/races/final.yaml --plan           what is left, and how long it takes
+    python -m benchmarks.race benchmarks/races/adamw_7m.yaml
+    python -m benchmarks.race benchmarks/races/adamw_7m.yaml --plan        what is left, and how long it takes
 
 A plan is a YAML file. Settings are train.py's, by dotted name; a recipe's go over its size's, and those over the
 common ones:
@@ -38,6 +38,7 @@ from benchmarks.runs import ROOT, Plan, Run, Trainer, code_fingerprint, label, r
 from common.errors import UserError
 from common.files import atomic_write
 from common.markdown import table
+from data.manifest import open_split
 from training.estimate import format_duration
 
 Results = dict[str, dict[str, dict[int, dict[str, Any]]]]  # by size, by recipe with its share, and by seed
@@ -86,6 +87,8 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     done = {run.name: result for run in plan.runs if (result := trainer.result(run)) is not None}
     left = [run for run in plan.runs if run.name not in done]
     if left and not args.table:
+        for folder in {run.settings["data.path"] for run in left}:
+            open_split(folder, "train")  # an error about the data here, and not in the log of the first run
         print_plan(trainer, left, len(done), args.jobs)
         if args.plan:
             return

@@ -109,7 +109,7 @@ def _matches(pattern: Path) -> list[Path]:
     if pattern.name != BEST:
         return sorted(start.glob(str(pattern.relative_to(pattern.anchor))))
     folders = sorted(start.glob(str(pattern.parent.relative_to(pattern.anchor))))
-    return [folder / BEST for folder in folders if list_checkpoints(folder)]
+    return [folder / BEST for folder in folders if best_of(list_checkpoints(folder)) is not None]
 
 
 def find_damage(folder: str | os.PathLike) -> str | None:

@@ -17,6 +17,7 @@ from common.cli import shell_quote
 from common.errors import one_line
 from common.files import write_text_atomically
 from data import DataError
+from data.corpora import CORPORA
 from data.shards import HEADERLESS_NAMES, REMEDY, Shard, open_shard, reading
 from data.tokenizer import GPT2, Tokenizer, Vocabulary
 
@@ -195,10 +196,10 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
             f"make shards with `python -m data.prepare files {shell_quote(folder)} --out DIR`"
         )
     if not folder.is_dir():
+        source = folder.name if folder.name in CORPORA else "files YOUR_TEXT"
         raise DataError(
             f"no data in {folder}: the folder does not exist{_similar_names(folder)} Make it with "
-            f"`python -m data.prepare files YOUR_TEXT --out {shell_quote(folder)}` (or `sample`, for the offline "
-            "sample)"
+            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample)"
         )
     manifest = read_manifest(folder)
     if manifest is not None:

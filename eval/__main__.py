@@ -10,6 +10,7 @@ Several GPUs share the items: accelerate launch -m eval --model CHECKPOINT ...
 import argparse
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def _format_table(args: argparse.Namespace, device: str, result: dict[str, Any])
         for metric, description in task["figures"].items():
             value, error = metrics[metric], metrics.get(f"{metric}_stderr")
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            if isinstance(error, float):
+            if isinstance(error, float) and not math.isnan(error):  # nan: of a single item
                 text += f" ± {error:.4f}"
             published_value = published.get(name, {}).get(metric)
             rows.append((name, metric, text, f"{published_value:.4f}" if published_value else "", description))

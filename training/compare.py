@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli import Parser, prepare_process, run_command
+from common.cli import Parser, prepare_process, run_command, say
 
 if __name__ == "__main__":
     prepare_process()
@@ -49,6 +49,8 @@ class Run(NamedTuple):
     name: str
     experiment: str
     """equal for runs that differ only in the seed"""
+    data: str | None
+    """hash of the training data; None for shards without a manifest"""
     parameters: int
     tokens: int
     val_losses: list[tuple[int, float, float]]
@@ -67,13 +69,16 @@ def compare(argv: Sequence[str] | None) -> None:
     """Print the table and draw the picture."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a pattern")
-    parser.add_argument("--out", type=Path, default=Path("comparison.png"), help="picture (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/comparison.png"), help="picture (default: %(default)s)")
     args = parser.parse_args(argv)
     groups: dict[str, list[Run]] = defaultdict(list)
     for folder in run_folders(args.runs):
         run = read_run(folder)
         groups[run.experiment].append(run)
     print(table([*groups.values()]))
+    if len({run.data for runs in groups.values() for run in runs}) > 1:
+        say("warning: these runs have different data, so their losses are not comparable")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     draw([*groups.values()], args.out)
     print(f"\n{args.out}")
 
@@ -117,7 +122,7 @@ def read_run(folder: Path) -> Run:
     rates = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
     rate = statistics.median(rates) if rates else math.nan
     key = json.dumps([experiment, data], sort_keys=True)
-    return Run(folder.name, key, parameters, tokens, val_losses, hellaswag, rate)
+    return Run(folder.name, key, data, parameters, tokens, val_losses, hellaswag, rate)
 
 
 def table(groups: list[list[Run]]) -> str:

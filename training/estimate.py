@@ -53,7 +53,8 @@ class Hardware(NamedTuple):
 
     def describe(self) -> str:
         """Return the console's line."""
-        threads = f", {torch.get_num_threads()} threads each" if self.device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s'[: count > 1]} each" if self.device.type == "cpu" else ""
         return (
             f"hardware  {self.num_processes} x {self.name}{threads}, mixed precision {self.mixed_precision}, peak "
             f"{self.peak_flops / 1e12:,.3g} TFLOP/s each ({self.peak_source})"

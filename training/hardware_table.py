@@ -21,6 +21,7 @@ _BLOCK_BYTES = 143  # per token, block and element of the width
 _LOGIT_BYTES = 5.2  # per token and entry of the vocabulary
 _MICRO_BATCH_BYTES = 12  # per parameter: adding up gradients
 _STEP_BYTES = 52  # per parameter: clipping, AdamW, zeroing
+_SHORT_STEP = 0.01  # seconds
 
 SIZES = {"124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
 # Sequences of 1,024 tokens that `--batch.micro_batch_size auto` found for each of SIZES on a GPU that computes nothing,
@@ -124,7 +125,10 @@ def tokens_per_s(plan: Plan, card: Card, micro_batch_size: int) -> float:
 
 def describe_cards(plan: Plan, card: str | None) -> str:
     """Return the console's lines about one card, or about the usual ones of clouds."""
-    lines = [estimate_on_card(plan, key).describe() for key in ([card] if card else ("a100", "h100", "h200"))]
+    estimates = [estimate_on_card(plan, key) for key in ([card] if card else ("a100", "h100", "h200"))]
+    lines = [estimate.describe() for estimate in estimates]
+    if any(plan.batch.tokens_per_step < _SHORT_STEP * estimate.tokens_per_s for estimate in estimates):
+        lines.append("          steps this short wait for the start of their kernels: expect longer times")
     basis = f"estimated for one card, compiled, at list prices of {PRICES_DATE}; docs/hardware.md has the basis"
     return "\n".join([*lines, f"          ({basis})"])
 
