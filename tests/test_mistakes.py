@@ -73,6 +73,7 @@ FILES = {
 MISTAKES = [
     # Data that is not there; the default recipe makes its sample under its own name only.
     ("data_default_recipe", "train --data.path shards/mine", "no data in shards/mine", "data.prepare files"),
+    ("data_of_a_corpus", "train --data.path shards/fineweb-edu", "`python -m data.prepare fineweb-edu --out"),
     ("data_near_name", "train --data.path shards/shakespear", "did you mean shards/shakespeare?"),
     ("data_quoted", "train --data.path 'my shards'", "--out 'my shards'"),
     ("data_is_a_text_file", "train --data.path text.yaml", "train.py --text text.yaml"),

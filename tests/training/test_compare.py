@@ -9,11 +9,11 @@ from training.compare import main
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, losses, *, seed=1, lr=1e-3, parameters=1000):
+    def make(name, losses, *, seed=1, lr=1e-3, parameters=1000, data="x"):
         folder = tmp_path / name
         folder.mkdir()
         config = {"seed": seed, "output_dir": str(folder), "optim": {"lr": lr}}
-        provenance = {"config": config, "model": {"parameters": parameters}, "data": {"train_sha256": "x"}}
+        provenance = {"config": config, "model": {"parameters": parameters}, "data": {"train_sha256": data}}
         (folder / "provenance.json").write_text(json.dumps(provenance))
         records = []
         for step, loss in enumerate(losses):
@@ -37,6 +37,14 @@ def test_runs_that_differ_only_in_the_seed_are_a_group(make_run, tmp_path, capsy
     assert rows[0] == "| fast | 1 | 1,000 | 100 | 4.0000 | - | 0.10 | 50 |"
     assert rows[1] == "| adamw_1 to adamw_2 | 2 | 1,000 | 200 | 4.1000 ± 0.1414 | - | 0.20 | 50 |"
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_on_different_data_are_not_compared_in_silence(make_run, tmp_path, capsys):
+    for name, data in (("a", "x"), ("b", "x"), ("c", "y")):
+        make_run(name, [9.0, 5.0], data=data)
+    for names, is_warned in (("ab", False), ("abc", True)):
+        assert main([*(str(tmp_path / name) for name in names), "--out", str(tmp_path / "new" / "out.png")]) == 0
+        assert ("different data" in capsys.readouterr().out) == is_warned
 
 
 def test_what_is_not_a_run_is_an_error(make_run, tmp_path, capsys):
