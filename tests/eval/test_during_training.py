@@ -144,8 +144,14 @@ def test_two_processes_give_the_result_of_one(model, batches, hellaswag, parity,
     assert results[1].samples == expected.samples
     assert results[0].samples == []  # not the main process
 
+    # A task that fails on either process has no scores on both.
+    other = shares[1]
+    shares[:] = [other._replace(results=other.results | {"parity": during_training._Failure("it broke", False)})]
+    result = make_evaluation(tasks=tasks, val_batches={"a": lambda _: batches[::2]}, prompts=[])(model, model)
+    assert result.scores == {} and result.hellaswag == pytest.approx(expected.hellaswag)
+
     # A stop request to either process ends the evaluation on both.
-    shares[:] = [shares[1]._replace(is_stop_requested=True)]
+    shares[:] = [other._replace(is_stop_requested=True)]
     assert make_evaluation(val_batches={"a": lambda _: batches[::2]})(model, model) is None
 
 
