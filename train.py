@@ -15,7 +15,7 @@ Writes into --output_dir (runs/<recipe>, or runs/<name of the text>):
                                (checkpoints/best is an alias, not a folder: the one with the lowest validation loss,
                                for --resume, --init_from, sample.py, eval and hub)
     metrics.jsonl              one object per training step, one per evaluation
-    curves.png                 losses and HellaSwag over tokens
+    curves.png                 losses and scores over tokens
     report.html                the run on one page: results, curves, samples, settings, provenance
     tensorboard/               the same numbers for TensorBoard
     provenance.json            settings, code, versions, hardware, data: what made this run
@@ -59,15 +59,14 @@ from data.prepare import prepare_sample_if_missing
 from data.shards import Shard
 from data.text_cache import prepare_text
 from data.tokenizer import Tokenizer, check_same_tokenizer
-from eval.during_training import TrainingEvaluation, check_prompts
-from eval.hellaswag.task import LECTURE
-from eval.hellaswag.task import Task as HellaSwag
-from eval.published import published_lines
+from eval.during_training import TrainingEvaluation, check_prompts, load_task
+from eval.published import reference_lines
+from eval.task import task_class
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
-from training.config import SHAPE, Config, apply_shape, load_config, load_shape
+from training.config import SHAPE, Config, apply_shape, load_config, load_shape, task_settings
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, make_plan, warn_of_repetition
 from training.garbage import collector_restored, stop_collecting
@@ -150,10 +149,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, resume_fingerprint, keep)
         cleanup.callback(checkpoints.close)
         settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
-        losses: dict[str, float] = {}
-        scores: dict[str, float] = {}
-        if tokenizer.is_gpt2:  # losses of another tokenizer are not comparable
-            losses, scores = published_lines(model_config, data_info["source"], evaluation.hellaswag)
+        tasks = [task for task, _ in evaluation.tasks]
+        losses, scores = reference_lines(model_config, data_info["source"], tasks, is_gpt2_tokenizer=tokenizer.is_gpt2)
         log = RunLog(run.path, plan, settings, state.step, loss_lines=baselines | losses, score_lines=scores)
         cleanup.enter_context(log)
         # A resumed run warns if the learning rate of its last step is not the one in its log.
@@ -193,7 +190,7 @@ def train_steps(
         # (a) Evaluate every eval_every steps and at both ends.
         if (is_last or state.step % config.eval_every == 0) and not state.evaluated and not is_stopped:
             with unsharded_model(models) as (eval_model, loss_model), accelerator.autocast():
-                result = evaluation.run(eval_model, loss_model, micro_batch_size)
+                result = evaluation.run(eval_model, loss_model, micro_batch_size, step=state.step, is_last=is_last)
             if result is None:  # a request to stop came in
                 is_stopped = True
             else:
@@ -263,6 +260,9 @@ def print_dry_run(config: Config, accelerator: Accelerator, plan: Plan) -> int:
         epochs = plan.total_tokens * float(share) / tokens
         say(f"data      {folder}: {tokens:,} training tokens; the run is {epochs:.2f} epochs")
         warn_of_repetition(folder, epochs)
+    for task in task_settings(config):
+        task_class(task.name)  # raises an error for an unknown name
+        say(f"task      {task.name}, limit {task.limit or 'none'}, every {task.every:,} steps")
     say(f"run       {config.output_dir} (dry run: nothing was written)")
     return 0
 
@@ -309,22 +309,21 @@ def make_evaluation(
     val_sources: dict[str, list[Shard]],
     stop: StopRequest,
 ) -> TrainingEvaluation:
-    """Open HellaSwag, and check that items and prompts fit the model's context."""
+    """Load the tasks, and check that items and prompts fit the model's context."""
     n_positions = config.model.n_positions
     tokenizer = shards_tokenizer.hf(model_max_length=n_positions)
     check_prompts(tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=n_positions)
-    hellaswag = None
-    if config.eval.hellaswag is not None:
-        task = HellaSwag(data=config.eval.hellaswag, limit=config.eval.hellaswag_limit, prompts=(LECTURE,))
-        hellaswag = run_on_main(task.load, tokenizer, n_positions)
-        say(f"hellaswag {hellaswag.data.description}")
+    tasks = []
+    for name, data, limit, every in task_settings(config):
+        tasks.append((run_on_main(load_task, name, data, limit, tokenizer, n_positions), every))
+        say(f"{name:<9} {tasks[-1][0].data.description}{f', every {every:,} steps' * (every != config.eval_every)}")
     return TrainingEvaluation(
         val_batches={
             folder: partial(loader.val_batches, shards, max_tokens=config.eval.val_tokens // len(val_sources))
             for folder, shards in val_sources.items()
         },
         val_weights=loader.weights,
-        hellaswag=hellaswag,
+        tasks=tasks,
         tokenizer=tokenizer,
         prompts=config.eval.prompts,
         sample_tokens=config.eval.sample_tokens,

@@ -1,23 +1,26 @@
-"""Evaluate during training: validation loss, HellaSwag and samples, on all processes of the run together."""
+"""Evaluate during training: validation loss, tasks and samples, on all processes of the run together."""
 
+import contextlib
 import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from common.cli import encodable
+from common.cli import say
+from common.errors import UserError, one_line
 from eval import EvalError
-from eval.scoring import Model, Tokenizer
-from eval.task import ItemResult, LoadedTask, interleave_ranks, score_items
+from eval.hellaswag.task import LECTURE
+from eval.scoring import Model, NotFiniteError, Tokenizer
+from eval.task import ItemResult, LoadedTask, interleave_ranks, score_items, task_class
 
+T = TypeVar("T")
 Batch = tuple[Tensor, Tensor, Tensor | None]
 """inputs, targets and position_ids (None for 0 ... T - 1), each [rows, T] int64; data.loader.Batch is one"""
 
@@ -42,18 +45,29 @@ class EvaluationResult:
     """HellaSwag's metrics, n, num_truncated and is_sample; None if it was not scored"""
     hellaswag_seconds: float
     """time for HellaSwag on the slowest process"""
+    scores: dict[str, dict[str, float]]
+    """the same of each other task that was scored, its main metric first"""
+    score_seconds: dict[str, float]
+    """time for each of them on the slowest process"""
     seconds: float
     """time for the evaluation, without the samples"""
     samples: list[str]
-    """a continuation of each prompt on the main process; none if the loss is not finite"""
+    """a continuation of each prompt on the main process; none if the loss or log-likelihoods are not finite"""
+
+
+class _Failure(NamedTuple):
+    """Why a task has no scores."""
+
+    reason: str
+    is_diverged: bool  # the model is to blame, and may be better at the next evaluation
 
 
 class _Share(NamedTuple):
-    """The results of one process."""
+    """The results of one process, up to a stop request."""
 
-    losses: list[tuple[float, int]]  # `validation_loss` of each folder, up to a stop request
-    item_results: list[ItemResult] | None  # None: HellaSwag was not scored
-    hellaswag_seconds: float
+    losses: list[tuple[float, int]]  # `validation_loss` of each folder
+    results: dict[str, list[ItemResult] | _Failure]  # by task
+    seconds: dict[str, float]
     is_stop_requested: bool
 
 
@@ -69,8 +83,8 @@ class TrainingEvaluation:
     """of each folder: called with a batch size, returns this process's share of the validation batches"""
     val_weights: Sequence[float] = (1.0,)
     """of the folders, in order; they add up to 1"""
-    hellaswag: LoadedTask | None
-    """HellaSwag with all its items; None to leave it out"""
+    tasks: Sequence[tuple[LoadedTask, int]]
+    """with the steps between scorings"""
     tokenizer: Tokenizer
     prompts: Sequence[str]
     """the beginnings of the samples"""
@@ -79,8 +93,11 @@ class TrainingEvaluation:
     seed: int
     """of the samples"""
     stop: StopRequest
+    _failed: set[str] = field(default_factory=set)  # tasks that are not scored again
 
-    def run(self, model: Model, loss_model: nn.Module, batch_size: int) -> EvaluationResult | None:
+    def run(
+        self, model: Model, loss_model: nn.Module, batch_size: int, *, step: int, is_last: bool
+    ) -> EvaluationResult | None:
         """Evaluate a model and return the results, or None after a stop request to any process.
 
         Call it on every process, within the run's autocast.
@@ -89,55 +106,110 @@ class TrainingEvaluation:
             model: the unwrapped and unsharded model, in eval mode.
             loss_model: the same model, compiled or not, for the validation loss.
             batch_size: of the validation loss.
+            step: tasks are scored at multiples of their intervals.
+            is_last: score all tasks.
         """
         start = time.perf_counter()
-        shares: list[_Share] = gather_object([self._score_share(model, loss_model, batch_size)])
+        tasks = [task for task, every in self.tasks if is_last or step % every == 0]
+        tasks = [task for task in tasks if task.name not in self._failed]
+        shares: list[_Share] = gather_object([self._score_share(model, loss_model, batch_size, tasks)])
         if any(share.is_stop_requested for share in shares):
             return None
         sums = [map(sum, zip(*folder, strict=True)) for folder in zip(*(s.losses for s in shares), strict=True)]
         losses = [loss_sum / num_tokens for loss_sum, num_tokens in sums]
         val_loss = sum(weight * loss for weight, loss in zip(self.val_weights, losses, strict=True))
-        item_results = [share.item_results for share in shares if share.item_results is not None]
-        metrics = None
-        if self.hellaswag is not None and len(item_results) == len(shares):
-            metrics = self.hellaswag.task.aggregate(interleave_ranks(item_results))
-            metrics["is_sample"] = self.hellaswag.data.is_sample
+        is_diverged = not math.isfinite(val_loss)
+        scores, score_seconds = {}, {}
+        for task in tasks:
+            result = _scores_of(task, [share.results[task.name] for share in shares])
+            if isinstance(result, _Failure):
+                is_diverged |= result.is_diverged
+                again = "" if result.is_diverged else "; it is left out until the run is resumed"
+                say(f"warning: {task.name} was not scored: {result.reason}{again}")
+                self._failed.update([] if result.is_diverged else [task.name])
+            else:
+                scores[task.name] = result
+                score_seconds[task.name] = max(share.seconds[task.name] for share in shares)
         seconds = time.perf_counter() - start
-        is_broken = not math.isfinite(val_loss) or (self.hellaswag is not None and metrics is None)
         samples: list[str] = []
-        if PartialState().is_main_process and not is_broken:
+        if PartialState().is_main_process and not is_diverged:
             samples = sample_texts(model, self.tokenizer, self.prompts, num_tokens=self.sample_tokens, seed=self.seed)
         gc.collect()  # generate leaves cycles of objects, and training switches the collector off
         return EvaluationResult(
             val_loss=val_loss,
             val_losses=dict(zip(self.val_batches, losses, strict=True)) if len(losses) > 1 else None,
-            hellaswag=metrics,
-            hellaswag_seconds=max(share.hellaswag_seconds for share in shares),
+            hellaswag=scores.pop("hellaswag", None),
+            hellaswag_seconds=score_seconds.pop("hellaswag", 0.0),
+            scores=scores,
+            score_seconds=score_seconds,
             seconds=seconds,
             samples=samples,
         )
 
-    def _score_share(self, model: Model, loss_model: nn.Module, batch_size: int) -> _Share:
-        losses: list[tuple[float, int]] = []
-        item_results, seconds = None, 0.0
-        try:
+    def _score_share(self, model: Model, loss_model: nn.Module, batch_size: int, tasks: Sequence[LoadedTask]) -> _Share:
+        state, losses, results, seconds = PartialState(), [], {}, {}
+        with contextlib.suppress(_Stopped):
             for batches in self.val_batches.values():
                 losses.append(validation_loss(loss_model, batches(batch_size), on_batch=self._check_stop))
-            if self.hellaswag is not None:
-                state = PartialState()
-                items = self.hellaswag.items[state.process_index :: state.num_processes]
+            for task in tasks:
+                items = task.items[state.process_index :: state.num_processes]
                 start = time.perf_counter()
-                item_results = score_items(self.hellaswag.task, model, items, on_batch=self._check_stop)
-                seconds = time.perf_counter() - start
-        except _Stopped:
-            pass
-        except EvalError as error:  # a diverged model, which its losses show too
-            tqdm.write(encodable(f"warning: HellaSwag was not scored: {error}"))
-        return _Share(losses, item_results, seconds, self.stop.is_requested)
+                results[task.name] = _attempt(score_items, task.task, model, items, on_batch=self._check_stop)
+                seconds[task.name] = time.perf_counter() - start
+        return _Share(losses, results, seconds, self.stop.is_requested)
 
     def _check_stop(self, *_: object) -> None:
         if self.stop.is_requested:
             raise _Stopped
+
+
+def _attempt(function: Callable[..., T], *args: Any, **kwargs: Any) -> T | _Failure:
+    """Return the function's result, or its error: a failing task does not end the run."""
+    try:
+        return function(*args, **kwargs)
+    except _Stopped:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return _Failure(kind + one_line(error), isinstance(error, NotFiniteError))
+
+
+def _scores_of(task: LoadedTask, shares: Sequence[list[ItemResult] | _Failure]) -> dict[str, float] | _Failure:
+    """Return a task's metrics, the main one first, n, num_truncated and is_sample, from the shares of all processes."""
+    failures = [share for share in shares if isinstance(share, _Failure)]
+    metrics = failures[0] if failures else _attempt(task.task.aggregate, interleave_ranks(shares))
+    if isinstance(metrics, _Failure):
+        return metrics
+    names = [task.task.main_metric, *task.task.metrics]
+    return {name: metrics[name] for name in names if name in metrics} | metrics | {"is_sample": task.data.is_sample}
+
+
+def load_task(
+    name: str, data: str | None, limit: int | str | None, tokenizer: Tokenizer, max_length: int
+) -> LoadedTask:
+    """Load a task for training; see training.config.TaskSetting.
+
+    Raises:
+        UserError: the task does not exist, or its items are missing, malformed or too long for the model.
+    """
+    settings: dict[str, Any] = {} if data is None else {"data": data}
+    if name == "hellaswag":
+        settings["prompts"] = (LECTURE,)  # scoring both prompts would take twice as long
+    if isinstance(limit, int):
+        settings["limit"] = limit
+    try:
+        task = task_class(name)(**settings)
+        loaded = task.load(tokenizer, max_length)
+    except EvalError as error:
+        raise EvalError(str(error).replace(f"--data {name}=", f"eval.task_data {name}: ")) from error
+    if not isinstance(limit, str):
+        return loaded
+    # Evenly spread, since some tasks have one kind of items after the other. `limit` marks CORE as partial.
+    total = len(loaded.items)
+    count = max(2, total * int(limit.removesuffix("%")) // 100)
+    items = [loaded.items[index * total // count] for index in range(count)]
+    data_info = replace(loaded.data, description=f"{loaded.data.description}, {limit} of them")
+    return LoadedTask(replace(task, limit=count), items, data_info)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -96,21 +97,25 @@ def find_corpus(source: Any) -> str | None:
     return matches[0] if len(matches) == 1 else None  # two matches are ambiguous
 
 
-def published_lines(
-    shape: "GPT2ReproConfig", data_source: Any, hellaswag: "LoadedTask | None"
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return ({name: loss}, {name: acc_norm}) of models of this size that can be compared with a training run's.
+def reference_lines(
+    shape: "GPT2ReproConfig", data_source: Any, tasks: "Sequence[LoadedTask]", *, is_gpt2_tokenizer: bool
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Return ({name: loss}, {task: {name: main metric}}) of chance and of models of a training run's size.
 
     Args:
         shape: has n_layer and n_embd.
         data_source: where the training data came from, see `find_corpus`.
-        hellaswag: None if it is not scored.
+        tasks: those that the run scores.
+        is_gpt2_tokenizer: if not, published results are not comparable.
     """
     corpus = find_corpus(data_source)
-    models = [model for model in GPT2 + GPT3 if model.size == (shape.n_layer, shape.n_embd)]
+    models = [m for m in GPT2 + GPT3 if m.size == (shape.n_layer, shape.n_embd) and is_gpt2_tokenizer]
     losses = {model.name: model.losses[corpus] for model in models if corpus in model.losses}
-    if hellaswag is None or not_comparable_reason(
-        {"is_sample": hellaswag.data.is_sample}, len(hellaswag.items), hellaswag.task.full_size
-    ):
-        return losses, {}
-    return losses, {model.name: model.results["hellaswag"]["acc_norm"] for model in models}
+    scores: dict[str, dict[str, float]] = {}
+    for task, items, data in tasks:
+        metric = task.main_metric or next(iter(task.metrics))
+        lines = scores[task.name] = {} if task.chance is None else {"chance": task.chance}
+        if not_comparable_reason({"is_sample": data.is_sample}, len(items), task.full_size) is None:
+            results = {model.name: model.results.get(task.name, {}) for model in models}
+            lines |= {name: metrics[metric] for name, metrics in results.items() if metric in metrics}
+    return losses, scores

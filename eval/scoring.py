@@ -50,6 +50,10 @@ LENGTH_MULTIPLE: dict[str | None, int] = {"cuda": 16, None: 1}
 VOCABULARY_SLAB: dict[str | None, int] = {"cpu": 1024, None: 4096}
 
 
+class NotFiniteError(EvalError):
+    """The model's log-likelihoods are not finite."""
+
+
 class Request(NamedTuple):
     """A context and its continuations, to be scored."""
 
@@ -113,7 +117,8 @@ def loglikelihoods(
 
     Raises:
         EvalError: an empty context or continuation, a token id outside the vocabulary, a continuation that
-            does not fit the model's context, a result that is not finite, tokens_per_batch below 1.
+            does not fit the model's context, tokens_per_batch below 1.
+        NotFiniteError: a result is not finite.
     """
     model = getattr(model, "_orig_mod", model)  # a compiled model would be recompiled for each batch's shape
     device = next(model.parameters()).device
@@ -273,7 +278,7 @@ def _score_batch(
         log_likelihoods, are_greedy = _plain_pass(model, ids, segment_ids >= 0, *scored)
     log_likelihoods, are_greedy = log_likelihoods.cpu(), are_greedy.cpu()
     if not log_likelihoods.isfinite().all():
-        raise EvalError(
+        raise NotFiniteError(
             "the model's log-likelihoods are not finite: use another checkpoint if its training diverged, or "
             "float32 if its numbers are too large for its dtype"
         )

@@ -58,6 +58,10 @@ class BaseTask:
     """increased by every change that changes the metrics"""
     metrics: ClassVar[dict[str, str]]
     """a description of each metric: what it is, and whose convention"""
+    main_metric: ClassVar[str | None] = None
+    """the metric that training shows; None: the first of `metrics` that the results have"""
+    chance: ClassVar[float | None] = None
+    """the main metric's expected value for guesses"""
     full_size: ClassVar[int | None] = None
     """number of items that published results are computed over"""
 

@@ -128,11 +128,12 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
     launches = [*earlier, provenance]
     init_from, base_model = _initial_weights(launches, folder)
     items = config["eval"].get("hellaswag")
+    paths = {task: _file_name(path) for task, path in (config["eval"].get("task_data") or {}).items()}
     mix = _name_folders(config["data"].get("mix") or {})
     settings = {key: value for key, value in config.items() if key not in _NOT_SHOWN} | {
         "data": {key: value for key, value in config["data"].items() if key not in ("path", "mix", "text")}
         | ({"mix": mix} if mix else {"path": _file_name(config["data"]["path"])}),
-        "eval": config["eval"] | {"hellaswag": items and _file_name(items)},
+        "eval": config["eval"] | {"hellaswag": items and _file_name(items), **({"task_data": paths} if paths else {})},
         "init_from": init_from,
     }
     facts = {

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from fresh_process import Forks
-from tiny_run import RECIPE, ROOT, clean_environment
+from tiny_run import RECIPE, ROOT, clean_environment, scored_task
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before anything imports torch: threads of several tests that wait for each other's take ten times as long.
@@ -81,5 +81,5 @@ def tiny(tmp_path_factory):
 def finished_run(launch, tiny, tmp_path_factory):
     """(run folder, console output) of one undisturbed run of 20 steps."""
     output = tmp_path_factory.mktemp("my runs") / "tiny"  # with a space: printed commands must be quoted
-    done = launch("--config", tiny, "--output_dir", output, "--trackers", "[tensorboard]")
+    done = launch("--config", tiny, "--output_dir", output, "--trackers", "[tensorboard]", *scored_task(tiny))
     return output, done.stdout

@@ -14,7 +14,7 @@ import pytest
 import torch
 from fresh_process import run_on_terminal
 from safetensors.torch import load_file
-from tiny_run import RECIPE, ROOT, TWO_PROCESSES, clean_environment, losses
+from tiny_run import RECIPE, ROOT, TWO_PROCESSES, clean_environment, losses, scored_task
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
@@ -45,10 +45,14 @@ def test_a_run_leaves_what_it_promises(finished_run):
     assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"] - 0.5
     assert evaluations[-1]["hellaswag"]["n"] == 6
     assert evaluations[-1]["hellaswag"]["is_sample"] is True
+    assert [r.get("scores", {}).get("bits_per_byte", {}).get("n") for r in evaluations] == [6, None, 6]
+    assert (
+        f"scores      | bits_per_byte {evaluations[0]['scores']['bits_per_byte']['bits_per_byte']:.4f} (n=6" in console
+    )
     [sample] = evaluations[-1]["samples"]
     assert sample.startswith("The")
     report = (output / "report.html").read_text(encoding="utf-8")
-    for text in ("finished", f"{evaluations[-1]['val_loss']:.4f}", "bigram", html.escape(sample[3:])):
+    for text in ("finished", f"{evaluations[-1]['val_loss']:.4f}", "bigram", "bits_per_byte", html.escape(sample[3:])):
         assert text in report
 
     assert "4 sequences x 32 tokens x 2 accumulated x 1 process(es) = 256 tokens per step" in console
@@ -200,7 +204,7 @@ sys.exit(train.main())
 def test_two_processes_give_the_losses_of_one_and_part(finished_run, launch, tiny, tmp_path):
     (tmp_path / "lingering.py").write_text(LINGERING)
     launch(
-        *("--config", tiny, "--output_dir", tmp_path / "two"),
+        *("--config", tiny, "--output_dir", tmp_path / "two", *scored_task(tiny)),
         accelerate=TWO_PROCESSES,
         script=tmp_path / "lingering.py",
     )
@@ -215,6 +219,8 @@ def test_two_processes_give_the_losses_of_one_and_part(finished_run, launch, tin
         if "val_loss" in a:
             assert a["val_loss"] == pytest.approx(b["val_loss"], abs=2e-5)
             assert a["hellaswag"] == b["hellaswag"]
+            scores = [r.get("scores", {}).get("bits_per_byte") for r in (a, b)]
+            assert scores[0] == pytest.approx(scores[1], abs=2e-5)
     states = load_file(tmp_path / "two" / "checkpoints" / "step_000020" / "training_state" / "rng.safetensors")
     assert states.keys() == {"0.cpu", "1.cpu"}
 
@@ -231,8 +237,9 @@ def test_compile_with_validation_hellaswag_and_samples(finished_run, launch, tin
 
 
 def test_dry_run_writes_nothing(launch, tiny, tmp_path):
-    done = launch("--config", tiny, "--output_dir", tmp_path / "dry", "--dry_run")
+    done = launch("--config", tiny, "--output_dir", tmp_path / "dry", "--dry_run", "--eval.tasks", "core:mini@20")
     assert "5,120 tokens" in done.stdout
+    assert "task      hellaswag, limit 6, every 10 steps\ntask      core, limit 50, every 20 steps\n" in done.stdout
     assert "parameters" in done.stdout
     assert not (tmp_path / "dry").exists()
 
@@ -424,6 +431,19 @@ def test_a_malformed_hellaswag_file(fails, tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n{"ctx": "a"}\n')
     assert f"{path}:2" in fails("--eval.hellaswag", path)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("lambda", ["unknown task 'lambda'", "lambada"]),
+        ("lambada", ["EleutherAI/lambada_openai is not available", "eval.task_data lambada: FILE"]),
+        ("core:mini", ["eval.task_data core: FOLDER"]),
+    ],
+)
+def test_tasks_that_cannot_be_loaded(fails, task, words):
+    message = fails("--eval.tasks", task)
+    assert all(text in message for text in words), message
 
 
 def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, capsys):

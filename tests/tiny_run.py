@@ -31,6 +31,11 @@ def clean_environment(home):
     return environment | one_thread | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
+def scored_task(tiny):
+    """Settings of the task that `finished_run` scores besides HellaSwag."""
+    return "--eval.tasks", "bits_per_byte:6@20", "--eval.task_data", f"{{bits_per_byte: {tiny.parent / 'shards'}}}"
+
+
 def losses(run):
     """Training losses of a run folder, in order of steps."""
     records = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]

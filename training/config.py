@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from common.cli import say
 from common.models import check_name, load_gpt2_config
@@ -33,6 +33,9 @@ from training.settings import (
 VOCAB_SIZE = GPT2ReproConfig().vocab_size  # GPT-2's
 _DATA_NAMES = ("data.path", "data.mix", "data.text")  # a run has one of them
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
+CORE_MINI = 50  # items of each of CORE's tasks
+# A share of bits_per_byte's windows would cut texts into pieces.
+_TASK_LIMIT = r"[2-9]|[1-9]\d{1,8}|(?<!bits_per_byte:)(?:[1-9]\d?|100)%|(?<=core:)mini"
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 
 # Intervals of numbers: [ and ] include the end, ( and ) exclude it. The upper end of a count is above any real run's.
@@ -139,6 +142,12 @@ class EvalConfig:
     null: HellaSwag is not scored"""
     hellaswag_limit: Annotated[int, "[2, 1e9]"] | None = None
     """score only this many items, from the first on; at least 2, since one item has no error bar"""
+    tasks: list[str] = field(default_factory=list)
+    """other tasks of `python -m eval`, as NAME[:LIMIT][@STEPS], such as [lambada:500, core:mini@1000]; LIMIT: a number
+    of items, or a share such as 10% (core:mini: 50 items of each of CORE's tasks); STEPS: a multiple of eval_every.
+    `hellaswag` has the items of eval.hellaswag; its LIMIT and STEPS replace eval.hellaswag_limit and eval_every"""
+    task_data: dict[str, str] | None = None
+    """where the tasks find their items, as --data of `python -m eval`: {lambada: FILE, core: FOLDER}; null: the Hub"""
     prompts: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])
     """texts that the model continues, to be read by a person"""
     sample_tokens: Count = 32
@@ -210,6 +219,15 @@ class Config:
     l40s, a100_40, a100, h100_pcie, h100, h200, b200, mi300x"""
 
 
+class TaskSetting(NamedTuple):
+    """A task that is scored during training."""
+
+    name: str
+    data: str | None  # where its items are; None: the task's default
+    limit: int | str | None  # number of items to score, or a share such as "10%"; None: all
+    every: int  # steps between scorings
+
+
 def load_config(argv: Sequence[str]) -> Config:
     """Read a run's settings, and check all that can be checked without knowing the hardware.
 
@@ -254,6 +272,9 @@ def load_config(argv: Sequence[str]) -> Config:
     if config.data.mix is not None:
         config.data.mix = {str(_expand_path("data.mix", path)): weight for path, weight in config.data.mix.items()}
         _check_mix(config, config.data.mix)
+    if config.eval.task_data is not None:
+        paths = config.eval.task_data.items()
+        config.eval.task_data = {name: str(_expand_path(f"eval.task_data {name}", path)) for name, path in paths}
     _check(config)
     return config
 
@@ -294,6 +315,7 @@ def _check(config: Config) -> None:
         )
     if config.push_to_hub is None and config.push_public:
         raise TrainingError("push_public needs push_to_hub=USER/NAME, the repository to push to")
+    task_settings(config)
     checkout = DEFAULT_RECIPE.parent.parent
     assert config.output_dir is not None  # load_config has set it
     if Path(config.output_dir).absolute() in (checkout, *checkout.parents):
@@ -333,6 +355,41 @@ def _check_mix(config: Config, mix: dict[str, float]) -> None:
             f"eval.val_tokens={config.eval.val_tokens} is less than a sequence of "
             f"batch.seq_len={config.batch.seq_len} for each of the {len(mix)} folders of data.mix"
         )
+
+
+def task_settings(config: Config) -> list[TaskSetting]:
+    """Return the tasks that training scores: those of eval.tasks, and HellaSwag as eval.hellaswag has it.
+
+    Raises:
+        TrainingError: an entry of eval.tasks is not possible, or contradicts another setting.
+    """
+    sources = {"hellaswag": config.eval.hellaswag or "hub", **(config.eval.task_data or {})}
+    tasks: dict[str, TaskSetting] = {}
+    for text in config.eval.tasks:
+        match = re.fullmatch(rf"(\w+)(?::({_TASK_LIMIT}))?(?:@([1-9]\d{{0,8}}))?", text)
+        if match is None:
+            raise TrainingError(
+                f"eval.tasks: {format_value(text)} is not NAME[:LIMIT][@STEPS], with LIMIT a number from 2, 1% to 100% "
+                "(not for bits_per_byte) or mini (only for core); for tasks of lm-eval use python -m eval"
+            )
+        name, limit, steps = match.groups()
+        every = int(steps or config.eval_every)
+        if name in tasks:
+            raise TrainingError(f"eval.tasks: {name} is listed twice; list it once")
+        if every % config.eval_every:
+            nearest = nearest_multiples(every, config.eval_every)
+            raise TrainingError(f"eval.tasks: {text} needs a multiple of eval_every={config.eval_every}: @{nearest}")
+        items = int(limit) if str(limit).isdigit() else CORE_MINI if limit == "mini" else limit
+        if name == "hellaswag":
+            items = items or config.eval.hellaswag_limit
+        tasks[name] = TaskSetting(name, sources.get(name), items, every)
+    for name in config.eval.task_data or {}:
+        if tasks and name not in tasks:
+            raise TrainingError(f"eval.task_data has {name}, which eval.tasks does not have: add it, or leave it out")
+    if config.eval.hellaswag is not None and "hellaswag" not in tasks:
+        own = TaskSetting("hellaswag", config.eval.hellaswag, config.eval.hellaswag_limit, config.eval_every)
+        return [own, *tasks.values()]
+    return [*tasks.values()]
 
 
 def load_shape(

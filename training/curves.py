@@ -1,5 +1,7 @@
-"""Draw curves.png: losses and HellaSwag accuracy over training tokens."""
+"""Draw curves.png: losses and the scores of tasks over training tokens."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,28 +19,32 @@ def plot_curves(
     title: str,
     *,
     loss_lines: Mapping[str, float],
-    hellaswag_lines: Mapping[str, float],
+    score_lines: Mapping[str, Mapping[str, float]],
 ) -> None:
-    """Draw training and validation loss, and HellaSwag accuracy if it was scored, over training tokens.
+    """Draw training and validation loss, and a panel for HellaSwag and up to three other tasks, over training tokens.
 
     Args:
         records: of metrics.jsonl.
         path: the PNG file to write.
         loss_lines: {name: value} of horizontal lines, such as OpenAI's models on the same data.
-        hellaswag_lines: the same for HellaSwag.
+        score_lines: the same for each task.
     """
     # Imported here: it takes half a second, which the first step should not wait for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    has_scores = any(r.get("hellaswag") for r in records)
-    figure = Figure(figsize=(12 if has_scores else 7, 4.5), layout="constrained")
+    tasks = tasks_to_draw(records)
+    rows = 1 if len(tasks) < 3 else 2
+    columns = math.ceil((1 + len(tasks)) / rows)
+    figure = Figure(figsize=((7, 12, 17)[columns - 1], 4.5 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    axes = figure.subplots(1, 2 if has_scores else 1, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     draw_losses(axes[0], records, loss_lines)
-    if has_scores:
-        draw_hellaswag(axes[1], records, hellaswag_lines)
+    for number, task in enumerate(tasks, start=1):
+        draw_scores(axes[number], records, score_lines.get(task, {}), task)
+    for unused in axes[len(tasks) + 1 :]:
+        unused.remove()
     with atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, format="png", dpi=120)
 
@@ -81,25 +87,55 @@ def draw_losses(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[
     _finish_axes(axes)
 
 
-def draw_hellaswag(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[str, float]) -> None:
-    """Draw HellaSwag's accuracies. At least one record must have them; see `plot_curves`."""
-    scored = [r for r in records if r.get("hellaswag")]
-    tokens = [r["tokens"] for r in scored]
-    for key, label in (("acc_norm", "per token (acc_norm)"), ("acc", "sum (acc)")):
-        axes.errorbar(
-            tokens,
-            [r["hellaswag"][key] for r in scored],
-            yerr=[r["hellaswag"][f"{key}_stderr"] for r in scored],
-            fmt="o-",
-            ms=4,
-            capsize=2,
-            label=label,
+def draw_scores(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[str, float], task: str) -> None:
+    """Draw a task's main metric with its standard error. At least one record must have it; see `plot_curves`."""
+    scored = [(r["tokens"], scores_of(r)[task]) for r in records if task in scores_of(r)]
+    last = scored[-1][1]
+    title, ylabel = "HellaSwag", "accuracy"
+    labels = {"acc_norm": "per token (acc_norm)", "acc": "sum (acc)"}
+    if last.get("is_sample"):
+        title = "own HellaSwag-like sample, not HellaSwag"
+    if task != "hellaswag":
+        main = metric_names(last)[0]
+        title, ylabel, labels = task, score_name(task, main), {main: f"last: {format_score(last[main])}"}
+    for key, label in labels.items():
+        values, errors = (  # None in metrics.jsonl: not a number
+            [math.nan if scores.get(name) is None else scores[name] for _, scores in scored]
+            for name in (key, f"{key}_stderr")
         )
-    _horizontal_lines(axes, {"chance": 0.25, **lines}, "{:.4g}")
-    items = scored[-1]["hellaswag"]
-    name = "HellaSwag" if not items["is_sample"] else "own HellaSwag-like sample, not HellaSwag"
-    axes.set(ylabel="accuracy", title=f"{name}, {items['n']} items")
+        axes.errorbar([tokens for tokens, _ in scored], values, yerr=errors, fmt="o-", ms=4, capsize=2, label=label)
+    _horizontal_lines(axes, lines, "{:.4g}")
+    axes.set(ylabel=ylabel, title=f"{title}, {last['n']:,} items")
     _finish_axes(axes)
+
+
+def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return a record's scores by task, HellaSwag's first."""
+    hellaswag = {"hellaswag": record["hellaswag"]} if record.get("hellaswag") else {}
+    return hellaswag | record.get("scores", {})
+
+
+def tasks_to_draw(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the tasks that have panels: HellaSwag and the first three others."""
+    tasks = [*dict.fromkeys(task for record in records for task in scores_of(record))]
+    tasks.sort(key=lambda task: task != "hellaswag")
+    return tasks[: 4 if "hellaswag" in tasks else 3]
+
+
+def metric_names(scores: Mapping[str, Any]) -> list[str]:
+    """Return the names of a task's metrics in a record, the main one first."""
+    return [name for name in scores if not re.fullmatch(r"n|is_sample|num_.*|.*_stderr", name)]
+
+
+def score_name(task: str, metric: str) -> str:
+    """Return "lambada acc", or "core" for that metric of the task core."""
+    return task if metric == task else f"{task} {metric}"
+
+
+def format_score(value: float | None) -> str:
+    """Format a proportion, a loss or a perplexity."""
+    value = math.nan if value is None else value
+    return f"{value:.4f}" if value < 100 else f"{value:,.1f}"
 
 
 def moving_average(values: "np.ndarray", width: int) -> "np.ndarray":

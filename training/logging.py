@@ -18,13 +18,14 @@ from common.metrics import read_metrics, recover_metrics
 from common.terminal import TerminalTitle, progress_bar
 from training import TrainingError
 from training.checkpoint import LoopState, run_folder_of
-from training.curves import plot_curves
+from training.curves import format_score, metric_names, plot_curves, score_name, scores_of
 from training.estimate import Plan, format_duration
 from training.provenance import write_provenance
 from training.report import write_report
 from training.run import describe_error
 
 PROJECT = "gpt2-repro"  # in W&B and Trackio
+_MAX_TRACKED = 4  # metrics of a task
 # The time left is the console lines', since tqdm's estimate ignores evaluations and the slow first step.
 _BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
 
@@ -37,7 +38,7 @@ class RunLog:
         settings: all resolved settings.
         first_step: steps taken before this launch.
         loss_lines: {name: value} of horizontal lines in the plot of the losses.
-        score_lines: the same in the plot of HellaSwag.
+        score_lines: the same in the plot of each task.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class RunLog:
         first_step: int,
         *,
         loss_lines: Mapping[str, float],
-        score_lines: Mapping[str, float],
+        score_lines: Mapping[str, Mapping[str, float]],
     ) -> None:
         self._output_dir, self._plan, self._settings = output_dir, plan, settings
         self._tokens_per_step = plan.batch.tokens_per_step
@@ -93,7 +94,7 @@ class RunLog:
         resume_step = None if resume_from is None else step
         self._trackers = start_trackers(self._settings, self._output_dir, resume_step=resume_step)
         self._metrics = MetricsWriter(self.metrics_path, history=history)
-        references = {"loss": dict(self._loss_lines), "hellaswag": dict(self._score_lines)}
+        references = {name: dict(lines) for name, lines in {"loss": self._loss_lines, **self._score_lines}.items()}
         write_provenance(self._output_dir, self._settings, data_info, references, self._plan, state, previous_folder)
 
     def __enter__(self) -> Self:
@@ -162,18 +163,20 @@ class RunLog:
 
         Args:
             result: val_loss, val_losses (of each folder of a mixture; or None), hellaswag (its metrics, n,
-                num_truncated and is_sample; or None), hellaswag_seconds, seconds and samples.
+                num_truncated and is_sample; or None), hellaswag_seconds, scores and score_seconds (the same of other
+                tasks), seconds and samples.
         """
         if self._metrics is None:
             return
         samples = result["samples"]
-        for name in ("val_losses", "samples"):
-            if not result[name]:
-                del result[name]
+        result = {name: value for name, value in result.items() if value not in (None, [], {}) or name == "hellaswag"}
         record = {"step": step, "tokens": step * self._tokens_per_step, **result}
         self._metrics.write(record)
-        scores = record["hellaswag"] or {}
-        tracked = {f"hellaswag_{name}": scores[name] for name in ("acc", "acc_norm") if scores}
+        tracked: dict[str, float] = {}
+        for task, scores in scores_of(record).items():
+            main, *others = metric_names(scores)  # CORE has dozens of others
+            for name in [main, *others] if len(others) < _MAX_TRACKED else [main]:
+                tracked[score_name(task, name).replace(" ", "_")] = scores[name]
         tracked |= {f"val_loss/{folder}": loss for folder, loss in record.get("val_losses", {}).items()}
         self._track(step, {"val_loss": record["val_loss"], **tracked})
         self._console.log_evaluation(record)
@@ -187,7 +190,7 @@ class RunLog:
                 self._output_dir / "curves.png",
                 title=self._title,
                 loss_lines=self._loss_lines,
-                hellaswag_lines=self._score_lines,
+                score_lines=self._score_lines,
             )
         except (OSError, UserError) as error:
             say(f"warning: curves.png could not be written ({error})")
@@ -269,7 +272,8 @@ class MetricsWriter:
     """Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
 
     A step's is {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}, an evaluation's {"step", "tokens",
-    "val_loss", "hellaswag", "hellaswag_seconds", "seconds", "samples"}, and "val_losses" by folder for a mixture.
+    "val_loss", "hellaswag", "hellaswag_seconds", "seconds", "samples"}, with "val_losses" by folder for a mixture, and
+    "scores" and "score_seconds" by task for those of eval.tasks.
     `step` counts optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
 
     Args:
@@ -373,15 +377,12 @@ class ConsoleLog:
         line = f"step {record['step']:>6,} | val loss {record['val_loss']:.4f}"
         if folders := record.get("val_losses"):
             line += f" ({', '.join(f'{folder} {loss:.4f}' for folder, loss in folders.items())})"
-        scores = record["hellaswag"]
-        if scores:
-            truncated = f", {scores['num_truncated']} truncated" if scores["num_truncated"] else ""
-            line += (
-                f" | hellaswag acc_norm {scores['acc_norm']:.4f} ± {scores['acc_norm_stderr']:.4f}"
-                f" ({'SAMPLE items' if scores['is_sample'] else 'items'}, n={scores['n']}{truncated}, "
-                f"{record['hellaswag_seconds']:.1f} s)"
-            )
+        if record["hellaswag"]:
+            line += f" | {_describe_scores('hellaswag', record['hellaswag'], record['hellaswag_seconds'])}"
         say(f"{line} | {record['seconds']:.1f} s")
+        scores = record.get("scores", {}).items()
+        if texts := [_describe_scores(task, values, record["score_seconds"][task]) for task, values in scores]:
+            say(" | ".join([f"{'scores':<11}", *texts]))
 
     def close(self) -> None:
         """Remove the bar and the title."""
@@ -400,6 +401,15 @@ class ConsoleLog:
             mean = sum(self._evaluation_seconds) / len(self._evaluation_seconds)
             seconds_left += mean * math.ceil(steps_left / self._eval_every)
         return seconds_left
+
+
+def _describe_scores(task: str, scores: dict[str, Any], seconds: float) -> str:
+    main = metric_names(scores)[0]
+    error = f" ± {format_score(scores[f'{main}_stderr'])}" if f"{main}_stderr" in scores else ""
+    sample = "SAMPLE items, " if scores["is_sample"] else ""
+    truncated = f", {scores['num_truncated']:,} truncated" if scores["num_truncated"] else ""
+    about = f"{sample}n={scores['n']:,}{truncated}, {seconds:.1f} s"
+    return f"{score_name(task, main)} {format_score(scores[main])}{error} ({about})"
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ train.py writes it when a run ends. The page leaves out what the run's folder do
 
 import argparse
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -30,7 +31,7 @@ from common.files import write_text_atomically
 from common.metrics import read_metrics
 from training.compare import run_folders
 from training.config import Config
-from training.curves import draw_hellaswag, draw_losses
+from training.curves import draw_losses, draw_scores, format_score, metric_names, score_name, scores_of, tasks_to_draw
 from training.estimate import format_duration
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -67,6 +68,7 @@ def write_report(folder: Path, *, failure: str | None = None) -> Path:
     # ChainableUndefined: in the records of earlier versions, fields of fields are missing.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=ChainableUndefined)
     environment.filters |= {"thousands": "{:,}".format, "four_places": "{:.4f}".format}
+    environment.filters |= {"score": format_score, "metric_names": metric_names, "score_name": score_name}
     environment.filters |= {"short_number": short_number, "duration": format_duration, "yaml": _yaml}
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(gather_facts(folder, failure))
     path = folder / "report.html"
@@ -86,7 +88,9 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
     best = min(evaluations, key=lambda r: r["val_loss"], default={})
     settings = provenance.get("config") or {}
     defaults = _flatten(json.loads(json.dumps(dataclasses.asdict(Config()))))
-    lines = provenance.get("references") or {"loss": {}, "hellaswag": {}}
+    lines = {"loss": {}, "hellaswag": {}} | (provenance.get("references") or {})
+    lines["hellaswag"] = {"chance": 0.25} | lines["hellaswag"]  # earlier versions did not record chance
+    last_scored = {task: record for record in evaluations for task in scores_of(record)}
     training_seconds = sum(r.get("ms", 0) for r in steps) / 1000
     rates = [r["tokens_per_s"] for r in steps if "tokens_per_s" in r]
     hardware = provenance.get("hardware") or {}
@@ -108,6 +112,8 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "evaluations": evaluations,
         "rows": thin_out(evaluations, keep=lambda r: r is best),
         "last": evaluations[-1] if evaluations else {},
+        "last_scores": {task: scores_of(record)[task] for task, record in last_scored.items()},
+        "scored_at": {task: record["step"] for task, record in last_scored.items()},
         "best": best,
         "samples": thin_out([r for r in evaluations if r.get("samples")])[::-1],
         "prompts": (settings.get("eval") or {}).get("prompts") or [],
@@ -117,12 +123,12 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "evaluation_seconds": evaluation_seconds,
         "tokens_per_s": statistics.median(rates) if rates else None,
         "dollars": dollars and dollars * hardware.get("processes", 1) * (training_seconds + evaluation_seconds) / 3600,
-        "pictures": draw_curves(records, lines) if steps else [],
+        "pictures": draw_curves(records, lines) if steps else {},
     }
 
 
-def draw_curves(records: Sequence[dict[str, Any]], lines: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the curves of curves.png as SVG pictures in the page's font and colors."""
+def draw_curves(records: Sequence[dict[str, Any]], lines: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """Return the curves of curves.png by name ("loss", tasks) as SVG pictures in the page's font and colors."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -130,11 +136,11 @@ def draw_curves(records: Sequence[dict[str, Any]], lines: Mapping[str, Mapping[s
     every = math.ceil(len(steps) / _MAX_POINTS) or 1
     left_out = {id(r) for number, r in enumerate(steps, start=1) if number % every}
     records = [r for r in records if id(r) not in left_out]
-    pictures = []
+    pictures = {}
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "report", "legend.facecolor": "#010203"}
-    for draw, name in ((draw_losses, "loss"), (draw_hellaswag, "hellaswag")):
-        if name == "hellaswag" and not any(r.get("hellaswag") for r in records if r["step"]):
-            continue
+    tasks = [t for t in tasks_to_draw(records) if any(t in scores_of(r) for r in records if r["step"])]
+    for name in ("loss", *tasks):
+        draw = draw_losses if name == "loss" else functools.partial(draw_scores, task=name)
         with matplotlib.rc_context(style), io.StringIO() as file:
             figure = Figure(figsize=(5.6, 3.7), layout="constrained")
             figure.patch.set_visible(False)
@@ -145,7 +151,7 @@ def draw_curves(records: Sequence[dict[str, Any]], lines: Mapping[str, Mapping[s
             svg = file.getvalue()
         svg = svg[svg.index("<svg") :]
         svg = re.sub(r' id="[A-Za-z_0-9]+_\d+"', "", svg)  # the second picture would have the same ones
-        pictures.append(re.sub("|".join(_PAGE_COLORS), lambda match: _PAGE_COLORS[match[0]], svg))
+        pictures[name] = re.sub("|".join(_PAGE_COLORS), lambda match: _PAGE_COLORS[match[0]], svg)
     return pictures
 
 

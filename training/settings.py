@@ -212,7 +212,8 @@ def describe_type(type_hint: Any) -> str:
     if origin is list:
         return f"a list of {describe_type(options[0])}"
     if origin is dict:
-        return f"a mapping such as {{a: 0.7, b: 0.3}}, each value {describe_type(options[1])}"
+        example = "{a: x, b: y}" if options[1] is str else "{a: 0.7, b: 0.3}"
+        return f"a mapping such as {example}, each value {describe_type(options[1])}"
     return _WORDS.get(type_hint) or type_hint.__name__
 
 

@@ -41,6 +41,7 @@ class Task(BaseTask):
         "perplexity": "per token, exp(loss)",
         "bits_per_byte": "of UTF-8 text, comparable between tokenizers",
     }
+    main_metric = "bits_per_byte"
 
     def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
         """Read the windows. `limit` counts documents of text, or windows of shards. See BaseTask."""

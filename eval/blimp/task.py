@@ -54,6 +54,7 @@ class Task(BaseTask):
         "acc_no_start": "without start token: all but the first token of a sentence are scored",
         **{name: f"acc of its {count} paradigms" for name, count in PHENOMENA.items()},
     }
+    chance = 0.5
     full_size = 67_000
 
     def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:

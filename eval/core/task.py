@@ -25,14 +25,17 @@ class Task(BaseTask):
     """CORE: each prompt starts with the tokenizer's first token and as many examples as the task has shots.
 
     The answer is the choice with the highest log-likelihood per token; a completion is correct if greedy decoding gives
-    exactly its tokens. `limit` applies to each of the tasks. If a task is missing or limited, there is no "core".
+    exactly its tokens. `limit` applies to each of the tasks. If a task is missing or limited, there is no "core" but
+    "partial".
     """
 
     version = 1
     metrics = {  # noqa: RUF012 (a constant)
         "core": "mean over the 22 tasks of (accuracy - chance) / (1 - chance) (DCLM; nanochat's core_metric)",
+        "partial": "the same mean over the tasks and items that are there; not comparable with core",
         **{task.name: f"accuracy, {task.shots} shots, chance {task.chance:g}, {_KINDS[task.kind]}" for task in CORE},
     }
+    chance = 0.0
     full_size = sum(task.size for task in CORE)
 
     def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:
@@ -69,7 +72,10 @@ class Task(BaseTask):
         }
 
     def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
-        """Return each task's accuracy with its standard error sqrt(p (1 - p) / (n - 1)), core with its own, and n."""
+        """Return each task's accuracy with its standard error sqrt(p (1 - p) / (n - 1)), core with its own, and n.
+
+        core is called partial if a task is missing or limited.
+        """
         correct: dict[str, list[bool]] = defaultdict(list)
         for result in item_results:
             correct[result["task"]].append(result["is_correct"])
@@ -83,9 +89,9 @@ class Task(BaseTask):
                 metrics |= {task.name: p, f"{task.name}_stderr": error}
                 centered.append((p - task.chance) / (1 - task.chance))
                 variance += (error / (1 - task.chance)) ** 2
-        if len(centered) == len(CORE) and self.limit is None:
-            metrics |= {"core": sum(centered) / len(CORE), "core_stderr": math.sqrt(variance) / len(CORE)}
-        return metrics | {"n": len(item_results)}
+        name = "core" if len(centered) == len(CORE) and self.limit is None else "partial"
+        mean, error = sum(centered) / len(centered), math.sqrt(variance) / len(centered)
+        return metrics | {name: mean, f"{name}_stderr": error, "n": len(item_results)}
 
     def aggregate(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
         """Return the metrics, and as "num_truncated" the number of items longer than the model's context."""

@@ -33,6 +33,8 @@ class Task(BaseTask):
         "lm_eval_acc": "the most probable ending (lm-evaluation-harness's acc and prompt)",
         "lm_eval_acc_norm": "the most probable per character (lm-evaluation-harness's acc_norm and prompt)",
     }
+    main_metric = "acc_norm"
+    chance = 0.25
     full_size = 10_042
 
     def read(self, tokenizer: Tokenizer, max_length: int | None) -> tuple[list[Item], DataInfo]:

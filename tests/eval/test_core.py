@@ -122,6 +122,9 @@ def test_items_are_decided_as_one_prompt_at_a_time(name, model, tokenizer, resul
 def test_part_of_the_tasks_gives_no_core(result):
     metrics = result["results"]["core"]
     assert "core" not in metrics and metrics["n"] == 14 * len(NAMES)
+    chances = {task.name: task.chance for task in CORE}
+    centered = [(metrics[name] - chances[name]) / (1 - chances[name]) for name in NAMES]
+    assert metrics["partial"] == pytest.approx(sum(centered) / len(NAMES))
     source = result["tasks"]["core"]["data"]["source"]
     assert "5 of CORE's 22 tasks" in source and "jeopardy" in source and "copa" not in source
 
@@ -134,7 +137,8 @@ def test_core_is_the_mean_above_chance():
     assert metrics["core_stderr"] == pytest.approx(
         math.sqrt(sum((0.25 / (1 - t.chance)) ** 2 for t in CORE)) / 22  # sqrt(0.75 x 0.25 / 3) = 0.25
     )
-    assert "core" not in Task(limit=4).compute_metrics(results)
+    limited = Task(limit=4).compute_metrics(results)
+    assert "core" not in limited and limited["partial"] == metrics["core"]
 
 
 def test_zip_compressed_files_and_limits_give_the_same_items(bundle, model, tokenizer, tmp_path, result):

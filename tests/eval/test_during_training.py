@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from eval import EvalError, during_training
-from eval.during_training import TrainingEvaluation, check_prompts, sample_texts, validation_loss
-from eval.hellaswag.task import LECTURE
-from eval.hellaswag.task import Task as HellaSwag
+from eval.during_training import TrainingEvaluation, check_prompts, load_task, sample_texts, validation_loss
+from eval.items import DataInfo
+from eval.scoring import Request
+from eval.task import BaseTask, Item
 
 NUM_ITEMS = 5
 PROMPTS = ["Hello, I", "The"]
@@ -27,7 +28,36 @@ def batches():
 
 @pytest.fixture(scope="module")
 def hellaswag(tokenizer):
-    return HellaSwag(data="sample", limit=NUM_ITEMS, prompts=(LECTURE,)).load(tokenizer, 128)
+    return load_task("hellaswag", "sample", NUM_ITEMS, tokenizer, 128)
+
+
+class Parity(BaseTask):
+    """Is the log-likelihood of a token higher after token 1 than after token 2? Kinds of items come one by one."""
+
+    name = "parity"
+    version = 1
+    metrics = {"loss": "of the tokens", "acc": "after 1"}  # noqa: RUF012
+    main_metric = "acc"
+
+    def read(self, tokenizer, max_length):
+        items = [Item([Request([start], [[i]]) for start in (1, 2)], {"index": i}) for i in range(10, 17)[: self.limit]]
+        return items, DataInfo(description="numbers", sha256="")
+
+    def process_item(self, item, scores):
+        return item.reference | {"values": [score.log_likelihood for [score] in scores]}
+
+    def compute_metrics(self, item_results):
+        values = [result["values"] for result in item_results]
+        assert [r["index"] for r in item_results] == sorted(r["index"] for r in item_results)
+        n = len(values)
+        return {"acc": sum(a > b for a, b in values) / n, "acc_stderr": 0.1, "loss": -sum(map(sum, values)) / n, "n": n}
+
+
+@pytest.fixture
+def parity(monkeypatch, tokenizer):
+    task_class = during_training.task_class
+    monkeypatch.setattr(during_training, "task_class", lambda name: Parity if name == "parity" else task_class(name))
+    return load_task("parity", None, None, tokenizer, 128)
 
 
 class Stop:
@@ -47,11 +77,12 @@ def make_evaluation(batches, hellaswag, tokenizer):
     def make(**changes):
         settings = {
             "val_batches": {"a": lambda batch_size: iter(batches)},
-            "hellaswag": hellaswag,
+            "tasks": [(hellaswag, 10)],
             "tokenizer": tokenizer,
         }
         settings |= {"prompts": PROMPTS, "sample_tokens": 4, "seed": 1, "stop": Stop()}
-        return TrainingEvaluation(**settings | changes)
+        evaluation = TrainingEvaluation(**settings | changes)
+        return lambda *models, step=0, is_last=False: evaluation.run(*models, 4, step=step, is_last=is_last)
 
     return make
 
@@ -69,8 +100,8 @@ def test_validation_loss_matches_float64_logits(model, batches):
 
 
 def test_result_has_loss_metrics_and_samples(model, batches, hellaswag, make_evaluation, tokenizer):
-    evaluation = make_evaluation()
-    result = evaluation.run(model, model, 4)
+    run = make_evaluation()
+    result = run(model, model)
     loss_sum, num_tokens = validation_loss(model, batches)
     assert result.val_loss == loss_sum / num_tokens
     assert result.hellaswag["n"] == NUM_ITEMS
@@ -78,40 +109,50 @@ def test_result_has_loss_metrics_and_samples(model, batches, hellaswag, make_eva
     assert result.hellaswag["num_truncated"] == 0
     assert 0 < result.hellaswag_seconds < result.seconds
     assert result.samples == sample_texts(model, tokenizer, PROMPTS, num_tokens=4, seed=1)
-    again = evaluation.run(model, torch.nn.DataParallel(model), 4)  # reads the batches again; a wrapped loss model
+    again = run(model, torch.nn.DataParallel(model))  # reads the batches again; a wrapped loss model
     assert (again.val_loss, again.hellaswag) == (result.val_loss, result.hellaswag)
 
     assert result.val_losses is None
 
     folders = {"x": lambda _: batches[:1], "y": lambda _: batches[1:]}
-    mixed = make_evaluation(hellaswag=None, prompts=[], val_batches=folders, val_weights=[0.75, 0.25])
-    mixed = mixed.run(model, model, 4)
+    mixed = make_evaluation(tasks=[], prompts=[], val_batches=folders, val_weights=[0.75, 0.25])
+    mixed = mixed(model, model)
     x, y = (validation_loss(model, part) for part in (batches[:1], batches[1:]))
     assert mixed.val_losses == {"x": x[0] / x[1], "y": y[0] / y[1]}
     assert mixed.val_loss == 0.75 * mixed.val_losses["x"] + 0.25 * mixed.val_losses["y"]
 
-    without = make_evaluation(hellaswag=None, prompts=[]).run(model, model, 4)
+    without = make_evaluation(tasks=[], prompts=[])(model, model)
     assert (without.val_loss, without.hellaswag, without.hellaswag_seconds) == (result.val_loss, None, 0.0)
     assert without.samples == []
 
 
-def test_two_processes_give_the_result_of_one(model, batches, make_evaluation, monkeypatch):
-    expected = make_evaluation().run(model, model, 4)
+def test_two_processes_give_the_result_of_one(model, batches, hellaswag, parity, make_evaluation, monkeypatch):
+    tasks = [(hellaswag, 10), (parity, 10)]
+    expected = make_evaluation(tasks=tasks)(model, model)
     shares, results = [], []
     for rank in (1, 0):  # rank 0 runs last and has both shares
         state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
         monkeypatch.setattr(during_training, "PartialState", lambda state=state: state)
         monkeypatch.setattr(during_training, "gather_object", lambda share: shares.insert(0, *share) or shares)
-        results.append(make_evaluation(val_batches={"a": lambda _, rank=rank: batches[rank::2]}).run(model, model, 4))
-    assert [len(share.item_results) for share in shares] == [3, 2]
+        val_batches = {"a": lambda _, rank=rank: batches[rank::2]}
+        results.append(make_evaluation(tasks=tasks, val_batches=val_batches)(model, model))
+    assert [[len(results) for results in share.results.values()] for share in shares] == [[3, 4], [2, 3]]
     assert results[1].val_loss == pytest.approx(expected.val_loss, rel=1e-6)
     assert results[1].hellaswag == pytest.approx(expected.hellaswag)
+    assert results[1].scores["parity"] == pytest.approx(expected.scores["parity"])
+    assert [*expected.scores["parity"]][:2] == ["acc", "loss"] and expected.scores["parity"]["n"] == 7
     assert results[1].samples == expected.samples
     assert results[0].samples == []  # not the main process
 
+    # A task that fails on either process has no scores on both.
+    other = shares[1]
+    shares[:] = [other._replace(results=other.results | {"parity": during_training._Failure("it broke", False)})]
+    result = make_evaluation(tasks=tasks, val_batches={"a": lambda _: batches[::2]}, prompts=[])(model, model)
+    assert result.scores == {} and result.hellaswag == pytest.approx(expected.hellaswag)
+
     # A stop request to either process ends the evaluation on both.
-    shares[:] = [shares[1]._replace(is_stop_requested=True)]
-    assert make_evaluation(val_batches={"a": lambda _: batches[::2]}).run(model, model, 4) is None
+    shares[:] = [other._replace(is_stop_requested=True)]
+    assert make_evaluation(val_batches={"a": lambda _: batches[::2]})(model, model) is None
 
 
 @pytest.mark.parametrize(("after", "num_forwards"), [(0, 1), (2, 3), (3, 4), (4, 4)])
@@ -120,7 +161,7 @@ def test_stop_request_ends_the_evaluation_after_the_current_batch(model, make_ev
     forwards = []
     hook = model.transformer.register_forward_hook(lambda *_: forwards.append(None))
     try:
-        assert make_evaluation(stop=Stop(after)).run(model, model, 4) is None
+        assert make_evaluation(stop=Stop(after))(model, model) is None
     finally:
         hook.remove()
     assert len(forwards) == num_forwards
@@ -129,10 +170,43 @@ def test_stop_request_ends_the_evaluation_after_the_current_batch(model, make_ev
 def test_diverged_model_has_a_loss_but_no_metrics_or_samples(model, make_evaluation, capsys):
     diverged = copy.deepcopy(model)
     torch.nn.init.constant_(diverged.transformer.ln_f.weight, float("nan"))
-    result = make_evaluation().run(diverged, diverged, 4)
+    result = make_evaluation()(diverged, diverged)
     assert math.isnan(result.val_loss)
     assert (result.hellaswag, result.samples) == (None, [])
-    assert capsys.readouterr().out.startswith("warning: HellaSwag was not scored: the model's log-likelihoods are not")
+    assert capsys.readouterr().out.startswith("warning: hellaswag was not scored: the model's log-likelihoods are not")
+
+
+def test_tasks_are_scored_at_multiples_of_their_intervals_and_after_the_last_step(
+    model, parity, make_evaluation, batches
+):
+    run = make_evaluation(tasks=[(parity, 20)], prompts=[], val_batches={"a": lambda _: batches[:1]})
+    scored = [bool(run(model, model, step=step, is_last=step == 30).scores) for step in (0, 10, 20, 30)]
+    assert scored == [True, False, True, True]
+
+
+@pytest.mark.parametrize("method", ["process_item", "compute_metrics"])
+def test_failing_task_is_reported_once_and_left_out(
+    model, batches, hellaswag, parity, make_evaluation, monkeypatch, capsys, method
+):
+    def fail(*_):
+        raise ZeroDivisionError("of\nthe task")
+
+    monkeypatch.setattr(Parity, method, fail)
+    run = make_evaluation(tasks=[(parity, 10), (hellaswag, 10)], val_batches={"a": lambda _: batches[:1]})
+    for step in (0, 10):
+        result = run(model, model, step=step)
+        assert result.scores == result.score_seconds == {}
+        assert result.hellaswag["n"] == NUM_ITEMS and len(result.samples) == 2
+    warning = (
+        "warning: parity was not scored: ZeroDivisionError: of the task; it is left out until the run is resumed\n"
+    )
+    assert capsys.readouterr().out == warning
+
+
+def test_share_of_the_items_is_spread_over_all(tokenizer, parity):
+    loaded = load_task("parity", None, "50%", tokenizer, 128)
+    assert [item.reference["index"] for item in loaded.items] == [10, 12, 14]
+    assert loaded.task.limit == 3 and loaded.data.description == "numbers, 50% of them"
 
 
 def test_samples_depend_on_the_seed_and_leave_the_random_state(model, tokenizer):

@@ -4,28 +4,34 @@ import pytest
 
 from eval.hellaswag.task import Task
 from eval.items import DataInfo
-from eval.published import GPT2, find_corpus, published_lines
+from eval.lambada.task import Task as Lambada
+from eval.published import GPT2, find_corpus, reference_lines
 from eval.task import LoadedTask
 from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
 
-def test_published_lines_match_size_corpus_and_items():
+def lines(*args):
+    return reference_lines(*args, is_gpt2_tokenizer=True)
+
+
+def test_reference_lines_match_size_corpus_and_items():
     hellaswag, sample, part = (
         LoadedTask(Task(), [None] * n, DataInfo(description="", sha256="", is_sample=is_sample))
         for n, is_sample in ((10_042, False), (40, True), (100, False))
     )
-    losses, scores = published_lines(GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}, hellaswag)
+    lambada = LoadedTask(Lambada(), [None] * 5153, DataInfo(description="", sha256=""))
+    tasks, config, edu = [hellaswag, lambada], GPT2ReproConfig(), {"dataset": "HuggingFaceFW/fineweb-edu"}
+    chance = {"hellaswag": {"chance": 0.25}}
+    losses, scores = lines(config, edu, tasks)
     assert losses == {"OpenAI GPT-2 124M": 3.2924}
-    assert scores == {"OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
-    assert published_lines(GPT2ReproConfig(), {"dataset": "kjj0/fineweb10B-gpt2"}, None) == (
-        {"OpenAI GPT-2 124M": 3.425},
-        {},
-    )
-    assert published_lines(GPT2ReproConfig(), {"paths": ["my.txt"]}, hellaswag)[0] == {}
-    assert published_lines(GPT2ReproConfig(n_layer=3), None, hellaswag) == ({}, {})
-    assert published_lines(GPT2ReproConfig(), None, sample)[1] == {}
-    assert published_lines(GPT2ReproConfig(), None, part)[1] == {}
+    assert scores["hellaswag"] == {"chance": 0.25, "OpenAI GPT-2 124M": 0.2955, "GPT-3 125M": 0.337}
+    assert scores["lambada"] == {"OpenAI GPT-2 124M": 0.3256}
+    assert lines(config, {"dataset": "kjj0/fineweb10B-gpt2"}, []) == ({"OpenAI GPT-2 124M": 3.425}, {})
+    assert lines(config, {"paths": ["my.txt"]}, tasks)[0] == {}
+    assert lines(GPT2ReproConfig(n_layer=3), None, [hellaswag]) == ({}, chance)
+    assert lines(config, None, [sample])[1] == lines(config, None, [part])[1] == chance
+    assert reference_lines(config, edu, [hellaswag], is_gpt2_tokenizer=False) == ({}, chance)
 
 
 @pytest.mark.parametrize(

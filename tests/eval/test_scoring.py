@@ -320,7 +320,7 @@ def test_imports_for_training_are_light(run_python):
         "import sys\n"
         "from eval.scoring import loglikelihoods\n"
         "from eval.hellaswag.task import Task\n"
-        "from eval.published import published_lines\n"
+        "from eval.published import reference_lines\n"
         f"print([name for name in {names} if name in sys.modules])",
     )
     assert run.stdout.strip() == "[]", run.stderr

@@ -56,7 +56,7 @@ PROVENANCE = {
         "seed": 1337,
         "batch": {"tokens_per_step": 256},
         "data": {"path": "/home/some one/shards/fineweb-edu"},
-        "eval": {"val_tokens": 4096, "hellaswag": "runs/secret/items.jsonl"},
+        "eval": {"val_tokens": 4096, "hellaswag": "runs/secret/items.jsonl", "task_data": {"core": "runs/secret/core"}},
         "init_from": None,
         "output_dir": "/home/some one/runs/tiny",
     },

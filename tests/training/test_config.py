@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -7,7 +8,7 @@ from tiny_run import ROOT
 
 from training import TrainingError
 from training.batch import batch_arithmetic, micro_batch_sizes
-from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config
+from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config, task_settings
 from training.setting_names import HINTS, RENAMED
 from training.settings import _current_name, settings_of
 
@@ -181,6 +182,41 @@ def test_recipe_forms(recipe, text, name, expected):
 def test_mixtures_that_are_not_possible_are_errors(arguments, words):
     with pytest.raises(TrainingError, match=words):
         load_config(arguments.split(" "))
+
+
+def test_tasks_have_limits_intervals_and_data(recipe):
+    text = "eval: {tasks: [lambada, 'blimp:10%', core:mini@500, arc:7], task_data: {lambada: ~/x.jsonl}}\n"
+    hellaswag, *tasks = task_settings(load_config(["--config", recipe(text)]))
+    assert hellaswag == ("hellaswag", "hub", None, 250)
+    assert tasks[1:] == [("blimp", None, "10%", 250), ("core", None, 50, 500), ("arc", None, 7, 250)]
+    assert tasks[0] == ("lambada", str(Path("~/x.jsonl").expanduser()), None, 250)
+    for arguments, expected in (
+        ("[hellaswag@500] --eval.hellaswag_limit 9", ("sample", 9, 500)),
+        ("[hellaswag:20%] --eval.hellaswag_limit 9 --eval.hellaswag x.jsonl", ("x.jsonl", "20%", 250)),
+        ("[hellaswag:7] --eval.hellaswag null", ("hub", 7, 250)),
+    ):
+        assert task_settings(load_config(["--eval_every", "250", "--eval.tasks", *arguments.split()])) == [
+            ("hellaswag", *expected)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        *(
+            (text, "is not NAME")
+            for text in ("lambada:1", "x:0%", "x:101%", "x:mini", "bits_per_byte:5%", "x@0", "a,b")
+        ),
+        ("lm-eval:piqa", "for tasks of lm-eval use python -m eval"),
+        ("core@300", "core@300 needs a multiple of eval_every=250: @250 or 500"),
+        ("core core:5", "core is listed twice"),
+        ("core --eval.task_data {cor: x}", "eval.task_data has cor, which eval.tasks does not have"),
+        ("core --eval.task_data x", "task_data must be a mapping such as {a: x, b: y}, each value text"),
+    ],
+)
+def test_tasks_that_are_not_possible_are_errors(tasks, words):
+    with pytest.raises(TrainingError, match=re.escape(words)):
+        load_config(["--eval_every", "250", "--eval.tasks", *tasks.split(" ")])
 
 
 def test_folder_twice_in_a_recipe_is_an_error(recipe):

@@ -1,6 +1,7 @@
 """The files and lines of a run's log, against numbers worked out by hand."""
 
 import json
+import math
 import os
 import re
 import select
@@ -17,6 +18,7 @@ from tiny_run import ROOT
 from common.errors import UserError
 from common.metrics import read_metrics, recover_metrics
 from common.terminal import TerminalTitle
+from training import curves
 from training.checkpoint import LoopState
 from training.curves import moving_average, plot_curves
 from training.logging import ConsoleLog, MetricsWriter, RunLog, records_up_to
@@ -118,7 +120,7 @@ def test_reader_of_a_missing_file_and_of_a_folder(tmp_path):
 
 def test_curves_of_a_long_run_without_lines(tmp_path):
     records = [{"step": n, "tokens": n, "loss": 9.0 - n / 10} for n in range(50)]
-    plot_curves(records, tmp_path / "curves.png", title="t", loss_lines={}, hellaswag_lines={})
+    plot_curves(records, tmp_path / "curves.png", title="t", loss_lines={}, score_lines={})
     assert (tmp_path / "curves.png").is_file()
 
 
@@ -131,10 +133,45 @@ def test_curves_have_a_second_panel_for_hellaswag(tmp_path):
     scored = [r | {"hellaswag": score} if "val_loss" in r else r for r in RECORDS]
     for number, records in enumerate((RECORDS, scored)):
         path = tmp_path / f"{number}.png"
-        plot_curves(records, path, title="t", loss_lines={"unigram": 7.0}, hellaswag_lines={"GPT-3": 0.3})
+        lines = {"hellaswag": {"GPT-3": 0.3}}
+        plot_curves(records, path, title="t", loss_lines={"unigram": 7.0}, score_lines=lines)
         assert path.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "1.png").stat().st_size > (tmp_path / "0.png").stat().st_size
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path, monkeypatch):
+    plan, tracked, drawn = make_plan(1, 8, 1, 8, 1, 1, "no"), [], []
+    settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
+    common = {"n": 50, "num_truncated": 0, "is_sample": False}
+    scores = {
+        "lambada": {"acc": 0.25, "perplexity": 12345.678, "acc_stderr": math.nan, "perplexity_stderr": 9.0, **common},
+        "core": {"core": -0.125, "core_stderr": 0.5, **dict.fromkeys("abcdef", 0.5), **common},
+        "extra": {"loss": 2.5, "num_bytes": 7, **common},
+    }
+    seconds = dict.fromkeys(scores, 1.26)
+    result = {"val_loss": 3.0, "val_losses": None, "hellaswag": None, "hellaswag_seconds": 0.0, "seconds": 2.0}
+    result |= {"scores": scores, "score_seconds": seconds, "samples": []}
+    tracker = SimpleNamespace(log=lambda values, step: tracked.append((step, values)), finish=lambda: None, name="x")
+    monkeypatch.setattr("training.logging.start_trackers", lambda *_, **__: [tracker])
+    draw = curves.draw_scores
+    monkeypatch.setattr(curves, "draw_scores", lambda axes, *args: drawn.append(axes) or draw(axes, *args))
+    lines = {"core": {"chance": 0.0}}
+    with RunLog(tmp_path, plan, settings, 0, loss_lines={}, score_lines=lines) as log:
+        log.open(LoopState(), {}, None, None)
+        log.log_evaluation(10, result)
+        assert [axes.get_title() for axes in drawn] == [f"{task}, 50 items" for task in scores]
+        assert [text.get_text() for text in drawn[1].get_legend().get_texts()] == ["chance (0)", "last: -0.1250"]
+    [record] = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["scores"]["lambada"] == scores["lambada"] | {"acc_stderr": None}
+    assert record["score_seconds"] == seconds and record["hellaswag"] is None and "samples" not in record
+    values = {"lambada_acc": 0.25, "lambada_perplexity": 12345.678, "core": -0.125, "extra_loss": 2.5}
+    assert tracked == [(10, {"val_loss": 3.0, **values})]
+    assert printed() == [
+        "step     10 | val loss 3.0000 | 2.0 s",
+        "scores      | lambada acc 0.2500 ± nan (n=50, 1.3 s) | core -0.1250 ± 0.5000 (n=50, 1.3 s) | "
+        "extra loss 2.5000 (n=50, 1.3 s)",
+    ]
 
 
 @pytest.mark.parametrize(("last_lr", "is_announced"), [(0.1, False), (0.1 + 1e-9, False), (0.2, True)])
@@ -198,7 +235,7 @@ def test_console_marks_sample_items_and_truncated_ones(printed):
     shown.log_evaluation(record | {"hellaswag": scores | {"is_sample": True, "num_truncated": 7}})
     assert printed() == [
         f"step    250 | val loss 3.2924 | hellaswag acc_norm 0.2955 ± 0.0046 ({what}) | 12.3 s"
-        for what in ("items, n=10042, 8.1 s", "SAMPLE items, n=10042, 7 truncated, 8.1 s")
+        for what in ("n=10,042, 8.1 s", "SAMPLE items, n=10,042, 7 truncated, 8.1 s")
     ]
 
 

@@ -11,6 +11,10 @@ from training.logging import RunLog
 from training.report import main, short_number, thin_out, write_report
 
 SCORES = {"acc": 0.28, "acc_stderr": 0.01, "acc_norm": 0.31, "acc_norm_stderr": 0.02, "n": 40, "is_sample": True}
+TASKS = {
+    "lambada": {"acc": 0.125, "perplexity": 12345.678, "acc_stderr": 0.01, "perplexity_stderr": None, "n": 5000},
+    "core": {"core": 0.1, **dict.fromkeys(("arc", "copa", "piqa", "<x>"), 0.5), "n": 9},
+}
 LAUNCH = {
     "started": "2026-11-27T21:16:41+00:00",
     "from_step": 0,
@@ -26,7 +30,11 @@ LAUNCH = {
     },
     "model": {"parameters": 124_439_808},
     "data": {"train_tokens": 6400, "val_tokens": 100, "train_sha256": "5ha", "source": {"kind": "files"}},
-    "references": {"loss": {"bigram & more": 5.0787}, "hellaswag": {"OpenAI GPT-2 (124M)": 0.2955}},
+    "references": {
+        "loss": {"bigram & more": 5.0787},
+        "hellaswag": {"OpenAI GPT-2 (124M)": 0.2955},
+        "core": {"chance": 0.0},
+    },
     "code": {"commit": "c0ffee" * 6, "dirty": True},
     "versions": {"python": "3.11.7", "evaluate": None},
     "seed": 1337,
@@ -72,6 +80,8 @@ def folder(tmp_path):
             samples = [f"The<script>alert({step})</script>\n\0 \N{SNOWMAN}", "no prompt"]
             val_loss = 4.0 if step == 96 else 9.5 - step / 25
             scores = {"hellaswag": SCORES, "seconds": 2.0, "samples": samples}
+            if step % 48 == 0:
+                scores["scores"] = TASKS
             records.append(place | {"val_loss": val_loss, "val_losses": {"<web>": 5.25, "code": 6.0}} | scores)
     skipped = {"loss": "nan", "grad_norm": "inf", "so_far": 1, "in_a_row": 1, "windows": [{"shard": "<a>", "start": 7}]}
     records[50] |= {"loss": None, "skipped": skipped}
@@ -101,6 +111,10 @@ def test_report_shows_all_of_a_run(folder, capsys):
         "<web> 5.2500",
         "bigram & more 5.0787 this run: +0.4213",
         "OpenAI GPT-2 (124M) 0.2955",
+        "lambada, 5,000 items",
+        "lambada acc 0.1250 ± 0.0100, 5,000 items, step 96 lambada perplexity 12,345.7 5,000 items, step 96",
+        "core 0.1000 9 items, step 96 core chance 0.0000",
+        "all scores of core core 0.1000 9 items, step 96 core arc 0.5000",
         "not comparable with published numbers",
         "Samples step 100, validation loss 5.5000 The<script>alert(100)</script>",
         "Skipped steps 1 step with a loss or gradient",
