@@ -4,7 +4,8 @@
 #
 #   recipes/reproduce.sh                              GPT-2 124M on 10 billion tokens of FineWeb-Edu
 #   HUB_ID=USER/NAME recipes/reproduce.sh             the same, then pushed to the Hub (after: .venv/bin/hf auth login)
-#   RECIPE=gpt2_350m recipes/reproduce.sh             another size, on FineWeb-Edu's sample of 100 billion tokens
+#   RECIPE=gpt2_350m recipes/reproduce.sh             another size, on FineWeb-Edu's sample of 100 billion tokens (200 GB);
+#                                                     PREPARE="fineweb-edu --subset sample-100BT --max_tokens 35e9" is enough
 #   PREPARE=fineweb-edu recipes/reproduce.sh          tokenize the text here; by default, tokens made by others are downloaded
 #
 # More environment variables: SHARDS (folder of the shards; default: the recipe's data.path), HARDWARE (a file of

@@ -39,25 +39,33 @@ def test_skypilot_commands_have_settings_that_exist(monkeypatch):
     load_config(words[words.index("train.py") + 1 :])
 
 
-def test_hf_job_clones_installs_and_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_hf_job_clones_installs_trains_and_pushes_a_stopped_run(is_stopped, tmp_path, monkeypatch):
     """Run it with a stand-in for each program that it starts."""
     log = tmp_path / "log"
     stand_in = f'#!{sys.executable}\nimport json, sys; open({str(log)!r}, "a").write(json.dumps(sys.argv) + "\\n")\n'
-    binaries = [tmp_path / "bin/git", *(tmp_path / f"gpt2-repro/.venv/bin/{name}" for name in ("pip", "accelerate"))]
-    for path in binaries:
+    names = ("pip", "accelerate", "python")
+    for path in (tmp_path / "bin/git", *(tmp_path / f"gpt2-repro/.venv/bin/{name}" for name in names)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(stand_in, encoding="utf-8")
+        fails = is_stopped and path.name == "accelerate"  # the launcher's exit code is 1, whatever train.py's is
+        path.write_text(stand_in + "sys.exit(1)\n" * fails, encoding="utf-8")
         path.chmod(0o755)
+    run = tmp_path / "gpt2-repro/runs/a"
+    for step in ("000900", "001000"):
+        (run / f"checkpoints/step_{step}").mkdir(parents=True)
+    (run / "status.json").write_text(json.dumps({"status": "resume me" if is_stopped else "finished"}))
     (tmp_path / "gpt2-repro/venv.py").write_text("", encoding="utf-8")  # `python -m venv` does nothing here
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     options = ["--max_hours", "11", "--text", "a/b"]
     command = [sys.executable, ROOT / "cloud/hf_job.py", "https://example.org/x", "me/model", *options]
     subprocess.run(command, cwd=tmp_path, check=True)
-    git, pip, launch = map(json.loads, log.read_text(encoding="utf-8").splitlines())
+    git, pip, launch, *push = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     assert git[1:] == ["clone", "--depth", "1", "https://example.org/x", "gpt2-repro"]
     assert pip[1:] == ["install", "-q", "-c", "constraints.txt", "-e", "."]
     assert launch[1:3] == ["launch", "train.py"]
     assert load_config(launch[3:]).push_to_hub == "me/model"
+    pushed = ["-m", "hub", "push", "runs/a/checkpoints/step_001000", "me/model"]
+    assert [arguments[1:] for arguments in push] == [pushed] * is_stopped
 
 
 def test_dockerfile_copies_what_it_installs():
