@@ -87,8 +87,8 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     done = {run.name: result for run in plan.runs if (result := trainer.result(run)) is not None}
     left = [run for run in plan.runs if run.name not in done]
     if left and not args.table:
-        for folder in {run.settings["data.path"] for run in left}:
-            open_split(folder, "train")  # an error about the data here, and not in the log of the first run
+        for shards in {run.settings["data.path"] for run in left}:
+            open_split(shards, "train")  # an error about the data here, and not in the log of the first run
         print_plan(trainer, left, len(done), args.jobs)
         if args.plan:
             return

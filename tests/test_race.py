@@ -12,7 +12,7 @@ from tiny_run import ROOT
 from benchmarks import race, runs
 from common.errors import UserError
 from common.files import write_json
-from common.metrics import read_metrics
+from data.manifest import dataset_fingerprint
 
 COMMON = {"batch.tokens_per_step": 256, "batch.seq_len": 32, "model.n_positions": 32, "warmup": 0.1}
 PLAN = {
@@ -61,14 +61,26 @@ def test_mistakes_in_a_plan_are_one_line(changes, message, plan, tmp_path):
         trainer.result(runs.read_plan(plan(**changes)).runs[0])
 
 
+LOSSES = [(0, 10.8), (2560, 9.0), (5120, 8.0)]
+
+
 @pytest.fixture
-def command(monkeypatch, tmp_path, finished_run, capsys):
-    """command(plan, *options) runs the race; trainings copy a finished run. Returns (output, folders trained)."""
+def command(monkeypatch, tmp_path, capsys):
+    """command(plan, *options) runs the race; trainings write a finished run. Returns (output, folders trained)."""
     launched = []
 
     def launch(self, run, folder, *options):
         launched.append(folder.name)
-        shutil.copytree(finished_run[0], folder, dirs_exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(folder / "status.json", {"status": "finished"})
+        data = dataset_fingerprint(run.settings["data.path"])
+        model = {"parameters": 1000, "flops_per_token": 6000}
+        provenance = {"model": model, "data": data, "code": None, "hardware": {"cpu_threads": 1}}
+        write_json(folder / "provenance.json", provenance)
+        steps = [{"step": n, "tokens": 256 * n, "loss": 8.0, "ms": 100.0} for n in range(1, 21)]
+        evaluations = [{"step": tokens // 256, "tokens": tokens, "val_loss": loss} for tokens, loss in LOSSES]
+        records = sorted(steps + evaluations, key=lambda record: record["step"])
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
     def start(path, *options):
         launched.clear()
@@ -81,16 +93,15 @@ def command(monkeypatch, tmp_path, finished_run, capsys):
     return start
 
 
-def test_race_trains_each_run_once_and_keeps_its_result(command, plan, tmp_path, finished_run):
+def test_race_trains_each_run_once_and_keeps_its_result(command, plan, tmp_path):
     few = {"sizes": {"S": PLAN["sizes"]["S"]}, "recipes": {"adamw": {"optim.lr": 2e-3}, "other": {"optim.lr": 1e-2}}}
     output, launched = command(plan(**few), "--jobs", 2)
     names = ["S-adamw-1", "S-other-1", "S-adamw-2", "S-other-2"]
     assert launched[0] == "rate-S" and sorted(launched[1:]) == sorted(names)
     assert "4 runs, 0 of them done" in output and "| other | 2 | 5,120 |" in output
     result = json.loads((tmp_path / "results" / "S-other-2.json").read_text())
-    records = read_metrics(finished_run[0] / "metrics.jsonl")
-    assert result["losses"] == [[r["tokens"], r["val_loss"]] for r in records if "val_loss" in r]
-    assert result["seconds"] == pytest.approx(sum(r.get("ms", 0) for r in records) / 1000, abs=0.1)
+    assert result["losses"] == [list(point) for point in LOSSES]
+    assert result["seconds"] == pytest.approx(2.0) and result["flops"] == 6000 * 5120
     assert result["settings"]["optim"]["lr"] == 1e-2 and result["settings"]["seed"] == 2
     assert not (tmp_path / "out" / "S-other-2" / "checkpoints").exists()
     assert (tmp_path / "results.png").stat().st_size > 10_000

@@ -94,10 +94,10 @@ def is_correct(model, tokenizer, task, items, index):
         kept = ids[-model.config.n_positions :]
         start -= len(ids) - len(kept)
         with torch.no_grad():
-            log_probs = model(torch.tensor([kept])).logits[0].double().log_softmax(-1)
+            log_probs = model(torch.tensor([kept])).logits[0, start - 1 : -1].double().log_softmax(-1)
         if task.kind == "completion":
-            return [log_probs[t - 1].argmax().item() for t in range(start, len(kept))] == kept[start:], 0
-        means.append(np.mean([log_probs[t - 1, kept[t]].item() for t in range(start, len(kept))]))
+            return log_probs.argmax(-1).tolist() == kept[start:], 0
+        means.append(np.mean([row[token].item() for row, token in zip(log_probs, kept[start:], strict=True)]))
     return int(np.argmax(means)) == item["gold"], means
 
 
