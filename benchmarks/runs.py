@@ -31,6 +31,8 @@ _WITHOUT_EFFECT = {
     *("output_dir", "resume", "log_every", "save_every", "keep_last", "keep_every", "keep_best", "trackers"),
     *("max_hours", "dollars_per_hour", "push_to_hub", "push_public", "profile", "dry_run", "card"),
 }
+# What a result says about its data; not where it was.
+_DATA = ("train_sha256", "train_tokens", "val_tokens", "tokenizer_sha256", "vocab_size")
 # The code that decides the losses. The tests of golden losses hold the rest.
 _SOURCES = ("modeling_gpt2repro/*.py", "training/optim.py", "data/loader.py", "data/windows.py", "data/permutation.py")
 
@@ -188,7 +190,7 @@ class Trainer:
             "parameters": provenance["model"]["parameters"],
             "flops": curve[-1][0] * provenance["model"]["flops_per_token"],
             "settings": self._effective_settings(run),
-            "data": provenance["data"],
+            "data": {name: provenance["data"][name] for name in _DATA},
             "code": {"sha256": code_fingerprint(), "commit": (provenance["code"] or {}).get("commit")},
             "machine": machine_name(),
             "threads": provenance["hardware"]["cpu_threads"],
