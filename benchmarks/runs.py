@@ -31,7 +31,7 @@ _WITHOUT_EFFECT = {
     *("output_dir", "resume", "log_every", "save_every", "keep_last", "keep_every", "keep_best", "trackers"),
     *("max_hours", "dollars_per_hour", "push_to_hub", "push_public", "profile", "dry_run", "card"),
 }
-# What a result says about its data; not where it was.
+# Facts about the data that a result keeps; its paths are this machine's.
 _DATA = ("train_sha256", "train_tokens", "val_tokens", "tokenizer_sha256", "vocab_size")
 # The code that decides the losses. The tests of golden losses hold the rest.
 _SOURCES = ("modeling_gpt2repro/*.py", "training/optim.py", "data/loader.py", "data/windows.py", "data/permutation.py")
@@ -129,7 +129,7 @@ class Trainer:
     def result(self, run: Run) -> dict[str, Any] | None:
         """Return a run's result, or None if there is none with its settings, its data and its scores.
 
-        The data is compared only where it is here. Another code fingerprint is no reason to train again, since tests
+        The data is compared only where it is here. A run is not trained again for another code fingerprint, since tests
         hold that changes to the code keep the losses; `race` prints a warning.
         """
         settings = self._effective_settings(run)  # an invalid one is found before hours of training
