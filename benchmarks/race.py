@@ -1,4 +1,4 @@
-r"""Train models of several sizes by several recipes, and compare what each recipe needs to reach a validation loss.
+"""Train models of several sizes by several recipes, and compare what each recipe needs to reach a validation loss.
 
     python -m benchmarks.race benchmarks/races/adamw_7m.yaml
     python -m benchmarks.race benchmarks/races/adamw_7m.yaml --plan        what is left, and how long it takes
@@ -62,6 +62,10 @@ def main() -> None:
     args = parse_args()
     try:
         plan = read_plan(args.plan_file)
+        if (num_seeds := len({run.seed for run in plan.runs})) > max(_STUDENT):
+            raise UserError(
+                f"{args.plan_file}: {num_seeds} seeds, and intervals are known for {max(_STUDENT)}: use fewer"
+            )
         race(plan, args)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
@@ -96,6 +100,8 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
             done[run.name] = result
             tokens, loss = result["losses"][-1]
             print(f"{run.name:<40} {loss:.4f} after {tokens:,} tokens in {result['seconds']:,.0f} s", flush=True)
+    if not done:
+        raise UserError(f"{folder}: no results there; leave out --table to train")
     results = collect(plan.runs, done)
     warn_of_differences([*done.values()])
     for size, by_recipe in results.items():
@@ -221,9 +227,9 @@ def draw(results: Results, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(7 * max(1, len(results)), 5), layout="constrained")
+    figure = Figure(figsize=(7 * len(results), 5), layout="constrained")
     for axes, (size, by_recipe) in zip(
-        figure.subplots(1, max(1, len(results)), squeeze=False)[0], results.items(), strict=True
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
         recipes = list(dict.fromkeys(next(iter(runs.values()))["recipe"] for runs in by_recipe.values()))
         ends = []
@@ -244,7 +250,7 @@ def draw(results: Results, path: Path) -> None:
             title=size,
             xlabel="training tokens",
             ylabel="validation loss, nats per token",
-            ylim=(min(finite) - 0.05, max(finite) + 0.8),
+            ylim=(min(finite) - 0.05, max(finite) + 0.8) if finite else None,
         )
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.3)

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -132,7 +133,7 @@ class Trainer:
         The data is compared only where it is here. A run is not trained again for another code fingerprint, since tests
         hold that changes to the code keep the losses; `race` prints a warning.
         """
-        settings = self._effective_settings(run)  # an invalid one is found before hours of training
+        settings = effective_settings(run)  # an invalid one is found before hours of training
         path = self._results / f"{run.name}.json"
         if not path.is_file():
             return None
@@ -189,7 +190,7 @@ class Trainer:
             "scores": self._score(folder, run) if has_finished else dict.fromkeys(self._scores),
             "parameters": provenance["model"]["parameters"],
             "flops": curve[-1][0] * provenance["model"]["flops_per_token"],
-            "settings": self._effective_settings(run),
+            "settings": effective_settings(run),
             "data": {name: provenance["data"][name] for name in _DATA},
             "code": {"sha256": code_fingerprint(), "commit": (provenance["code"] or {}).get("commit")},
             "machine": machine_name(),
@@ -224,13 +225,14 @@ class Trainer:
         scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())["results"]
         return scores
 
-    def _effective_settings(self, run: Run) -> dict[str, Any]:
-        """Return all settings that can change the run's losses; raises UserError if one is invalid."""
-        folder = self._out / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / "recipe.yaml", yaml.safe_dump(run.settings))
-        config = json.loads(json.dumps(dataclasses.asdict(load_config(["--config", str(folder / "recipe.yaml")]))))
-        return {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
+
+def effective_settings(run: Run) -> dict[str, Any]:
+    """Return all settings that can change a run's losses; raises UserError if one is invalid."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = Path(folder) / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(run.settings), encoding="utf-8")
+        config = json.loads(json.dumps(dataclasses.asdict(load_config(["--config", str(recipe)]))))
+    return {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
 
 
 def outcome(folder: Path, run: Run) -> bool | None:

@@ -119,6 +119,8 @@ def score_items(
 ) -> list[ItemResult]:
     """Return each item's result, with "tokens_truncated" added: the number of tokens that did not fit the context.
 
+    A task that cuts its items itself returns its own number.
+
     For tokens_per_batch, on_batch and errors see `loglikelihoods`.
     """
     requests = [request for item in items for request in item.requests]
@@ -127,7 +129,7 @@ def score_items(
     for item in items:
         item_scores = [next(scores) for _ in item.requests]
         tokens_truncated = max(score.num_truncated for request_scores in item_scores for score in request_scores)
-        results.append(task.process_item(item, item_scores) | {"tokens_truncated": tokens_truncated})
+        results.append({"tokens_truncated": tokens_truncated} | task.process_item(item, item_scores))
     return results
 
 

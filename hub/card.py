@@ -53,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far a checkpoint is trained."""
+    """Training progress of a checkpoint."""
 
     step: int
     tokens: int

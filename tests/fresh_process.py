@@ -161,7 +161,6 @@ def _be_a_script(request: dict) -> None:
     for number, path in enumerate([os.devnull, *request["outputs"]]):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     first, *arguments = request["command"]
@@ -179,7 +178,6 @@ def _be_a_script(request: dict) -> None:
 
 def _be_a_program(request: dict) -> None:
     """Run the program as `__main__` in the forked process, on the terminal, and exit."""
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.chdir(request["cwd"])
     _run(lambda: _exec(request["program"]), argv=["-c", *request["arguments"]], path="")
 
@@ -195,6 +193,7 @@ def _run(program: Callable[[], object], *, argv: list[str], path: str) -> None:
     """Call a program in place of this one, with its `sys.argv` and the first entry of its `sys.path`, and exit."""
     import atexit
 
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv[:] = argv
     more = os.environ.get("PYTHONPATH")
     sys.path[:1] = [path, *(more.split(os.pathsep) if more else [])]  # in place of this file's folder

@@ -80,7 +80,7 @@ def read_bundle(path: str) -> Iterator[tuple[CoreTask, list[dict[str, Any]]]]:
         path: the bundle, a folder or a .zip; or a folder with some of its .jsonl files (also .gz, .xz, .zst).
 
     Raises:
-        UserError: there is no file of CORE's, or an item is malformed.
+        UserError: none of CORE's files is there, or an item is malformed.
     """
     folder = Path(path)
     if zipfile.is_zipfile(folder):

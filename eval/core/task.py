@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from eval import EvalError
-from eval.core.bundle import BUNDLE, CHOICES, COMPLETION, CORE, CoreTask, read_bundle
+from eval.core.bundle import BUNDLE, CHOICES, COMPLETION, CORE, SCHEMA, CoreTask, read_bundle
 from eval.items import DataInfo, sha256_of
 from eval.scoring import Request, Tokenizer
 from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
 
-_KINDS = {COMPLETION: "greedy completions", CHOICES: "choices", "schema": "contexts of a continuation"}
+_KINDS = {COMPLETION: "greedy completions", CHOICES: "choices", SCHEMA: "contexts of a continuation"}
 _ITEMS_PER_ENCODING = 256
 
 
@@ -68,7 +68,7 @@ class Task(BaseTask):
             "task": item.reference["task"],
             "is_correct": is_correct,
             "mean_log_likelihoods": means,
-            "num_cropped": item.reference["num_cropped"],
+            "tokens_truncated": item.reference["num_cropped"],
         }
 
     def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
@@ -93,10 +93,6 @@ class Task(BaseTask):
         mean, error = sum(centered) / len(centered), math.sqrt(variance) / len(centered)
         return metrics | {name: mean, f"{name}_stderr": error, "n": len(item_results)}
 
-    def aggregate(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
-        """Return the metrics, and as "num_truncated" the number of items longer than the model's context."""
-        return self.compute_metrics(item_results) | {"num_truncated": sum(r["num_cropped"] > 0 for r in item_results)}
-
 
 def make_items(
     task: CoreTask, records: list[dict[str, Any]], indices: Sequence[int], tokenizer: Tokenizer, max_length: int | None
@@ -119,27 +115,27 @@ def make_items(
 
 def _prompts(task: CoreTask, records: list[dict[str, Any]], index: int) -> list[str]:
     """Return an item's prompts, one per choice; for a completion, the prompt without it and with it."""
-    rng = random.Random(1234 + index)
     others = [i for i in range(len(records)) if i != index]
-    shots = [records[i] for i in rng.sample(others, task.shots)]
-    examples = "".join(f"{_answered(task, record)}\n\n" for record in shots)
-    item, delimiter = records[index], task.delimiter
-    if task.kind == CHOICES:
-        return [f"{examples}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    shots = [records[i] for i in random.Random(1234 + index).sample(others, task.shots)]
+    examples = "".join(f"{_answered(task, shot, shot.get('gold', 0))}\n\n" for shot in shots)
+    item = records[index]
     if task.kind == COMPLETION:
-        question = f"{examples}{item['context'].strip()}{delimiter}"
+        full = examples + _answered(task, item, 0)
         # White space at the end would be part of the completion's first token.
-        return [question.strip(), f"{question}{item['continuation']}"]
-    return [f"{examples}{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
+        return [full.removesuffix(item["continuation"]).strip(), full]
+    choices = item["choices" if task.kind == CHOICES else "context_options"]
+    return [examples + _answered(task, item, choice) for choice in range(len(choices))]
 
 
-def _answered(task: CoreTask, record: dict[str, Any]) -> str:
-    """Return an example with its correct answer."""
+def _answered(task: CoreTask, item: dict[str, Any], choice: int) -> str:
+    """Return an item's question with one of its answers; a completion has only one."""
     if task.kind == CHOICES:
-        return f"{record['query']}{task.delimiter}{record['choices'][record['gold']]}"
-    if task.kind == COMPLETION:
-        return f"{record['context'].strip()}{task.delimiter}{record['continuation']}"
-    return f"{record['context_options'][record['gold']]}{task.delimiter}{record['continuation']}"
+        question, answer = item["query"], item["choices"][choice]
+    elif task.kind == SCHEMA:
+        question, answer = item["context_options"][choice], item["continuation"]
+    else:
+        question, answer = item["context"].strip(), item["continuation"]
+    return f"{question}{task.delimiter}{answer}"
 
 
 def _make_item(
@@ -165,7 +161,7 @@ def _make_item(
         num_scored = [same_end] * len(prompts)
         start = min(_common_length(prompts), min(map(len, prompts)) - same_end)
     if min(num_scored) < 1 or start < 1:
-        raise EvalError(f"{where}: the answers cannot be told apart by their tokens")
+        raise EvalError(f"{where}: some answers have the same tokens")
     kept = [tokens if max_length is None else tokens[-max_length:] for tokens in prompts]
     num_cropped = [len(tokens) - len(rest) for tokens, rest in zip(prompts, kept, strict=True)]
     split = [

@@ -113,7 +113,9 @@ def test_items_are_decided_as_one_prompt_at_a_time(name, model, tokenizer, resul
         assert item["is_correct"] == expected
         if task.kind != "completion":
             assert item["mean_log_likelihoods"] == pytest.approx(means, abs=1e-3)
-    assert any(item["num_cropped"] for item in scored) == (name == "arc_easy")  # ten examples do not fit 128 tokens
+    assert any(item["tokens_truncated"] for item in scored) == (
+        name == "arc_easy"
+    )  # ten examples do not fit 128 tokens
     accuracy = sum(item["is_correct"] for item in scored) / 14
     assert result["results"]["core"][name] == accuracy
     assert result["results"]["core"][f"{name}_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 13))
@@ -170,7 +172,7 @@ def test_zip_compressed_files_and_limits_give_the_same_items(bundle, model, toke
         ([], r"0 items; each is preceded by 0 others"),
         ([{"query": "a", "choices": ["b", "c"], "gold": 2}], r"copa\.jsonl:1: gold must be between 0 and 1, got 2"),
         ([{"query": "a", "gold": 0}], r"copa\.jsonl:1: the field 'choices' is missing"),
-        ([{"query": "a", "choices": ["b", "b"], "gold": 0}], "copa, item 0: the answers cannot be told apart"),
+        ([{"query": "a", "choices": ["b", "b"], "gold": 0}], "copa, item 0: some answers have the same tokens"),
     ],
 )
 def test_mistakes_name_the_line(lines, message, tokenizer, tmp_path):
