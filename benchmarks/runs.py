@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import write_json, write_text_atomically
 from common.metrics import read_metrics
 from data.manifest import dataset_fingerprint
-from training.config import OptimConfig, load_config
+from training.config import Config, OptimConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 _KEYS = {"settings", "sizes", "seeds", "recipes"}
@@ -141,7 +141,7 @@ class Trainer:
         folder = Path(settings["data"]["path"])
         has_data = folder.is_dir()
         is_same = (
-            result["settings"] == settings
+            _with_defaults(result["settings"], dataclasses.asdict(Config())) == settings
             and not (has_data and result["data"]["train_sha256"] != dataset_fingerprint(folder)["train_sha256"])
             and self._scores.keys() <= result["scores"].keys()
         )
@@ -233,6 +233,15 @@ def effective_settings(run: Run) -> dict[str, Any]:
         recipe.write_text(yaml.safe_dump(run.settings), encoding="utf-8")
         config = json.loads(json.dumps(dataclasses.asdict(load_config(["--config", str(recipe)]))))
     return {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
+
+
+def _with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a result's settings with the defaults of those that train.py did not have when the run was trained."""
+    filled = {name: default for name, default in defaults.items() if name not in _WITHOUT_EFFECT} | settings
+    return {
+        name: _with_defaults(value, defaults[name]) if isinstance(value, dict) and defaults.get(name) else value
+        for name, value in filled.items()
+    }
 
 
 def outcome(folder: Path, run: Run) -> bool | None:
