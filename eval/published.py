@@ -85,6 +85,23 @@ def not_comparable_reason(data: dict[str, Any], n: int | None, full_size: int | 
     return None
 
 
+def describe_published(task: str, about: dict[str, Any], n: int | None) -> str:
+    """Return, in words, the published results that a task's scores on `n` items can be compared with, or why not.
+
+    `about` is the task's entry in "tasks" of `eval.evaluate`'s result.
+    """
+    published = [
+        f"{metric} {model.results[task][metric]:.4g} ({model.name})"
+        for metric in about["figures"]
+        for model in GPT2 + GPT3
+        if metric in model.results.get(task, {})
+    ]
+    if not published:
+        return "no results of OpenAI's models are published for it"
+    reason = not_comparable_reason(about["data"], n, about["full_size"])
+    return f"not comparable: {reason}" if reason else f"comparable with the published {', '.join(published)}"
+
+
 def find_corpus(source: Any) -> str | None:
     """Return the corpus that a JSON-serializable data source names: "fineweb-edu", "fineweb", "openwebtext" or None."""
     name = re.sub("[-_]", "", json.dumps(source).lower())

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.metrics import read_metrics
+from eval.published import describe_published
 from hub import HubError
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -66,7 +67,7 @@ class Results:
     """Content of a file written by `python -m eval --output`."""
 
     scores: list[dict[str, Any]]  # rows for the template
-    footnotes: list[str]  # one per task: its version and items
+    footnotes: list[str]  # one per task: its version, its items, and the published results that it can be compared with
     metadata: list[EvalResult]  # the scores that are comparable with those of other models
     entries: dict[str, list[EvalResultEntry]]  # the same by task, for the benchmarks' leaderboards on the Hub
 
@@ -288,7 +289,8 @@ def _parse_results(result: dict[str, Any]) -> Results:
             source = source.partition(" (")[0]  # in parentheses: why the Hub could not be reached
         elif not is_public:
             source = _file_name(source)
-        results.footnotes.append(f"{task}, version {version}: {source}" + (f", {n:,} items" if n else ""))
+        items = f", {n:,} items" if n else ""
+        results.footnotes.append(f"{task}, version {version}: {source}{items}; {describe_published(task, about, n)}")
     return results
 
 
