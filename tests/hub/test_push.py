@@ -334,8 +334,9 @@ tokens_per_step: 256
 ![losses and HellaSwag over training tokens](curves.png)
 | validation loss | 3.2924 |
 | hellaswag acc_norm | 0.2955 ± 0.0046 | 0.2955 (OpenAI GPT-2 124M) | the most probable a token |
-- lambada, version 1: lambada.jsonl, all 5,153 items, 5,153 items; comparable with the published acc 0.3256 (OpenAI GPT-2 124M)
-- bits_per_byte, version 1: text/, stride 3, the first 40 documents, 40 items; no results of OpenAI's models are published
+- lambada, version 1: lambada.jsonl, all 5,153 items, 5,153 items; comparable
+comparable with the published acc 0.3256 (OpenAI GPT-2 124M)
+- bits_per_byte, version 1: text/, stride 3, the first 40 documents, 40 items; no results of
 path: fineweb-edu
 hellaswag: items.jsonl
 ## Limitations
