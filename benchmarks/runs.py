@@ -143,7 +143,7 @@ class Trainer:
         is_same = (
             _with_defaults(result["settings"], dataclasses.asdict(Config())) == settings
             and not (has_data and result["data"]["train_sha256"] != dataset_fingerprint(folder)["train_sha256"])
-            and self._scores.keys() <= result["scores"].keys()
+            and self._scores.keys() <= result["scores"].get("results", {}).keys()
         )
         return result if is_same else None
 
@@ -187,7 +187,7 @@ class Trainer:
             "outcome": "finished" if has_finished else "diverged",
             "losses": curve,
             "seconds": round(seconds, 1),
-            "scores": self._score(folder, run) if has_finished else dict.fromkeys(self._scores),
+            "scores": self._score(folder, run) if has_finished else {"results": dict.fromkeys(self._scores)},
             "parameters": provenance["model"]["parameters"],
             "flops": curve[-1][0] * provenance["model"]["flops_per_token"],
             "settings": effective_settings(run),
@@ -211,8 +211,8 @@ class Trainer:
         with (folder / "console.log").open("a") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
 
-    def _score(self, folder: Path, run: Run) -> dict[str, dict[str, float]]:
-        """Score the last checkpoint in a process of its own, and return {task: {metric: value}}."""
+    def _score(self, folder: Path, run: Run) -> dict[str, Any]:
+        """Score the last checkpoint in a process of its own, and return what `python -m eval --output` writes."""
         if not self._scores:
             return {}
         checkpoint = folder / "checkpoints" / f"step_{run.settings['max_steps']:06d}"
@@ -222,8 +222,8 @@ class Trainer:
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
         if done.returncode != 0:
             raise UserError(f"{folder}: the checkpoint cannot be scored; see console.log there")
-        scores: dict[str, dict[str, float]] = json.loads((folder / "scores.json").read_text())["results"]
-        return scores
+        scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+        return {name: scores[name] for name in ("results", "tasks", "date")}  # the rest is in the run's own result
 
 
 def effective_settings(run: Run) -> dict[str, Any]:

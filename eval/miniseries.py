@@ -5,6 +5,9 @@ python -m eval.miniseries CHECKPOINT... [--published] [--tasks ...] [--data TASK
 Writes miniseries.png with one panel per metric, and miniseries.md with the same numbers as a table. Each CHECKPOINT is
 a folder or an id on the Hub, which is scored now, or a .json file from `python -m eval --output`. New results are
 written next to the plot as such files. --published adds OpenAI's GPT-2 and GPT-3 where they can be compared.
+
+A .json file may also be the result of a run of benchmarks/race.py, "benchmarks/results/series/*.json" for instance:
+then there is a line for each number of training tokens, and law.py's scaling law through the validation losses.
 """
 
 import argparse
@@ -30,8 +33,10 @@ from common.checkpoints import resolve_checkpoints
 from common.models import check_name, load_tokenizer
 from eval import EvalError, command
 from eval.evaluator import load_tasks
+from eval.law import Fit, fit_law
+from eval.lm_eval_bridge import PREFIX
 from eval.published import GPT2, GPT3, find_corpus, not_comparable_reason
-from eval.task import LoadedTask
+from eval.task import LoadedTask, task_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +47,14 @@ Column: TypeAlias = tuple[str, str]
 Protocol: TypeAlias = tuple[Any, str, int | None]
 """(version, hash or source of the items, number of items)"""
 
+STYLES = ("o-C0", "s--C3", "^:C2", "D-C1", "v-C4")
 OURS = "scored here (± standard error)"
+PUBLISHED = ", published"
+TRAINING = "training"
+"""the task of the validation loss of a run of benchmarks/race.py"""
+LOSS, RESIDUAL = (TRAINING, "loss"), (TRAINING, "residual")
+LAW_SIZE, LAW_TOKENS = 124_439_808, 10e9
+"""the model that the law is asked about: the lecture's"""
 TITLES = {"hellaswag": "HellaSwag", "lambada": "LAMBADA", "bits_per_byte": "validation text"}
 # The windows of published losses, as bits_per_byte describes them: GPT-2's full context, without overlap.
 PUBLISHED_WINDOWS = ", validation split, stride 1024, all "
@@ -57,6 +69,13 @@ class Row(NamedTuple):
     parameters: int
     metrics: dict[Column, tuple[float, float | None]]
     """{(task, metric): (value, standard error or None)}, finite values only"""
+    tokens: int | None = None
+    """of the training, if a run of benchmarks/race.py is known"""
+
+    @property
+    def is_ours(self) -> bool:
+        """False for a published model."""
+        return not self.series.endswith(PUBLISHED)
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,9 +101,11 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Read a result file from `python -m eval --output`. Raises EvalError for any other file."""
+    """Read a result file from `python -m eval --output` or benchmarks/race.py. Raises EvalError for any other file."""
     try:
         result = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "losses" in result:
+            result = _result_of_run(result)
         _, footnotes = published_rows(result)
         table(rows_of([result]), result, footnotes)  # fails if anything is missing or of another type
         if not result["tasks"] or not all(isinstance(about["figures"], dict) for about in result["tasks"].values()):
@@ -97,6 +118,24 @@ def read_result(path: str | Path) -> dict[str, Any]:
             "folder to score it now"
         ) from error
     return result
+
+
+def _result_of_run(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of a run of benchmarks/race.py, with its validation loss as one of the tasks."""
+    tokens, loss = run["losses"][-1]
+    data = {"source": "validation split of the training text", "sha256": run["data"]["train_sha256"]}
+    figures = {LOSS[1]: "validation loss, nats per token", RESIDUAL[1]: "the loss less that of the fitted law"}
+    about = {"version": 1, "data": data | {"is_sample": False}, "figures": figures}
+    return {
+        "results": {TRAINING: {"loss": loss}, **run["scores"].get("results", {})},
+        "tasks": {TRAINING: about | {"full_size": None}, **run["scores"].get("tasks", {})},
+        "model": {
+            "name": f"{run['size']}, {tokens / 1e6:.3g}M tokens",
+            "parameters": run["parameters"],
+            **{name: run["settings"]["model"][name] for name in ("n_layer", "n_embd")},
+        },
+        "tokens": tokens,
+    }
 
 
 def unique_labels(names: Sequence[str]) -> list[str]:
@@ -163,15 +202,30 @@ def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
             for metric in task["figures"]:
                 if metric in values:
                     metrics[name, metric] = values[metric], values.get(f"{metric}_stderr")
-        rows.append(Row(" ".join([label, *(f"({size})" for size in sizes)]), OURS, model["parameters"], metrics))
-    return sorted(rows, key=lambda row: row.parameters)
+        tokens = result.get("tokens")
+        series = OURS if tokens is None else f"{tokens / 1e6:.3g}M tokens (± standard error)"
+        label = " ".join([label, *(f"({size})" for size in sizes)])
+        rows.append(Row(label, series, model["parameters"], metrics, tokens))
+    return sorted(rows, key=lambda row: (row.parameters, row.tokens or 0))
+
+
+def fit_series(rows: Sequence[Row]) -> Fit | None:
+    """Fit the scaling law of the runs' validation losses, and add their residuals to the rows; None without a law."""
+    trained = [row for row in rows if row.tokens is not None and LOSS in row.metrics]
+    fit = fit_law([(row.parameters, row.tokens or 0, row.metrics[LOSS][0]) for row in trained])
+    if fit is not None:
+        for row, residual in zip(trained, fit.residuals, strict=True):
+            row.metrics[RESIDUAL] = (residual, None)
+    return fit
 
 
 def published_rows(result: dict[str, Any]) -> tuple[list[Row], list[str]]:
     """Return rows of OpenAI's models for results with `result`'s items, and footnotes on what cannot be compared."""
     models, footnotes = GPT2 + GPT3, []
-    rows = [Row(f"{m.name} (published)", f"{m.name.rpartition(' ')[0]}, published", m.parameters, {}) for m in models]
+    rows = [Row(f"{m.name} (published)", f"{m.name.rpartition(' ')[0]}{PUBLISHED}", m.parameters, {}) for m in models]
     for name, task in result["tasks"].items():
+        if name == TRAINING:
+            continue
         source = task["data"]["source"]
         reason = not_comparable_reason(task["data"], result["results"][name].get("n"), task["full_size"])
         published = [m.results.get(name, {}) for m in models]
@@ -198,7 +252,8 @@ def published_rows(result: dict[str, Any]) -> tuple[list[Row], list[str]]:
 
 def _columns(rows: Sequence[Row]) -> list[Column]:
     """Return the (task, metric) of our models; a column of only published numbers would compare nothing."""
-    return list(dict.fromkeys(column for row in rows if row.series == OURS for column in row.metrics))
+    columns = dict.fromkeys(column for row in rows if row.is_ours for column in row.metrics)
+    return sorted(columns, key=lambda column: column[0] != TRAINING)
 
 
 def table(rows: Sequence[Row], result: dict[str, Any], footnotes: Sequence[str] = ()) -> str:
@@ -216,24 +271,35 @@ def table(rows: Sequence[Row], result: dict[str, Any], footnotes: Sequence[str] 
     return text + "".join(f"- {footnote}\n" for footnote in footnotes)
 
 
-def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
+def draw(rows: Sequence[Row], result: dict[str, Any], fit: Fit | None = None) -> "Figure":
     """Return a matplotlib Figure with a panel per metric, and in each a line per series.
 
-    `rows` come from `rows_of` and `published_rows`; `result` is any of the results, for the titles.
+    With runs of several numbers of tokens, only each task's main metric has a panel, and models have no labels.
+
+    Args:
+        rows: those of `rows_of` and `published_rows`.
+        result: any of the results, for the titles.
+        fit: of the runs' losses, see `fit_series`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     columns = _columns(rows)
+    is_series = any(row.tokens is not None for row in rows)
+    if is_series:
+        columns = [
+            (task, metric) for task, metric in columns if task == TRAINING or metric == main_metric(task, result)
+        ]
     width = len(columns) if len(columns) <= 3 else math.ceil(math.sqrt(len(columns)))
     height = math.ceil(len(columns) / width)
     figure = Figure(figsize=(5.6 * width, 4.6 * height + 0.4), dpi=120, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     panels = figure.subplots(height, width, squeeze=False).ravel()
     legend = {}
+    all_series = dict.fromkeys(row.series for row in sorted(rows, key=lambda row: (not row.is_ours, row.tokens or 0)))
     for axes, column in zip(panels, columns, strict=False):
-        for series, style in zip(dict.fromkeys(row.series for row in rows), ("o-C0", "s--C3", "^:C2"), strict=False):
+        for series, style in zip(all_series, itertools.cycle(STYLES)):
             if points := _points(rows, series, column):
                 x, y, errors, _ = zip(*points, strict=True)
                 yerr = [error or 0.0 for error in errors] if any(errors) else None
@@ -247,11 +313,25 @@ def draw(rows: Sequence[Row], result: dict[str, Any]) -> "Figure":
         axes.grid(alpha=0.3)
     for axes in panels[len(columns) :]:
         axes.set_visible(False)
+    if fit is not None:
+        sizes = [row.parameters for row in rows if row.tokens is not None]
+        for tokens in sorted({row.tokens for row in rows if row.tokens is not None}):
+            grid = np.geomspace(min(sizes), max(sizes))
+            losses = [fit.law.loss(size, tokens) for size in grid]
+            [legend["fitted law"]] = panels[columns.index(LOSS)].plot(grid / 1e6, losses, "k:", lw=0.8)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.draw_without_rendering()  # fixes the panels' positions, which placing the labels needs
-    for axes, column in zip(panels, columns, strict=False):
-        _label_points(axes, [(x, y, label) for x, y, _, label in _points(rows, OURS, column)])
+    if not is_series:
+        for axes, column in zip(panels, columns, strict=False):
+            _label_points(axes, [(x, y, label) for x, y, _, label in _points(rows, OURS, column)])
     return figure
+
+
+def main_metric(task: str, result: dict[str, Any]) -> str:
+    """Return the metric of a result's task that a picture shows, if it shows one."""
+    figures = result["tasks"][task]["figures"]
+    main = None if task.startswith(PREFIX) else task_class(task).main_metric
+    return main if main is not None and main in figures else str(next(iter(figures)))
 
 
 def _title(column: Column, result: dict[str, Any]) -> str:
@@ -351,7 +431,10 @@ def _write_table_and_plot(args: argparse.Namespace, results: list[dict[str, Any]
     if args.published:
         published, footnotes = published_rows(first_result)
         rows += published
-    text, figure = table(rows, first_result, footnotes), draw(rows, first_result)
+    fit = fit_series(rows)
+    text, figure = table(rows, first_result, footnotes), draw(rows, first_result, fit)
+    if fit is not None:
+        text += "".join(f"- {line}\n" for line in fit.describe(LAW_SIZE, LAW_TOKENS))
     plot = io.BytesIO()
     figure.savefig(plot, format="png")
     command.write_output("--out", args.out / "miniseries.md", text)

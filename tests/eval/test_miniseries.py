@@ -13,6 +13,7 @@ from eval import EvalError, evaluate, miniseries
 from eval.bits_per_byte.task import Task as BitsPerByte
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
+from eval.law import Law, fit_law
 from eval.published import GPT2, GPT3
 
 TASKS = {"hellaswag": HellaSwag, "lambada": Lambada, "bits_per_byte": BitsPerByte}
@@ -390,3 +391,71 @@ def test_only_the_main_process_writes(written, own_checkpoint, tmp_path, monkeyp
     assert miniseries.main([str(own_checkpoint), "--data", "sample", "--limit", "2", "--out", str(out)]) == 0
     assert not out.exists()
     assert capsys.readouterr().out == ""
+
+
+# ----------------------------------------------------------------------------------------------- a series
+
+
+LAW = Law(1.7, 400.0, 0.34, 410.0, 0.28)
+
+
+def run_of(parameters, tokens, noise=0.0):
+    """Return a result of benchmarks/race.py, whose loss is on the law but for the noise."""
+    losses = [[0, 9.0], [tokens, LAW.loss(parameters, tokens) + noise]]
+    task = Lambada()
+    data = {"source": "lambada.jsonl", "sha256": "lambada", "is_sample": False}
+    about = {"version": task.version, "data": data, "figures": task.metrics, "full_size": task.full_size}
+    return {
+        "size": f"{parameters / 1e6:g}M",
+        "losses": losses,
+        "parameters": parameters,
+        "data": {"train_sha256": "text"},
+        "settings": {"model": {"n_layer": 2, "n_embd": 64}},
+        "scores": {
+            "results": {"lambada": {"acc": tokens / 1e8, "acc_stderr": 0.01, "perplexity": 40.0, "n": 5153}},
+            "tasks": {"lambada": about},
+        },
+    }
+
+
+def series_of(rng):
+    sizes, budgets = (2_000_000, 4_000_000, 7_000_000, 12_000_000, 20_000_000), (1_000_000, 2_000_000, 4_000_000)
+    return {f"{n}-{d}": run_of(n, d, rng.normal() * 0.01) for n in sizes for d in budgets}
+
+
+def test_series_of_runs_has_a_line_per_budget_and_a_law(written, run, drawn):
+    runs = series_of(np.random.default_rng(0))
+    text = run(*written(runs), "--published")
+    cells = cells_of(text)
+    first = runs["2000000-1000000"]["losses"][-1][1]
+    assert cells["2M, 1M tokens"][:2] == ["2,000,000", f"{first:.4f}"]
+    assert cells["OpenAI GPT-2 124M (published)"][-2:] == ["0.3256", "40.0600"]
+    assert "L(N, D) = E + A / N^alpha + B / D^beta, 15 runs" in text and "124M parameters after 10B tokens" in text
+    [figure] = drawn
+    loss, residual, accuracy = figure.axes
+    assert set(curves_of(loss)) == {f"{n}M tokens (± standard error)" for n in (1, 2, 4)}
+    assert [x for x, _, _ in curves_of(accuracy)["4M tokens (± standard error)"]] == [2, 4, 7, 12, 20]
+    assert len(curves_of(residual)) == 3 and max(abs(y) for y in residual.dataLim.intervaly) < 0.05
+
+
+def test_law_is_found_with_an_interval_that_holds_the_truth():
+    points = [(run["parameters"], *run["losses"][-1]) for run in series_of(np.random.default_rng(0)).values()]
+    exact = [(n, d, LAW.loss(n, d)) for n, d, _ in points]
+    assert fit_law(exact, num_samples=2).law == pytest.approx(LAW, rel=1e-6)
+    fit = fit_law(points)
+    low, high = fit.interval(124e6, 10e9)
+    assert low < LAW.loss(124e6, 10e9) < high and 0.1 < high - low < 1.5
+    assert fit_law([point for point in points if point[1] < 4e6]) is None  # two budgets do not determine beta
+    held = 0
+    for seed in range(6):  # 95% intervals near the runs
+        noise = np.random.default_rng(seed).normal(0, 0.01, len(exact))
+        noisy = [(n, d, loss + error) for (n, d, loss), error in zip(exact, noise, strict=True)]
+        low, high = fit_law(noisy, num_samples=100).interval(30e6, 8e6)
+        held += low < LAW.loss(30e6, 8e6) < high
+    assert held >= 5
+
+
+def test_runs_on_other_text_are_refused(fails, written):
+    runs = {"a": run_of(2_000_000, 1_000_000), "b": run_of(4_000_000, 1_000_000)}
+    runs["b"]["data"]["train_sha256"] = "other text"
+    assert "training of" in fails(*written(runs))
