@@ -59,7 +59,7 @@ from data.prepare import prepare_sample_if_missing
 from data.shards import Shard
 from data.text_cache import prepare_text
 from data.tokenizer import Tokenizer, check_same_tokenizer
-from eval.during_training import TrainingEvaluation, check_prompts, load_task
+from eval.during_training import TrainingEvaluation, check_prompts, load_task, prompts_of
 from eval.published import reference_lines
 from eval.task import task_class
 from hub.push import Repository, push_last_checkpoint
@@ -240,7 +240,7 @@ def train_steps(
         windows = [] if is_finite else windows_with_nonfinite_loss(losses, loader.window_origins(state.step))
         state.advance(is_finite)
         log.log_step(state, loss=train_loss, lr=lr, grad_norm=norm, seconds=seconds, windows=windows, loss_scale=scale)
-        stop_collecting()  # once, after the first step, which may have compiled
+        stop_collecting()  # has an effect after the first step only, which may have compiled
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def load_data(
     mix = config.data.mix or {config.data.path: 1.0}
     data_info = run_on_main(mixture_fingerprint, mix)
     train_sources, val_sources = ({folder: open_split(folder, split) for folder in mix} for split in ("train", "val"))
-    loader = WindowLoader(  # windows of tokens in a seeded order, the same for any number of processes
+    loader = WindowLoader(  # decides the order of the data: windows in a seeded order, for any number of processes
         [*train_sources.values()],
         weights=[*mix.values()],
         seq_len=config.batch.seq_len,
@@ -312,7 +312,11 @@ def make_evaluation(
     """Load the tasks, and check that items and prompts fit the model's context."""
     n_positions = config.model.n_positions
     tokenizer = shards_tokenizer.hf(model_max_length=n_positions)
-    check_prompts(tokenizer, config.eval.prompts, num_tokens=config.eval.sample_tokens, n_positions=n_positions)
+    sample_tokens = config.eval.sample_tokens
+    if config.eval.prompts is None:
+        first_folder = next(iter(val_sources.values()))
+        config.eval.prompts = prompts_of(first_folder, tokenizer, max_tokens=n_positions - sample_tokens)
+    check_prompts(tokenizer, config.eval.prompts, num_tokens=sample_tokens, n_positions=n_positions)
     tasks = []
     for name, data, limit, every in task_settings(config):
         tasks.append((run_on_main(load_task, name, data, limit, tokenizer, n_positions), every))
@@ -326,7 +330,7 @@ def make_evaluation(
         tasks=tasks,
         tokenizer=tokenizer,
         prompts=config.eval.prompts,
-        sample_tokens=config.eval.sample_tokens,
+        sample_tokens=sample_tokens,
         seed=config.seed,
         stop=stop,
     )

@@ -203,7 +203,9 @@ def from_pretrained(
         if "use_safetensors" in str(error):
             problem = "no weights as safetensors; pickles (pytorch_model.bin) can run any code and are not opened here"
         elif unreachable is not None and isinstance(error, OSError):
-            problem = f"no such folder, nor in the Hub's local cache, and {unreachable}"
+            problem = (
+                f"no such folder, nor in the Hub's local cache, and {unreachable}: give a folder, or go online once"
+            )
         else:
             problem = f"cannot be opened ({type(error).__name__}: {one_line(error)})"
         raise UserError(f"{kind} {name!r}: {problem}") from error

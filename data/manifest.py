@@ -199,7 +199,8 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
         source = folder.name if folder.name in CORPORA else "files YOUR_TEXT"
         raise DataError(
             f"no data in {folder}: the folder does not exist{_similar_names(folder)} Make it with "
-            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample)"
+            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample); a "
+            "recipe of this project says at its data.path what belongs there"
         )
     manifest = read_manifest(folder)
     if manifest is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.cli import say
 from common.errors import UserError, one_line
+from data.shards import Shard
 from eval import EvalError
 from eval.hellaswag.task import LECTURE
 from eval.scoring import Model, NotFiniteError, Tokenizer
@@ -235,6 +236,24 @@ def validation_loss(
         if on_batch is not None:
             on_batch()
     return loss_sum, num_tokens
+
+
+def prompts_of(shards: Sequence[Shard], tokenizer: Tokenizer, *, max_tokens: int) -> list[str]:
+    """Return a few words of two passages of a validation text, as prompts for a run that was not given any.
+
+    Args:
+        shards: of the text.
+        max_tokens: that a prompt may have; a longer one is left out.
+    """
+    longest = max(shards, key=len)
+    prompts = []
+    for start in (0, len(longest) // 2):
+        text = str(tokenizer.decode(longest[start : start + 48], skip_special_tokens=True))
+        words = text.split()[1:6]  # the first one may be a part of a word
+        prompt = " ".join(words) or text.strip()[:12]  # a language without spaces
+        if 0 < len(tokenizer(prompt).input_ids) <= max_tokens:
+            prompts.append(prompt)
+    return prompts
 
 
 def check_prompts(tokenizer: Tokenizer, prompts: Sequence[str], *, num_tokens: int, n_positions: int) -> None:

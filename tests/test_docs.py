@@ -179,7 +179,9 @@ def texts():
         comments = re.findall(r"^# {3,}(\S.*)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
         lines = "\n".join(comments).replace("\\\n", " ").splitlines()
         yield path.name, "".join(f"    {line}\n" for line in lines if re.match("accelerate|python", line))
-    lines = NEXT_STEPS.format(folder="runs/x", quoted="runs/x", report="", curves="", metrics="").splitlines()
+    lines = NEXT_STEPS.format(
+        folder="runs/x", quoted="runs/x", report="", curves="", metrics="", prompt="'Hello'"
+    ).splitlines()
     yield "a run's last lines", "".join(f"    {line[8:].partition('   ')[0]}\n" for line in lines if "python" in line)
 
 

@@ -148,8 +148,8 @@ class EvalConfig:
     `hellaswag` has the items of eval.hellaswag; its LIMIT and STEPS replace eval.hellaswag_limit and eval_every"""
     task_data: dict[str, str] | None = None
     """where the tasks find their items, as --data of `python -m eval`: {lambada: FILE, core: FOLDER}; null: the Hub"""
-    prompts: list[str] = field(default_factory=lambda: ["Hello, I'm a language model,"])
-    """texts that the model continues, to be read by a person"""
+    prompts: list[str] | None = None
+    """texts that the model continues, to be read by a person; null: words of two passages of the validation text"""
     sample_tokens: Count = 32
     """tokens in each continuation"""
 
@@ -253,9 +253,10 @@ def load_config(argv: Sequence[str]) -> Config:
             )
         for name in named:
             # The data of a later layer replaces that of an earlier one, in whichever way it is named. prepare_sample
-            # belongs to the path given with it: do not make the sample at another, perhaps mistyped one.
+            # belongs to the path given with it: do not make the sample at another, perhaps mistyped one. So do prompts.
             if name not in values or values[name].value != layer[name].value:
                 values.pop("data.prepare_sample", None)
+                values.pop("eval.prompts", None)
             for other in _DATA_NAMES:
                 values.pop(other, None)
         values |= layer

@@ -245,11 +245,13 @@ class RunLog:
                 quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
                 report=self._output_dir / "report.html",
+                prompt=f'"{(self._settings["eval"]["prompts"] or [_PROMPT])[0]}"',
                 metrics=f"{self.metrics_path}{show_board}",
             )
         )
 
 
+_PROMPT = "Hello, I'm"
 NEXT_STEPS = """
 checkpoint  {folder}
 report      {report}
@@ -259,7 +261,7 @@ numbers     {metrics}
 load    from transformers import AutoModelForCausalLM, AutoTokenizer
         model = AutoModelForCausalLM.from_pretrained("{folder}", trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
-sample  python sample.py {quoted} "Hello, I'm"
+sample  python sample.py {quoted} {prompt}
 score   python -m eval --model {quoted} --tasks hellaswag
 share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""
 

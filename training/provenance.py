@@ -111,11 +111,12 @@ def _git_state() -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True).stdout
 
     try:
-        status, diff = git("status", "--porcelain"), git("diff", "HEAD")
+        untracked = git("ls-files", "--others", "--exclude-standard", "*.py").splitlines()  # texts change no results
+        diff = git("diff", "HEAD")
         commit = git("rev-parse", "HEAD").strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+    dirty = bool(diff or untracked)
     if len(diff) > _MAX_DIFF_CHARACTERS:
         diff = f"{diff[:_MAX_DIFF_CHARACTERS]}\n... cut: {len(diff):,} characters"
-    untracked = [line[3:] for line in status.splitlines() if line.startswith("??")]
-    return {"commit": commit, "dirty": bool(status), "untracked": untracked, "diff": diff}
+    return {"commit": commit, "dirty": dirty, "untracked": untracked, "diff": diff}

@@ -155,13 +155,16 @@ def _integer(text: str) -> int:
 
 def _normalize(value: str | list | dict, type_hint: Any) -> object:
     """Return a value in the form that jsonargparse takes, or raise ValueError."""
-    is_list = get_origin(type_hint) in (list, tuple)
+    list_type = _list_type(type_hint)
     if _is_mapping(type_hint) and isinstance(value, str) and value.startswith("{"):
         value = _parse_yaml(value)
-    if isinstance(value, str) and value.lower() in NULLS and (is_list or NoneType in get_args(type_hint)):
-        return [] if is_list else None
-    if is_list:
-        return _split_list(value, is_text=get_args(type_hint)[0] is str)
+    if isinstance(value, str) and value.lower() in NULLS:
+        if NoneType in get_args(type_hint):
+            return None
+        if list_type is not None:
+            return []
+    if list_type is not None:
+        return _split_list(value, is_text=get_args(list_type)[0] is str)
     if type_hint is bool and value in ("0", "1"):
         return value == "1"
     if isinstance(value, dict) and not all(isinstance(text, str) for text in value.values()):
@@ -186,6 +189,11 @@ def _split_list(value: str | list | dict, is_text: bool) -> list[str]:
         return [item for text in value for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
     "".join(value).encode()  # raises UnicodeEncodeError, a ValueError, for an argument whose bytes are not UTF-8
     return value
+
+
+def _list_type(type_hint: Any) -> Any:
+    """Return `list[...]` or `tuple[...]`, perhaps without its `| None`; None for another type."""
+    return next((option for option in (type_hint, *get_args(type_hint)) if get_origin(option) in (list, tuple)), None)
 
 
 def _is_mapping(type_hint: Any) -> bool:
@@ -270,7 +278,7 @@ def _takes_value(name: str, texts: list[str], argument: str, settings: dict[str,
     type_hint = settings[name].type_hint if name in settings else None
     if type_hint is bool and _looks_like_recipe(argument):
         return False
-    takes_several = get_origin(type_hint) in (list, tuple) or _is_mapping(type_hint)
+    takes_several = _list_type(type_hint) is not None or _is_mapping(type_hint)
     return not texts or takes_several or (type_hint is None and name != "config")
 
 

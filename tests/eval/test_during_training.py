@@ -4,11 +4,19 @@ import copy
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from eval import EvalError, during_training
-from eval.during_training import TrainingEvaluation, check_prompts, load_task, sample_texts, validation_loss
+from eval.during_training import (
+    TrainingEvaluation,
+    check_prompts,
+    load_task,
+    prompts_of,
+    sample_texts,
+    validation_loss,
+)
 from eval.items import DataInfo
 from eval.scoring import Request
 from eval.task import BaseTask, Item
@@ -222,3 +230,14 @@ def test_prompts_must_have_tokens_and_fit_the_context(tokenizer):
     for prompts, message in ((["Hello, I"], "'Hello, I' and eval.sample_tokens=8"), ([""], "'' has no tokens")):
         with pytest.raises(EvalError, match=message):
             check_prompts(tokenizer, prompts, num_tokens=8, n_positions=10)
+
+
+def test_prompts_are_words_of_the_validation_text(tokenizer):
+    words = [f"word{i}" for i in range(60)]
+    tokens = np.array(tokenizer(" ".join(words)).input_ids)
+    first, second = prompts_of([tokens[:3], tokens], tokenizer, max_tokens=40)
+    assert first == "word1 word2 word3 word4 word5"
+    assert second in " ".join(words[25:]) and len(second.split()) == 5
+    assert prompts_of([tokens], tokenizer, max_tokens=3) == []
+    [chinese, _] = prompts_of([np.array(tokenizer("春眠不觉晓处处闻啼鸟" * 20).input_ids)], tokenizer, max_tokens=64)
+    assert 0 < len(chinese) <= 12 and chinese.strip("�") in "春眠不觉晓处处闻啼鸟" * 20

@@ -93,6 +93,7 @@ def test_defaults_are_accepted_in_a_recipe(recipe):
         ("--trackers none", "trackers", []),
         ("--eval.prompts Hello, world", "eval.prompts", ["Hello,", "world"]),
         ("--eval.prompts ['Hello, world', b]", "eval.prompts", ["Hello, world", "b"]),
+        ("--eval.prompts null", "eval.prompts", None),
         ("--eval.hellaswag none", "eval.hellaswag", None),
         ("--eval.hellaswag null", "eval.hellaswag", None),
         ("--eval.hellaswag 5.jsonl", "eval.hellaswag", "5.jsonl"),
@@ -115,6 +116,8 @@ def test_defaults_are_accepted_in_a_recipe(recipe):
         (f"--config {DEFAULT_RECIPE} --config recipes/shakespeare.yaml", "data.prepare_sample", False),
         ("--text book.txt", "data.text", "book.txt"),
         ("--text book.txt", "data.prepare_sample", False),
+        ("--text book.txt", "eval.prompts", None),  # the sample recipe's are about Python
+        ("--text book.txt --eval.prompts Once", "eval.prompts", ["Once"]),
         ("--text texts/book.txt", "output_dir", "runs/book"),
         ("--text texts/*.txt", "output_dir", "runs/text"),
         ("--config recipes/shakespeare.yaml --text book.txt", "output_dir", "runs/shakespeare"),
@@ -254,8 +257,8 @@ def test_old_name_works_and_prints_the_new_one_once(recipe, capsys):
 
 def test_configs_share_no_list():
     load_config([]).trackers.append("wandb")
-    load_config([]).eval.prompts.clear()
-    assert load_config([]) == load_config(["--trackers", "tensorboard"]) and load_config([]).eval.prompts
+    load_config([]).eval.tasks.append("copa")
+    assert load_config([]) == load_config(["--trackers", "tensorboard"]) and not load_config([]).eval.tasks
 
 
 def test_text_that_is_null_in_yaml_is_not_null():
