@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
 from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
-from hub.sampling import SamplingParams, encode_chat, encode_prompt, generate
+from hub.sampling import SamplingParams, context_of, encode_chat, encode_prompt, generate
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -79,8 +79,8 @@ def read_lines() -> Iterator[str]:
 
 
 def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
-    """Continue the user's lines as one text; an empty line begins another."""
-    context = model.config.max_position_embeddings
+    """Continue the user's lines as one text; an empty line begins another. Raises HubError, see `context_of`."""
+    context = context_of(model.config)
     ids: list[int] = []
     for line in read_lines():
         if not line:
@@ -121,6 +121,8 @@ def _sample(arguments: Sequence[str] | None) -> None:
     name, trust = check_name(args.checkpoint), args.trust_remote_code
     tokenizer, _ = load_tokenizer(name, trust_remote_code=trust)
     device = find_device(args.device)
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; checked with the prompt
     if args.prompt is None and not args.interactive:
         if sys.stdin.isatty():
             print("text to continue? (Ctrl-D ends it)", file=sys.stderr)

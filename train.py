@@ -64,7 +64,7 @@ from eval.published import reference_lines
 from eval.task import task_class
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line
+from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line, pieces_per_sequence
 from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape, task_settings
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
@@ -111,7 +111,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         model_config = apply_shape(config, shape, **tokenizer.config_fields())
         plan = make_plan(config, model_config, accelerator)
         say(plan.describe())
-        check_memory(plan, accelerator, is_dry_run=config.dry_run)
+        check_memory(plan, is_dry_run=config.dry_run)
         if config.dry_run:
             return print_dry_run(config, accelerator, plan)
         data_info, loader, val_sources, baselines = load_data(config, accelerator)
@@ -123,6 +123,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             "model": {name: getattr(config.model, name) for name in SHAPE},
             "tokens_per_step": config.batch.tokens_per_step,
             "seq_len": config.batch.seq_len,
+            "seq_len_warmup": config.batch.seq_len_warmup or None,  # runs before 2026-12 had no key
             "order": config.data.order,
             "boundary": config.data.boundary,
             "tokenizer": None if tokenizer.is_gpt2 else tokenizer.sha256,  # runs before 2026-12 had GPT-2's, and no key
@@ -151,8 +152,9 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
         tasks = [task for task, _ in evaluation.tasks]
         losses, scores = reference_lines(model_config, data_info["source"], tasks, is_gpt2_tokenizer=tokenizer.is_gpt2)
-        log = RunLog(run.path, plan, settings, state.step, loss_lines=baselines | losses, score_lines=scores)
+        log = RunLog(run.path, plan, settings, argv, state.step, loss_lines=baselines | losses, score_lines=scores)
         cleanup.enter_context(log)
+        cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))  # again, for the report of `log`
         # A resumed run warns if the learning rate of its last step is not the one in its log.
         last_lr = None if resume_from is None else learning_rate(state.step - 1, config.optim, config.max_steps)
         run_on_main(log.open, state, data_info, resume_from, last_lr)
@@ -213,11 +215,14 @@ def train_steps(
         lr = learning_rate(state.step, optim, config.max_steps)
         for group in models.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
+        pieces = pieces_per_sequence(state.step, config.batch.seq_len_warmup, config.max_steps)
         losses = []
         for micro_batch in next(batches).split(micro_batch_size):  # [micro_batch_size, T] each, of this process's rows
             # Micro-batches have the same number of tokens, so averaging their gradients gives that of the global batch.
             # `backward` divides by their number; DDP or FSDP2 averages over processes, after the last one only.
             inputs, targets, position_ids = micro_batch.to(device)  # position_ids: None unless documents are kept apart
+            if pieces > 1:  # seq_len_warmup: the same tokens, as shorter sequences
+                inputs, targets = (x.reshape(pieces * len(x), -1) for x in (inputs, targets))
             with accelerator.accumulate(models.wrapped):
                 loss = models.wrapped(input_ids=inputs, position_ids=position_ids, shift_labels=targets).loss
                 accelerator.backward(loss)
@@ -365,12 +370,12 @@ def finish(
     reason = next(filter(None, gather_object([stop.reason if is_stopped else None])), None)
     # status.json first: a launcher that stops the run kills it after 30 seconds, and trackers may need more.
     exit_code = run.finish(state, reason)
-    PartialState().wait_for_everyone()  # a launcher may kill the others once one has ended
     is_complete = reason is None and exit_code == 0
     if log is not None:
         log.close()
         if is_complete:
             log.print_summary(state, folder)
+    PartialState().wait_for_everyone()  # a launcher may kill the others once one has ended
     if not is_complete or repository is None or not is_main_process():  # only the main process pushes
         return exit_code
     return 0 if push_last_checkpoint(repository, folder, should_stop=lambda: stop.is_requested) else 1

@@ -22,16 +22,11 @@ from common.errors import UserError
 from common.files import write_json, write_text_atomically
 from common.metrics import read_metrics
 from data.manifest import dataset_fingerprint
-from training.config import Config, OptimConfig, load_config
+from training.config import WITHOUT_EFFECT, Config, OptimConfig, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 _KEYS = {"settings", "sizes", "seeds", "recipes"}
 _NUM_EVALUATIONS = 5
-# Settings that do not change a run's losses.
-_WITHOUT_EFFECT = {
-    *("output_dir", "resume", "log_every", "save_every", "keep_last", "keep_every", "keep_best", "trackers"),
-    *("max_hours", "dollars_per_hour", "push_to_hub", "push_public", "profile", "dry_run", "card"),
-}
 # Facts about the data that a result keeps; its paths are this machine's.
 _DATA = ("train_sha256", "train_tokens", "val_tokens", "tokenizer_sha256", "vocab_size")
 # The code that decides the losses. The tests of golden losses hold the rest.
@@ -232,12 +227,12 @@ def effective_settings(run: Run) -> dict[str, Any]:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(run.settings), encoding="utf-8")
         config = json.loads(json.dumps(dataclasses.asdict(load_config(["--config", str(recipe)]))))
-    return {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
+    return {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
 
 
 def _with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Return a result's settings with the defaults of those that train.py did not have when the run was trained."""
-    filled = {name: default for name, default in defaults.items() if name not in _WITHOUT_EFFECT} | settings
+    filled = {name: default for name, default in defaults.items() if name not in WITHOUT_EFFECT} | settings
     return {
         name: _with_defaults(value, defaults[name]) if isinstance(value, dict) and defaults.get(name) else value
         for name, value in filled.items()

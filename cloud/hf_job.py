@@ -18,21 +18,30 @@ from pathlib import Path
 
 
 def main(repository: str, hub_id: str, *options: str) -> None:
-    """Clone, install, train and push. Raises CalledProcessError if a command fails."""
-    subprocess.run(["git", "clone", "--depth", "1", repository, "gpt2-repro"], check=True)
-    for command in (
-        [sys.executable, "-m", "venv", ".venv"],
-        [".venv/bin/pip", "install", "-q", "-c", "constraints.txt", "-e", "."],
-    ):
-        subprocess.run(command, cwd="gpt2-repro", check=True)
+    """Clone, install, train and push. Exits with the code of a command that fails."""
+    if "--output_dir" in options:
+        sys.exit("leave out --output_dir: the run is looked for in runs/")
+    run(["git", "clone", "--depth", "1", repository, "gpt2-repro"], cwd=".")
+    run([sys.executable, "-m", "venv", ".venv"])
+    run([".venv/bin/pip", "install", "-q", "-c", "constraints.txt", "-e", "."])
     train = [".venv/bin/accelerate", "launch", "train.py", "--push_to_hub", hub_id, *options]
     done = subprocess.run(train, cwd="gpt2-repro")
     for path in Path("gpt2-repro").glob("runs/*/status.json"):
         if json.loads(path.read_text())["status"] == "resume me":  # stopped: train.py pushes finished runs only
-            newest = max(path.parent.glob("checkpoints/step_*")).relative_to("gpt2-repro")
-            subprocess.run([".venv/bin/python", "-m", "hub", "push", str(newest), hub_id], cwd="gpt2-repro", check=True)
+            steps = [path for path in path.parent.glob("checkpoints/step_*") if path.name[5:].isdigit()]
+            if not steps:
+                sys.exit("stopped before its first checkpoint: nothing to push")
+            newest = max(steps, key=lambda step: int(step.name[5:])).relative_to("gpt2-repro")
+            public = ["--public"] if "--push_public" in options else []
+            run([".venv/bin/python", "-m", "hub", "push", str(newest), hub_id, *public])
             return
-    done.check_returncode()
+    sys.exit(done.returncode)
+
+
+def run(command: list[str], cwd: str = "gpt2-repro") -> None:
+    """Run a command, or exit with its code. Its arguments are not printed: an address may hold a token."""
+    if code := subprocess.run(command, cwd=cwd).returncode:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -93,9 +93,9 @@ def apply_umask(folder: str | os.PathLike) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Return the same dict, list or number with None in place of NaN and infinities, which JSON does not have."""
+    """Return the same dict, sequence or number with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -54,12 +54,14 @@ def check_name(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "tuple[PreTrainedTokenizerBase, PreTrainedConfig]":
+def load_tokenizer(
+    name: str, *, trust_remote_code: bool | None = False
+) -> "tuple[PreTrainedTokenizerBase, PreTrainedConfig]":
     """Return a checkpoint's tokenizer, and the model's config.
 
     Args:
         name: a checkpoint's folder, or the id of a model on the Hub.
-        trust_remote_code: run the code of a model on the Hub. Code in a folder is always run.
+        trust_remote_code: run the code of a model on the Hub. Code in a folder is run, too, unless this is None.
 
     Raises:
         UserError: the checkpoint cannot be opened, or has no tokenizer.
@@ -74,7 +76,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> "tuple[PreT
     return tokenizer, load_config(name, trust_remote_code=trust_remote_code)
 
 
-def load_config(name: str, *, trust_remote_code: bool = False) -> "PreTrainedConfig":
+def load_config(name: str, *, trust_remote_code: bool | None = False) -> "PreTrainedConfig":
     """Return a checkpoint's config; for arguments and errors see `load_tokenizer`."""
     from transformers import AutoConfig
 
@@ -82,13 +84,15 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> "PreTrainedCon
 
 
 def load_gpt2_config(name: str, *, vocab_size: int = 0) -> "PreTrainedConfig":
-    """Return the config of a GPT-2, this project's or transformers'.
+    """Return the config of a GPT-2, this project's or transformers'. No code that comes with it is run.
 
     Raises:
         UserError: the checkpoint cannot be opened, is not a GPT-2, or has fewer than `vocab_size` tokens.
     """
+    import modeling_gpt2repro  # noqa: F401 (registers its config)
+
     try:
-        config = load_config(name)
+        config = load_config(name, trust_remote_code=None)
         kind = f"is a {config.model_type!r} model"
     except RemoteCodeRequired:
         config, kind = None, "brings its own modeling code"
@@ -179,7 +183,7 @@ def load_model(
 
 
 def from_pretrained(
-    auto_class: Any, name: str, trust_remote_code: bool = False, *, kind: str = "checkpoint", **options: Any
+    auto_class: Any, name: str, trust_remote_code: bool | None = False, *, kind: str = "checkpoint", **options: Any
 ) -> Any:
     """Call `auto_class.from_pretrained`, without the network for a folder; `kind` is a word for messages.
 
@@ -191,7 +195,7 @@ def from_pretrained(
     try:
         return auto_class.from_pretrained(
             name,
-            trust_remote_code=is_local or trust_remote_code,
+            trust_remote_code=trust_remote_code or (is_local and trust_remote_code is not None),
             local_files_only=is_local or unreachable is not None,  # read the cache at once, see hub_error
             **options,
         )

@@ -12,8 +12,9 @@
     lm_eval_bridge.py   any task of the package lm-eval
     evaluator.py        `evaluate`: tasks in, a dict of results out
     __main__.py         the command `python -m eval`; command.py has what it shares with the miniseries
-    miniseries.py       python -m eval.miniseries: scores over model size; published.py has OpenAI's results
-    during_training.py  what train.py evaluates: validation loss, HellaSwag, samples
+    miniseries.py       python -m eval.miniseries: scores over model size; law.py: the scaling law through losses
+    published.py        OpenAI's results
+    during_training.py  what train.py evaluates: validation loss, tasks, samples
 
 Everything here takes a model and a tokenizer as arguments and does not know how they were made. Write
 `from eval.scoring import loglikelihoods`: a bare `import eval.scoring` would shadow Python's built-in `eval`.

@@ -79,12 +79,14 @@ def fit_law(points: Sequence[tuple[float, float, float]], num_samples: int = 100
     if min(len(set(n)), len(set(d))) < MIN_LEVELS or len(points) < len(Law._fields) + 1:
         return None
     law = _fit(n, d, losses[:, None], weights=1 / losses)[0]
+    if np.isnan(law.e):
+        return None
     fitted = np.array([law.loss(*point) for point in zip(n, d, strict=True)])
     residuals = losses - fitted
     # Residuals of a fit are smaller than the noise: it has used up a degree of freedom per constant.
     noise = (residuals - residuals.mean()) * np.sqrt(len(losses) / (len(losses) - len(law)))
     drawn = np.random.default_rng(0).choice(noise, size=(len(losses), num_samples))
-    samples = _fit(n, d, fitted[:, None] + drawn, weights=1 / losses)
+    samples = [sample for sample in _fit(n, d, fitted[:, None] + drawn, weights=1 / losses) if not np.isnan(sample.e)]
     return Fit(law, samples, residuals.tolist())
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate import PartialState
 
 from eval import EvalError
@@ -91,6 +92,8 @@ def score_with_lm_eval(task: LmEvalTask, model: Model, tokenizer: Tokenizer) -> 
                 bootstrap_iters=1000,
                 **seeds,
             )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a dataset that is not available raises any class of exception
         raise EvalError(f"{task.name}: lm-eval could not score it ({type(error).__name__}: {error})") from error
     metrics: dict[str, float] = {}
@@ -99,7 +102,9 @@ def score_with_lm_eval(task: LmEvalTask, model: Model, tokenizer: Tokenizer) -> 
         for key, value in values.items():
             metric, _, filter_name = key.partition(",")  # keys are "acc,none", "acc_stderr,none", ...
             if filter_name and isinstance(value, int | float):
-                metrics[prefix + metric + ("" if filter_name == "none" else f" ({filter_name})")] = value
+                kind = "_stderr" if metric.endswith("_stderr") else ""
+                name_of_filter = "" if filter_name == "none" else f" ({filter_name})"
+                metrics[f"{prefix}{metric.removesuffix('_stderr')}{name_of_filter}{kind}"] = value
         if subtask in output["n-samples"]:
             metrics[f"{prefix}n"] = output["n-samples"][subtask]["effective"]
     version = ", ".join(f"{subtask} {number}" for subtask, number in output["versions"].items())

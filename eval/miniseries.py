@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from common.cli import Parser, prepare_process
+from common.cli import Parser, prepare_process, say
 
 if __name__ == "__main__":
     prepare_process()
@@ -130,11 +130,14 @@ def _result_of_run(run: dict[str, Any]) -> dict[str, Any]:
         "results": {TRAINING: {"loss": loss}, **run["scores"].get("results", {})},
         "tasks": {TRAINING: about | {"full_size": None}, **run["scores"].get("tasks", {})},
         "model": {
-            "name": f"{run['size']}, {tokens / 1e6:.3g}M tokens",
+            # unique_labels shows only as many of the parts as tell the runs apart.
+            "name": f"seed {run['seed']}/{run['recipe']}/{run['size']}, {tokens / 1e6:.3g}M tokens",
             "parameters": run["parameters"],
             **{name: run["settings"]["model"][name] for name in ("n_layer", "n_embd")},
         },
         "tokens": tokens,
+        "recipe": run["recipe"],
+        "outcome": run["outcome"],
     }
 
 
@@ -380,6 +383,12 @@ def _main(arguments: Sequence[str] | None) -> None:
     args = _parse_arguments(arguments)
     args.checkpoints = resolve_checkpoints(args.checkpoints)
     results = {n: read_result(n) for n in args.checkpoints if n.endswith(".json") and not Path(n).is_dir()}
+    if diverged := [name for name, result in results.items() if result.get("outcome") == "diverged"]:
+        say(f"left out, since these runs diverged: {', '.join(diverged)}")
+        args.checkpoints = [name for name in args.checkpoints if name not in diverged]
+        results = {name: result for name, result in results.items() if name not in diverged}
+    if len(recipes := {result["recipe"] for result in results.values() if "recipe" in result}) > 1:
+        raise EvalError(f"runs of {len(recipes)} recipes ({', '.join(sorted(recipes))}): give those of one recipe")
     to_score = [name for name in args.checkpoints if name not in results]
     if to_score:
         shown = args.tasks = args.tasks or ["hellaswag"]

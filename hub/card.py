@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.metrics import read_metrics
+from eval.lm_eval_bridge import PREFIX
 from eval.published import describe_published
 from hub import HubError
 
@@ -246,6 +247,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
     for task, values in result["results"].items():
         about, n = result["tasks"][task], values.get("n")
         version, source = about["version"], about["data"]["source"]
+        shown = re.sub(rf"^({PREFIX})?.*[/\\]", r"\1", task)  # without the folder of a task of one's own
         dataset, split, dataset_name = _PUBLIC_DATASETS.get(task, ("", "", ""))
         is_public = bool(dataset) and source.startswith(f"{dataset} (")
         found = re.search(r"revision ([0-9a-f]{40})", source)
@@ -255,7 +257,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             other = published.get(task, {}).get(metric)
-            row = {"task": task, "metric": metric, "value": value, "stderr": stderr, "protocol": protocol}
+            row = {"task": shown, "metric": metric, "value": value, "stderr": stderr, "protocol": protocol}
             results.scores.append(row | {"published": "" if other is None else f"{other:.4f} ({reference})"})
             if is_public and n is not None and n == about["full_size"]:
                 args = {"n": n, "stderr": stderr, "task_version": version}
@@ -290,7 +292,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
         elif not is_public:
             source = _file_name(source)
         items = f", {n:,} items" if n else ""
-        results.footnotes.append(f"{task}, version {version}: {source}{items}; {describe_published(task, about, n)}")
+        results.footnotes.append(f"{shown}, version {version}: {source}{items}; {describe_published(task, about, n)}")
     return results
 
 

@@ -143,6 +143,8 @@ def _continue(
     tokens: list[int] = []
     candidates = None
     try:
+        if None in (temperature, top_k, top_p, max_new_tokens, seed):
+            raise HubError("a field is empty: give it a number")
         params = SamplingParams(
             temperature=temperature, top_k=int(top_k), top_p=top_p, max_new_tokens=int(max_new_tokens), seed=int(seed)
         )

@@ -75,7 +75,7 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
 def _load(checkpoint: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
     """Open a GPT-2 of this project or of transformers, without running other code."""
     config = load_gpt2_config(checkpoint)
-    tokenizer, _ = load_tokenizer(checkpoint)
+    tokenizer, _ = load_tokenizer(checkpoint, trust_remote_code=None)
     if len(tokenizer) > config.vocab_size:
         raise HubError(
             f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "
@@ -106,6 +106,9 @@ def write_gpt2(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     The weights have the names of OpenAI's own file on the Hub, `h.0...`: mlx_lm reads only those.
     """
     gpt2 = model.to_gpt2()
-    gpt2.save_pretrained(folder, state_dict=gpt2.transformer.state_dict())
+    weights = gpt2.transformer.state_dict()
+    if not gpt2.config.tie_word_embeddings:
+        weights["lm_head.weight"] = gpt2.lm_head.weight
+    gpt2.save_pretrained(folder, state_dict=weights)
     save_tokenizer(tokenizer, folder)
     compare_logits(model, lambda ids: GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits, tolerance=1e-4)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
-from common.cli import say
+from common.cli import say, shell_quote
 from common.errors import UserError
 from common.hub import HubRequestError, with_retries
 from common.weights import weights_problem, weights_sha256
@@ -31,10 +31,10 @@ from hub.card import eval_results_files, has_license_file, license_id, model_car
 from modeling_gpt2repro import GPT2ReproConfig
 
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
-# Not pushed: what only resuming reads (the Trainer's state also names local folders), hidden files, and pickles, which
-# can run code when they are opened.
+# Not pushed: what only resuming reads (the Trainer's state also names local folders, and its checkpoints are in the
+# model's folder), hidden files, and pickles, which can run code when they are opened.
 _IGNORED = (
-    *("training_state/*", "trainer_state.json", ".*", "*/.*"),
+    *("training_state/*", "trainer_state.json", "checkpoint-*/*", ".*", "*/.*"),
     *("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt"),
 )
 # Weights that an earlier push may have left at the root, where from_pretrained would prefer them to the new ones.
@@ -167,6 +167,8 @@ def _count_parameters(folder: Path) -> int:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
+                    if name.endswith((".attn.bias", ".attn.masked_bias")):
+                        continue  # the causal mask, which OpenAI's file has as a tensor
                     tensor = file.get_tensor(name)
                     count += tensor.numel()
                     if not tensor.isfinite().all():
@@ -319,8 +321,8 @@ def push_last_checkpoint(
     finally:  # also after Ctrl-C
         if problem:
             say(
-                f"warning: {folder} is not on the Hub: {problem}. To push it by hand: python -m hub push {folder} "
-                f"{repository.repo_id}"
+                f"warning: {folder} is not on the Hub: {problem}. To push it by hand: python -m hub push "
+                f"{shell_quote(folder)} {repository.repo_id}{'' if repository.is_private else ' --public'}"
             )
     return not problem
 

@@ -62,7 +62,7 @@ def encode_chat(
     Args:
         messages: {"role": "user" or "assistant", "content": text} in turns; the last one is the user's.
     """
-    context = _context_of(config)
+    context = context_of(config)
     _check_utf8(messages[-1]["content"])
     while True:
         ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -73,7 +73,8 @@ def encode_chat(
     return messages, ids
 
 
-def _context_of(config: PreTrainedConfig) -> int:
+def context_of(config: PreTrainedConfig) -> int:
+    """Return the length of a model's context, in tokens. Raises HubError if its config does not have it."""
     context: int | None = getattr(config, "max_position_embeddings", None)
     if context is None:
         raise HubError(
@@ -91,7 +92,7 @@ def _check_utf8(prompt: str) -> None:
 
 
 def _check_ids(ids: list[int], config: PreTrainedConfig) -> None:
-    context = _context_of(config)
+    context = context_of(config)
     if max(ids) >= config.vocab_size:
         raise HubError(
             f"the tokenizer gives token {max(ids):,} and the model has {config.vocab_size:,}: put the model's own "

@@ -61,7 +61,6 @@ def _write(
     if license is not None:
         writer.add_license(license)
     writer.add_tags(["text-generation", "gpt2"])
-    writer.add_languages(["en"])
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

@@ -57,7 +57,8 @@ for try in $(seq "$tries"); do
     # shellcheck disable=SC2086
     .venv/bin/accelerate launch -q --config_file "accelerate_configs/$hardware.yaml" train.py \
         --config "recipes/$recipe.yaml" --data.path "$shards" --output_dir "$run" --resume auto ${OPTIONS:-} && break
-    if [ ! "$run/status.json" -nt "$started" ] || [ "$(status)" = failed ]; then
+    if [ ! "$run/status.json" -nt "$started" ] ||
+        { [ "$(status)" = failed ] && [ "$(value_of "$run/status.json" is_mistake)" != False ]; }; then
         exit 1 # not a crash: the message above says what to fix
     fi
     [ "$(status)" = "resume me" ] && exit 75 # a stop was requested

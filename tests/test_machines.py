@@ -381,7 +381,7 @@ def test_the_last_lines_name_the_best_checkpoint_and_paths_that_python_reads(bes
     plan = SimpleNamespace(
         num_parameters=1, max_steps=1, flops_per_token=1, batch=batch, hardware=hardware, compiled=False
     )
-    log = RunLog(runs, plan, {"log_every": 1, "eval_every": 1}, 0, loss_lines={}, score_lines={})
+    log = RunLog(runs, plan, {"log_every": 1, "eval_every": 1}, [], 0, loss_lines={}, score_lines={})
     folder = runs / "a" / "checkpoints" / ("step_000020" if best is None else "step_000030")
     state = LoopState(val_loss=4.0)
     log.print_summary(state, folder)

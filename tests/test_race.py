@@ -93,6 +93,14 @@ def command(monkeypatch, tmp_path, capsys):
     return start
 
 
+def test_diverged_run_has_a_result(command, plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "LOSSES", [(0, 10.8), (5120, None)])
+    few = {"sizes": {"S": PLAN["sizes"]["S"]}, "recipes": {"adamw": {"optim.lr": 2e-3}}, "seeds": [1]}
+    command(plan(**few))
+    assert json.loads((tmp_path / "results" / "S-adamw-1.json").read_text())["losses"] == [[0, 10.8], [5120, None]]
+    assert command(plan(**few))[1] == []
+
+
 def test_race_trains_each_run_once_and_keeps_its_result(command, plan, tmp_path):
     few = {"sizes": {"S": PLAN["sizes"]["S"]}, "recipes": {"adamw": {"optim.lr": 2e-3}, "other": {"optim.lr": 1e-2}}}
     output, launched = command(plan(**few), "--jobs", 2)

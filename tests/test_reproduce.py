@@ -14,6 +14,7 @@ read -r status code < <(sed -n "$(($(wc -l < launched) + 1))p" launches)
 echo "$@" >> launched
 mkdir -p runs/small/checkpoints/step_$(wc -l < launched)
 /bin/sleep 0.02 # status.json must be newer than the start
+[ "$status" = bug ] && printf '{"status": "failed", "is_mistake": false}' > runs/small/status.json && exit "$code"
 [ "$status" = - ] || printf '{"status": "%s", "checkpoint": "the/checkpoint"}' "${status/_/ }" > runs/small/status.json
 exit "$code"
 """
@@ -55,6 +56,7 @@ def reproduce(tmp_path):
     [
         (["finished 0"], 0, 1),
         (["running 1", "running 1", "finished 0"], 0, 3),  # two crashes
+        (["bug 1", "finished 0"], 0, 2),  # an exception that is not the user's mistake
         (["resume_me 1"], 75, 1),
         (["failed 1"], 1, 1),
         (["- 1"], 1, 1),  # a mistake in the settings: the run did not start

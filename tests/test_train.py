@@ -85,8 +85,13 @@ def tiny_model_config():
     return GPT2ReproConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32)
 
 
-def test_losses_follow_a_plain_pytorch_loop(finished_run, tiny):
+@pytest.mark.parametrize("seq_len_warmup", [0, 0.5])
+def test_losses_follow_a_plain_pytorch_loop(seq_len_warmup, finished_run, launch, tiny, tmp_path):
     """transformers' GPT-2, torch's AdamW and batches read with numpy alone: 20 steps within 1e-3."""
+    output, _ = finished_run
+    if seq_len_warmup:
+        output = tmp_path / "run"
+        launch("--config", tiny, "--output_dir", output, "--batch.seq_len_warmup", seq_len_warmup)
     torch.manual_seed(1337)
     gpt2 = GPT2ReproForCausalLM(tiny_model_config()).to_gpt2().train()
     for dropout in (gpt2.config, *gpt2.modules()):
@@ -111,14 +116,14 @@ def test_losses_follow_a_plain_pytorch_loop(finished_run, tiny):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (warm if step < 4 else cosine)
         batch = torch.tensor(np.stack([windows[i] for i in order[step * 8 : step * 8 + 8]]))
-        logits = gpt2(batch[:, :-1]).logits
+        length = {0: 8, 1: 16}.get(step // 5, 32) if seq_len_warmup else 32
+        logits = gpt2(batch[:, :-1].reshape(-1, length)).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt2.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         expected.append(loss.item())
-    output, _ = finished_run
     assert losses(output) == pytest.approx(expected, abs=1e-3)
     assert expected[-1] < expected[0] - 0.5
 

@@ -72,6 +72,15 @@ def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
     return sorted({*small, *(per_process // n for n in small)})
 
 
+def pieces_per_sequence(step: int, warmup: float, max_steps: int) -> int:
+    """Return into how many pieces a step's sequences are cut, a pure function of the step: 4, then 2, then 1.
+
+    Args:
+        warmup: `batch.seq_len_warmup`, a fraction of max_steps.
+    """
+    return 1 if step >= warmup * max_steps else 2 if step >= warmup * max_steps / 2 else 4
+
+
 def fitting_sizes(plan: Plan, sizes: Sequence[int], num_bytes: float) -> list[int]:
     """Return the micro-batch sizes that fit into so many bytes by the memory estimate."""
     return [size for size in sizes if plan.estimate_memory(size).total <= num_bytes]
@@ -143,7 +152,7 @@ def largest_fitting_batch(
         available: bytes that the run may use.
     """
     for size in sorted(sizes, reverse=True):
-        # A trial may compile for minutes: leave out sizes that the estimate, right to a tenth, rules out.
+        # A trial may compile for minutes: leave out sizes that the estimate rules out, though it were a tenth too high.
         if estimate(size) > available * (1 if probe is None else 1.15):
             continue
         if probe is None:
@@ -227,20 +236,17 @@ def out_of_memory_as_one_line(plan: Plan, micro_batch_size: int) -> Iterator[Non
 
 def _remedies(plan: Plan) -> str:
     checkpointing = "" if plan.activation_checkpointing else "--activation_checkpointing block, "
-    return f"{checkpointing}a smaller model or batch.seq_len, or on several GPUs accelerate_configs/fsdp2.yaml"
+    sharding = "" if plan.sharded else ", or on several GPUs accelerate_configs/fsdp2.yaml"
+    return f"{checkpointing}a smaller model or batch.seq_len{sharding}"
 
 
-def check_memory(plan: Plan, accelerator: Accelerator, *, is_dry_run: bool) -> None:
+def check_memory(plan: Plan, *, is_dry_run: bool) -> None:
     """Compare the memory that the run needs with the machine's, before anything is loaded, and print a warning.
-
-    With sharded parameters (FSDP2), which the estimate does not cover, this does nothing.
 
     Raises:
         TrainingError: parameters and optimizer alone are larger than all of the memory. A dry run, which may be for
             another machine, does not raise it.
     """
-    if accelerator.distributed_type == DistributedType.FSDP:
-        return
     hardware = plan.hardware
     sizes = micro_batch_sizes(plan.batch, hardware.num_processes)
     size = sizes[0] if plan.batch.micro_batch_size == "auto" else min(plan.batch.micro_batch_size, sizes[-1])
@@ -292,8 +298,6 @@ def total_memory(hardware: Hardware) -> float:
 
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on the device; on a CPU, in the machine and in the container around it."""
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type != "cpu":
         return torch.get_device_module(device).mem_get_info(device)[0]
     free = psutil.virtual_memory().available

@@ -40,6 +40,7 @@ _DATA_KEYS = ("tokenizer", "train_tokens", "train_sha256")
 _SETTINGS = {
     "tokens_per_step": "batch.tokens_per_step",
     "seq_len": "batch.seq_len",
+    "seq_len_warmup": "batch.seq_len_warmup",
     "order": "data.order",
     "boundary": "data.boundary",
     "mix_weights": "the weights of data.mix",
@@ -372,7 +373,7 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str 
         if key in _DATA_KEYS:
             raise TrainingError(
                 f"cannot resume from {folder}: it was trained on other data ({key}: {state.get(key)} then, {value} "
-                f"now). Resume with its data.path, {new_run}"
+                f"now). Resume with its data.path or data.mix, {new_run}"
             )
         raise TrainingError(
             f"cannot resume from {folder}: it was trained with {_SETTINGS.get(key, key)}={state.get(key)}, this run "

@@ -28,18 +28,9 @@ from common import markdown
 from common.files import atomic_write
 from common.metrics import read_metrics
 from training import TrainingError
+from training.config import WITHOUT_EFFECT
 
-# Settings that do not make another experiment.
-_SAME_EXPERIMENT = (
-    "seed",
-    "output_dir",
-    "resume",
-    "max_hours",
-    "trackers",
-    "log_every",
-    "push_to_hub",
-    "dollars_per_hour",
-)
+_NOT_COMPARED = WITHOUT_EFFECT | {"seed", "dollars_an_hour"}  # the last is a name in older runs
 COLUMNS = ("run", "seeds", "parameters", "tokens", "val loss", "HellaSwag", "hours", "tokens/s")
 
 
@@ -48,7 +39,7 @@ class Run(NamedTuple):
 
     name: str
     experiment: str
-    """equal for runs that differ only in the seed"""
+    """equal for runs that differ only in the seed, or in what does not change the losses"""
     data: str | None
     """hash of the training data; None for shards without a manifest"""
     parameters: int
@@ -108,7 +99,7 @@ def read_run(folder: Path) -> Run:
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(f"{folder / 'provenance.json'} cannot be read ({error}): compare another run") from None
     records = read_metrics(folder / "metrics.jsonl")
-    experiment = {name: value for name, value in settings.items() if name not in _SAME_EXPERIMENT}
+    experiment = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
     val_losses, milliseconds, tokens, hellaswag = [], 0.0, 0, math.nan
     for record in records:
         milliseconds += record.get("ms", 0)

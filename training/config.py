@@ -30,12 +30,16 @@ from training.settings import (
     split_command_line,
 )
 
-VOCAB_SIZE = GPT2ReproConfig().vocab_size  # GPT-2's
 _DATA_NAMES = ("data.path", "data.mix", "data.text")  # a run has one of them
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions")
 CORE_MINI = 50  # items of each of CORE's tasks
 # A share of bits_per_byte's windows would cut texts into pieces.
 _TASK_LIMIT = r"[2-9]|[1-9]\d{1,8}|(?<!bits_per_byte:)(?:[1-9]\d?|100)%|(?<=core:)mini"
+# Settings that do not change a run's losses.
+WITHOUT_EFFECT = {
+    *("output_dir", "resume", "log_every", "save_every", "keep_last", "keep_every", "keep_best", "trackers"),
+    *("max_hours", "dollars_per_hour", "push_to_hub", "push_public", "profile", "dry_run", "card"),
+}
 DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "sample.yaml"
 
 # Intervals of numbers: [ and ] include the end, ( and ) exclude it. The upper end of a count is above any real run's.
@@ -94,6 +98,9 @@ class BatchConfig:
     """tokens per optimizer step, over all processes"""
     seq_len: Count = 1024
     """tokens in a training sequence, at most n_positions"""
+    seq_len_warmup: Probability = 0.0
+    """cut the sequences into quarters for the first half of this fraction of max_steps, and into halves for the second
+    half (Li et al. 2021, https://arxiv.org/abs/2108.06084); 0: whole sequences from the first step on"""
     micro_batch_size: Count | Literal["auto"] = 64
     """maximum sequences in one forward pass of one process (a process with fewer takes all of them at once); auto: the
     largest number that fits into memory, found by a trial on a GPU, and used again when the run is resumed"""
@@ -149,7 +156,8 @@ class EvalConfig:
     task_data: dict[str, str] | None = None
     """where the tasks find their items, as --data of `python -m eval`: {lambada: FILE, core: FOLDER}; null: the Hub"""
     prompts: list[str] | None = None
-    """texts that the model continues, to be read by a person; null: words of two passages of the validation text"""
+    """texts that the model continues, to be read by a person; null: words of two passages of the validation text (a
+    recipe's prompts are left out if --text or data.mix replaces its data)"""
     sample_tokens: Count = 32
     """tokens in each continuation"""
 
@@ -255,8 +263,9 @@ def load_config(argv: Sequence[str]) -> Config:
             # The data of a later layer replaces that of an earlier one, in whichever way it is named. prepare_sample
             # belongs to the path given with it: do not make the sample at another, perhaps mistyped one. So do prompts.
             if name not in values or values[name].value != layer[name].value:
-                values.pop("data.prepare_sample", None)
-                values.pop("eval.prompts", None)
+                is_sample = values.pop("data.prepare_sample", None) is not None
+                if is_sample or name != "data.path":  # another path usually has a copy of the same text
+                    values.pop("eval.prompts", None)
             for other in _DATA_NAMES:
                 values.pop(other, None)
         values |= layer
@@ -334,6 +343,12 @@ def _check(config: Config) -> None:
         raise TrainingError(
             f"eval.val_tokens={config.eval.val_tokens} is less than a sequence of batch.seq_len={config.batch.seq_len}"
         )
+    if config.batch.seq_len_warmup and (config.batch.seq_len % 4 or config.data.boundary == "document"):
+        raise TrainingError(
+            f"batch.seq_len_warmup={config.batch.seq_len_warmup} cuts sequences into quarters: it needs a "
+            f"batch.seq_len that is a multiple of 4, got {config.batch.seq_len}, and data.boundary=ignore, got "
+            f"{config.data.boundary}"
+        )
     if config.batch.tokens_per_step % config.batch.seq_len:
         raise TrainingError(
             f"batch.tokens_per_step={config.batch.tokens_per_step} is not a multiple of "
@@ -393,9 +408,7 @@ def task_settings(config: Config) -> list[TaskSetting]:
     return [*tasks.values()]
 
 
-def load_shape(
-    init_from: str | None, resume_from: Path | None, vocab_size: int = VOCAB_SIZE
-) -> tuple[str | None, dict[str, int]]:
+def load_shape(init_from: str | None, resume_from: Path | None, vocab_size: int) -> tuple[str | None, dict[str, int]]:
     """Return (the model that init_from means now, its shape by the names of SHAPE).
 
     Once a run has begun, its own checkpoints have the shape. Without init_from the shape is empty.

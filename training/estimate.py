@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from common.cli import say
 from modeling_gpt2repro.loss import CHUNK_ROWS
@@ -23,8 +24,8 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BASE_BYTES = {"cpu": 0.6e9, None: 0.8e9}
 # Fragmentation of glibc's heap by (device, bytes per activation), fitted to runs (benchmarks/memory.py).
 _FRAGMENTATION: dict[tuple[str | None, int], float] = {("cpu", 2): 1.25, ("cpu", 4): 1.55}
-# Fitted to torch's allocator on a GPU that computes nothing (benchmarks/RECORDS.md): bytes per logit of a chunk, and
-# bytes per token, block and element of the width that a compiled step keeps in addition.
+# Fitted to torch's allocator with a stand-in for the CUDA driver, which computes nothing (benchmarks/RECORDS.md): bytes
+# per logit of a chunk, and bytes per token, block and element of the width that a compiled step keeps in addition.
 _GPU_LOGIT_BYTES = {"eager": 14, "compiled": 1.7}
 _COMPILED_BYTES = 8.4
 _DROPOUT_BYTES = 22  # per attention weight: 12, and fragmentation
@@ -156,7 +157,8 @@ class MemoryEstimate(NamedTuple):
     gradients: float
     """float32, and DDP's buckets if there are several processes"""
     activations: float
-    """saved by the blocks' forward pass for the backward pass; on a CPU, what else the passes take except logits"""
+    """saved by the blocks' forward pass for the backward pass; on a CPU, also everything else that the two passes
+    allocate, except the logits"""
     head: float
     """logits of a chunk, the matrix's gradient, last LayerNorm; on a GPU, a block's backward pass if that is more"""
     base: float
@@ -181,6 +183,8 @@ class Plan:
     """batches have position_ids, because documents are kept apart"""
     activation_checkpointing: bool = False
     """blocks are computed again in the backward pass, and keep only their inputs"""
+    sharded: bool = False
+    """FSDP2: each process has a part of the parameters, of their gradients and of the optimizer's moments"""
 
     @property
     def num_parameters(self) -> int:
@@ -205,7 +209,7 @@ class Plan:
         return self.max_steps * self.batch.tokens_per_step
 
     def estimate_memory(self, micro_batch_size: int) -> MemoryEstimate:
-        """Estimate the memory of a process at the peak of a training step, without sharding (FSDP2).
+        """Estimate the memory of a process at the peak of a training step.
 
         It is this project's model: an MLP keeps its input and the GELU's, attention does not keep its T x T weights
         (except with dropout on a CPU), and logits are made in chunks. benchmarks/RECORDS.md compares it with runs.
@@ -214,19 +218,22 @@ class Plan:
             micro_batch_size: sequences in one forward pass of one process.
         """
         num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
+        num_shards = num_processes if self.sharded else 1
         rows = micro_batch_size * self.batch.seq_len
         kind = "cpu" if self.hardware.device.type == "cpu" else None
         activations, ends, backward = self._activation_bytes(rows, kind)
         if kind == "cpu":  # freed memory stays in the heap
             activations, ends, backward = activations + ends + backward, 0, 0
-        buckets = 4 * num_parameters if num_processes > 1 else 0  # DDP's
+        buckets = 4 * num_parameters if num_processes > 1 and not self.sharded else 0  # DDP's
         gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
         # one, gradients grow as activations are freed, or live in the buckets.
+        # FSDP2 shards a gradient only when it is exchanged, after the last micro-batch.
         if rows * num_processes == self.batch.tokens_per_step:
-            gradients = max(0, gradients - activations) if num_processes == 1 else 0
+            alone = max(0, gradients - activations)
+            gradients = alone if num_processes == 1 else gradients / num_shards if self.sharded else 0
         return MemoryEstimate(
-            state=12 * num_parameters,
+            state=12 * num_parameters / num_shards,
             gradients=gradients + buckets,
             activations=activations,
             # The head's memory is free again when the blocks' backward pass begins.
@@ -303,6 +310,7 @@ def make_plan(config: "Config", shape: "GPT2ReproConfig", accelerator: Accelerat
         compiled=config.compile,
         has_positions=config.data.boundary == "document",
         activation_checkpointing=config.activation_checkpointing == "block",
+        sharded=accelerator.distributed_type == DistributedType.FSDP,
     )
 
 

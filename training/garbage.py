@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def stop_collecting() -> None:
-    """Collect once more, and switch the collector off. Objects of now are left out of later calls of gc.collect."""
+    """Collect once more, and switch the collector off. Later calls of gc.collect leave out the objects of now."""
     if gc.isenabled():
         gc.collect()
         gc.freeze()

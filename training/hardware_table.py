@@ -16,7 +16,7 @@ from training.config import BatchConfig
 from training.estimate import Plan, card_hardware, format_duration
 
 # Bytes that a compiled step moves outside matmuls and attention, counted by Inductor for 64 x 1024 tokens in bfloat16
-# on a GPU that computes nothing (benchmarks/RECORDS.md).
+# with a stand-in for the CUDA driver, which computes nothing (benchmarks/RECORDS.md).
 _BLOCK_BYTES = 143  # per token, block and element of the width
 _LOGIT_BYTES = 5.2  # per token and entry of the vocabulary
 _MICRO_BATCH_BYTES = 12  # per parameter: adding up gradients
@@ -24,8 +24,8 @@ _STEP_BYTES = 52  # per parameter: clipping, AdamW, zeroing
 _SHORT_STEP = 0.01  # seconds
 
 SIZES = {"124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
-# Sequences of 1,024 tokens that `--batch.micro_batch_size auto` found for each of SIZES on a GPU that computes nothing,
-# which has the card's memory and torch's allocator; not compiled. 0: none, not even with activation checkpointing.
+# Sequences of 1,024 tokens that `--batch.micro_batch_size auto` found for each of SIZES with that stand-in, which has
+# the card's memory and torch's allocator; not compiled. 0: none, not even with activation checkpointing.
 COUNTED = {
     "t4": (16, 4, 0, 0),
     "rtx3060": (4, 2, 0, 0),
@@ -76,6 +76,8 @@ def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
         key: of CARDS.
     """
     card = CARDS[key]
+    is_own_price = plan.hardware.card is card  # the plan is for this card, with --dollars_per_hour if that was given
+    price = plan.hardware.dollars_per_hour if is_own_price else card.dollars_per_hour
     plan = dataclasses.replace(plan, hardware=card_hardware(card), compiled=True)
     size, checkpointing = _largest_size(plan)
     counted = dict(zip(SIZES.values(), COUNTED.get(key, ()), strict=False)).get(plan.num_parameters)
@@ -85,7 +87,7 @@ def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
         size, checkpointing = counted, counted == 0
     plan = dataclasses.replace(plan, activation_checkpointing=checkpointing)
     rate = tokens_per_s(plan, card, size or 1)
-    hours, price = plan.total_tokens / rate / 3600, card.dollars_per_hour
+    hours = plan.total_tokens / rate / 3600
     return CardEstimate(card, size, checkpointing, is_counted, rate, hours, None if price is None else hours * price)
 
 

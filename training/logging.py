@@ -20,13 +20,13 @@ from training import TrainingError
 from training.checkpoint import LoopState, run_folder_of
 from training.curves import format_score, metric_names, plot_curves, score_name, scores_of
 from training.estimate import Plan, format_duration
-from training.provenance import write_provenance
+from training.provenance import describe_launch, write_provenance
 from training.report import write_report
 from training.run import describe_error
 
 PROJECT = "gpt2-repro"  # in W&B and Trackio
 _MAX_TRACKED = 4  # metrics of a task
-# The time left is the console lines', since tqdm's estimate ignores evaluations and the slow first step.
+# desc has the time left, as the console's lines do: tqdm's estimate ignores evaluations and the slow first step.
 _BAR = "{n_fmt}/{total_fmt} {bar} {desc}"
 
 
@@ -36,6 +36,7 @@ class RunLog:
     Args:
         output_dir: the run's folder.
         settings: all resolved settings.
+        argv: arguments of train.py that gave them.
         first_step: steps taken before this launch.
         loss_lines: {name: value} of horizontal lines in the plot of the losses.
         score_lines: the same in the plot of each task.
@@ -46,12 +47,13 @@ class RunLog:
         output_dir: Path,
         plan: Plan,
         settings: dict[str, Any],
+        argv: Sequence[str],
         first_step: int,
         *,
         loss_lines: Mapping[str, float],
         score_lines: Mapping[str, Mapping[str, float]],
     ) -> None:
-        self._output_dir, self._plan, self._settings = output_dir, plan, settings
+        self._output_dir, self._plan, self._settings, self._argv = output_dir, plan, settings, argv
         self._tokens_per_step = plan.batch.tokens_per_step
         self._loss_lines, self._score_lines = loss_lines, score_lines
         self._title = f"{output_dir.name}: {plan.num_parameters / 1e6:.1f}M parameters"
@@ -95,7 +97,8 @@ class RunLog:
         self._trackers = start_trackers(self._settings, self._output_dir, resume_step=resume_step)
         self._metrics = MetricsWriter(self.metrics_path, history=history)
         references = {name: dict(lines) for name, lines in {"loss": self._loss_lines, **self._score_lines}.items()}
-        write_provenance(self._output_dir, self._settings, data_info, references, self._plan, state, previous_folder)
+        launch = describe_launch(self._settings, self._argv, data_info, self._plan, state)
+        write_provenance(self._output_dir, launch | {"references": references}, previous_folder)
 
     def __enter__(self) -> Self:
         return self
@@ -245,7 +248,7 @@ class RunLog:
                 quoted=shell_quote(checkpoint),
                 curves=self._output_dir / "curves.png",
                 report=self._output_dir / "report.html",
-                prompt=f'"{(self._settings["eval"]["prompts"] or [_PROMPT])[0]}"',
+                prompt=shell_quote((self._settings["eval"]["prompts"] or [_PROMPT])[0]),
                 metrics=f"{self.metrics_path}{show_board}",
             )
         )
@@ -273,7 +276,8 @@ share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""
 class MetricsWriter:
     """Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
 
-    A step's is {"step", "tokens", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}, an evaluation's {"step", "tokens",
+    A step's line has "step", "tokens", "loss", "lr", "grad_norm", "ms" and "tokens_per_s", with fp16 also "loss_scale".
+    An evaluation's has "step", "tokens",
     "val_loss", "hellaswag", "hellaswag_seconds", "seconds", "samples"}, with "val_losses" by folder for a mixture, and
     "scores" and "score_seconds" by task for those of eval.tasks.
     `step` counts optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.

@@ -30,14 +30,19 @@ def profiled(
         yield from batches
         return
     when = schedule(wait=WARM_UP_STEPS - 1, warmup=1, active=num_steps, repeat=1)
-    write = partial(_write, num_steps=num_steps, path=Path(folder) / "profile.json.gz")
+    write = partial(_write, path=Path(folder) / "profile.json.gz")
     with contextlib.closing(batches), profile(schedule=when, on_trace_ready=write, acc_events=True) as profiler:
         for batch in batches:
             yield batch
             profiler.step()
+        if profiler.step_num <= WARM_UP_STEPS:
+            say(f"profile   nothing: {profiler.step_num} steps were left; the first {WARM_UP_STEPS} are not recorded")
 
 
-def _write(profiler: profile, num_steps: int, path: Path) -> None:
+def _write(profiler: profile, path: Path) -> None:
+    num_steps = profiler.step_num - WARM_UP_STEPS  # fewer than requested if the run ended before
+    if num_steps < 1:
+        return
     profiler.export_chrome_trace(str(path))
     say(f"profile   {num_steps} steps, in {path}: open it in https://ui.perfetto.dev or chrome://tracing")
     say(table(profiler, num_steps))

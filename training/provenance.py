@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,36 +24,34 @@ _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "
 _MAX_DIFF_CHARACTERS = 1_000_000
 
 
-def write_provenance(
-    output_dir: Path,
-    settings: dict[str, Any],
-    data: dict[str, Any],
-    references: dict[str, dict[str, float]],
-    plan: Plan,
-    state: LoopState,
-    previous_folder: Path | None,
-) -> None:
+def write_provenance(output_dir: Path, launch: dict[str, Any], previous_folder: Path | None) -> None:
     """Write provenance.json: this launch, and under "earlier_launches" the launches before it.
 
     Args:
-        settings: all resolved settings.
-        data: fingerprint of the training data.
-        references: losses and HellaSwag scores to compare with, by name: {"loss": {name: value}, "hellaswag": {...}}.
-        state: the loop's, where this launch starts.
+        launch: from `describe_launch`, with "references": {"loss" or a task: {name: value to compare with}}.
         previous_folder: the run that this launch resumes, possibly in another folder; None for a fresh run.
     """
-    record = describe_launch(settings, data, plan, state) | {"references": references}
-    earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", state.step)
-    write_json(output_dir / "provenance.json", {**record, "earlier_launches": earlier})
+    path = None if previous_folder is None else previous_folder / "provenance.json"
+    earlier = [] if path is None else earlier_launches(path, launch["from_step"])
+    write_json(output_dir / "provenance.json", {**launch, "earlier_launches": earlier})
 
 
-def describe_launch(settings: dict[str, Any], data: dict[str, Any], plan: Plan, state: LoopState) -> dict[str, Any]:
-    """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time."""
+def describe_launch(
+    settings: dict[str, Any], argv: Sequence[str], data: dict[str, Any], plan: Plan, state: LoopState
+) -> dict[str, Any]:
+    """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time.
+
+    Args:
+        settings: all resolved settings.
+        argv: arguments of train.py that gave them.
+        data: fingerprint of the training data.
+        state: the loop's, where this launch starts.
+    """
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": state.step,
         "micro_batch_size": state.micro_batch_size,  # the setting may be "auto"
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["train.py", *map(str, argv)]),
         "seed": settings["seed"],
         "config": settings,
         # The name alone does not tell a local folder from a model on the Hub.
@@ -70,7 +68,7 @@ def describe_launch(settings: dict[str, Any], data: dict[str, Any], plan: Plan, 
             "platform": platform.platform(),
             "device": plan.hardware.name,
             "processes": plan.hardware.num_processes,
-            "dollars_an_hour": plan.hardware.dollars_per_hour,  # of one device
+            "dollars_per_hour": plan.hardware.dollars_per_hour,  # of one device
             "distributed": PartialState().distributed_type.value,
             "mixed_precision": plan.hardware.mixed_precision,
             "cpu_threads": torch.get_num_threads(),

@@ -35,6 +35,12 @@ from training.curves import draw_losses, draw_scores, format_score, metric_names
 from training.estimate import format_duration
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
+# Options of `accelerate launch`, by the kind of parallel training.
+_CONFIG = "--config_file accelerate_configs/{} --num_processes %(n)s "
+_LAUNCHERS = {
+    **{"FSDP": _CONFIG.format("fsdp2.yaml"), "MULTI_GPU": _CONFIG.format("ddp_8gpu.yaml")},
+    "MULTI_CPU": _CONFIG.format("cpu_2proc.yaml"),
+}
 _MAX_ROWS = 12  # evaluations shown
 _MAX_POINTS = 2000  # steps of the loss curve: a picture in vectors grows with them
 # Colors of matplotlib's picture that follow the page, light or dark.
@@ -101,6 +107,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "status": status,
         "run": provenance,
         "launches": [*provenance.get("earlier_launches", []), provenance],
+        "launcher": _LAUNCHERS.get(hardware.get("distributed", ""), "") % {"n": hardware.get("processes", 1)},
         "settings": settings,
         "changed": [
             (name, _yaml(value), _yaml(defaults[name]) if name in defaults else "")

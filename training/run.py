@@ -131,14 +131,17 @@ class RunFolder:
             )
             if is_main_process():
                 print_error(error)
-            self._write("failed", error=error)
+            self._write("failed", error=error, is_mistake=True)
             return 1
         if self._status() != "finished":
             self._write("finished", step=state.step, val_loss=state.val_loss, checkpoint=str(checkpoint))
         return 0
 
     def _write(self, status: str, *, from_any_process: bool = False, **fields: Any) -> None:
-        """Write status.json, for scripts: launchers do not pass on the exit code of the program they launch."""
+        """Write status.json, for scripts: launchers do not pass on the exit code of the program they launch.
+
+        "is_mistake" of a failed run: starting it again does not help before the user has changed something.
+        """
         if is_main_process() or from_any_process:
             write_json(self.path / "status.json", {"status": status, "pid": os.getpid(), **fields})
 
@@ -161,7 +164,8 @@ class RunFolder:
             pass
         elif self._is_running and self._status() in ("running", None):
             with contextlib.suppress(Exception):
-                self._write("failed", from_any_process=True, error=describe_error(error))
+                is_mistake = isinstance(error, UserError)
+                self._write("failed", from_any_process=True, error=describe_error(error), is_mistake=is_mistake)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -226,8 +230,8 @@ class StopRequest:
             self.reason = signal.Signals(number).name
             # print() must not be called here: the signal may have interrupted another print().
             line = (
-                f"\n{self.reason}: stopping after this step or the next; then a checkpoint is saved (Ctrl-C again "
-                "stops at once, without one)\n"
+                f"\n{self.reason}: stopping after this step or the next; then a checkpoint is saved (Ctrl-C "
+                f"{'again' if number == signal.SIGINT else 'twice'} stops at once, without one)\n"
             )
             with contextlib.suppress(OSError):  # after Ctrl-C, `2>&1 | tee` has closed the pipe
                 os.write(2, line.encode())

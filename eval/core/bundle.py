@@ -3,6 +3,7 @@
 import random
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -84,10 +85,13 @@ def read_bundle(path: str) -> Iterator[tuple[CoreTask, list[dict[str, Any]]]]:
     """
     folder = Path(path)
     if zipfile.is_zipfile(folder):
-        with tempfile.TemporaryDirectory() as unpacked, zipfile.ZipFile(folder) as archive:
-            archive.extractall(
-                unpacked, [name for name in archive.namelist() if PurePosixPath(name).suffix == ".jsonl"]
-            )
+        with tempfile.TemporaryDirectory() as unpacked:
+            try:
+                with zipfile.ZipFile(folder) as archive:
+                    names = [name for name in archive.namelist() if PurePosixPath(name).suffix == ".jsonl"]
+                    archive.extractall(unpacked, names)
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                raise EvalError(f"--data core={path}: damaged ({error}); get it again, {BUNDLE}") from error
             yield from read_bundle(unpacked)
         return
     if not folder.is_dir():
@@ -118,8 +122,13 @@ def _read_items(path: Path, task: CoreTask) -> list[dict[str, Any]]:
     for where, item in json_lines(path):
         check_fields(item, _FIELDS[task.kind], where)
         options = item.get("choices", item.get("context_options", []))
-        if task.kind != COMPLETION and not 0 <= item["gold"] < len(options):
-            raise EvalError(f"{where}: gold must be between 0 and {len(options) - 1}, got {item['gold']}")
+        if not isinstance(options, list):
+            raise EvalError(f"{where}: the answers must be a list, got {options!r}")
+        if task.kind != COMPLETION and item["gold"] not in range(len(options)):
+            raise EvalError(f"{where}: gold must be between 0 and {len(options) - 1}, got {item['gold']!r}")
+        texts = [item.get(field, "") for field in ("query", "context", "continuation")]
+        if not all(isinstance(text, str) for text in [*options, *texts]):
+            raise EvalError(f"{where}: query, context, continuation and answers must be text")
         items.append(item)
     if len(items) <= task.shots:
         raise EvalError(f"{path}: {len(items)} items; each is preceded by {task.shots} others, so give more")

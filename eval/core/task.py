@@ -22,7 +22,7 @@ _ITEMS_PER_ENCODING = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Task(BaseTask):
-    """CORE: each prompt starts with the tokenizer's first token and as many examples as the task has shots.
+    """CORE: each prompt starts with the tokenizer's beginning-of-text token and as many examples as the task has shots.
 
     The answer is the choice with the highest log-likelihood per token; a completion is correct if greedy decoding gives
     exactly its tokens. `limit` applies to each of the tasks. If a task is missing or limited, there is no "core" but
@@ -161,7 +161,7 @@ def _make_item(
         num_scored = [same_end] * len(prompts)
         start = min(_common_length(prompts), min(map(len, prompts)) - same_end)
     if min(num_scored) < 1 or start < 1:
-        raise EvalError(f"{where}: some answers have the same tokens")
+        raise EvalError(f"{where}: an answer is empty, or two have the same tokens")
     kept = [tokens if max_length is None else tokens[-max_length:] for tokens in prompts]
     num_cropped = [len(tokens) - len(rest) for tokens, rest in zip(prompts, kept, strict=True)]
     split = [

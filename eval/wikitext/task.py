@@ -30,9 +30,6 @@ class Task(BaseTask):
     disjoint    the same text in windows that do not overlap (transformers' page: stride 1,024)
     """
 
-    protocols: tuple[str, ...] = PROTOCOLS
-    """which of the three to score; sliding costs as much as the others together"""
-
     version = 1
     metrics = {  # noqa: RUF012 (a constant)
         "word_perplexity": "detokenized pages, per word of the original (lm-evaluation-harness)",
@@ -49,23 +46,19 @@ class Task(BaseTask):
         `data` is "hub" (EleutherAI/wikitext_document_level), a file of JSON lines with a page each, a .parquet file
         of pages or of rows ("text"), or the text itself (wiki.test.raw, wiki.test.tokens).
         """
-        if not self.protocols or not set(self.protocols) <= set(PROTOCOLS):
-            raise EvalError(f"wikitext: protocols must be one or more of {', '.join(PROTOCOLS)}, got {self.protocols}")
         pages, name = self._read_pages()
         kept, count = first_items(pages, self.limit)
         max_length = max_length or DEFAULT_MAX_LENGTH
         items = []
-        if LM_EVAL in self.protocols:
-            start, texts = start_token(tokenizer), [detokenize(page) for page in kept]
-            for page, tokens in zip(kept, encode(tokenizer, texts), strict=True):
-                lengths = {"num_words": len(re.split(r"\s+", page)), "num_bytes": len(page.encode())}
-                requests = rolling_requests([start, *tokens], max_length, max_length)
-                items.append(Item(requests, {"protocol": LM_EVAL, **lengths}))
+        start, texts = start_token(tokenizer), [detokenize(page) for page in kept]
+        for page, tokens in zip(kept, encode(tokenizer, texts), strict=True):
+            lengths = {"num_words": len(re.split(r"\s+", page)), "num_bytes": len(page.encode())}
+            requests = rolling_requests([start, *tokens], max_length, max_length)
+            items.append(Item(requests, {"protocol": LM_EVAL, **lengths}))
         [tokens] = encode(tokenizer, ["\n\n".join(rows_of(kept))], add_special_tokens=True)
         for protocol, stride in ((SLIDING, max(1, max_length // 2)), (DISJOINT, max_length)):
-            if protocol in self.protocols:
-                requests = strided_requests(tokens, max_length, stride)
-                items += [Item([request], {"protocol": protocol}) for request in requests]
+            requests = strided_requests(tokens, max_length, stride)
+            items += [Item([request], {"protocol": protocol}) for request in requests]
         if not items:
             raise EvalError(f"wikitext: {name} has fewer than two tokens; give more text")
         return items, DataInfo(description=f"{name}, {count.replace('items', 'pages')}", sha256=sha256_of(kept))
@@ -104,10 +97,15 @@ class Task(BaseTask):
         }
 
     def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
-        """Return the metrics of each protocol, and n: pages, or windows if lm_eval is not among the protocols."""
+        """Return the metrics of each protocol, and n: pages.
+
+        A share of a small text's items, as during training, may have none of a protocol; then its metrics are left out.
+        """
         metrics: dict[str, float] = {}
-        for protocol in self.protocols:
+        for protocol in PROTOCOLS:
             own = [result for result in item_results if result["protocol"] == protocol]
+            if not own:
+                continue
             nats = -math.fsum(result["log_likelihood"] for result in own)
             if protocol == LM_EVAL:
                 metrics["word_perplexity"] = _exp(nats / sum(result["num_words"] for result in own))
@@ -115,8 +113,7 @@ class Task(BaseTask):
                 metrics |= {"byte_perplexity": _exp(nats_per_byte), "bits_per_byte": nats_per_byte / math.log(2)}
             else:
                 metrics[f"{protocol}_perplexity"] = _exp(nats / sum(result["num_tokens"] for result in own))
-        pages = [result for result in item_results if result["protocol"] == LM_EVAL]
-        return metrics | {"n": len(pages or item_results)}
+        return metrics | {"n": sum(result["protocol"] == LM_EVAL for result in item_results)}
 
 
 def _exp(x: float) -> float:

@@ -406,7 +406,7 @@ def run_of(parameters, tokens, noise=0.0):
     data = {"source": "lambada.jsonl", "sha256": "lambada", "is_sample": False}
     about = {"version": task.version, "data": data, "figures": task.metrics, "full_size": task.full_size}
     return {
-        "size": f"{parameters / 1e6:g}M",
+        **{"size": f"{parameters / 1e6:g}M", "recipe": "muon", "seed": 1, "outcome": "finished"},
         "losses": losses,
         "parameters": parameters,
         "data": {"train_sha256": "text"},
@@ -453,6 +453,23 @@ def test_law_is_found_with_an_interval_that_holds_the_truth():
         low, high = fit_law(noisy, num_samples=100).interval(30e6, 8e6)
         held += low < LAW.loss(30e6, 8e6) < high
     assert held >= 5
+
+
+def test_law_of_a_loss_that_rises_with_size_is_none():
+    points = [(n, d, 5 + n / 1e7 - d / 1e8) for n in (2e6, 4e6, 8e6) for d in (1e6, 2e6, 4e6)]
+    assert fit_law(points) is None
+
+
+def test_diverged_runs_are_left_out_and_recipes_are_not_mixed(written, run, fails, capsys):
+    runs = {"a": run_of(2_000_000, 1_000_000), "b": run_of(4_000_000, 1_000_000), "c": run_of(4_000_000, 1_000_000)}
+    runs["c"] |= {"seed": 2}
+    diverged = {**run_of(7_000_000, 1_000_000), "outcome": "diverged", "scores": {"results": {"lambada": None}}}
+    diverged["losses"][-1][1] = None
+    text = run(*written(runs | {"d": diverged}))
+    assert {"2M, 1M tokens", "seed 1/muon/4M, 1M tokens"} & set(cells_of(text)) and "7M" not in text
+    runs["c"] |= {"recipe": "adamw"}
+    capsys.readouterr()
+    assert "runs of 2 recipes (adamw, muon)" in fails(*written(runs))
 
 
 def test_runs_on_other_text_are_refused(fails, written):

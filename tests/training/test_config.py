@@ -117,6 +117,7 @@ def test_defaults_are_accepted_in_a_recipe(recipe):
         ("--text book.txt", "data.text", "book.txt"),
         ("--text book.txt", "data.prepare_sample", False),
         ("--text book.txt", "eval.prompts", None),  # the sample recipe's are about Python
+        ("--config recipes/gpt2_124m.yaml --data.path x/fineweb", "eval.prompts", ["Hello, I'm a language model,"]),
         ("--text book.txt --eval.prompts Once", "eval.prompts", ["Once"]),
         ("--text texts/book.txt", "output_dir", "runs/book"),
         ("--text texts/*.txt", "output_dir", "runs/text"),

@@ -78,6 +78,17 @@ def test_gradients_of_several_processes_include_the_buckets():
         assert two.estimate_memory(micro_batch_size=4).gradients == copies * 4 * 124_439_808
 
 
+def test_sharded_state_and_gradients():
+    """On eight GPUs, 1558M fits into 24 GB with a sequence at a time. Gradients are whole until they are summed."""
+    plan = make_plan(48, 1600, 25, 1024, 1, 16, "bf16", device="cuda", activation_checkpointing=True, sharded=True)
+    eight = dataclasses.replace(plan, hardware=plan.hardware._replace(num_processes=8))
+    memory = eight.estimate_memory(1)
+    assert memory.state == 12 * 1_557_611_200 / 8
+    assert memory.gradients == 4 * eight.num_parameters and memory.total < 24e9
+    at_once = dataclasses.replace(eight, batch=dataclasses.replace(eight.batch, tokens_per_step=8 * 1024))
+    assert at_once.estimate_memory(1).gradients == 4 * eight.num_parameters / 8
+
+
 def test_flops_of_the_lectures_run():
     plan = make_plan(12, 768, 12, 1024, 64, 8, "bf16", max_steps=19_073)
     assert plan.total_tokens == 9_999_745_024

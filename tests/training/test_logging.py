@@ -157,7 +157,7 @@ def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path,
     draw = curves.draw_scores
     monkeypatch.setattr(curves, "draw_scores", lambda axes, *args: drawn.append(axes) or draw(axes, *args))
     lines = {"core": {"chance": 0.0}}
-    with RunLog(tmp_path, plan, settings, 0, loss_lines={}, score_lines=lines) as log:
+    with RunLog(tmp_path, plan, settings, [], 0, loss_lines={}, score_lines=lines) as log:
         log.open(LoopState(), {}, None, None)
         log.log_evaluation(10, result)
         assert [axes.get_title() for axes in drawn] == [f"{task}, 50 items" for task in scores]
@@ -183,7 +183,7 @@ def test_resumed_log_continues_the_history_and_announces_another_learning_rate(
     settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
     settings["optim"] = {"max_skipped_steps": 2}
     state = LoopState(step=2, evaluated=True)
-    with RunLog(output_dir, plan, settings, 2, loss_lines={}, score_lines={}) as log:
+    with RunLog(output_dir, plan, settings, [], 2, loss_lines={}, score_lines={}) as log:
         log.open(state, {}, metrics.parent / "checkpoints" / "step_000002", last_lr)
         state.advance(is_finite=True)
         log.log_step(state, loss=7.0, lr=0.1, grad_norm=1.0, seconds=0.01, windows=[])

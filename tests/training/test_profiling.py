@@ -27,6 +27,13 @@ def test_profile_records_the_steps_after_the_warm_up(tmp_path, capsys):
     assert row[2] == "3"  # calls per step
 
 
+@pytest.mark.parametrize(("num_batches", "line"), [(WARM_UP_STEPS + 1, "profile   1 steps"), (2, "profile   nothing")])
+def test_profile_of_fewer_steps_than_requested_says_so(num_batches, line, tmp_path, capsys):
+    for batch in profiled((torch.ones(4, 4) for _ in range(num_batches)), 5, tmp_path):
+        batch.cosh()
+    assert line in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("num_steps", [2, None])
 def test_profile_closes_the_batches(num_steps, tmp_path):
     batches = (number for number in range(9))

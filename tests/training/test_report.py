@@ -176,7 +176,7 @@ def test_failing_run_has_a_report_that_does_not_replace_its_error(tmp_path, monk
         (tmp_path / "report.html").mkdir()
     with (
         pytest.raises(ValueError, match="of the run"),
-        RunLog(tmp_path, plan, settings, 0, loss_lines={"bigram": 7.0}, score_lines={}) as log,
+        RunLog(tmp_path, plan, settings, [], 0, loss_lines={"bigram": 7.0}, score_lines={}) as log,
     ):
         log.open(LoopState(), {}, None, None)
         log.log_step(LoopState(step=1), loss=7.5, lr=0.1, grad_norm=1.0, seconds=0.01, windows=[])
