@@ -4,6 +4,7 @@
 requests, so HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and the proxy settings apply.
 """
 
+import codecs
 import io
 import sys
 import tempfile
@@ -111,7 +112,8 @@ class DatasetSource:
         raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, file), _READ_BYTES))
         with name_unreadable_file(where), decompress(raw, PurePosixPath(where).suffix) as stream:
             for number, content in enumerate(stream if is_json else [stream.read()], start=1):
-                if not content.isspace():
+                content = content.removeprefix(codecs.BOM_UTF8) if number == 1 else content
+                if content.strip():
                     yield decode(content, locate=partial(_place, where, number))
 
     def _other_rows(self, task: Mapping[str, Any], where: str) -> Iterator[str | None]:

@@ -91,7 +91,7 @@ class Manifest:
     shard_tokens: int | None = None
     """maximum number of tokens in a shard; None for imported shards"""
     max_tokens: int | None = None
-    """maximum number of tokens in all shards; the last document is the last one that fits"""
+    """maximum number of tokens in all shards; the last document may be cut"""
     tokenizer: TokenizerRecord = field(default_factory=TokenizerRecord)
     """from `record_tokenizer`"""
     versions: dict[str, str] = field(default_factory=dict)

@@ -48,7 +48,9 @@ def rows(
                 for value in column.cast(pyarrow.large_binary()).to_pylist():
                     number += 1
                     yield None if value is None else value.decode("utf-8", errors)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:  # OSError: a page that does not decompress
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk or the network
         reason = " ".join(str(error).split())
         raise DataError(
             f"{where}: damaged or not a .parquet file ({reason:.300}); copy the file again or leave it out"

@@ -75,7 +75,7 @@ def _locked(out: Path, path: Path) -> Iterator[None]:
 
 def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -> Manifest:
     """Write the plan into a new folder; return the plan of a started folder, or the manifest of a finished one."""
-    old = read_manifest(out, PREPARING) or read_manifest(out)
+    old = read_manifest(out) or read_manifest(out, PREPARING)  # both: an interrupted repair, which begins again
     if old is None:
         if any(not entry.name.startswith(".") and entry.name != TOKENIZER for entry in out.iterdir()):
             raise DataError(f"{out} already exists and has other content; remove it, or prepare into another folder")
@@ -87,6 +87,9 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
         return plan
     if isinstance(source, DatasetSource):  # the branch may have moved since
         source.commit = old.source.get("revision")
+    if not old.shards and (old.source.get("errors"), plan.source.get("errors")) == ("strict", "replace"):
+        old.source["errors"] = "replace"  # finished tasks had no error to replace
+        old.write(out / PREPARING)
     what = f"{out} {'already exists' if old.shards else 'was started'} with"
     for key, value in _settings(plan).items():
         if (found := _settings(old).get(key)) != value:
@@ -130,7 +133,7 @@ def _accept_changed_inputs(plan: Manifest, source: Source, out: Path) -> None:
     paths = [[[task["path"] for task in group] for group in groups] for groups in (inputs, plan.inputs)]
     if paths[0] != paths[1]:
         raise DataError(f"{out} was started with other files; give the same ones, or remove the folder")
-    for number in _finished_entries(out):
+    for number in finished_entries(out):
         for new, old in zip(inputs[number], plan.inputs[number], strict=True):
             if new != old:
                 raise DataError(f"{new['path']} has changed since it was tokenized for {out}; remove the folder")
@@ -154,7 +157,7 @@ def part_of(parts: Iterable[dict[str, Any]], key: str) -> dict[str, Any] | None:
     return next((part for part in parts if part["first"] <= key <= part["last"]), None)
 
 
-def _finished_entries(out: Path) -> set[int]:
+def finished_entries(out: Path) -> set[int]:
     """Return the numbers of the plan's entries that have finished tasks."""
     done = {_entry(key) for key in finished_tasks(out)}
     return done.union(*(range(_entry(part["first"]), _entry(part["last"]) + 1) for part in part_records(out)))
@@ -325,12 +328,12 @@ def reopen(manifest: Manifest, damaged: set[str], out: Path) -> Manifest:
     if not manifest.parts:
         raise DataError(f"an earlier version made {out}: prepare it again in another folder, or copy the shards again")
     plan = dataclasses.replace(manifest, shards=[])
-    plan.write(out / PREPARING)
     (out / _PARTS).mkdir(exist_ok=True)
     for part in manifest.parts:
         if part["part"] not in parts:
             shards = [shard for shard in manifest.shards if shard["part"] == part["part"]]
             write_json_with_checksum(out / _PARTS / f"{part['part']:05d}.json", {**part, "shards": shards})
+    plan.write(out / PREPARING)  # last: with it, the parts that are not recorded are made again
     return plan
 
 
@@ -346,6 +349,6 @@ def kept_work(out: str | Path) -> str:
     out = Path(out)
     with contextlib.suppress(DataError, OSError):
         plan = read_manifest(out, PREPARING)
-        if plan is not None and not _is_of_earlier_version(plan) and (done := _finished_entries(out)):
+        if plan is not None and not _is_of_earlier_version(plan) and (done := finished_entries(out)):
             return f". {len(done)} of {len(plan.inputs)} tasks are kept in {out}: run the same command to resume"
     return ""

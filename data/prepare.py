@@ -45,8 +45,8 @@ from data import DataError
 from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
 from data.hub import DatasetSource
-from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing
-from data.plan import Joiner, finish, folder_lock, kept_work, open_plan, remove_plan, reopen
+from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing, record_tokenizer
+from data.plan import Joiner, finish, finished_entries, folder_lock, kept_work, open_plan, remove_plan, reopen
 from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS, check_space
 from data.sources import FileSource, SampleSource, Source
@@ -100,7 +100,7 @@ def prepare(
         raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
     if cluster is not None:
         cluster.check()
-    is_new = not out.exists()
+    was_missing, is_new = not out.exists(), False
     plan = Manifest(
         name=name,
         source={**source.settings, "parse_eos": parse_eos or None},
@@ -113,11 +113,13 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
+            is_new = was_missing  # only now: another process may have made the folder, and works in it
             plan = open_plan(plan, source, tokenizer, out)
             before = plan.shards
             if before and not (damaged := _damaged_shards(out, num_proc, log)):
                 return plan
             if before:
+                record_tokenizer(tokenizer, out)
                 plan = reopen(plan, damaged, out)
             _report_plan(plan, source, out, log)
             work = Work(source, tokenizer, out.absolute(), val_fraction, parse_eos)
@@ -127,7 +129,10 @@ def prepare(
                 if not cluster.run(work, partial(prepare, source, work.out, **again)):
                     is_new = False
                     return plan
-            _run_tasks(plan, work, num_proc, log)
+            try:
+                _run_tasks(plan, work, num_proc, log)
+            except UserError as error:
+                raise DataError(f"{error}{kept_work(out)}") from error
             manifest = finish(plan, out, before)
         _report_oddities(manifest, tokenizer, parse_eos, log)
         return manifest
@@ -146,7 +151,7 @@ def _damaged_shards(out: Path, num_proc: int, log: Log) -> set[str]:
     log(f"{out} is already prepared: checking its shards")
     damaged = {*verify(out, num_proc=num_proc)[1]}
     if damaged:
-        log(f"repair    {len(damaged)} shards are damaged or missing")
+        log(f"repair    {len(damaged)} files are damaged or missing")
     else:
         remove_plan(out)  # which an interruption may have left
     return damaged
@@ -157,7 +162,8 @@ def _report_plan(plan: Manifest, source: Source, out: Path, log: Log) -> None:
     if isinstance(source, FileSource) and source.skipped:
         names = ", ".join(map(str, source.skipped[:5])) + (", ..." if len(source.skipped) > 5 else "")
         log(f"skipped   {len(source.skipped):,} files of other kinds: {names}")
-    tasks = [task for inputs in plan.inputs for task in inputs]
+    done = finished_entries(out)
+    tasks = [task for number, inputs in enumerate(plan.inputs) if number not in done for task in inputs]
     needed = sum(task["bytes"] * _SHARDS_PER_BYTE.get(Path(task["path"]).suffix.lower(), 0.5) for task in tasks)
     if plan.max_tokens is not None:
         needed = min(needed, plan.tokenizer.vocabulary.dtype.itemsize * plan.max_tokens)
@@ -334,8 +340,8 @@ def _parser() -> Parser:
 
 
 def _unescape(text: str) -> str:
-    r"""Replace \n and \t, as typed in a shell, by a line break and a tab."""
-    return text.replace(r"\n", "\n").replace(r"\t", "\t")
+    r"""Replace \n, \r and \t, as typed in a shell, by line breaks and a tab."""
+    return text.replace(r"\n", "\n").replace(r"\r", "\r").replace(r"\t", "\t")
 
 
 def _integer(text: str) -> int:
@@ -374,6 +380,8 @@ def _prepare(args: argparse.Namespace) -> Manifest:
     backend = getattr(args, "tokenizer_backend", "tiktoken")
     name = "sample" if args.source == "sample" else Path(args.out).resolve().name
     if args.source == "pretokenized":
+        if args.tokenizer is None and args.eos_token is not None:
+            raise DataError(f"--eos_token {args.eos_token!r} needs --tokenizer, the one that made the shards")
         tokenizer = None
         if args.tokenizer is not None:
             tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token)
@@ -392,8 +400,6 @@ def _main(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(_check_removed(sys.argv[1:] if argv is None else argv))
     try:
         manifest = _prepare(args)
-    except UserError as error:
-        raise DataError(f"{error}{kept_work(args.out)}") from error
     except KeyboardInterrupt:
         print_interrupted(f"interrupted{kept_work(args.out) or ': nothing was kept'}")
         return interrupt_exit_code()

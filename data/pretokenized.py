@@ -13,6 +13,7 @@ from data import DataError
 from data.hub import ask_hub, find_commit
 from data.manifest import (
     MANIFEST,
+    PREPARING,
     SPLITS,
     TOKENIZER,
     Manifest,
@@ -52,6 +53,10 @@ def import_shards(
         max_tokens: take as many training shards as are needed for this many tokens.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; choose another --out")
+    if max_tokens is not None and max_tokens < 1:
+        raise DataError(f"--max_tokens must be at least 1, got {max_tokens}")
     is_remote = not Path(where).is_dir() and str(where).count("/") == 1 and str(where)[0] not in "./~"  # OWNER/NAME
     if is_remote:
         source = {"kind": "pretokenized", "dataset": str(where), "asked_revision": revision}
@@ -60,6 +65,9 @@ def import_shards(
         tokenizer = tokenizer or _own_tokenizer(Path(where))
     tokenizer = tokenizer or GPT2
     before = read_manifest(out)
+    theirs = None if is_remote or Path(where).resolve() == out.resolve() else read_manifest(where)
+    if not is_remote and theirs is None and (Path(where) / PREPARING).exists():
+        raise DataError(f"{where} is not finished: run its `python -m data.prepare` command again")
     if before is not None and any(before.source.get(key) != value for key, value in source.items()):
         raise DataError(f"{out} has shards of another source ({before.source}); choose another --out")
     if is_remote:
@@ -69,6 +77,7 @@ def import_shards(
         files = _local_files(Path(where))
     files = _select(files, max_tokens, where, tokenizer.vocabulary.dtype.itemsize)
     recorded = {entry["file"]: entry["sha256"] for entry in before.shards} if before else {}
+    in_source = {entry["file"]: entry["sha256"] for entry in theirs.shards} if theirs else {}
     out.mkdir(parents=True, exist_ok=True)
     if is_remote:
         check_space(out, sum(file["bytes"] for file in files if not (out / PurePosixPath(file["path"]).name).exists()))
@@ -77,6 +86,8 @@ def import_shards(
         path = _fetch(str(where), source["revision"], file, out, log) if is_remote else Path(where) / file["path"]
         scan = scan_shard(path, vocabulary=tokenizer.vocabulary)
         del scan["crc32_of_all"]
+        if in_source.get(path.name, scan["sha256"]) != scan["sha256"]:
+            raise DataError(f"{path} is not the file that {Path(where) / MANIFEST} describes; repair that folder first")
         shown = path.name if path.parent.resolve() == out.resolve() else str(path.resolve())
         if recorded.get(shown, scan["sha256"]) != scan["sha256"]:
             raise DataError(f"{path} is not the file that {out / MANIFEST} describes; copy it again from its source")

@@ -127,7 +127,7 @@ def read_tokens(out: Path, record: Mapping[str, Any], dtype: np.dtype) -> Iterat
                 content = file.read(int(part[:, 0].sum()) * dtype.itemsize)
                 crc32 = zlib.crc32(content, crc32)
                 yield np.frombuffer(content, dtype=dtype), part
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: {error}; {remedy}") from error
     if crc32 != record["crc32"]:
         raise DataError(f"{path}.bin is damaged; {remedy}")

@@ -41,13 +41,14 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
     )
     trained.train_from_iterator(_texts(source), trainer)
     tokenizer = make_tokenizer(str(out), trained.to_str())
-    tmp_path = out.with_name(f".{out.name}.partial")
+    target = out.absolute()  # out may be "."
+    tmp_path = target.with_name(f".{target.name}.partial")
     shutil.rmtree(tmp_path, ignore_errors=True)
     try:
         tokenizer.save(tmp_path)
-        if out.exists():
-            out.rmdir()
-        tmp_path.rename(out)
+        if target.exists():
+            target.rmdir()
+        tmp_path.rename(target)
     except OSError as error:
         raise DataError(f"--out {str(out)!r} cannot be written ({error}): free some space, or name another") from error
     finally:

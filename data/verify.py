@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, read_manifest, unmanaged_shards
+from data.manifest import MANIFEST, PREPARING, TOKENIZER, read_manifest, shard_tokenizer, unmanaged_shards
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 from data.tokenizer import GPT2_VOCABULARY, Vocabulary
 
@@ -49,7 +49,7 @@ def _find_problem(path: Path, entry: dict[str, Any] | None, vocabulary: Vocabula
 
 
 def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[str, str]]:
-    """Check all shards of a folder, with or without a manifest, `num_proc` at the same time.
+    """Check all shards of a folder, with or without a manifest, `num_proc` at the same time, and its tokenizer.
 
     Returns:
         The names of the checked files, and {file name: error message} of the bad ones.
@@ -70,6 +70,11 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
         futures = {name: pool.submit(find, folder / name, entry) for name, entry in entries.items()}
         bar = progress_bar(futures.items(), unit=" shards")
         results = {name: future.result() for name, future in bar}
+    if manifest is not None:
+        try:
+            shard_tokenizer(folder)
+        except DataError as error:
+            results[TOKENIZER] = str(error)
     return list(results), {name: problem for name, problem in results.items() if problem}
 
 
@@ -91,7 +96,7 @@ def _main(argv: Sequence[str] | None) -> int:
     for problem in problems.values():
         print(f"error: {problem}", file=sys.stderr)
     if problems:
-        print(f"error: {len(problems)} of {len(checked)} shards are bad", file=sys.stderr)
+        print(f"error: {len(problems)} of {len(checked)} files are bad", file=sys.stderr)
         return 1
     has_manifest = (Path(args.folder) / MANIFEST).exists()
     result = "match their checksums" if has_manifest else f"are complete (no {MANIFEST}: no checksums)"

@@ -152,6 +152,16 @@ def test_broken_file_keeps_finished_tasks(run, small_tasks, tmp_path):
     assert content_of(out) == content_of(tmp_path / "uninterrupted")
 
 
+def test_errors_replace_resumes_what_strict_began(run, small_tasks, tmp_path):
+    jsonl_folder(tmp_path / "text", DOCUMENTS, 4)
+    broken = tmp_path / "text" / "2.jsonl"
+    broken.write_bytes(broken.read_bytes()[:-20] + b"\xff" + broken.read_bytes()[-20:])
+    with pytest.raises(UserError, match=r"--errors replace.*2 of 4 tasks are kept"):
+        prepare(FileSource([tmp_path / "text"]), tmp_path / "out", name="t")
+    manifest = prepare(FileSource([tmp_path / "text"], errors="replace"), tmp_path / "out", name="t")
+    assert manifest.source["errors"] == "replace"
+
+
 def test_damaged_tokens_of_a_task_are_not_used(run, small_tasks, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(plan.Joiner, "finish", interrupt)
@@ -237,10 +247,31 @@ def test_disk_space_is_checked_before_the_work(run, tmp_path, monkeypatch):
         run()
 
 
+def test_disk_space_of_finished_tasks_is_not_needed_again(run, small_tasks, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(plan.Joiner, "finish", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(files=3)
+    usage = shards.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shards.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    run(files=3)
+
+
 def test_folder_in_preparation_is_locked(run, small_tasks, monkeypatch):
     monkeypatch.setattr(plan.Joiner, "finish", lambda self: run(files=3))  # a second one during the first
     with pytest.raises(DataError, match="another process is preparing"):
         run(files=3)
+
+
+def test_second_of_two_starts_does_not_remove_the_folder(run, tmp_path, monkeypatch):
+    def lock(out):
+        (out / "of_the_first").touch()
+        raise DataError("another process is preparing it")
+
+    monkeypatch.setattr(prepare_module, "folder_lock", lock)
+    with pytest.raises(DataError, match="another process"):
+        run()
+    assert (tmp_path / "out" / "of_the_first").exists()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,25 @@ def test_local_shards_are_used_in_place(folder, tmp_path, where):
         import_shards("kjj0/fineweb10B-gpt2", tmp_path / where, name="any")
 
 
+def test_mistakes_are_refused(folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file is a file"):
+        import_shards(folder, tmp_path / "file")
+    with pytest.raises(DataError, match="max_tokens must be at least 1, got 0"):
+        import_shards(folder, tmp_path / "out", max_tokens=0)
+    (folder / "preparing.json").touch()
+    with pytest.raises(DataError, match="imported is not finished"):
+        import_shards(folder, tmp_path / "out")
+    (folder / "preparing.json").unlink()
+    import_shards(folder, folder)
+    victim = next(folder.glob("*_train_000002*"))
+    victim.write_bytes(victim.read_bytes()[:-3] + b"\1" + victim.read_bytes()[-2:])
+    with pytest.raises(
+        DataError, match=r"is not the file that .*imported/manifest\.json describes; repair that folder"
+    ):
+        import_shards(folder, tmp_path / "out")
+
+
 def test_damaged_shards_are_refused(folder, tmp_path):
     victim = next(folder.glob("*_train_000002*"))
     intact = victim.read_bytes()

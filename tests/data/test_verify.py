@@ -11,6 +11,7 @@ from data.manifest import open_split, read_manifest
 from data.prepare import prepare
 from data.shards import write_shard
 from data.sources import FileSource
+from data.train_tokenizer import train_tokenizer
 from data.verify import main, verify
 
 TEXTS = DOCUMENTS[:120]
@@ -58,7 +59,7 @@ def test_damaged_shard_is_named_and_repaired(folder, damage, words):
     _, problems = verify(folder)
     assert list(problems) == [victim.name]
     assert words in problems[victim.name]
-    assert "repair    1 shards are damaged or missing" in prepare_again(folder)
+    assert "repair    1 files are damaged or missing" in prepare_again(folder)
     assert content_of(folder) == before
     of_part = {shard["file"] for shard in read_manifest(folder).shards if shard["part"] == entry["part"]}
     changed = {name for name, time in times_of(folder).items() if times[name] != time}
@@ -75,6 +76,49 @@ def test_repair_refuses_a_changed_source(folder, tmp_path):
     assert read_manifest(folder) is None
     with pytest.raises(DataError, match="has other content"):
         prepare_again(folder)
+
+
+@pytest.mark.parametrize("moment", ["prepare.finish", "plan.write_json_with_checksum"])
+def test_interrupted_repair_is_still_one(folder, tmp_path, monkeypatch, moment):
+    """It does not make the other shards again, and still refuses a changed source."""
+    before, times = content_of(folder), times_of(folder)
+    entry = read_manifest(folder).shards[0]
+    (folder / entry["file"]).unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"data.{moment}", interrupt)
+        prepare_again(folder)
+    text = tmp_path / "text" / "0.jsonl"
+    intact = text.read_text()
+    prepare_again(folder)
+    assert content_of(folder) == before
+    of_part = {shard["file"] for shard in read_manifest(folder).shards if shard["part"] == entry["part"]}
+    assert {name for name, time in times_of(folder).items() if times[name] != time} <= {*of_part, "manifest.json"}
+    (folder / entry["file"]).unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"data.{moment}", interrupt)
+        prepare_again(folder)
+    text.write_text(intact.replace("Document 1.", "Document I."))
+    if moment == "prepare.finish":  # its task is done: the text is not read again
+        prepare_again(folder)
+        assert content_of(folder) == before
+    else:
+        with pytest.raises(DataError, match="cannot be repaired: its source has changed"):
+            prepare_again(folder)
+
+
+def interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+def test_damaged_tokenizer_is_named_and_repaired(tmp_path):
+    jsonl_folder(tmp_path / "text", TEXTS, 2)
+    tokenizer = train_tokenizer(FileSource([tmp_path / "text"]), tmp_path / "own", vocab_size=300)
+    prepare_again(tmp_path / "out", tokenizer=tokenizer)
+    before = content_of(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert list(verify(tmp_path / "out")[1]) == ["tokenizer"]
+    prepare_again(tmp_path / "out", tokenizer=tokenizer)
+    assert content_of(tmp_path / "out") == before and verify(tmp_path / "out")[1] == {}
 
 
 def test_repair_keeps_the_limit_of_tokens(folder, tmp_path):
