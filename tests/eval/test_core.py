@@ -171,8 +171,11 @@ def test_zip_compressed_files_and_limits_give_the_same_items(bundle, model, toke
         (None, "no such folder or .zip"),
         ([], r"0 items; each is preceded by 0 others"),
         ([{"query": "a", "choices": ["b", "c"], "gold": 2}], r"copa\.jsonl:1: gold must be between 0 and 1, got 2"),
+        ([{"query": "a", "choices": ["b", "c"], "gold": "1"}], r"copa\.jsonl:1: gold must be between 0 and 1, got '1'"),
+        ([{"query": "a", "choices": 5, "gold": 0}], r"copa\.jsonl:1: the answers must be a list, got 5"),
+        ([{"query": 7, "choices": ["b", "c"], "gold": 0}], r"copa\.jsonl:1: query, .* must be text"),
         ([{"query": "a", "gold": 0}], r"copa\.jsonl:1: the field 'choices' is missing"),
-        ([{"query": "a", "choices": ["b", "b"], "gold": 0}], "copa, item 0: some answers have the same tokens"),
+        ([{"query": "a", "choices": ["b", "b"], "gold": 0}], "copa, item 0: an answer is empty, or two have"),
     ],
 )
 def test_mistakes_name_the_line(lines, message, tokenizer, tmp_path):

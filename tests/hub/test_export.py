@@ -177,7 +177,6 @@ GGUF_FIELDS = {
     "general.size_label": "3M",
     "general.license": "mit",
     "general.tags": ["text-generation", "gpt2"],
-    "general.languages": ["en"],
     "general.file_type": 1,
     "general.quantization_version": 2,
     "gpt2.vocab_size": 50257,
@@ -257,6 +256,26 @@ def test_plain_gpt2_can_be_exported(exported, tmp_path, capsys):
     assert "out/model.safetensors" in capsys.readouterr().out
     for name in ("model.safetensors", "config.json", "vocab.json"):
         assert (tmp_path / "out" / name).read_bytes() == (exported("gpt2") / name).read_bytes()
+
+
+def test_code_in_a_folder_is_not_run(exported, tmp_path):
+    folder = shutil.copytree(exported("gpt2"), tmp_path / "gpt2")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')\nclass Evil: pass\n")
+    for name, classes in (("config.json", {"AutoConfig": "evil.Evil"}), ("tokenizer_config.json", {})):
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        auto_map = classes or {"AutoTokenizer": ["evil.Evil", None]}
+        path.write_text(json.dumps(content | {"auto_map": auto_map}))
+    assert main(["export", str(folder), "--to", "gpt2", "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_gpt2_export_has_an_untied_head(tokenizer, tmp_path):
+    config = GPT2ReproConfig(n_layer=1, n_head=1, n_embd=32, n_positions=8, tie_word_embeddings=False)
+    model = GPT2ReproForCausalLM(config).eval()
+    export_module.write_gpt2(model, tokenizer, tmp_path)  # compares the logits
+    head = GPT2LMHeadModel.from_pretrained(tmp_path).lm_head.weight
+    torch.testing.assert_close(head, model.lm_head.weight, atol=0, rtol=0)
 
 
 @pytest.fixture

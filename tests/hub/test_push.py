@@ -274,7 +274,7 @@ def test_too_long_name_ends_with_one_line(capsys):
 def test_pickles_hidden_files_and_training_state_are_not_pushed(standalone, write_manifest):
     for path in (
         *(".hidden", "sub/.hidden", "training_state/state.json", "pytorch_model.bin", "sub/weights.bin"),
-        *("a.pt", "a.pth", "a.pkl", "sub/a.pickle", "a.ckpt"),
+        *("a.pt", "a.pth", "a.pkl", "sub/a.pickle", "a.ckpt", "checkpoint-5/trainer_state.json"),
     ):
         (standalone / path).parent.mkdir(exist_ok=True)
         (standalone / path).write_text("x")
@@ -303,11 +303,13 @@ def results_file(path, checkpoint, **changes):
             "hellaswag": {"acc_norm": 0.2955, "acc_norm_stderr": 0.0046, "n": 10042},
             "lambada": {"acc": 0.5, "acc_stderr": 0.1, "n": 5153},
             "bits_per_byte": {"bits_per_byte": 1.1, "n": 40},
+            "lm-eval:/home/some one/mine": {"acc": 0.25},
         },
         "tasks": {
             "hellaswag": about(2, hellaswag_source, 10042, "acc_norm", "the most probable a token"),
             "lambada": about(1, lambada_source, 5153, "acc", "last words"),
             "bits_per_byte": about(1, bits_source, None, "bits_per_byte", "bits"),
+            "lm-eval:/home/some one/mine": about("mine 1", "lm-eval 0.4.13, mine", None, "acc", "theirs"),
         },
         "model": {"name": "runs/x/checkpoints/best", "weights_sha256": weights_sha256(checkpoint)},
         "published": {"OpenAI GPT-2 124M": {"hellaswag": {"acc_norm": 0.2955}}},
@@ -337,6 +339,7 @@ tokens_per_step: 256
 - lambada, version 1: lambada.jsonl, all 5,153 items, 5,153 items; comparable
 comparable with the published acc 0.3256 (OpenAI GPT-2 124M)
 - bits_per_byte, version 1: text/, stride 3, the first 40 documents, 40 items; no results of
+| lm-eval:mine acc | 0.2500 |
 path: fineweb-edu
 hellaswag: items.jsonl
 ## Limitations

@@ -61,7 +61,7 @@ def test_settings_without_effect_are_rejected():
 class SlowRepository:
     """A repository whose push takes until `release` is set, and then raises `error`."""
 
-    repo_id, error = "me/model", None
+    repo_id, error, is_private = "me/model", None, True
 
     def __init__(self):
         self.release = threading.Event()
@@ -90,7 +90,10 @@ def test_failed_push_is_a_warning_with_the_command(checkpoint, repository, error
     repository.release.set()
     repository.error = error
     assert not push_last_checkpoint(repository, checkpoint)
-    assert capsys.readouterr().out.splitlines() == [by_hand(checkpoint, reason)]
+    repository.is_private = False
+    assert not push_last_checkpoint(repository, checkpoint)
+    line = by_hand(checkpoint, reason)
+    assert capsys.readouterr().out.splitlines() == [line, f"{line} --public"]
 
 
 @pytest.fixture
