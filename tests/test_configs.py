@@ -28,7 +28,7 @@ def test_recipes_and_accelerate_configs_exist():
     }
     assert {path.stem for path in RECIPES} == {
         *("sample", "shakespeare", "gpt2_124m", "gpt2_124m_lecture", "gpt2_124m_fast"),
-        *("gpt2_350m", "gpt2_774m", "gpt2_1558m"),
+        *("gpt2_124m_adamw", "gpt2_350m", "gpt2_774m", "gpt2_1558m"),
     }
 
 
@@ -89,8 +89,12 @@ def test_recipes_have_the_published_settings(name):
         batch_arithmetic(config.batch, processes, 1)
 
 
-def test_the_fast_recipe_differs_in_how_it_learns_alone():
-    plain, fast = (load_config(["--config", str(ROOT / "recipes" / f"gpt2_124m{kind}.yaml")]) for kind in ("", "_fast"))
+def test_the_fast_recipe_and_its_opponent_differ_in_how_they_learn_alone():
+    plain, adamw, fast = (
+        load_config(["--config", str(ROOT / "recipes" / f"gpt2_124m{kind}.yaml")]) for kind in ("", "_adamw", "_fast")
+    )
+    differing = {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(adamw, f.name)}
+    assert differing == {"optim", "max_steps", "output_dir"}
     differing = {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) != getattr(fast, f.name)}
     assert differing == {"optim", "max_steps", "output_dir", "model"}
     assert dataclasses.replace(fast.model, residual_in_autocast_dtype=False) == plain.model
