@@ -381,14 +381,17 @@ def test_the_last_lines_name_the_best_checkpoint_and_paths_that_python_reads(bes
     plan = SimpleNamespace(
         num_parameters=1, max_steps=1, flops_per_token=1, batch=batch, hardware=hardware, compiled=False
     )
-    log = RunLog(runs, plan, {"log_every": 1, "eval_every": 1}, [], 0, loss_lines={}, score_lines={})
+    settings = {"log_every": 1, "eval_every": 1, "eval": {"prompts": ['Say "$HOME"']}}
+    log = RunLog(runs, plan, settings, [], 0, loss_lines={}, score_lines={})
     folder = runs / "a" / "checkpoints" / ("step_000020" if best is None else "step_000030")
     state = LoopState(val_loss=4.0)
     log.print_summary(state, folder)
     named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("best ")]
     assert named == ([] if best is None else [f"best      {folder.with_name('step_000020')} (validation loss 3.2500)"])
     log.print_summary(state, PureWindowsPath(r"runs\x\checkpoints\step_000100"))
-    assert 'from_pretrained("runs/x/checkpoints/step_000100", ' in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert 'from_pretrained("runs/x/checkpoints/step_000100", ' in output
+    assert output.count("""'Say "$HOME"'""") == 1  # quoted for the shell
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -444,7 +447,8 @@ def test_train_is_called_again_and_again(tiny, tmp_path, monkeypatch):
             with pytest.raises(TrainingError, match=r"with 4 sequence.* --batch\.micro_batch_size 2 fits") as caught:
                 call("five")
         assert caught.value.exit_code == 1
-        assert status(tmp_path / "five") | {"pid": 0} == {"status": "failed", "pid": 0, "error": str(caught.value)}
+        failed = {"status": "failed", "pid": 0, "error": str(caught.value), "is_mistake": True}
+        assert status(tmp_path / "five") | {"pid": 0} == failed
 
     # "auto" takes the checkpoint's size again, whatever fits by now.
     auto = ("--batch.micro_batch_size", "auto")
