@@ -19,7 +19,7 @@ from pathlib import Path
 
 def main(repository: str, hub_id: str, *options: str) -> None:
     """Clone, install, train and push. Exits with the code of a command that fails."""
-    if "--output_dir" in options:
+    if any(option.startswith("--output_dir") for option in options):
         sys.exit("leave out --output_dir: the run is looked for in runs/")
     run(["git", "clone", "--depth", "1", repository, "gpt2-repro"], cwd=".")
     run([sys.executable, "-m", "venv", ".venv"])
@@ -28,7 +28,7 @@ def main(repository: str, hub_id: str, *options: str) -> None:
     done = subprocess.run(train, cwd="gpt2-repro")
     for path in Path("gpt2-repro").glob("runs/*/status.json"):
         if json.loads(path.read_text())["status"] == "resume me":  # stopped: train.py pushes finished runs only
-            steps = [path for path in path.parent.glob("checkpoints/step_*") if path.name[5:].isdigit()]
+            steps = [step for step in path.parent.glob("checkpoints/step_*") if step.name[5:].isdigit()]
             if not steps:
                 sys.exit("stopped before its first checkpoint: nothing to push")
             newest = max(steps, key=lambda step: int(step.name[5:])).relative_to("gpt2-repro")

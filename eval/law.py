@@ -11,7 +11,7 @@ import numpy as np
 Floats: TypeAlias = np.ndarray
 _EXPONENTS = np.arange(0.01, 1.5, 0.01)
 MIN_LEVELS = 3
-"""sizes, and token budgets, without which an exponent and the constant cannot be told apart"""
+"""the fewest sizes, and the fewest token budgets, that determine an exponent besides E"""
 
 
 class Law(NamedTuple):

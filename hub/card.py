@@ -247,7 +247,8 @@ def _parse_results(result: dict[str, Any]) -> Results:
     for task, values in result["results"].items():
         about, n = result["tasks"][task], values.get("n")
         version, source = about["version"], about["data"]["source"]
-        shown = re.sub(rf"^({PREFIX})?.*[/\\]", r"\1", task)  # without the folder of a task of one's own
+        # A task of the user's own is lm-eval:FOLDER/NAME: leave out the folder.
+        shown = PREFIX + _file_name(task.removeprefix(PREFIX)) if task.startswith(PREFIX) else task
         dataset, split, dataset_name = _PUBLIC_DATASETS.get(task, ("", "", ""))
         is_public = bool(dataset) and source.startswith(f"{dataset} (")
         found = re.search(r"revision ([0-9a-f]{40})", source)

@@ -78,7 +78,9 @@ def pieces_per_sequence(step: int, warmup: float, max_steps: int) -> int:
     Args:
         warmup: `batch.seq_len_warmup`, a fraction of max_steps.
     """
-    return 1 if step >= warmup * max_steps else 2 if step >= warmup * max_steps / 2 else 4
+    if step < warmup * max_steps / 2:
+        return 4
+    return 2 if step < warmup * max_steps else 1
 
 
 def fitting_sizes(plan: Plan, sizes: Sequence[int], num_bytes: float) -> list[int]:
@@ -152,7 +154,7 @@ def largest_fitting_batch(
         available: bytes that the run may use.
     """
     for size in sorted(sizes, reverse=True):
-        # A trial may compile for minutes: leave out sizes that the estimate rules out, though it were a tenth too high.
+        # A trial may compile for minutes: leave out sizes that would not fit even if the estimate were 15% too high.
         if estimate(size) > available * (1 if probe is None else 1.15):
             continue
         if probe is None:

@@ -100,7 +100,7 @@ class BatchConfig:
     """tokens in a training sequence, at most n_positions"""
     seq_len_warmup: Probability = 0.0
     """cut the sequences into quarters for the first half of this fraction of max_steps, and into halves for the second
-    half (Li et al. 2021, https://arxiv.org/abs/2108.06084); 0: whole sequences from the first step on"""
+    half (Li et al. 2021, https://arxiv.org/abs/2108.06084); 0: never cut them"""
     micro_batch_size: Count | Literal["auto"] = 64
     """maximum sequences in one forward pass of one process (a process with fewer takes all of them at once); auto: the
     largest number that fits into memory, found by a trial on a GPU, and used again when the run is resumed"""
@@ -261,10 +261,11 @@ def load_config(argv: Sequence[str]) -> Config:
             )
         for name in named:
             # The data of a later layer replaces that of an earlier one, in whichever way it is named. prepare_sample
-            # belongs to the path given with it: do not make the sample at another, perhaps mistyped one. So do prompts.
+            # belongs to the path given with it: do not make the sample at another, perhaps mistyped one.
             if name not in values or values[name].value != layer[name].value:
                 is_sample = values.pop("data.prepare_sample", None) is not None
-                if is_sample or name != "data.path":  # another path usually has a copy of the same text
+                # Prompts belong to the text. Another path usually has a copy of the same one.
+                if is_sample or name != "data.path":
                     values.pop("eval.prompts", None)
             for other in _DATA_NAMES:
                 values.pop(other, None)

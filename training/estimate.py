@@ -230,8 +230,10 @@ class Plan:
         # one, gradients grow as activations are freed, or live in the buckets.
         # FSDP2 shards a gradient only when it is exchanged, after the last micro-batch.
         if rows * num_processes == self.batch.tokens_per_step:
-            alone = max(0, gradients - activations)
-            gradients = alone if num_processes == 1 else gradients / num_shards if self.sharded else 0
+            if num_processes == 1:
+                gradients = max(0, gradients - activations)
+            else:
+                gradients = gradients / num_shards if self.sharded else 0
         return MemoryEstimate(
             state=12 * num_parameters / num_shards,
             gradients=gradients + buckets,

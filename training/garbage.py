@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 def stop_collecting() -> None:
-    """Collect once more, and switch the collector off. Later calls of gc.collect leave out the objects of now."""
+    """Collect once more, and switch the collector off. Later collections skip what exists now."""
     if gc.isenabled():
         gc.collect()
         gc.freeze()

@@ -276,10 +276,9 @@ share   python -m hub push {quoted} USER/NAME    (after: hf auth login)"""
 class MetricsWriter:
     """Writes metrics.jsonl: one JSON object per line, one line per training step and one per evaluation.
 
-    A step's line has "step", "tokens", "loss", "lr", "grad_norm", "ms" and "tokens_per_s", with fp16 also "loss_scale".
-    An evaluation's has "step", "tokens",
-    "val_loss", "hellaswag", "hellaswag_seconds", "seconds", "samples"}, with "val_losses" by folder for a mixture, and
-    "scores" and "score_seconds" by task for those of eval.tasks.
+    The line of a step has "step", "tokens", "loss", "lr", "grad_norm", "ms" and "tokens_per_s", with fp16 also
+    "loss_scale". That of an evaluation has "step", "tokens", "val_loss", "hellaswag", "hellaswag_seconds", "seconds"
+    and "samples", for a mixture also "val_losses" by folder, and for eval.tasks "scores" and "score_seconds" by task.
     `step` counts optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
 
     Args:

@@ -35,12 +35,8 @@ from training.curves import draw_losses, draw_scores, format_score, metric_names
 from training.estimate import format_duration
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-# Options of `accelerate launch`, by the kind of parallel training.
-_CONFIG = "--config_file accelerate_configs/{} --num_processes %(n)s "
-_LAUNCHERS = {
-    **{"FSDP": _CONFIG.format("fsdp2.yaml"), "MULTI_GPU": _CONFIG.format("ddp_8gpu.yaml")},
-    "MULTI_CPU": _CONFIG.format("cpu_2proc.yaml"),
-}
+# A file of accelerate_configs for each kind of parallel training.
+_LAUNCHER_CONFIGS = {"FSDP": "fsdp2", "MULTI_GPU": "ddp_8gpu", "MULTI_CPU": "cpu_2proc"}
 _MAX_ROWS = 12  # evaluations shown
 _MAX_POINTS = 2000  # steps of the loss curve: a picture in vectors grows with them
 # Colors of matplotlib's picture that follow the page, light or dark.
@@ -107,7 +103,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "status": status,
         "run": provenance,
         "launches": [*provenance.get("earlier_launches", []), provenance],
-        "launcher": _LAUNCHERS.get(hardware.get("distributed", ""), "") % {"n": hardware.get("processes", 1)},
+        "launcher": _launcher_options(hardware),
         "settings": settings,
         "changed": [
             (name, _yaml(value), _yaml(defaults[name]) if name in defaults else "")
@@ -132,6 +128,12 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "dollars": dollars and dollars * hardware.get("processes", 1) * (training_seconds + evaluation_seconds) / 3600,
         "pictures": draw_curves(records, lines) if steps else {},
     }
+
+
+def _launcher_options(hardware: Mapping[str, Any]) -> str:
+    """Return the options of `accelerate launch` for a run's processes; "" for one process."""
+    config = _LAUNCHER_CONFIGS.get(hardware.get("distributed", ""))
+    return f"--config_file accelerate_configs/{config}.yaml --num_processes {hardware['processes']} " if config else ""
 
 
 def draw_curves(records: Sequence[dict[str, Any]], lines: Mapping[str, Mapping[str, float]]) -> dict[str, str]:

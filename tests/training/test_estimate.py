@@ -79,7 +79,7 @@ def test_gradients_of_several_processes_include_the_buckets():
 
 
 def test_sharded_state_and_gradients():
-    """On eight GPUs, 1558M fits into 24 GB with a sequence at a time. Gradients are whole until they are summed."""
+    """On eight GPUs, 1558M fits into 24 GB, one sequence at a time. Only the last micro-batch shards the gradients."""
     plan = make_plan(48, 1600, 25, 1024, 1, 16, "bf16", device="cuda", activation_checkpointing=True, sharded=True)
     eight = dataclasses.replace(plan, hardware=plan.hardware._replace(num_processes=8))
     memory = eight.estimate_memory(1)
