@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import harness
@@ -65,11 +64,7 @@ def compare(
     theirs: Callable[[], list[bool]], ours: Callable[[], list[bool]], n: int, rounds: int, device: torch.device
 ) -> list[Any]:
     """Return the columns from "different" on."""
-    flops = []
-    for score in (theirs, ours):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            score()
-        flops.append(counter.get_total_flops())
+    flops = [harness.count_flops(score) for score in (theirs, ours)]
     timers = {"nanochat": partial(harness.timed, theirs, device), "ours": partial(harness.timed, ours, device)}
     results = harness.take_turns(timers, rounds, lambda result: f"{n / result[1]:8.2f} items/s")
     different = sum(a != b for a, b in zip(*(of_one[0][0] for of_one in results.values()), strict=True))

@@ -7,7 +7,8 @@
 All candidates score the same random weights in one process and take turns. Each is timed from texts to metrics,
 including tokenization and excluding loading. "ours, lm-eval's prompt" and "ours, the lecture's prompt" compute what the
 candidate that they are compared with computes; "ours, both" computes every metric of `python -m eval`. Metrics that
-differ are listed below the table. In float32 all must be equal; in bf16 rounding can change some.
+differ are listed below the table. In float32 all must be equal; in bf16 rounding can change some. "Of the matmul rate"
+is a candidate's FLOPs per second, as torch counts them, over those of one large matmul just before its turn.
 
 The lecture's script is not run: its functions are taken, with a tokenizer and items that need no network.
 """
@@ -24,6 +25,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,11 +37,24 @@ from eval.hellaswag.items import HellaSwagItem, load_items
 from eval.hellaswag.task import LECTURE, LM_EVAL, Task
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
+from training.estimate import measure_matmul_flops
 
 THE_LECTURE = "the lecture's loop"
-COLUMNS = ("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "metrics")
+COLUMNS = (
+    *("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "GFLOP per item", "of the matmul rate"),
+    "metrics",
+)
 METRICS = ("acc", "acc_norm", "lm_eval_acc", "lm_eval_acc_norm")
 Metrics = dict[str, float]
+
+
+class Turn(NamedTuple):
+    """One candidate's turn."""
+
+    metrics: Metrics
+    seconds: float
+    matmul_flops: float
+    """FLOP/s of a large matmul just before"""
 
 
 def main() -> None:
@@ -75,12 +90,21 @@ def main() -> None:
         candidates[f"lm-eval, batches of {size}"] = partial(score_with_lm_eval, model, tokenizer, items, size)
     candidates["ours, lm-eval's prompt"] = partial(score_with_ours, LM_EVAL)
     candidates["ours, both"] = partial(score_with_ours, LECTURE, LM_EVAL)
-    timers = {name: partial(harness.timed, score, device) for name, score in candidates.items()}
+
+    def measure(score: Callable[[], Metrics]) -> Turn:
+        matmul_flops = measure_matmul_flops(device, model.dtype)
+        return Turn(*harness.timed(score, device), matmul_flops)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.jsonl"  # read by our evaluation within its timed part
         path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
-        results = harness.take_turns(timers, args.rounds, lambda result: f"{len(items) / result[1]:8.2f} items/s")
-    print_table(args, len(items), results)
+        flops = {name: harness.count_flops(score) for name, score in candidates.items()}
+        turns = harness.take_turns(
+            {name: partial(measure, score) for name, score in candidates.items()},
+            args.rounds,
+            lambda turn: f"{len(items) / turn.seconds:8.2f} items/s",
+        )
+    print_table(args, len(items), flops, turns)
 
 
 def score_with_lm_eval(
@@ -121,17 +145,19 @@ def score_with_lecture(path: str, model: GPT2ReproForCausalLM, items: list[Hella
     return {"acc_norm": int(num_correct) / len(items)}
 
 
-def print_table(args: argparse.Namespace, num_items: int, results: dict[str, list[tuple[Metrics, float]]]) -> None:
+def print_table(args: argparse.Namespace, num_items: int, flops: dict[str, int], turns: dict[str, list[Turn]]) -> None:
     """Print the table, and the metrics that are not equal."""
-    rates = {name: [num_items / seconds for _, seconds in rounds] for name, rounds in results.items()}
-    metrics = {name: rounds[-1][0] for name, rounds in results.items()}
+    rates = {name: [num_items / turn.seconds for turn in of_name] for name, of_name in turns.items()}
+    metrics = {name: of_name[-1].metrics for name, of_name in turns.items()}
     lm_eval = {name: values for name, values in rates.items() if name.startswith("lm-eval")}
     best = max(lm_eval.values(), key=statistics.median, default=[])
     rows = []
     for name, values in rates.items():
         ratios = (harness.median_ratio(values, reference) for reference in (best, rates.get(THE_LECTURE, [])))
+        of_matmul = [flops[name] / turn.seconds / turn.matmul_flops for turn in turns[name]]
+        work = (f"{flops[name] / num_items / 1e9:.1f}", harness.with_range(of_matmul, ".2f"))
         text = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items())
-        rows.append([name, harness.with_range(values, ".2f"), *ratios, text])
+        rows.append([name, harness.with_range(values, ".2f"), *ratios, *work, text])
     harness.print_report(f"{args.size}, {args.dtype}, {num_items} items", args.rounds, COLUMNS, rows)
     ours = metrics["ours, both"]
     different = [

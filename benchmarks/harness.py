@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common.markdown import table
 
@@ -60,6 +61,13 @@ def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result,
     result = function()
     synchronize(device)
     return result, time.perf_counter() - start
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Call the function and return the FLOPs of its matmuls and attention, as torch counts them."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def synchronize(device: torch.device) -> None:

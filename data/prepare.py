@@ -40,6 +40,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.launch import make_once
 from common.terminal import progress_bar
 from data import DataError
 from data.cluster import EXECUTORS, Cluster
@@ -232,9 +233,12 @@ class _Display:
 
 def prepare_sample_if_missing(out: str | Path) -> None:
     """Prepare the offline sample corpus if nothing is there, or only what an interrupted preparation left."""
-    if needs_preparing(out):
+
+    def make() -> None:
         say(f"data      preparing the offline sample corpus in {out}")
         prepare_sample(out)
+
+    make_once(Path(out), lambda: not needs_preparing(out), make)
 
 
 def prepare_sample(out: str | Path, *, val_fraction: float = _SAMPLE_VAL_FRACTION, **options: Any) -> Manifest:

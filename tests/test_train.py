@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -494,6 +495,20 @@ def test_an_interrupted_sample_is_finished(tmp_path):
     assert not needs_preparing(tmp_path / "sample")
     whole, again = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "sample"))
     assert whole == again
+
+
+def test_two_first_runs_at_once_share_the_sample(tmp_path):
+    """The second one waits for the first one's corpus, and does not fail because somebody works in the folder."""
+    code = (
+        f"from data.prepare import prepare_sample_if_missing; prepare_sample_if_missing({str(tmp_path / 'sample')!r})"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert sorted("preparing the offline sample" in output for output in outputs) == [False, True]
+    assert not needs_preparing(tmp_path / "sample")
 
 
 def test_the_launched_command_fails_with_one_line(launch, tiny, tmp_path):
