@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +24,7 @@ from data.tokenizer import GPT2, Tokenizer, Vocabulary
 
 MANIFEST = "manifest.json"
 PREPARING = "preparing.json"
+DOWNLOADS = ".downloads"  # files that `data.prepare pretokenized` has not checked yet
 TOKENIZER = "tokenizer"
 NANOGPT_META = "meta.pkl"
 FORMAT_VERSION = 3
@@ -61,6 +63,12 @@ class TokenizerRecord:
 
 def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecord:
     """Write the tokenizer's files into DIR/tokenizer of a folder of shards, and return its record for the manifest."""
+    target, tmp_path = Path(folder) / TOKENIZER, Path(folder) / f".{TOKENIZER}.partial"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    files = tokenizer.save(tmp_path)
+    if files:
+        shutil.rmtree(target, ignore_errors=True)
+        tmp_path.rename(target)
     return TokenizerRecord(
         name=tokenizer.name,
         sha256=tokenizer.sha256,
@@ -70,7 +78,7 @@ def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecor
         pad=tokenizer.pad_text,
         unk=tokenizer.unk_text,
         dtype=tokenizer.vocabulary.dtype.name,
-        files=tokenizer.save(Path(folder) / TOKENIZER),
+        files=files,
     )
 
 
@@ -181,6 +189,11 @@ def shard_tokenizer(folder: str | Path) -> Tokenizer:
     )
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Return True if data.prepare works on a folder without a manifest, or was interrupted."""
+    return (folder / PREPARING).exists() or (folder / DOWNLOADS).exists()
+
+
 def needs_preparing(folder: str | Path) -> bool:
     """Return True if the folder does not exist, or has only what an interrupted preparation left."""
     folder = Path(folder)
@@ -211,7 +224,7 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
             if len(shard) != entry["tokens"]:
                 raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
             shards.append(shard)
-    elif (folder / PREPARING).exists():
+    elif is_unfinished(folder):
         raise DataError(
             f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
             "`python -m data.prepare` command again to resume it"

@@ -25,7 +25,6 @@ from data.manifest import (
     MANIFEST,
     PREPARING,
     SPLITS,
-    TOKENIZER,
     Manifest,
     read_json_with_checksum,
     read_manifest,
@@ -77,9 +76,8 @@ def open_plan(plan: Manifest, source: Source, tokenizer: Tokenizer, out: Path) -
     """Write the plan into a new folder; return the plan of a started folder, or the manifest of a finished one."""
     old = read_manifest(out) or read_manifest(out, PREPARING)  # both: an interrupted repair, which begins again
     if old is None:
-        if any(not entry.name.startswith(".") and entry.name != TOKENIZER for entry in out.iterdir()):
+        if any(not entry.name.startswith(".") for entry in out.iterdir()):
             raise DataError(f"{out} already exists and has other content; remove it, or prepare into another folder")
-        shutil.rmtree(out / TOKENIZER, ignore_errors=True)  # of a preparation that was killed before its plan
         plan.inputs = _group(source.tasks())
         plan.source = {**plan.source, **source.provenance}
         plan.tokenizer = record_tokenizer(tokenizer, out)

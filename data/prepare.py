@@ -37,8 +37,6 @@ from common.cli import (
 if __name__ == "__main__":
     prepare_process()
 
-from tqdm import tqdm
-
 from common.errors import UserError
 from common.launch import make_once
 from common.terminal import progress_bar
@@ -97,11 +95,6 @@ def prepare(
     """
     out, tokenizer = Path(out), tokenizer or open_tokenizer()
     _check_numbers(val_fraction, num_proc, shard_tokens, max_tokens)
-    if (out.is_symlink() and not out.exists()) or (out.exists() and not out.is_dir()):
-        raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
-    if cluster is not None:
-        cluster.check()
-    was_missing, is_new = not out.exists(), False
     plan = Manifest(
         name=name,
         source={**source.settings, "parse_eos": parse_eos or None},
@@ -111,7 +104,13 @@ def prepare(
         max_tokens=max_tokens,
         versions=_versions(tokenizer),
     )
+    is_new = False
     try:
+        if (out.is_symlink() and not out.exists()) or (out.exists() and not out.is_dir()):
+            raise DataError(f"{out} is a {'broken link' if out.is_symlink() else 'file'}; choose another --out")
+        if cluster is not None:
+            cluster.check()
+        was_missing = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
             is_new = was_missing  # only now: another process may have made the folder, and works in it
@@ -120,7 +119,7 @@ def prepare(
             if before and not (damaged := _damaged_shards(out, num_proc, log)):
                 return plan
             if before:
-                record_tokenizer(tokenizer, out)
+                plan.tokenizer = record_tokenizer(tokenizer, out)
                 plan = reopen(plan, damaged, out)
             _report_plan(plan, source, out, log)
             work = Work(source, tokenizer, out.absolute(), val_fraction, parse_eos)
@@ -138,13 +137,17 @@ def prepare(
         _report_oddities(manifest, tokenizer, parse_eos, log)
         return manifest
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or out
-            raise DataError(f"no space for {where} on its disk; free some, or use another disk") from error
-        raise DataError(f"{out} was not made: {error}; fix that, or prepare into another folder") from error
+        raise disk_error(error, out) from error
     finally:
         if is_new and out.is_dir() and not kept_work(out) and not (out / MANIFEST).exists():
             shutil.rmtree(out)
+
+
+def disk_error(error: OSError, out: str | Path) -> DataError:
+    """Return the error with which making a folder ends."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(f"no space for {error.filename or out} on its disk; free some, or use another disk")
+    return DataError(f"{out} was not made: {error}; fix that, or prepare into another folder")
 
 
 def _damaged_shards(out: Path, num_proc: int, log: Log) -> set[str]:
@@ -189,7 +192,8 @@ def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
                         done.add(task.key)
                     yield task
 
-        total = sum(task["bytes"] for inputs in plan.inputs for task in inputs)
+        # Compressed files are read in pieces, whose share of the bytes is not known.
+        total = sum(task["bytes"] for inputs in plan.inputs for task in inputs if not task.get("is_stream"))
         with contextlib.closing(workers.run(tasks(), done)) as keys, _Display(total, log) as display:
             for key in keys:
                 is_new = key not in done
@@ -221,6 +225,7 @@ class _Display:
     def update(self, num_bytes: int, num_tokens: int) -> None:
         """Count a finished task of `num_bytes`; `num_tokens` are new."""
         self._tokens += num_tokens
+        self._bar.set_postfix_str(f"{self._tokens:,} tokens", refresh=False)
         self._bar.update(num_bytes)
         if self._bar.disable and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -390,14 +395,17 @@ def _prepare(args: argparse.Namespace) -> Manifest:
         if args.tokenizer is not None:
             tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token)
         options = {"name": name, "revision": args.revision, "max_tokens": args.max_tokens}
-        return import_shards(args.where, args.out, tokenizer=tokenizer, log=tqdm.write, **options)
+        try:
+            return import_shards(args.where, args.out, tokenizer=tokenizer, log=say, **options)
+        except OSError as error:
+            raise disk_error(error, args.out) from error
     tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
     if getattr(args, "executor", "local") != "local":
         logs = args.logging_dir or f"{Path(args.out).absolute()}-logs"
         options["cluster"] = Cluster(args.executor, args.num_tasks, Path(logs).absolute(), dict(args.slurm))
-    return prepare(_text_source(args), args.out, name=name, tokenizer=tokenizer, log=tqdm.write, **options)
+    return prepare(_text_source(args), args.out, name=name, tokenizer=tokenizer, log=say, **options)
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -405,6 +413,8 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         manifest = _prepare(args)
     except KeyboardInterrupt:
+        if args.source == "pretokenized" or (Path(args.out) / MANIFEST).exists():
+            raise  # what was downloaded or made before is there
         print_interrupted(f"interrupted{kept_work(args.out) or ': nothing was kept'}")
         return interrupt_exit_code()
     if not manifest.shards:

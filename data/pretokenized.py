@@ -12,11 +12,12 @@ from typing import Any
 from data import DataError
 from data.hub import ask_hub, find_commit
 from data.manifest import (
+    DOWNLOADS,
     MANIFEST,
-    PREPARING,
     SPLITS,
     TOKENIZER,
     Manifest,
+    is_unfinished,
     read_manifest,
     record_tokenizer,
     shard_tokenizer,
@@ -27,7 +28,6 @@ from data.nanogpt import nanogpt_tokenizer
 from data.shards import HEADER_BYTES, HEADERLESS_NAMES, check_space, scan_shard
 from data.tokenizer import GPT2, Tokenizer, open_tokenizer
 
-DOWNLOADS = "downloads"  # of files that are not checked yet, in the folder to make
 _NPY_HEADER_BYTES = 128
 _NAMES = "{name}_train_{number}.bin and {name}_val_{number}.bin (or .npy), or train.bin and val.bin"
 
@@ -66,7 +66,9 @@ def import_shards(
     tokenizer = tokenizer or GPT2
     before = read_manifest(out)
     theirs = None if is_remote or Path(where).resolve() == out.resolve() else read_manifest(where)
-    if not is_remote and theirs is None and (Path(where) / PREPARING).exists():
+    if theirs is not None and any(Path(entry["file"]).is_absolute() for entry in theirs.shards):
+        raise DataError(f"{where} has the shards of {theirs.source.get('folder')}: import that folder")
+    if not is_remote and theirs is None and is_unfinished(Path(where)):
         raise DataError(f"{where} is not finished: run its `python -m data.prepare` command again")
     if before is not None and any(before.source.get(key) != value for key, value in source.items()):
         raise DataError(f"{out} has shards of another source ({before.source}); choose another --out")

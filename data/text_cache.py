@@ -30,7 +30,10 @@ def prepare_text(text: str, *, is_dry_run: bool = False) -> str:
     A text is a file, a folder, a pattern like "notes/**/*.txt", or the id of a data set on the Hub. A dry run only
     returns the folder's name.
     """
-    source, content = _open_text(text)
+    try:
+        source, content = _open_text(text)
+    except OSError as error:
+        raise DataError(f"text={text} cannot be read: {error.strerror or error}") from error
     settings = {key: value for key, value in source.settings.items() if key != "paths"}
     decisive = [content, settings, VAL_FRACTION, GPT2.sha256, FORMAT_VERSION]
     digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -55,7 +58,8 @@ def _open_text(text: str) -> tuple[FileSource | DatasetSource, Any]:
     if path.exists() or glob.has_magic(text):
         if (path / MANIFEST).exists():
             raise DataError(f"text={text} is a folder of shards, not of text: give it as --data.path {text}")
-        source = FileSource([path.absolute()])
+        # Absolute, since the plan names it; the current folder's name may have characters of a pattern in it.
+        source = FileSource([path.absolute() if path.exists() else Path(glob.escape(str(Path.cwd())), text)])
         return source, _identify(source.files())
     if file_kind(text) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", text):
         raise DataError(

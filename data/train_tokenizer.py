@@ -28,8 +28,8 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
     out = Path(out)
     if vocab_size < _MIN_VOCAB_SIZE:
         raise DataError(f"--vocab_size must be at least {_MIN_VOCAB_SIZE} (256 bytes and {EOT_TEXT}), got {vocab_size}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(f"--out {str(out)!r} exists and is not an empty folder: name another, or remove it")
+    target = out.absolute()  # out may be "."
+    tmp_path = target.with_name(f".{target.name}.partial")
     trained = FastTokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -39,18 +39,18 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator(_texts(source), trainer)
-    tokenizer = make_tokenizer(str(out), trained.to_str())
-    target = out.absolute()  # out may be "."
-    tmp_path = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(tmp_path, ignore_errors=True)
     try:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise DataError(f"--out {str(out)!r} exists and is not an empty folder: name another, or remove it")
+        trained.train_from_iterator(_texts(source), trainer)
+        tokenizer = make_tokenizer(str(out), trained.to_str())
+        shutil.rmtree(tmp_path, ignore_errors=True)
         tokenizer.save(tmp_path)
         if target.exists():
             target.rmdir()
         tmp_path.rename(target)
     except OSError as error:
-        raise DataError(f"--out {str(out)!r} cannot be written ({error}): free some space, or name another") from error
+        raise DataError(f"--out {str(out)!r} was not made ({error}): fix that, or name another") from error
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
     return tokenizer

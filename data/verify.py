@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 
 from data import DataError
-from data.manifest import MANIFEST, PREPARING, TOKENIZER, read_manifest, shard_tokenizer, unmanaged_shards
+from data.manifest import MANIFEST, TOKENIZER, is_unfinished, read_manifest, shard_tokenizer, unmanaged_shards
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 from data.tokenizer import GPT2_VOCABULARY, Vocabulary
 
@@ -58,7 +58,7 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     manifest = read_manifest(folder)
-    if manifest is None and (folder / PREPARING).exists():
+    if manifest is None and is_unfinished(folder):
         raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
     vocabulary, entries = GPT2_VOCABULARY, dict[str, dict[str, Any] | None]()
     if manifest is not None:
@@ -69,7 +69,11 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
         find = partial(_find_problem, vocabulary=vocabulary)
         futures = {name: pool.submit(find, folder / name, entry) for name, entry in entries.items()}
         bar = progress_bar(futures.items(), unit=" shards")
-        results = {name: future.result() for name, future in bar}
+        try:
+            results = {name: future.result() for name, future in bar}
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # only the files that are being read
+            raise
     if manifest is not None:
         try:
             shard_tokenizer(folder)

@@ -186,6 +186,16 @@ def test_preparing_with_another_tokenizer(tmp_path, own, num_proc):
         prepare(FileSource([tmp_path / "text.jsonl"]), tmp_path / "out", name="t", val_fraction=0.2)
 
 
+def test_a_tokenizer_in_the_folder_to_make_is_kept(tmp_path, own):
+    """It is the user's, and no rest of an interrupted preparation."""
+    (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in DOCUMENTS))
+    own.save(tmp_path / "mine" / "tokenizer")
+    for tokenizer in (own, GPT2):
+        with pytest.raises(DataError, match="already exists and has other content"):
+            prepare(FileSource([tmp_path / "text.jsonl"]), tmp_path / "mine", name="t", tokenizer=tokenizer)
+    assert open_tokenizer(str(tmp_path / "mine" / "tokenizer")).sha256 == own.sha256
+
+
 def test_manifests_of_format_2_open(tmp_path):
     folder = write_shards(tmp_path / "shards", GPT2, DOCUMENTS[:5])
     from data.manifest import write_json_with_checksum

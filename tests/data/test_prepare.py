@@ -228,6 +228,33 @@ def test_resume_refuses_changed_files_and_settings(run, small_tasks, monkeypatch
         run(**{"files": 3, **options})
 
 
+@pytest.mark.parametrize("source", [["files", "text.txt"], ["pretokenized", "shards"]])
+def test_out_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("some text")
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "val"):
+        shards.write_shard(tmp_path / "shards" / f"x_{split}_000000.bin", [EOT, 1])
+    assert prepare_module.main([*source, "--out", "o" * 300]) == 2
+    assert "was not made: [Errno 36] File name too long" in capsys.readouterr().err
+    assert prepare_module.main([source[0], "s" * 300, "--out", "out"]) == 2
+    assert "File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moment", ["pretokenized", "check"])
+def test_interrupt_does_not_say_that_nothing_was_kept(run, tmp_path, monkeypatch, capsys, moment):
+    """Downloads are kept, and so is a finished folder that is only being checked."""
+    if moment == "check":
+        run()
+        monkeypatch.setattr(prepare_module, "verify", interrupt)
+        source = ["files", str(tmp_path / "text"), "--val_fraction", "0.1"]
+    else:
+        monkeypatch.setattr(prepare_module, "import_shards", interrupt)
+        source = ["pretokenized", "some/set"]
+    assert prepare_module.main([*source, "--out", str(tmp_path / "out")]) == 130
+    assert "interrupted: run the same command to resume" in capsys.readouterr().err
+
+
 def test_full_disk_is_an_error(run, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")

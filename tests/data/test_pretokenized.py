@@ -10,6 +10,7 @@ from shard_folders import content_of, llm_c
 from data import DataError
 from data.manifest import open_split
 from data.pretokenized import import_shards
+from data.verify import verify
 
 RNG = np.random.RandomState(0)
 TOKENS = {
@@ -56,6 +57,9 @@ def test_local_shards_are_used_in_place(folder, tmp_path, where):
     import_shards(folder, tmp_path / where, name="any")
     with pytest.raises(DataError, match="has shards of another source"):
         import_shards("kjj0/fineweb10B-gpt2", tmp_path / where, name="any")
+    if where == "ours":
+        with pytest.raises(DataError, match=rf"has the shards of {folder}: import that folder"):
+            import_shards(tmp_path / where, tmp_path / "third", name="any")
 
 
 def test_mistakes_are_refused(folder, tmp_path):
@@ -135,6 +139,9 @@ def test_interrupted_download_resumes(hub, tmp_path):
     hub.faults += [("GET .*train_000003", 404)]
     with pytest.raises(DataError, match="HTTP 404"):
         import_hub(tmp_path)
+    for read in (train_tokens, verify):  # what is there is not taken for all
+        with pytest.raises(DataError, match=r"not finished.* the same `python -m data.prepare` command again"):
+            read(tmp_path / "out")
     hub.log.clear()
     import_hub(tmp_path)
     assert train_tokens(tmp_path / "out") == EXPECTED

@@ -52,6 +52,15 @@ def test_folders_and_patterns(prepared, tmp_path):
     assert len(prepared) == 4
 
 
+def test_patterns_in_a_folder_whose_name_looks_like_one(prepared, tmp_path, monkeypatch):
+    (tmp_path / "my [data]").mkdir()
+    (tmp_path / "my [data]" / "a.txt").write_text("one\n")
+    monkeypatch.chdir(tmp_path / "my [data]")
+    assert prepare_text("*.txt").startswith("shards/txt-")
+    with pytest.raises(DataError, match="cannot be read: File name too long"):
+        prepare_text("a" * 300)
+
+
 def test_large_texts_are_known_by_sizes_and_times(prepared, tmp_path, monkeypatch):
     monkeypatch.setattr(text_cache, "_HASHED_BYTES", 3)
     (tmp_path / "book.txt").write_text("one\n")

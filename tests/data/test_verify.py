@@ -1,6 +1,8 @@
 """`verify`, and preparing again: every damage is found, named and repaired."""
 
+import hashlib
 import random
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from data.manifest import open_split, read_manifest
 from data.prepare import prepare
 from data.shards import write_shard
 from data.sources import FileSource
+from data.tokenizer import Tokenizer
 from data.train_tokenizer import train_tokenizer
 from data.verify import main, verify
 
@@ -119,6 +122,42 @@ def test_damaged_tokenizer_is_named_and_repaired(tmp_path):
     assert list(verify(tmp_path / "out")[1]) == ["tokenizer"]
     prepare_again(tmp_path / "out", tokenizer=tokenizer)
     assert content_of(tmp_path / "out") == before and verify(tmp_path / "out")[1] == {}
+
+
+def test_a_repair_records_the_tokenizer_files_that_it_writes(tmp_path, monkeypatch):
+    """Another version of transformers writes other bytes for the same tokenizer."""
+    jsonl_folder(tmp_path / "text", TEXTS, 2)
+    tokenizer = train_tokenizer(FileSource([tmp_path / "text"]), tmp_path / "own", vocab_size=300)
+    prepare_again(tmp_path / "out", tokenizer=tokenizer)
+    (tmp_path / "out" / read_manifest(tmp_path / "out").shards[0]["file"]).unlink()
+    save = Tokenizer.save
+
+    def save_differently(self, folder):
+        save(self, folder)
+        with (folder / "tokenizer_config.json").open("a") as file:
+            file.write("\n")
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+    monkeypatch.setattr(Tokenizer, "save", save_differently)
+    prepare_again(tmp_path / "out", tokenizer=tokenizer)
+    assert verify(tmp_path / "out")[1] == {}
+
+
+def test_interrupt_does_not_wait_for_the_other_shards(tmp_path, monkeypatch):
+    for number in range(40):
+        write_shard(tmp_path / f"x_train_{number:06d}.bin", np.arange(50))
+    checked = []
+
+    def check(path, entry, vocabulary):
+        checked.append(path)
+        if len(checked) == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+
+    monkeypatch.setattr("data.verify._find_problem", check)
+    with pytest.raises(KeyboardInterrupt):
+        verify(tmp_path)
+    assert len(checked) < 10
 
 
 def test_repair_keeps_the_limit_of_tokens(folder, tmp_path):
