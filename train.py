@@ -123,7 +123,7 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             "model": {name: getattr(config.model, name) for name in SHAPE},
             "tokens_per_step": config.batch.tokens_per_step,
             "seq_len": config.batch.seq_len,
-            "seq_len_warmup": config.batch.seq_len_warmup or None,  # runs before 2026-12 had no key
+            "seq_len_warmup": round(config.batch.seq_len_warmup * config.max_steps) or None,  # in steps
             "order": config.data.order,
             "boundary": config.data.boundary,
             "tokenizer": None if tokenizer.is_gpt2 else tokenizer.sha256,  # runs before 2026-12 had GPT-2's, and no key

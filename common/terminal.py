@@ -59,6 +59,11 @@ class TerminalTitle:
                 self._stream.flush()
 
 
+def is_launched() -> bool:
+    """Return True if `accelerate launch` started this process."""
+    return "ACCELERATE_DYNAMO_BACKEND" in os.environ  # other variables of the launcher are set by users, too
+
+
 def take_terminal() -> bool:
     """Make Ctrl-C reach only this process, if accelerate's launcher started it alone and from a shell.
 
@@ -71,7 +76,7 @@ def take_terminal() -> bool:
         processes, which torchrun starts in sessions of their own.
     """
     launcher = os.getppid()
-    if not hasattr(os, "tcsetpgrp") or "ACCELERATE_MIXED_PRECISION" not in os.environ:
+    if not hasattr(os, "tcsetpgrp") or not is_launched():
         return False
     try:
         terminal = os.open(os.ctermid(), os.O_RDWR)

@@ -66,7 +66,9 @@ def test_killed_at_random_moments(tiny, undisturbed, tmp_path, seed, times):
 # Asked to stop.
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGINT"))])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGHUP", "SIGINT"))]
+)
 def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
     """In the middle of a stretch without checkpoints, and at a step that should have been evaluated."""
     output = tmp_path / "run"
@@ -165,6 +167,18 @@ def test_ctrl_c_during_the_imports_ends_with_one_line(command, tmp_path):
         return
     assert done.stderr == "interrupted\n"
     assert done.returncode != 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no hangups on Windows")
+@pytest.mark.parametrize("is_ignored", [False, True])
+def test_a_closed_terminal_is_a_request_to_stop_except_under_nohup(is_ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if is_ignored else signal.SIG_DFL)
+    try:
+        with StopRequest(None, 0) as stop:
+            signal.raise_signal(signal.SIGHUP)
+        assert stop.reason == (None if is_ignored else "SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_stop_request_survives_a_closed_stderr(monkeypatch):

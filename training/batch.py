@@ -194,7 +194,9 @@ def try_step(
     device, seq_len = accelerator.device, plan.batch.seq_len
     step_model = compile_model(model, accelerator) if plan.compiled else model
     tokens, targets = torch.zeros(2, size, seq_len, dtype=torch.int64, device=device)
-    position_ids = torch.arange(seq_len, device=device).expand(size, -1) if plan.has_positions else None
+    position_ids = None
+    if plan.has_positions:  # two documents in a row: with one, attention would need no mask
+        position_ids = (torch.arange(seq_len, device=device) % max(1, seq_len // 2)).repeat(size, 1)
     _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
     num_bytes = num_reserved
     # AdamW's moments and DDP's buckets. FSDP2 shards them, and the parameters that are full here.

@@ -40,7 +40,7 @@ _DATA_KEYS = ("tokenizer", "train_tokens", "train_sha256")
 _SETTINGS = {
     "tokens_per_step": "batch.tokens_per_step",
     "seq_len": "batch.seq_len",
-    "seq_len_warmup": "batch.seq_len_warmup",
+    "seq_len_warmup": "batch.seq_len_warmup * max_steps",
     "order": "data.order",
     "boundary": "data.boundary",
     "mix_weights": "the weights of data.mix",

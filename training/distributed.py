@@ -21,6 +21,7 @@ from accelerate.utils import (
 )
 
 from common.cli import available_cores, check_world_size, is_main_process, say
+from common.terminal import is_launched
 from training import TrainingError
 from training.machine import find_device, half_precision
 
@@ -48,6 +49,11 @@ def start_accelerator(mixed_precision: str, device_type: str | None = None) -> A
     device_type = device_type or find_device()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         _refuse_sharding("DeepSpeed")  # accelerate would import the package first
+    if os.name == "nt" and device_type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "several GPUs exchange gradients by NCCL, which torch does not have on Windows: use one, with accelerate "
+            "launch --config_file accelerate_configs/single_gpu.yaml, or WSL"
+        )
     accelerator = Accelerator(
         cpu=device_type == "cpu",  # else processes that were started on a CPU do not find each other
         mixed_precision=resolve_mixed_precision(mixed_precision, device_type),
@@ -123,7 +129,7 @@ def use_all_cores(local_world_size: int) -> None:
     Args:
         local_world_size: processes on this machine.
     """
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if os.environ.get("OMP_NUM_THREADS") == "1" and is_launched():
         torch.set_num_threads(max(1, available_cores() // local_world_size))
 
 

@@ -114,6 +114,8 @@ def can_compile(device_type: str, *, is_dry_run: bool = False) -> bool:
     missing = None
     if device_type != "cpu" and importlib.util.find_spec("triton") is None:
         missing = f"Triton: pip install {'triton-windows' if os.name == 'nt' else 'triton'}"
+    elif device_type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (7, 0):
+        missing = "a GPU with compute capability 7.0 (Volta) or more for Triton"
     elif _find_compiler(device_type) is None:
         missing = f"a C compiler: {_INSTALL_COMPILER[os.name]}"
     elif not (Path(sysconfig.get_path("include")) / "Python.h").is_file():

@@ -14,6 +14,7 @@ from common.cli import interrupt_exit_code, is_main_process, print_error, say
 from common.errors import UserError, one_line
 from common.files import write_json
 from common.locks import Lock, Timeout
+from common.terminal import is_launched
 from training import TrainingError
 from training.checkpoint import (
     LoopState,
@@ -26,8 +27,9 @@ from training.distributed import MainProcessFailed
 
 # sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Here: resume the run.
 EXIT_RESUME = 75
-# SIGUSR1 is what SLURM and others send before a time limit, SIGBREAK is Windows' Ctrl-Break. No system has both.
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK")
+# SIGUSR1 is what SLURM and others send before a time limit, SIGHUP comes from a closed terminal or a lost SSH
+# connection, and SIGBREAK is Windows' Ctrl-Break.
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")
 
 
 class RunFolder:
@@ -181,7 +183,7 @@ def describe_error(error: BaseException) -> str:
 
 
 class StopRequest:
-    """A request to stop the run: SIGTERM, SIGUSR1, Ctrl-C, a time limit, or the launcher's death.
+    """A request to stop the run: SIGTERM, SIGUSR1, SIGHUP, Ctrl-C, a time limit, or the launcher's death.
 
     A context manager: leaving it restores the signal handlers.
 
@@ -197,8 +199,7 @@ class StopRequest:
         self._max_hours = max_hours
         self._interrupted_at: float | None = None
         # A killed launcher leaves its processes running, where they are easily overlooked and block the folder.
-        is_launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-        self._launcher = os.getppid() if is_launched else None
+        self._launcher = os.getppid() if is_launched() or "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
@@ -208,8 +209,9 @@ class StopRequest:
             )
             return self
         for name in _SIGNALS:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+            number = getattr(signal, name, None)
+            # nohup: the run goes on after the terminal. SLURM's script also ignores SIGUSR1, but only for itself.
+            if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 self._handlers_before[number] = signal.signal(number, self._on_signal)
         return self
 

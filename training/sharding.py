@@ -54,6 +54,10 @@ def compile_and_wrap(
     copy_from_file(model)
     accelerator.gradient_accumulation_steps = accumulation
     step_model = compile_model(model, accelerator) if use_compile else model
+    if use_compile and accelerator.distributed_type == DistributedType.MULTI_GPU:
+        # Code that is compiled inside of DDP is divided at its buckets, whose exchange then overlaps with the backward
+        # pass. The code of the trials (batch.py) is not.
+        torch._dynamo.reset()
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
     empty = meta_copy(model)
@@ -67,6 +71,8 @@ def compile_model(model: GPT2ReproForCausalLM, accelerator: Accelerator) -> torc
         for block in model.transformer.h:  # one graph per block: FSDP2 gathers a block's weights just before its call
             block.compile(dynamic=False)
         return model
+    # Each shape is a variant: last validation batches, trials, seq_len_warmup. After 8, torch would stop compiling.
+    torch._dynamo.config.recompile_limit = 64
     # dynamic=None would recompile the training step for any batch size after a smaller last validation batch.
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # a module, too
 

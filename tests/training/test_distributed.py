@@ -147,3 +147,11 @@ def test_bf16_on_a_gpu_without_it_becomes_fp16_aloud(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     assert resolve_mixed_precision("bf16", "cuda") == "fp16"
     assert "Tesla T4 has no bfloat16: training in fp16" in capsys.readouterr().out
+
+
+def test_several_gpus_on_windows_are_refused(monkeypatch):
+    """torch has no NCCL there, and accelerate would select it."""
+    monkeypatch.setattr(distributed.os, "name", "nt")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"several GPUs .* Windows: use one, .*single_gpu\.yaml"):
+        start_accelerator("no", "cuda")

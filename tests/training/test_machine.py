@@ -104,5 +104,9 @@ def test_compiler_that_is_missing_is_an_error_with_the_package(monkeypatch, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(TrainingError, match=r"needs a C compiler: .*--compile false"):
         machine.can_compile("cpu")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    with pytest.raises(TrainingError, match=r"needs a GPU with compute capability 7.0 .*--compile false"):
+        machine.can_compile("cuda")
     assert not machine.can_compile("mps")
     assert "off on Apple's GPUs" in capsys.readouterr().out
