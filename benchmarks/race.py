@@ -19,15 +19,17 @@ have the same size.
 
 A run's result is one file in benchmarks/results/PLAN/. Runs whose file has their settings and their data are not
 trained again, interrupted runs are resumed, and a run that diverges has an infinite loss. Prints a table for each size,
-and draws PLAN.png. Intervals are Student's, at 95%, over the seeds. "tokens to it": the share of the reference's tokens
-at which a recipe with `shares`, each run with its own schedule, ends with the reference's last loss, between two shares
-on a line in log tokens.
+and draws PLAN.png. "last validation loss" is the mean ± the standard deviation over the seeds; the intervals of "above",
+"tokens to it" and the picture are Student's, at 95%. "tokens to it": the share of the reference's tokens at which a
+recipe with `shares`, each run with its own schedule, ends with the reference's last loss, between two shares on a line
+in log tokens.
 """
 
 import argparse
 import itertools
 import math
 import statistics
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,13 +37,15 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import make_parser
 from benchmarks.runs import ROOT, Plan, Run, Trainer, code_fingerprint, label, read_plan
+from common.cli import run_command
 from common.errors import UserError
 from common.files import atomic_write
 from common.markdown import table
 from data.manifest import open_split
 from training.estimate import format_duration
 
-Results = dict[str, dict[str, dict[int, dict[str, Any]]]]  # by size, by recipe with its share, and by seed
+Runs = dict[int, dict[str, Any]]  # results by seed
+Results = dict[str, dict[str, Runs]]  # by size, and by recipe with its share
 # Student's t, 97.5%, by the number of seeds.
 _STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 _COLUMNS = ("recipe", "n", "tokens", "last validation loss", "above", "tokens to it", "FLOPs", "s per 1M tokens")
@@ -57,21 +61,20 @@ class Interval(NamedTuple):
         return f"{self.mean:.4f}" if math.isnan(self.half) else f"{self.mean:.4f} ± {self.half:.4f}"
 
 
-def main() -> None:
-    """Parse the arguments, train what is missing, and compare."""
-    args = parse_args()
-    try:
-        plan = read_plan(args.plan_file)
-        if (num_seeds := len({run.seed for run in plan.runs})) > max(_STUDENT):
-            raise UserError(
-                f"{args.plan_file}: {num_seeds} seeds, and intervals are known for {max(_STUDENT)}: use fewer"
-            )
-        race(plan, args)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code; see `common.cli.run_command`."""
+    return run_command(_main, argv, on_interrupt="interrupted: run the same command to resume")
 
 
-def parse_args() -> argparse.Namespace:
+def _main(argv: Sequence[str] | None) -> None:
+    args = parse_args(argv)
+    plan = read_plan(args.plan_file)
+    if (num_seeds := len({run.seed for run in plan.runs})) > max(_STUDENT):
+        raise UserError(f"{args.plan_file}: {num_seeds} seeds, and intervals are known for {max(_STUDENT)}: use fewer")
+    race(plan, args)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = make_parser(__doc__)
     parser.add_argument("plan_file", type=Path, metavar="PLAN")
@@ -81,7 +84,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of the results (default: benchmarks/results/PLAN)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--launch", default="", help="options of `accelerate launch`, in one argument")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def race(plan: Plan, args: argparse.Namespace) -> None:
@@ -90,6 +93,9 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     trainer = Trainer(folder, args.out, args.jobs, args.launch.split(), plan.scores)
     done = {run.name: result for run in plan.runs if (result := trainer.result(run)) is not None}
     left = [run for run in plan.runs if run.name not in done]
+    if args.plan and not left:
+        print(f"{len(done)} runs, all of them done")
+        return
     if left and not args.table:
         for shards in {run.settings["data.path"] for run in left}:
             open_split(shards, "train")  # an error about the data here, and not in the log of the first run
@@ -106,8 +112,8 @@ def race(plan: Plan, args: argparse.Namespace) -> None:
     warn_of_differences([*done.values()])
     for size, by_recipe in results.items():
         print(f"\n{size}: {next(iter(next(iter(by_recipe.values())).values()))['parameters']:,} parameters\n")
-        print(table(_COLUMNS, compare(by_recipe)))
-    draw(results, folder.with_suffix(".png"))
+        print(table(_COLUMNS, compare(by_recipe, plan.runs[0])))
+    draw(results, plan.runs[0], folder.with_suffix(".png"))
 
 
 def print_plan(trainer: Trainer, left: Sequence[Run], num_done: int, num_jobs: int) -> None:
@@ -143,71 +149,71 @@ def last_loss(result: dict[str, Any]) -> float:
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of values and half of its 95% interval."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
-        return Interval(statistics.fmean(values), math.nan)
+        return Interval(sum(values) / len(values), math.nan)
     return Interval(statistics.fmean(values), _STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values)))
 
 
-def compare(by_recipe: dict[str, dict[int, dict[str, Any]]]) -> list[list[str]]:
-    """Return a row of the table per recipe; differences and ratios are between runs of the same seed."""
-    reference = next(iter(by_recipe.values()))
+def compare(by_recipe: dict[str, Runs], reference: Run) -> list[list[str]]:
+    """Return a row of the table per recipe; differences and ratios are between runs of the same seed.
+
+    Args:
+        by_recipe: the runs of each recipe's share, by seed.
+        reference: the plan's first run. Without results of its recipe, nothing is compared with it.
+    """
+    of_reference = by_recipe.get(label(reference.recipe, reference.share), {})
     rows = []
     for name, by_seed in by_recipe.items():
         first = next(iter(by_seed.values()))
         losses = [last_loss(result) for result in by_seed.values()]
         deviation = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 and all(map(math.isfinite, losses)) else ""
-        paired = [last_loss(by_seed[seed]) - last_loss(reference[seed]) for seed in by_seed if seed in reference]
+        paired = [last_loss(by_seed[seed]) - last_loss(of_reference[seed]) for seed in by_seed if seed in of_reference]
         rows.append(
             [
                 name,
                 str(len(by_seed)),
                 f"{first['losses'][-1][0]:,}",
                 f"{statistics.fmean(losses):.4f}{deviation}",
-                str(interval(paired)) if by_seed is not reference and paired else "",
+                str(interval(paired)) if by_seed is not of_reference and paired else "",
                 "",
                 f"{first['flops']:.2e}",
                 f"{statistics.median(r['seconds'] / r['losses'][-1][0] for r in by_seed.values()) * 1e6:.0f}",
             ]
         )
-        if first["recipe"] != reference_recipe(by_recipe) and name == last_share_of(by_recipe, first["recipe"]):
-            rows[-1][5] = describe_crossing(crossing(by_recipe, first["recipe"]))
+        shares = [runs for runs in by_recipe.values() if next(iter(runs.values()))["recipe"] == first["recipe"]]
+        if first["recipe"] != reference.recipe and by_seed is shares[-1]:  # the last share's row has the crossing
+            rows[-1][5] = describe_crossing(crossing(of_reference, shares))
     return rows
 
 
-def reference_recipe(by_recipe: dict[str, dict[int, dict[str, Any]]]) -> str:
-    """Return the name of the reference, the first recipe."""
-    recipe: str = next(iter(next(iter(by_recipe.values())).values()))["recipe"]
-    return recipe
-
-
-def last_share_of(by_recipe: dict[str, dict[int, dict[str, Any]]], recipe: str) -> str:
-    """Return the label of a recipe's last share, whose row has the crossing."""
-    return [name for name, runs in by_recipe.items() if next(iter(runs.values()))["recipe"] == recipe][-1]
-
-
-def crossing(by_recipe: dict[str, dict[int, dict[str, Any]]], recipe: str) -> list[float]:
+def crossing(reference: Runs, shares: Sequence[Runs]) -> list[float]:
     """Return for each seed the share of the reference's tokens with which a recipe ends at the reference's last loss.
 
-    NaN for a seed whose shares do not enclose that loss: nothing is extrapolated.
+    NaN for a seed whose shares do not enclose that loss: nothing is extrapolated. Seeds without runs are left out.
+
+    Args:
+        reference: the reference's runs by seed.
+        shares: the recipe's, for each of its shares.
     """
-    reference = next(iter(by_recipe.values()))
-    shares = []
+    result = []
     for seed, goal in reference.items():
         points = sorted(
             (math.log(runs[seed]["losses"][-1][0] / goal["losses"][-1][0]), last_loss(runs[seed]))
-            for runs in by_recipe.values()
-            if seed in runs and runs[seed]["recipe"] == recipe
+            for runs in shares
+            if seed in runs
         )
         share = math.nan
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if y0 >= last_loss(goal) >= y1 and y0 > y1:
                 share = math.exp(x0 + (x1 - x0) * (y0 - last_loss(goal)) / (y0 - y1))
-        shares.append(share)
-    return shares
+        result += [share] if points else []
+    return result
 
 
 def describe_crossing(shares: Sequence[float]) -> str:
     """Return the mean share with its interval, or how many seeds have none between their shares."""
     missing = sum(map(math.isnan, shares))
+    if not shares:
+        return ""
     return str(interval(shares)) if not missing else f"not between the shares for {missing} of {len(shares)}"
 
 
@@ -222,7 +228,7 @@ def warn_of_differences(results: Sequence[dict[str, Any]]) -> None:
             print(f"warning: the runs differ in {name}: {', '.join(sorted(map(str, values)))}")
 
 
-def draw(results: Results, path: Path) -> None:
+def draw(results: Results, reference: Run, path: Path) -> None:
     """Draw for each size the validation loss over tokens, and the last losses with their intervals."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -232,20 +238,20 @@ def draw(results: Results, path: Path) -> None:
         figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
     ):
         recipes = list(dict.fromkeys(next(iter(runs.values()))["recipe"] for runs in by_recipe.values()))
-        ends = []
-        for by_seed in by_recipe.values():
+        ends = {}
+        for name, by_seed in by_recipe.items():
             first = next(iter(by_seed.values()))
             color = f"C{recipes.index(first['recipe']) % 10}"
             for result in by_seed.values():
                 tokens, losses = zip(*((t, loss) for t, loss in result["losses"] if loss is not None), strict=True)
                 axes.plot(tokens, losses, color=color, lw=0.7, alpha=0.5)
             end = interval([last_loss(result) for result in by_seed.values()])
-            ends.append(end.mean)
+            ends[name] = end.mean
             axes.errorbar(tokens[-1], end.mean, yerr=end.half, fmt="o", color=color, ms=4, capsize=3)
         for index, recipe in enumerate(recipes):
             axes.plot([], [], "o-", color=f"C{index % 10}", label=recipe)
-        finite = [end for end in ends if math.isfinite(end)]
-        axes.axhline(ends[0], color="gray", ls="--", lw=1)
+        finite = [end for end in ends.values() if math.isfinite(end)]
+        axes.axhline(ends.get(label(reference.recipe, reference.share), math.nan), color="gray", ls="--", lw=1)
         axes.set(
             title=size,
             xlabel="training tokens",
@@ -261,4 +267,4 @@ def draw(results: Results, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

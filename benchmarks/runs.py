@@ -27,6 +27,7 @@ from training.config import WITHOUT_EFFECT, Config, OptimConfig, load_config
 ROOT = Path(__file__).resolve().parent.parent
 _KEYS = {"settings", "sizes", "seeds", "recipes"}
 _NUM_EVALUATIONS = 5
+_RECIPE = "recipe.yaml"  # in a run's folder: its settings
 # Facts about the data that a result keeps; its paths are this machine's.
 _DATA = ("train_sha256", "train_tokens", "val_tokens", "tokenizer_sha256", "vocab_size")
 # The code that decides the losses. The tests of golden losses hold the rest.
@@ -169,6 +170,8 @@ class Trainer:
 
     def _train(self, run: Run) -> dict[str, Any]:
         folder = self._out / run.name
+        if not _belongs_to(folder, run):  # settings or data that the plan had before
+            shutil.rmtree(folder, ignore_errors=True)
         if outcome(folder, run) is None:
             (folder / "status.json").unlink(missing_ok=True)  # of an earlier attempt
             self._launch_training(run, folder, "--resume", "auto")
@@ -198,10 +201,10 @@ class Trainer:
 
     def _launch_training(self, run: Run, folder: Path, *options: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(folder / "recipe.yaml", yaml.safe_dump(run.settings))
+        write_text_atomically(folder / _RECIPE, yaml.safe_dump(run.settings))
         # Without the launcher, which train.py takes for the owner of all cores when several runs share them.
         launcher = ["-m", "accelerate.commands.launch", *self._launch] if self._launch else []
-        command = [sys.executable, *launcher, "train.py", "--config", str(folder / "recipe.yaml")]
+        command = [sys.executable, *launcher, "train.py", "--config", str(folder / _RECIPE)]
         command += ["--output_dir", str(folder), *options]
         with (folder / "console.log").open("a") as log:
             subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
@@ -219,6 +222,17 @@ class Trainer:
             raise UserError(f"{folder}: the checkpoint cannot be scored; see console.log there")
         scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
         return {name: scores[name] for name in ("results", "tasks", "date")}  # the rest is in the run's own result
+
+
+def _belongs_to(folder: Path, run: Run) -> bool:
+    """Return True if a run's folder was made with its settings and its data."""
+    recipe, provenance = folder / _RECIPE, folder / "provenance.json"
+    if not recipe.is_file() or recipe.read_text(encoding="utf-8") != yaml.safe_dump(run.settings):
+        return False
+    if not provenance.is_file():
+        return True
+    data = json.loads(provenance.read_text(encoding="utf-8"))["data"]
+    return bool(data["train_sha256"] == dataset_fingerprint(run.settings["data.path"])["train_sha256"])
 
 
 def effective_settings(run: Run) -> dict[str, Any]:

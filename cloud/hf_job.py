@@ -8,13 +8,17 @@
         --max_hours 11 --text roneneldan/TinyStories --config recipes/gpt2_124m.yaml
 
 REPOSITORY is the address of a clone of this project; what follows USER/NAME goes to train.py. A job's disk is gone when
-it ends, so choose --max_hours below the job's timeout: a run that it stops is pushed too, from its last checkpoint.
+it ends, so choose --max_hours below the job's timeout: a run that it stops is pushed too, from its last checkpoint, and
+so is one that fails.
 """
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+ATTEMPTS, PAUSE_SECONDS = 10, 60  # of pushing, while the Hub does not answer
 
 
 def main(repository: str, hub_id: str, *options: str) -> None:
@@ -25,17 +29,28 @@ def main(repository: str, hub_id: str, *options: str) -> None:
     run([sys.executable, "-m", "venv", ".venv"])
     run([".venv/bin/pip", "install", "-q", "-c", "constraints.txt", "-e", "."])
     train = [".venv/bin/accelerate", "launch", "train.py", "--push_to_hub", hub_id, *options]
-    done = subprocess.run(train, cwd="gpt2-repro")
+    code = subprocess.run(train, cwd="gpt2-repro").returncode
     for path in Path("gpt2-repro").glob("runs/*/status.json"):
-        if json.loads(path.read_text())["status"] == "resume me":  # stopped: train.py pushes finished runs only
-            steps = [step for step in path.parent.glob("checkpoints/step_*") if step.name[5:].isdigit()]
-            if not steps:
-                sys.exit("stopped before its first checkpoint: nothing to push")
-            newest = max(steps, key=lambda step: int(step.name[5:])).relative_to("gpt2-repro")
-            public = ["--public"] if "--push_public" in options else []
-            run([".venv/bin/python", "-m", "hub", "push", str(newest), hub_id, *public])
+        status = json.loads(path.read_text())["status"]
+        if code != 0 or status == "resume me":  # train.py pushes finished runs only, and this disk is gone afterwards
+            push_newest(path.parent, hub_id)
+        sys.exit(0 if status == "resume me" else code)
+    sys.exit(code)
+
+
+def push_newest(run_folder: Path, hub_id: str) -> None:
+    """Push a run's newest checkpoint, for some minutes if the Hub does not answer."""
+    steps = [step for step in run_folder.glob("checkpoints/step_*") if step.name[5:].isdigit()]
+    if not steps:
+        sys.exit("ended before its first checkpoint: nothing to push")
+    newest = max(steps, key=lambda step: int(step.name[5:])).relative_to("gpt2-repro")
+    is_public = json.loads((run_folder / "provenance.json").read_text())["config"]["push_public"]
+    push = [".venv/bin/python", "-m", "hub", "push", str(newest), hub_id, *(["--public"] if is_public else [])]
+    for _ in range(ATTEMPTS - 1):
+        if subprocess.run(push, cwd="gpt2-repro").returncode == 0:
             return
-    sys.exit(done.returncode)
+        time.sleep(PAUSE_SECONDS)
+    run(push)
 
 
 def run(command: list[str], cwd: str = "gpt2-repro") -> None:

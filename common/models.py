@@ -33,10 +33,11 @@ def check_name(name: str) -> str:
     folder = Path(name)
     try:
         is_folder = folder.is_dir()
+        has_config = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
     except OSError as error:  # the name is too long, or the folder is not ours
         raise UserError(f"checkpoint {name!r} cannot be opened ({error.strerror}); give another") from error
     if is_folder:
-        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        if has_config:
             problem = weights_problem(folder)
         else:
             inside = sorted([*folder.glob("*/config.json"), *folder.glob("*/*/config.json")])

@@ -105,6 +105,12 @@ def join_processes(device: str | None) -> tuple[str, bool]:
 
 def check_output(option: str, path: Path) -> None:
     """Raise EvalError if the file could not be written later."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # for example, the name is too long
+        raise EvalError(f"{option} {str(path)!r} cannot be written ({error.strerror}); name another file") from error
     if path.is_dir():
         raise EvalError(f"{option} {str(path)!r} is a folder; name a file in it")
     if path.exists() and not path.is_file():  # a device or a pipe, which renaming would replace by a file
@@ -168,8 +174,10 @@ def write_output(option: str, path: Path, content: str | bytes) -> None:
         raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
 
 
-def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None) -> int:
-    """Run a command with out-of-memory errors on one line; see `common.cli.run_command`."""
+def run_command(
+    command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None, **options: str
+) -> int:
+    """Run a command with out-of-memory errors on one line; see `common.cli.run_command`, also for the options."""
 
     def run(arguments: Sequence[str] | None) -> None:
         try:
@@ -177,4 +185,4 @@ def run_command(command: Callable[[Sequence[str] | None], None], arguments: Sequ
         except torch.OutOfMemoryError as error:
             raise EvalError(f"out of memory; use a smaller --tokens_per_batch ({one_line(error)})") from error
 
-    return cli.run_command(run, arguments)
+    return cli.run_command(run, arguments, **options)

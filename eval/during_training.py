@@ -207,7 +207,7 @@ def load_task(
         return loaded
     # Evenly spread, since some tasks have one kind of items after the other. `limit` marks CORE as partial.
     total = len(loaded.items)
-    count = max(2, total * int(limit.removesuffix("%")) // 100)
+    count = min(total, max(2, total * int(limit.removesuffix("%")) // 100))
     items = [loaded.items[index * total // count] for index in range(count)]
     data_info = replace(loaded.data, description=f"{loaded.data.description}, {limit} of them")
     return LoadedTask(replace(task, limit=count), items, data_info)

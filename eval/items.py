@@ -43,14 +43,13 @@ def hub_records(dataset: str, split: str, name: str | None = None) -> tuple[Iter
     unreachable = hub_error()
 
     import datasets
-    from datasets.exceptions import DatasetsError
 
     was_offline = datasets.config.HF_HUB_OFFLINE
     if unreachable is not None:
         datasets.config.HF_HUB_OFFLINE = True  # read the cache at once, see hub_error
     try:
         records = datasets.load_dataset(dataset, name, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except Exception as error:  # of the HTTP library, hf_xet, or a library that reads a format
         raise HubUnavailableError(unreachable or one_line(error, 1000)) from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline

@@ -112,7 +112,7 @@ def read_result(path: str | Path) -> dict[str, Any]:
             raise ValueError
     except OSError as error:
         raise EvalError(f"{path!r} cannot be read ({error.strerror}); give a file from python -m eval") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise EvalError(
             f"{path!r} is not a result file of `python -m eval --output`; give such a file, or the checkpoint's "
             "folder to score it now"
@@ -384,6 +384,8 @@ def _main(arguments: Sequence[str] | None) -> None:
     args.checkpoints = resolve_checkpoints(args.checkpoints)
     results = {n: read_result(n) for n in args.checkpoints if n.endswith(".json") and not Path(n).is_dir()}
     if diverged := [name for name, result in results.items() if result.get("outcome") == "diverged"]:
+        if len(diverged) == len(args.checkpoints):
+            raise EvalError("all of these runs diverged: there is nothing to compare")
         say(f"left out, since these runs diverged: {', '.join(diverged)}")
         args.checkpoints = [name for name in args.checkpoints if name not in diverged]
         results = {name: result for name, result in results.items() if name not in diverged}
@@ -453,7 +455,8 @@ def _write_table_and_plot(args: argparse.Namespace, results: list[dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 for an error that the user can fix, on one line of stderr."""
-    return command.run_command(_main, arguments)
+    stopped = "interrupted; the models scored so far have a .json in --out, which can be given in their place"
+    return command.run_command(_main, arguments, on_interrupt=stopped)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,8 @@ def loglikelihoods(
             does not fit the model's context, tokens_per_batch below 1.
         NotFiniteError: a result is not finite.
     """
+    if not getattr(model.config, "is_causal", True):
+        raise EvalError("the model has is_causal=False: its log-likelihoods of a text would have seen the text")
     model = getattr(model, "_orig_mod", model)  # a compiled model would be recompiled for each batch's shape
     device = next(model.parameters()).device
     shares_context = _can_share_context(model)

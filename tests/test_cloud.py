@@ -39,33 +39,37 @@ def test_skypilot_commands_have_settings_that_exist(monkeypatch):
     load_config(words[words.index("train.py") + 1 :])
 
 
-@pytest.mark.parametrize("is_stopped", [False, True])
-def test_hf_job_clones_installs_trains_and_pushes_a_stopped_run(is_stopped, tmp_path, monkeypatch):
-    """Run it with a stand-in for each program that it starts."""
+@pytest.mark.parametrize(
+    ("code", "status", "is_public"),
+    [(0, "finished", False), (1, "resume me", False), (1, "failed", True), (1, "finished", False)],
+)
+def test_hf_job_clones_installs_trains_and_pushes_what_train_did_not(code, status, is_public, tmp_path, monkeypatch):
+    """Run it with a stand-in for each program that it starts. A finished run with code 1 could not be pushed."""
     log = tmp_path / "log"
     stand_in = f'#!{sys.executable}\nimport json, sys; open({str(log)!r}, "a").write(json.dumps(sys.argv) + "\\n")\n'
     names = ("pip", "accelerate", "python")
     for path in (tmp_path / "bin/git", *(tmp_path / f"gpt2-repro/.venv/bin/{name}" for name in names)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        fails = is_stopped and path.name == "accelerate"  # the launcher's exit code is 1, whatever train.py's is
-        path.write_text(stand_in + "sys.exit(1)\n" * fails, encoding="utf-8")
+        ends = f"sys.exit({code})\n" if path.name == "accelerate" else ""
+        path.write_text(stand_in + ends, encoding="utf-8")
         path.chmod(0o755)
     run = tmp_path / "gpt2-repro/runs/a"
     for step in ("000900", "001000"):
         (run / f"checkpoints/step_{step}").mkdir(parents=True)
-    (run / "status.json").write_text(json.dumps({"status": "resume me" if is_stopped else "finished"}))
+    (run / "status.json").write_text(json.dumps({"status": status}))
+    (run / "provenance.json").write_text(json.dumps({"config": {"push_public": is_public}}))
     (tmp_path / "gpt2-repro/venv.py").write_text("", encoding="utf-8")  # `python -m venv` does nothing here
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     options = ["--max_hours", "11", "--text", "a/b"]
     command = [sys.executable, ROOT / "cloud/hf_job.py", "https://example.org/x", "me/model", *options]
-    subprocess.run(command, cwd=tmp_path, check=True)
+    assert subprocess.run(command, cwd=tmp_path).returncode == (0 if status == "resume me" else code)
     git, pip, launch, *push = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     assert git[1:] == ["clone", "--depth", "1", "https://example.org/x", "gpt2-repro"]
     assert pip[1:] == ["install", "-q", "-c", "constraints.txt", "-e", "."]
     assert launch[1:3] == ["launch", "train.py"]
     assert load_config(launch[3:]).push_to_hub == "me/model"
     pushed = ["-m", "hub", "push", "runs/a/checkpoints/step_001000", "me/model"]
-    assert [arguments[1:] for arguments in push] == [pushed] * is_stopped
+    assert [arguments[1:] for arguments in push] == [pushed + ["--public"] * is_public] * code
 
 
 def test_dockerfile_copies_what_it_installs():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 
 import pytest
@@ -72,6 +71,7 @@ def command(monkeypatch, tmp_path, capsys):
     def launch(self, run, folder, *options):
         launched.append(folder.name)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(run.settings))
         write_json(folder / "status.json", {"status": "finished"})
         data = dataset_fingerprint(run.settings["data.path"])
         model = {"parameters": 1000, "flops_per_token": 6000}
@@ -86,7 +86,7 @@ def command(monkeypatch, tmp_path, capsys):
         launched.clear()
         folders = ("--out", tmp_path / "out", "--results", tmp_path / "results")
         monkeypatch.setattr(sys, "argv", ["benchmarks/race.py", *map(str, [path, *folders, *options])])
-        race.main()
+        assert race.main() == 0
         return capsys.readouterr().out, [*launched]
 
     monkeypatch.setattr(runs.Trainer, "_launch_training", launch)
@@ -116,12 +116,17 @@ def test_race_trains_each_run_once_and_keeps_its_result(command, plan, tmp_path)
     del result["settings"]["eval"]["tasks"]  # a setting that is younger than the result has its default
     write_json(tmp_path / "results" / "S-other-2.json", result)
     assert command(plan(**few))[1] == []  # all of them are there
-    few["recipes"]["other"]["optim.lr"] = 2e-2  # other settings: trained again
-    shutil.rmtree(tmp_path / "out")
+    few["recipes"]["other"]["optim.lr"] = 2e-2  # other settings: trained again, though the old folders are there
     assert command(plan(**few))[1] == ["rate-S", "S-other-1", "S-other-2"]
     result["data"]["train_sha256"] = "of other data"
     write_json(tmp_path / "results" / "S-adamw-1.json", {**result, "settings": {}})
     assert command(plan(**few), "--plan")[0].startswith("4 runs, 3 of them done")
+    recipe = tmp_path / "out" / "S-adamw-1" / "recipe.yaml"
+    assert runs._belongs_to(recipe.parent, runs.read_plan(plan(**few)).runs[0])
+    provenance = json.loads((recipe.parent / "provenance.json").read_text())
+    provenance["data"]["train_sha256"] = "of other data"
+    write_json(recipe.parent / "provenance.json", provenance)
+    assert not runs._belongs_to(recipe.parent, runs.read_plan(plan(**few)).runs[0])
     assert "| adamw | 1 | 5,120 |" in command(plan(**few), "--table")[0]
 
 
@@ -148,11 +153,11 @@ def test_diverged_runs_differ_from_failed_ones(status, records, result, tmp_path
     assert runs.outcome(tmp_path, runs.read_plan(plan()).runs[2]) is result
 
 
-def test_a_run_that_fails_ends_the_race(command, plan, monkeypatch):
+def test_a_run_that_fails_ends_the_race(plan, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(runs.Trainer, "rate", lambda self, run: 1.0)
     monkeypatch.setattr(runs.Trainer, "_launch_training", lambda self, run, folder, *options: None)
-    with pytest.raises(SystemExit, match=r"S-adamw-1: the run did not finish; see console\.log"):
-        command(plan())
+    assert race.main([str(plan()), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "results")]) == 2
+    assert "S-adamw-1: the run did not finish; see console.log" in capsys.readouterr().err
 
 
 def result_of(recipe, tokens, loss):
@@ -163,14 +168,17 @@ def result_of(recipe, tokens, loss):
 
 
 def test_crossing_is_on_a_line_in_log_tokens_and_never_extrapolated():
-    by_recipe = {
-        "adamw": {seed: result_of("adamw", 1000, 5.0) for seed in (1, 2, 3)},
-        "fast@0.25": {1: result_of("fast", 250, 5.5), 2: result_of("fast", 250, 5.1), 3: result_of("fast", 250, 4.9)},
-        "fast@0.5": {1: result_of("fast", 500, 4.5), 2: result_of("fast", 500, 5.0), 3: result_of("fast", 500, 4.8)},
-    }
-    first, second, third = race.crossing(by_recipe, "fast")
+    reference = {seed: result_of("adamw", 1000, 5.0) for seed in (1, 2, 3, 4)}  # no other run has seed 4
+    shares = [
+        {1: result_of("fast", 250, 5.5), 2: result_of("fast", 250, 5.1), 3: result_of("fast", 250, 4.9)},
+        {1: result_of("fast", 500, 4.5), 2: result_of("fast", 500, 5.0), 3: result_of("fast", 500, 4.8)},
+    ]
+    first, second, third = race.crossing(reference, shares)
     assert first == pytest.approx(math.sqrt(0.25 * 0.5)) and second == pytest.approx(0.5) and math.isnan(third)
     assert race.describe_crossing([first, second, third]) == "not between the shares for 1 of 3"
+
+
+ADAMW = runs.Run("S", "adamw", 1.0, 1, {})
 
 
 def test_table_pairs_seeds_and_gives_students_interval():
@@ -179,10 +187,15 @@ def test_table_pairs_seeds_and_gives_students_interval():
         "fast": {1: result_of("fast", 1000, 4.8), 2: result_of("fast", 1000, 4.9), 3: result_of("fast", 1000, 4.85)},
         "bad": {1: result_of("bad", 500, None)},
     }
-    _, fast, bad = race.compare(by_recipe)
+    _, fast, bad = race.compare(by_recipe, ADAMW)
     assert fast[1:4] == ["3", "1,000", "4.8500 ± 0.0500"]
     assert fast[4] == "-0.2500 ± 0.1242"  # differences -0.2, -0.3, -0.25: 4.303 x 0.05 / sqrt(3)
     assert fast[7] == "10000" and bad[3] == "inf" and bad[4] == "inf"
+    del by_recipe["adamw"]  # nothing takes the place of a missing reference
+    assert [row[4:6] for row in race.compare(by_recipe, ADAMW)] == [["", ""], ["", ""]]
+    opposite = {"adamw": {1: result_of("adamw", 9, None), 2: result_of("adamw", 9, 5.0)}}
+    opposite["fast"] = {1: result_of("fast", 9, 5.0), 2: result_of("fast", 9, None)}
+    assert race.compare(opposite, ADAMW)[1][4] == "nan"
 
 
 def test_plans_in_the_repository_can_be_read(tmp_path):

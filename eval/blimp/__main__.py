@@ -50,7 +50,7 @@ def _main(arguments: Sequence[str] | None) -> None:
         text = f"{result['model']['name']}, {source}\n\n{paradigm_table(metrics)}"
     except OSError as error:
         raise EvalError(f"{str(path)!r} cannot be read ({error.strerror}); give a file from python -m eval") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvalError(f"{str(path)!r} has no results of blimp; make it with python -m eval --output") from error
     print(text)
 

@@ -90,8 +90,10 @@ def read_bundle(path: str) -> Iterator[tuple[CoreTask, list[dict[str, Any]]]]:
                 with zipfile.ZipFile(folder) as archive:
                     names = [name for name in archive.namelist() if PurePosixPath(name).suffix == ".jsonl"]
                     archive.extractall(unpacked, names)
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                raise EvalError(f"--data core={path}: damaged ({error}); get it again, {BUNDLE}") from error
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+                raise EvalError(
+                    f"--data core={path}: damaged, encrypted or of another kind ({error}); get it again, {BUNDLE}"
+                ) from error
             yield from read_bundle(unpacked)
         return
     if not folder.is_dir():

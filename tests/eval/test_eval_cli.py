@@ -227,6 +227,7 @@ def test_full_disk_keeps_the_older_file(in_process, monkeypatch, tmp_path):
         (["--per_item", "items.parquet"], "--per_item 'items.parquet' must end in .jsonl"),
         (["--output", "no/such/folder/result.json"], "the folder 'no/such/folder' is not writable"),
         (["--output", "."], "--output '.' is a folder; name a file in it"),
+        (["--output", "a" * 300], "cannot be written (File name too long)"),
     ],
 )
 def test_invalid_arguments_are_named(fails, checkpoint, arguments, message):

@@ -299,6 +299,10 @@ def test_malformed_request_is_named_before_the_model_runs(request_, message):
     model = BigramModel()
     with pytest.raises(EvalError, match=message):
         loglikelihoods(model, [Request([1], [[2]]), Request(request_[0], [[3], request_[1]])])
+    bidirectional = copy.deepcopy(model)
+    bidirectional.config.is_causal = False
+    with pytest.raises(EvalError, match="is_causal=False: its log-likelihoods"):
+        loglikelihoods(bidirectional, [])
     with pytest.raises(EvalError, match="tokens_per_batch must be at least 1, got 0"):
         loglikelihoods(model, [Request([1], [[2]])], tokens_per_batch=0)
     assert not model.calls

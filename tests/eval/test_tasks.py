@@ -94,6 +94,21 @@ def test_error_without_network_suggests_a_local_copy(tokenizer, monkeypatch):
             task.load(tokenizer)
 
 
+def test_error_while_items_are_downloaded_is_that_they_are_not_available(tokenizer, monkeypatch):
+    """hf_xet's and the HTTP library's errors are of classes of their own."""
+
+    class ServerDisconnected(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise ServerDisconnected("the server hung up")
+
+    monkeypatch.setattr(items, "hub_error", lambda: None)
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(EvalError, match="the server hung up.*--data lambada=FILE"):
+        Lambada().load(tokenizer)
+
+
 def test_lambada_metrics_match_values_computed_by_hand():
     item_results = [
         {"log_likelihood": -1.0, "is_greedy": True},

@@ -13,8 +13,17 @@ from documents import commands_of, python_program
 from fresh_process import QUESTION
 from safetensors import safe_open
 from tiny_run import ROOT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
+from data.tokenizer import GPT2
 from hub import HubError
 from hub import export as export_module
 from hub.__main__ import main
@@ -384,6 +393,17 @@ def test_large_onnx_weights_are_in_a_file_next_to_the_graph(write_onnx_again, tm
     write_onnx_again(None)
     for name in ("model.onnx", "model_without_past.onnx"):
         assert (tmp_path / "onnx" / name).stat().st_size < 1e6 < (tmp_path / "onnx" / f"{name}_data").stat().st_size
+
+
+def test_gguf_of_a_tokenizer_that_splits_otherwise_is_refused():
+    """llama.cpp knows GPT-2's pre-tokenization by its name only, and would give other tokens."""
+    pytest.importorskip("gguf")
+    from hub import to_gguf
+
+    other = Tokenizer.from_str(GPT2.hf().backend_tokenizer.to_str())
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    with pytest.raises(HubError, match="splits a text as GPT-2's tokenizer does.* export --to gpt2 instead"):
+        to_gguf._vocabulary(PreTrainedTokenizerFast(tokenizer_object=other), 50257)
 
 
 @pytest.fixture
