@@ -19,10 +19,10 @@ have the same size.
 
 A run's result is one file in benchmarks/results/PLAN/. Runs whose file has their settings and their data are not
 trained again, interrupted runs are resumed, and a run that diverges has an infinite loss. Prints a table for each size,
-and draws PLAN.png. "last validation loss" is the mean ± the standard deviation over the seeds; the intervals of "above",
-"tokens to it" and the picture are Student's, at 95%. "tokens to it": the share of the reference's tokens at which a
-recipe with `shares`, each run with its own schedule, ends with the reference's last loss, between two shares on a line
-in log tokens.
+and draws PLAN.png. "last validation loss" is the mean ± the standard deviation over the seeds; the intervals of
+"above", "tokens to it" and the picture are Student's, at 95%. "tokens to it": the share of the reference's tokens at
+which a recipe with `shares`, each run with its own schedule, ends with the reference's last loss, between two shares on
+a line in log tokens.
 """
 
 import argparse

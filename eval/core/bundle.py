@@ -92,7 +92,7 @@ def read_bundle(path: str) -> Iterator[tuple[CoreTask, list[dict[str, Any]]]]:
                     archive.extractall(unpacked, names)
             except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
                 raise EvalError(
-                    f"--data core={path}: damaged, encrypted or of another kind ({error}); get it again, {BUNDLE}"
+                    f"--data core={path}: damaged or encrypted ({error}); get it again, {BUNDLE}"
                 ) from error
             yield from read_bundle(unpacked)
         return

@@ -51,8 +51,8 @@ class Task(BaseTask):
     def compute_metrics(self, item_results: Sequence[ItemResult]) -> dict[str, float]:
         """Return acc (fraction of greedy words), perplexity (exp of minus the mean log-likelihood per word), and n.
 
-        As in lm-evaluation-harness (tasks/lambada, version 1), but for perplexity_stderr, which it draws by a bootstrap:
-        here it is the perplexity times the standard error of the mean log-likelihood (the delta method). acc_stderr is
+        As in lm-evaluation-harness (tasks/lambada, version 1), but perplexity_stderr, which is a bootstrap's there, is
+        the perplexity times the standard error of the mean log-likelihood (the delta method). acc_stderr is
         sqrt(p (1 - p) / (n - 1)); both are nan for one passage.
         """
         values = np.array([result["log_likelihood"] for result in item_results], dtype=np.float64)

@@ -467,10 +467,10 @@ def test_diverged_runs_are_left_out_and_recipes_are_not_mixed(written, run, fail
     diverged["losses"][-1][1] = None
     text = run(*written(runs | {"d": diverged}))
     assert {"2M, 1M tokens", "seed 1/muon/4M, 1M tokens"} & set(cells_of(text)) and "7M" not in text
+    capsys.readouterr()
     assert "all of these runs diverged" in fails(*written({"d": diverged}))
     assert "is not a result file" in fails(*written({"d": diverged | {"losses": []}}))
     runs["c"] |= {"recipe": "adamw"}
-    capsys.readouterr()
     assert "runs of 2 recipes (adamw, muon)" in fails(*written(runs))
 
 

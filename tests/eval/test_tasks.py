@@ -105,7 +105,7 @@ def test_error_while_items_are_downloaded_is_that_they_are_not_available(tokeniz
 
     monkeypatch.setattr(items, "hub_error", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(EvalError, match="the server hung up.*--data lambada=FILE"):
+    with pytest.raises(EvalError, match=r"the server hung up.*--data lambada=FILE"):
         Lambada().load(tokenizer)
 
 

@@ -402,7 +402,7 @@ def test_gguf_of_a_tokenizer_that_splits_otherwise_is_refused():
 
     other = Tokenizer.from_str(GPT2.hf().backend_tokenizer.to_str())
     other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    with pytest.raises(HubError, match="splits a text as GPT-2's tokenizer does.* export --to gpt2 instead"):
+    with pytest.raises(HubError, match=r"splits a text as GPT-2's tokenizer does.* export --to gpt2 instead"):
         to_gguf._vocabulary(PreTrainedTokenizerFast(tokenizer_object=other), 50257)
 
 
