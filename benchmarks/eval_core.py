@@ -8,7 +8,7 @@ second, the ratio of the times within a round, and the ratio of the FLOPs that t
 saves. The scored items are the first of each task, in nanochat's order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 
 COLUMNS = ("task", "items", "different", "nanochat, items/s", "ours, items/s", "time ratio", "FLOP ratio")
+Records = list[dict[str, Any]]
 _KINDS = {"choices": "multiple_choice", "schema": "schema", "completion": "language_modeling"}
 
 
@@ -47,25 +48,27 @@ def main() -> None:
     else:
         tokenizer = GPT2.hf()
         model = GPT2ReproForCausalLM(GPT2ReproConfig.from_size(args.size)).eval().to(device)
-    names = harness.load_definitions(args.nanochat)
+
+    def ours(task: CoreTask, records: Records, indices: range) -> list[bool]:
+        items = make_items(task, records, indices, tokenizer, model.config.max_position_embeddings)
+        return [result["is_correct"] for result in score_items(Task(), model, items)]
+
+    scorers = {"nanochat": nanochat_scorer(args.nanochat, model, tokenizer), "ours": ours}
     rows = []
     for task, records in read_bundle(args.data):
         if not args.tasks or task.name in args.tasks:
             indices = range(len(records))[: args.items]
-            theirs = partial(score_with_nanochat, names, task, records, indices, model, tokenizer)
-            ours = partial(score_with_ours, task, records, indices, model, tokenizer)
-            rows.append([task.name, len(indices), *compare(theirs, ours, len(indices), args.rounds, device)])
+            candidates = {name: partial(score, task, records, indices) for name, score in scorers.items()}
+            rows.append([task.name, len(indices), *compare(candidates, len(indices), args.rounds, device)])
     harness.print_report(args.model or args.size, args.rounds, COLUMNS, rows)
     different = sum(row[2] for row in rows)
     print(f"\n{different} decisions differ." if different else "\nAll decisions are equal.")
 
 
-def compare(
-    theirs: Callable[[], list[bool]], ours: Callable[[], list[bool]], n: int, rounds: int, device: torch.device
-) -> list[Any]:
+def compare(candidates: dict[str, Callable[[], list[bool]]], n: int, rounds: int, device: torch.device) -> list[Any]:
     """Return the columns from "different" on."""
-    flops = [harness.count_flops(score) for score in (theirs, ours)]
-    timers = {"nanochat": partial(harness.timed, theirs, device), "ours": partial(harness.timed, ours, device)}
+    flops = [harness.count_flops(score) for score in candidates.values()]
+    timers = {name: partial(harness.timed, score, device) for name, score in candidates.items()}
     results = harness.take_turns(timers, rounds, lambda result: f"{n / result[1]:8.2f} items/s")
     different = sum(a != b for a, b in zip(*(of_one[0][0] for of_one in results.values()), strict=True))
     seconds = [[time for _, time in of_one] for of_one in results.values()]
@@ -73,28 +76,11 @@ def compare(
     return [different, *rates, harness.median_ratio(*seconds), f"{flops[0] / flops[1]:.2f}"]
 
 
-def score_with_ours(
-    task: CoreTask,
-    records: list[dict[str, Any]],
-    indices: range,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[bool]:
-    """Decide the items as `python -m eval --tasks core` does."""
-    items = make_items(task, records, indices, tokenizer, model.config.max_position_embeddings)
-    return [result["is_correct"] for result in score_items(Task(), model, items)]
-
-
-@torch.no_grad()
-def score_with_nanochat(
-    names: dict[str, Any],
-    task: CoreTask,
-    records: list[dict[str, Any]],
-    indices: range,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> list[bool]:
-    """Call the script's own `evaluate_example` with our model and items."""
+def nanochat_scorer(
+    path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[CoreTask, Records, range], list[bool]]:
+    """Return a function that calls the script's own `evaluate_example` with our model and items."""
+    evaluate_example = harness.load_definitions(path)["evaluate_example"]
 
     class Tokenizer:
         """nanochat's interface to a tokenizer."""
@@ -114,15 +100,18 @@ def score_with_nanochat(
             logits: torch.Tensor = model(input_ids, use_cache=False).logits
             return logits
 
-    settings = {
-        "task_type": _KINDS[task.kind],
-        "num_fewshot": task.shots,
-        "continuation_delimiter": task.delimiter,
-    }
-    return [
-        bool(names["evaluate_example"](index, Model(), Tokenizer(), records, model.device, settings))
-        for index in indices
-    ]
+    @torch.no_grad()
+    def score(task: CoreTask, records: Records, indices: range) -> list[bool]:
+        settings = {
+            "task_type": _KINDS[task.kind],
+            "num_fewshot": task.shots,
+            "continuation_delimiter": task.delimiter,
+        }
+        return [
+            bool(evaluate_example(index, Model(), Tokenizer(), records, model.device, settings)) for index in indices
+        ]
+
+    return score
 
 
 if __name__ == "__main__":

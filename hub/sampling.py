@@ -23,7 +23,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, is_valid, valid_range in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", self.temperature == 0 or self.temperature >= 1e-6, "0 or at least 1e-6"),
             ("top_k", self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

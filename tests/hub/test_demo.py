@@ -154,7 +154,7 @@ def test_page_shows_text_and_candidates(model, tokenizer):
     assert 10 <= len(probabilities) <= 11 and probabilities[:10] == sorted(probabilities[:10], reverse=True)
     assert len([name for name in candidates if name.startswith("[") and name.endswith("]")]) == 1
     *_, (text, *_) = write(PROMPT, -1, *values[1:])
-    assert text == "error: temperature must be at least 0, got -1"
+    assert text == "error: temperature must be 0 or at least 1e-6, got -1"
 
 
 def test_progress_is_left_out_where_it_is_not_known(checkpoint, standalone):
