@@ -65,7 +65,7 @@ def main() -> None:
     print(f"\n{different} decisions differ." if different else "\nAll decisions are equal.")
 
 
-def compare(candidates: dict[str, Callable[[], list[bool]]], n: int, rounds: int, device: torch.device) -> list[Any]:
+def compare(candidates: Mapping[str, Callable[[], list[bool]]], n: int, rounds: int, device: torch.device) -> list[Any]:
     """Return the columns from "different" on."""
     flops = [harness.count_flops(score) for score in candidates.values()]
     timers = {name: partial(harness.timed, score, device) for name, score in candidates.items()}
