@@ -33,11 +33,11 @@ def fresh(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory, fresh):
-    """
-    launch(*arguments) runs `python train.py ...` to its end, which is what `accelerate launch` does for one process;
-    launch(..., accelerate=[...]) goes through it, with these options. `script`: another one in the place of train.py,
-    or "-c" for a program, the first of the arguments.
-    `environment`: variables beside those of a clean one.
+    """Return launch(*arguments), which runs `python train.py ...` to its end.
+
+    That is what `accelerate launch` does for one process; launch(..., accelerate=[...]) uses it, with these options.
+    `script` replaces train.py; it may be "-c", with a program as the first argument. `environment` has variables for
+    the process, in addition to those of a clean environment.
     """
     home = tmp_path_factory.mktemp("home")
 

@@ -1,7 +1,6 @@
-"""
-Writes tests/golden_losses.json, which tests/test_golden.py holds the code against:
+"""Write tests/golden_losses.json, with which tests/test_golden.py compares the code.
 
-    python tests/golden_losses.py        adds this Python's sample corpus, and makes the other anew
+    python tests/golden_losses.py        adds this Python's sample corpus, and computes the other again
 
 First training losses of the sample recipe in float32 on a CPU, on two corpora: the sample itself, whose text is the
 Python version's, and token ids drawn from a seed, the same everywhere. With AdamW at a moderate rate: with Muon, a
@@ -77,7 +76,7 @@ def first_losses(shards, output, environment):
 
 
 def corpus_sha256(shards):
-    """Of the training tokens' files."""
+    """Return the SHA-256 of each training shard."""
     manifest = json.loads((shards / "manifest.json").read_text())
     return [shard["sha256"] for shard in manifest["shards"] if shard["split"] == "train"]
 

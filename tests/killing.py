@@ -1,7 +1,4 @@
-"""
-What the tests of stopping and resuming share: a run launched in a process group of its own, killed when asked, and
-compared with an undisturbed one.
-"""
+"""Shared by the tests of stopping and resuming: start a run in its own process group, kill it, compare it."""
 
 import json
 import os
@@ -19,7 +16,7 @@ WHOLE = ("model.safetensors", "training_state/optimizer.safetensors", "training_
 
 
 def start(output, home, *arguments, through=()):
-    """A run, in the background. `through`: what stands before train.py instead of Python alone."""
+    """Start a run in the background. `through`: arguments of Python before train.py."""
     log = output.with_suffix(".log").open("a")
     return subprocess.Popen(
         [sys.executable, *through, "train.py", *map(str, arguments), "--output_dir", output, "--resume", "auto"],
@@ -32,9 +29,7 @@ def start(output, home, *arguments, through=()):
 
 
 def kill_at_random(output, home, *arguments, random, most_seconds, times):
-    """
-    Kills a run with SIGKILL so many times, each at a random moment after it has found out where to go on from; then
-    lets it finish.
+    """Kill a run with SIGKILL several times, at random moments after it has found its checkpoint; then let it finish.
 
     Returns:
         The steps that were done when it was killed.

@@ -1,4 +1,4 @@
-"""--init_from: a run that begins with somebody's weights."""
+"""--init_from: a run that begins with weights of another model."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ def val_losses(run):
 
 
 def test_a_gpt2_of_transformers(launch, tiny, tmp_path):
-    """Another shape than the recipe's; GPT-2's own dropout gives way to the settings'. Resuming needs it no more."""
+    """Its shape replaces the recipe's, and the settings' dropout replaces its own. Resuming does not need it."""
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=48, n_head=3, n_positions=64))
     gpt2.save_pretrained(tmp_path / "gpt2")

@@ -29,7 +29,7 @@ OFTEN = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny, tmp_path_factory):
-    """A run with the settings above that nobody disturbs."""
+    """Return a run with the settings above that is not interrupted."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     run = start(output, output.parent, "--config", tiny, *OFTEN)
     assert run.wait(timeout=300) == 0, output.with_suffix(".log").read_text()
@@ -38,7 +38,7 @@ def undisturbed(tiny, tmp_path_factory):
 
 @pytest.fixture
 def halfway(undisturbed, tmp_path):
-    """The same run killed at step 33, when its last checkpoint was that of step 30."""
+    """Return the same run, killed at step 33. Its last checkpoint is that of step 30."""
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output, symlinks=True)
     for folder in (output / "checkpoints").iterdir():
@@ -240,7 +240,7 @@ def test_a_time_limit(finished_run, tiny, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Checkpoints that somebody or something damaged.
+# Damaged checkpoints.
 
 
 def test_a_damaged_checkpoint_is_passed_over(tiny, undisturbed, tmp_path):

@@ -482,7 +482,7 @@ def test_order_and_boundary(launch, tiny, finished_run, tmp_path):
 
 
 def test_an_interrupted_sample_is_finished(tmp_path):
-    """What a killed preparation left is no reason to stop: the sample is made whole."""
+    """A killed preparation left some files: the next one finishes the sample."""
     (tmp_path / "sample").mkdir()
     assert not needs_preparing(tmp_path / "sample")
     prepare_sample(tmp_path / "whole")
@@ -498,7 +498,7 @@ def test_an_interrupted_sample_is_finished(tmp_path):
 
 
 def test_two_first_runs_at_once_share_the_sample(tmp_path):
-    """The second one waits for the first one's corpus, and does not fail because somebody works in the folder."""
+    """The second one waits for the first one's corpus instead of failing."""
     code = (
         f"from data.prepare import prepare_sample_if_missing; prepare_sample_if_missing({str(tmp_path / 'sample')!r})"
     )

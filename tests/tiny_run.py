@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a tiny recipe, a clean environment, a reader of losses."""
+"""Shared by the end-to-end tests: a tiny recipe, a clean environment, a reader of losses."""
 
 import json
 import os

@@ -210,7 +210,7 @@ class StopRequest:
             return self
         for name in _SIGNALS:
             number = getattr(signal, name, None)
-            # nohup: the run goes on after the terminal. SLURM's script also ignores SIGUSR1, but only for itself.
+            # Ignored by nohup: the run continues without the terminal. SLURM's script ignores SIGUSR1, but only for itself.
             if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 self._handlers_before[number] = signal.signal(number, self._on_signal)
         return self
