@@ -210,7 +210,7 @@ class StopRequest:
             return self
         for name in _SIGNALS:
             number = getattr(signal, name, None)
-            # Ignored by nohup: the run continues without the terminal. SLURM's script ignores SIGUSR1, but only for itself.
+            # Under nohup the run continues without the terminal. SLURM's script ignores SIGUSR1 for itself only.
             if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
                 self._handlers_before[number] = signal.signal(number, self._on_signal)
         return self
