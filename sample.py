@@ -13,6 +13,7 @@ The checkpoint is a folder of train.py's, any other that `from_pretrained` opens
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -125,7 +126,7 @@ def _sample(arguments: Sequence[str] | None) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; checked with the prompt
     if args.prompt is None and not args.interactive:
         if sys.stdin.isatty():
-            print("text to continue? (Ctrl-D ends it)", file=sys.stderr)
+            print(f"text to continue? ({'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'} ends it)", file=sys.stderr)
         args.prompt = sys.stdin.read().removesuffix("\n")
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=trust).eval()
     if args.interactive:

@@ -34,7 +34,7 @@ def main(repository: str, hub_id: str, *options: str) -> None:
         status = json.loads(path.read_text())["status"]
         if code != 0 or status == "resume me":  # train.py pushes finished runs only, and this disk is gone afterwards
             push_newest(path.parent, hub_id)
-        sys.exit(0 if status == "resume me" else code)
+        sys.exit(code if status == "failed" else 0)
     sys.exit(code)
 
 
@@ -46,6 +46,7 @@ def push_newest(run_folder: Path, hub_id: str) -> None:
     newest = max(steps, key=lambda step: int(step.name[5:])).relative_to("gpt2-repro")
     is_public = json.loads((run_folder / "provenance.json").read_text())["config"]["push_public"]
     push = [".venv/bin/python", "-m", "hub", "push", str(newest), hub_id, *(["--public"] if is_public else [])]
+    run([*push, "--dry_run"])  # refuses what no attempt could push, such as weights that are not finite
     for _ in range(ATTEMPTS - 1):
         if subprocess.run(push, cwd="gpt2-repro").returncode == 0:
             return

@@ -157,7 +157,7 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
         "train_tokens": int(data["train_tokens"]),
         "val_tokens": int(data["val_tokens"]),
         "tokenizer": _file_name(data.get("tokenizer", "gpt2")),
-        "val_loss_tokens": min(int(data["val_tokens"]), int(config["eval"]["val_tokens"])),
+        "val_loss_tokens": None if mix else min(int(data["val_tokens"]), int(config["eval"]["val_tokens"])),
         "manifest_sha256": data.get("manifest_sha256"),
         "subset": source.get("subset"),
         "sample_python": source["python"] if source.get("kind") == "sample" else None,

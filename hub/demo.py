@@ -43,6 +43,8 @@ def serve(checkpoints: Sequence[str], *, port: int, device: str | None = None, t
         raise HubError(f"--port must be between 1 and 65535, got {port}")
     checkpoints = [check_name(name) for name in checkpoints]
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    for name in ("no_proxy", "NO_PROXY"):  # Gradio asks its own page, and a proxy does not know it
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost"]))
     try:
         import gradio as gr
     except ImportError:

@@ -39,7 +39,7 @@ with open(sys.argv[1], encoding="utf-8") as file:
 status() { value_of "$run/status.json" status; }
 
 echo "== 1. install"
-[ -x .venv/bin/accelerate ] || { python3 -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e .; }
+[ -x .venv/bin/accelerate ] || { python3 -m venv .venv; .venv/bin/pip install -q -c constraints.txt -e .; }
 
 shards=${SHARDS:-$(value_of "recipes/$recipe.yaml" data.path)}
 [ -n "$shards" ] || { echo "error: recipes/$recipe.yaml does not set data.path: set SHARDS" >&2; exit 1; }

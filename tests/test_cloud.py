@@ -62,14 +62,15 @@ def test_hf_job_clones_installs_trains_and_pushes_what_train_did_not(code, statu
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     options = ["--max_hours", "11", "--text", "a/b"]
     command = [sys.executable, ROOT / "cloud/hf_job.py", "https://example.org/x", "me/model", *options]
-    assert subprocess.run(command, cwd=tmp_path).returncode == (0 if status == "resume me" else code)
+    assert subprocess.run(command, cwd=tmp_path).returncode == (code if status == "failed" else 0)
     git, pip, launch, *push = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     assert git[1:] == ["clone", "--depth", "1", "https://example.org/x", "gpt2-repro"]
     assert pip[1:] == ["install", "-q", "-c", "constraints.txt", "-e", "."]
     assert launch[1:3] == ["launch", "train.py"]
     assert load_config(launch[3:]).push_to_hub == "me/model"
     pushed = ["-m", "hub", "push", "runs/a/checkpoints/step_001000", "me/model"]
-    assert [arguments[1:] for arguments in push] == [pushed + ["--public"] * is_public] * code
+    pushed += ["--public"] * is_public
+    assert [arguments[1:] for arguments in push] == [[*pushed, "--dry_run"], pushed] * code
 
 
 def test_dockerfile_copies_what_it_installs():

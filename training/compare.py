@@ -43,9 +43,8 @@ class Run(NamedTuple):
     data: str | None
     """hash of the training data; None for shards without a manifest"""
     parameters: int
-    tokens: int
     val_losses: list[tuple[int, float, float]]
-    """(tokens, hours of training so far, loss) of each evaluation"""
+    """(tokens, hours of training so far, loss) of each evaluation; the loss is infinite if it was not finite"""
     hellaswag: float
     """accuracy by the lecture's convention; NaN if it was not scored"""
     tokens_per_s: float
@@ -69,8 +68,11 @@ def compare(argv: Sequence[str] | None) -> None:
     print(table([*groups.values()]))
     if len({run.data for runs in groups.values() for run in runs}) > 1:
         say("warning: these runs have different data, so their losses are not comparable")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw([*groups.values()], args.out)
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        draw([*groups.values()], args.out)
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        raise TrainingError(f"--out {str(args.out)!r} cannot be written ({error.strerror}): name another") from error
     print(f"\n{args.out}")
 
 
@@ -78,7 +80,8 @@ def run_folders(patterns: list[str]) -> list[Path]:
     """Return the run folders that paths and patterns name, each once."""
     folders: dict[Path, None] = {}
     for pattern in patterns:
-        paths = map(Path, sorted(glob.glob(pattern)))  # noqa: PTH207 (Path.glob takes no absolute patterns)
+        names = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))  # noqa: PTH207 (absolute ones, too)
+        paths = map(Path, names)
         found = [path for path in paths if (path / "metrics.jsonl").is_file()]
         if not found:
             raise TrainingError(f"{pattern}: no run there (a folder with metrics.jsonl), as train.py makes it")
@@ -104,8 +107,9 @@ def read_run(folder: Path) -> Run:
     for record in records:
         milliseconds += record.get("ms", 0)
         tokens = record.get("tokens", tokens)
-        if record.get("val_loss") is not None:
-            val_losses.append((tokens, milliseconds / 3.6e6, record["val_loss"]))
+        if "val_loss" in record:
+            loss = math.inf if record["val_loss"] is None else record["val_loss"]
+            val_losses.append((tokens, milliseconds / 3.6e6, loss))
             scores = record.get("hellaswag")
             hellaswag = scores["acc_norm"] if scores and not scores["is_sample"] else hellaswag
     if not val_losses:
@@ -113,7 +117,7 @@ def read_run(folder: Path) -> Run:
     rates = [record["tokens_per_s"] for record in records if "tokens_per_s" in record]
     rate = statistics.median(rates) if rates else math.nan
     key = json.dumps([experiment, data], sort_keys=True)
-    return Run(folder.name, key, data, parameters, tokens, val_losses, hellaswag, rate)
+    return Run(folder.name, key, data, parameters, val_losses, hellaswag, rate)
 
 
 def table(groups: list[list[Run]]) -> str:
@@ -126,7 +130,7 @@ def table(groups: list[list[Run]]) -> str:
                 _group_name(runs),
                 str(len(runs)),
                 f"{first.parameters:,}",
-                f"{first.tokens:,}",
+                f"{first.val_losses[-1][0]:,}",
                 _mean_and_deviation([run.val_losses[-1][2] for run in runs]),
                 _mean_and_deviation([run.hellaswag for run in runs if not math.isnan(run.hellaswag)]),
                 f"{statistics.fmean(run.val_losses[-1][1] for run in runs):.2f}",
@@ -143,6 +147,8 @@ def _group_name(runs: list[Run]) -> str:
 def _mean_and_deviation(values: list[float]) -> str:
     if not values:
         return "-"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{deviation}"
 
@@ -163,7 +169,7 @@ def draw(groups: list[list[Run]], path: Path) -> None:
             tokens, hours, losses = zip(*run.val_losses, strict=True)
             by_tokens.plot(tokens, losses, label=label, **style)
             by_hours.plot(hours, losses, **style)
-    trained = [loss for runs in groups for run in runs for _, _, loss in run.val_losses[1:]]
+    trained = [loss for runs in groups for run in runs for _, _, loss in run.val_losses[1:] if math.isfinite(loss)]
     if trained:  # the loss before training would flatten the rest
         margin = 0.05 * (max(trained) - min(trained)) or 0.1
         by_tokens.set_ylim(min(trained) - margin, max(trained) + margin)

@@ -202,9 +202,9 @@ class RunLog:
         for tracker in [*self._trackers]:
             try:
                 tracker.log(values, step=step)
-            except OSError as error:  # a full disk or a lost network; TensorBoard's writer does not recover from it
+            except Exception as error:  # of each client's own class; some do not recover from a full disk
                 say(
-                    f"warning: {tracker.name} stops at step {step:,} ({error}); metrics.jsonl continues, and "
+                    f"warning: {tracker.name} stops at step {step:,} ({one_line(error)}); metrics.jsonl continues, and "
                     f"{tracker.name} does when the run is resumed"
                 )
                 self._trackers.remove(tracker)

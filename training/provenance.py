@@ -68,6 +68,7 @@ def describe_launch(
             "platform": platform.platform(),
             "device": plan.hardware.name,
             "processes": plan.hardware.num_processes,
+            "machines": int(os.environ.get("GROUP_WORLD_SIZE", "1")),
             "dollars_per_hour": plan.hardware.dollars_per_hour,  # of one device
             "distributed": PartialState().distributed_type.value,
             "mixed_precision": plan.hardware.mixed_precision,

@@ -29,6 +29,7 @@ import yaml
 
 from common.files import write_text_atomically
 from common.metrics import read_metrics
+from training import TrainingError
 from training.compare import run_folders
 from training.config import Config
 from training.curves import draw_losses, draw_scores, format_score, metric_names, score_name, scores_of, tasks_to_draw
@@ -53,7 +54,10 @@ def report(argv: Sequence[str] | None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a pattern")
     for folder in run_folders(parser.parse_args(argv).runs):
-        print(write_report(folder))
+        try:
+            print(write_report(folder))
+        except PermissionError as error:  # another user's run
+            raise TrainingError(f"{folder}: the report cannot be written ({error.strerror})") from error
 
 
 def write_report(folder: Path, *, failure: str | None = None) -> Path:
@@ -121,6 +125,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "samples": thin_out([r for r in evaluations if r.get("samples")])[::-1],
         "prompts": (settings.get("eval") or {}).get("prompts") or [],
         "lines": lines,
+        "is_finite": all(r["val_loss"] is not None for r in records[-1:] if "val_loss" in r),
         "perplexity": math.exp(min(evaluations[-1]["val_loss"], 700)) if evaluations else None,
         "training_seconds": training_seconds,
         "evaluation_seconds": evaluation_seconds,
@@ -133,6 +138,8 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
 def _launcher_options(hardware: Mapping[str, Any]) -> str:
     """Return the options of `accelerate launch` for a run's processes; "" for one process."""
     config = _LAUNCHER_CONFIGS.get(hardware.get("distributed", ""))
+    if hardware.get("machines", 1) > 1 and config == "ddp_8gpu":
+        config = "multi_node_ddp"
     return f"--config_file accelerate_configs/{config}.yaml --num_processes {hardware['processes']} " if config else ""
 
 

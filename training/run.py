@@ -233,7 +233,7 @@ class StopRequest:
             # print() must not be called here: the signal may have interrupted another print().
             line = (
                 f"\n{self.reason}: stopping after this step or the next; then a checkpoint is saved (Ctrl-C "
-                f"{'again' if number == signal.SIGINT else 'twice'} stops at once, without one)\n"
+                f"{'again, after two seconds,' if number == signal.SIGINT else 'twice'} stops at once, without one)\n"
             )
             with contextlib.suppress(OSError):  # after Ctrl-C, `2>&1 | tee` has closed the pipe
                 os.write(2, line.encode())

@@ -56,3 +56,18 @@ def test_what_is_not_a_run_is_an_error(make_run, tmp_path, capsys):
     (tmp_path / "new" / "provenance.json").unlink()
     assert main([str(tmp_path / "new")]) == 2
     assert "provenance.json cannot be read" in capsys.readouterr().err
+
+
+def test_a_diverged_run_comes_last_and_has_no_loss(make_run, tmp_path, capsys):
+    make_run("diverged", [9.0, 3.0, None])
+    make_run("fine", [9.0, 4.0], lr=2e-3)
+    assert main([str(tmp_path / "*"), "--out", str(tmp_path / "out.png")]) == 0
+    fine, diverged = capsys.readouterr().out.splitlines()[2:4]
+    assert fine.startswith("| fine | 1 | 1,000 | 100 | 4.0000 |")
+    assert diverged.startswith("| diverged | 1 | 1,000 | 200 | not finite |")
+
+
+def test_names_with_brackets_and_pictures_that_cannot_be_written(make_run, tmp_path, capsys):
+    run = make_run("x[1]", [9.0, 3.0])
+    assert main([str(run), "--out", str(run)]) == 2
+    assert f"--out {str(run)!r} cannot be written" in capsys.readouterr().err

@@ -152,8 +152,13 @@ def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path,
     seconds = dict.fromkeys(scores, 1.26)
     result = {"val_loss": 3.0, "val_losses": None, "hellaswag": None, "hellaswag_seconds": 0.0, "seconds": 2.0}
     result |= {"scores": scores, "score_seconds": seconds, "samples": []}
+
+    def fail(values, step):
+        raise RuntimeError("connection lost")  # of a class that only the client knows
+
     tracker = SimpleNamespace(log=lambda values, step: tracked.append((step, values)), finish=lambda: None, name="x")
-    monkeypatch.setattr("training.logging.start_trackers", lambda *_, **__: [tracker])
+    broken = SimpleNamespace(log=fail, finish=lambda: None, name="broken")
+    monkeypatch.setattr("training.logging.start_trackers", lambda *_, **__: [broken, tracker])
     draw = curves.draw_scores
     monkeypatch.setattr(curves, "draw_scores", lambda axes, *args: drawn.append(axes) or draw(axes, *args))
     lines = {"core": {"chance": 0.0}}
@@ -171,6 +176,8 @@ def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path,
         "step     10 | val loss 3.0000 | 2.0 s",
         "scores      | lambada acc 0.2500 ± nan (n=50, 1.3 s) | core -0.1250 ± 0.5000 (n=50, 1.3 s) | "
         "extra loss 2.5000 (n=50, 1.3 s)",
+        "warning: broken stops at step 10 (connection lost); metrics.jsonl continues, and broken does when the run is "
+        "resumed",
     ]
 
 

@@ -159,6 +159,10 @@ def test_report_leaves_out_what_an_old_run_did_not_record(folder, provenance):
     assert "my <run> no status" in page.text and "Validation loss 9.5000" in page.text
     assert ("To repeat the run: accelerate launch train.py" in page.text) == ("train.py" in str(provenance))
     assert "None" not in page.text and "Samples" not in page.text and "Skipped" not in page.text
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "tokens": 16, "val_loss": null}\n')
+    page = Page(write_report(folder).read_text(encoding="utf-8"))
+    assert "Validation loss not finite best 9.5000 at step 1" in page.text
 
 
 def test_report_of_a_long_run_is_small(folder):
