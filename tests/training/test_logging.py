@@ -173,11 +173,11 @@ def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path,
     values = {"lambada_acc": 0.25, "lambada_perplexity": 12345.678, "core": -0.125, "extra_loss": 2.5}
     assert tracked == [(10, {"val_loss": 3.0, **values})]
     assert printed() == [
+        "warning: broken stops at step 10 (connection lost); metrics.jsonl continues, and broken does when the run is "
+        "resumed",
         "step     10 | val loss 3.0000 | 2.0 s",
         "scores      | lambada acc 0.2500 ± nan (n=50, 1.3 s) | core -0.1250 ± 0.5000 (n=50, 1.3 s) | "
         "extra loss 2.5000 (n=50, 1.3 s)",
-        "warning: broken stops at step 10 (connection lost); metrics.jsonl continues, and broken does when the run is "
-        "resumed",
     ]
 
 
