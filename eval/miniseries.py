@@ -55,7 +55,15 @@ TRAINING = "training"
 LOSS, RESIDUAL = (TRAINING, "loss"), (TRAINING, "residual")
 LAW_SIZE, LAW_TOKENS = 124_439_808, 10e9
 """the model that the law is asked about: the lecture's"""
-TITLES = {"hellaswag": "HellaSwag", "lambada": "LAMBADA", "bits_per_byte": "validation text"}
+TITLES = {
+    TRAINING: "validation split of the training text",
+    "hellaswag": "HellaSwag",
+    "lambada": "LAMBADA",
+    "blimp": "BLiMP",
+    "core": "CORE",
+    "wikitext": "WikiText",
+    "bits_per_byte": "validation text",
+}
 # The windows of published losses, as bits_per_byte describes them: GPT-2's full context, without overlap.
 PUBLISHED_WINDOWS = ", validation split, stride 1024, all "
 
