@@ -125,7 +125,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "samples": thin_out([r for r in evaluations if r.get("samples")])[::-1],
         "prompts": (settings.get("eval") or {}).get("prompts") or [],
         "lines": lines,
-        "is_finite": all(r["val_loss"] is not None for r in records[-1:] if "val_loss" in r),
+        "is_finite": all(r["val_loss"] is not None for r in [r for r in records if "val_loss" in r][-1:]),
         "perplexity": math.exp(min(evaluations[-1]["val_loss"], 700)) if evaluations else None,
         "training_seconds": training_seconds,
         "evaluation_seconds": evaluation_seconds,

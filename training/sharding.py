@@ -67,12 +67,12 @@ def compile_and_wrap(
 
 def compile_model(model: GPT2ReproForCausalLM, accelerator: Accelerator) -> torch.nn.Module:
     """Return the model compiled for training steps. Calling this again uses the compiled code again."""
+    # Each shape is a variant: last validation batches, trials, seq_len_warmup. After 8, torch would stop compiling.
+    torch._dynamo.config.recompile_limit = 64
     if accelerator.distributed_type == DistributedType.FSDP:
         for block in model.transformer.h:  # one graph per block: FSDP2 gathers a block's weights just before its call
             block.compile(dynamic=False)
         return model
-    # Each shape is a variant: last validation batches, trials, seq_len_warmup. After 8, torch would stop compiling.
-    torch._dynamo.config.recompile_limit = 64
     # dynamic=None would recompile the training step for any batch size after a smaller last validation batch.
     return torch.compile(model, dynamic=False)  # type: ignore[return-value]  # a module, too
 
