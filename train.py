@@ -154,9 +154,8 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         losses, scores = reference_lines(model_config, data_info["source"], tasks, is_gpt2_tokenizer=tokenizer.is_gpt2)
         log = RunLog(run.path, plan, settings, argv, state.step, loss_lines=baselines | losses, score_lines=scores)
         cleanup.enter_context(log)
-        cleanup.enter_context(
-            out_of_memory_as_one_line(plan, micro_batch_size)
-        )  # again: inside `log`, so in its report
+        # Again, inside `log`, whose report then has the one line, too.
+        cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
         # A resumed run warns if the learning rate of its last step is not the one in its log.
         last_lr = None if resume_from is None else learning_rate(state.step - 1, config.optim, config.max_steps)
         run_on_main(log.open, state, data_info, resume_from, last_lr)

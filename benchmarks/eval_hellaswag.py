@@ -41,7 +41,12 @@ from training.estimate import measure_matmul_flops
 
 THE_LECTURE = "the lecture's loop"
 COLUMNS = (
-    *("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "GFLOP per item", "of the matmul rate"),
+    "candidate",
+    "items/s",
+    "over lm-eval's best",
+    f"over {THE_LECTURE}",
+    "GFLOP per item",
+    "of the matmul rate",
     "metrics",
 )
 METRICS = ("acc", "acc_norm", "lm_eval_acc", "lm_eval_acc_norm")

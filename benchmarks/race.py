@@ -205,15 +205,16 @@ def crossing(reference: Runs, shares: Sequence[Runs]) -> list[float]:
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if y0 >= last_loss(goal) >= y1 and y0 > y1:
                 share = math.exp(x0 + (x1 - x0) * (y0 - last_loss(goal)) / (y0 - y1))
-        result += [share] if points else []
+        if points:
+            result.append(share)
     return result
 
 
 def describe_crossing(shares: Sequence[float]) -> str:
     """Return the mean share with its interval, or how many seeds have none between their shares."""
-    missing = sum(map(math.isnan, shares))
     if not shares:
         return ""
+    missing = sum(map(math.isnan, shares))
     return str(interval(shares)) if not missing else f"not between the shares for {missing} of {len(shares)}"
 
 

@@ -30,12 +30,13 @@ def main(repository: str, hub_id: str, *options: str) -> None:
     run([".venv/bin/pip", "install", "-q", "-c", "constraints.txt", "-e", "."])
     train = [".venv/bin/accelerate", "launch", "train.py", "--push_to_hub", hub_id, *options]
     code = subprocess.run(train, cwd="gpt2-repro").returncode
-    for path in Path("gpt2-repro").glob("runs/*/status.json"):
-        status = json.loads(path.read_text())["status"]
-        if code != 0 or status == "resume me":  # train.py pushes finished runs only, and this disk is gone afterwards
-            push_newest(path.parent, hub_id)
-        sys.exit(code if status == "failed" else 0)
-    sys.exit(code)
+    path = next(Path("gpt2-repro").glob("runs/*/status.json"), None)
+    if path is None:  # train.py ended before the run began
+        sys.exit(code)
+    status = json.loads(path.read_text())["status"]
+    if code != 0 or status == "resume me":  # train.py pushes finished runs only, and this disk is gone afterwards
+        push_newest(path.parent, hub_id)
+    sys.exit(code if status == "failed" else 0)
 
 
 def push_newest(run_folder: Path, hub_id: str) -> None:

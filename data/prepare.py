@@ -137,13 +137,13 @@ def prepare(
         _report_oddities(manifest, tokenizer, parse_eos, log)
         return manifest
     except OSError as error:
-        raise disk_error(error, out) from error
+        raise _disk_error(error, out) from error
     finally:
         if is_new and out.is_dir() and not kept_work(out) and not (out / MANIFEST).exists():
             shutil.rmtree(out)
 
 
-def disk_error(error: OSError, out: str | Path) -> DataError:
+def _disk_error(error: OSError, out: str | Path) -> DataError:
     """Return the error with which making a folder ends."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(f"no space for {error.filename or out} on its disk; free some, or use another disk")
@@ -398,7 +398,7 @@ def _prepare(args: argparse.Namespace) -> Manifest:
         try:
             return import_shards(args.where, args.out, tokenizer=tokenizer, log=say, **options)
         except OSError as error:
-            raise disk_error(error, args.out) from error
+            raise _disk_error(error, args.out) from error
     tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}

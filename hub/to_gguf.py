@@ -5,7 +5,6 @@ file's type, the position embedding and one-dimensional tensors in F32. A tied h
 token embedding.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,9 +122,8 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     import gguf
 
     vocabulary, merges = byte_level_bpe(tokenizer)
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    split = state["pre_tokenizer"]
-    if split["add_prefix_space"] or not split.get("use_regex", True) or state["normalizer"] is not None:
+    split = tokenizer.backend_tokenizer.pre_tokenizer
+    if split.add_prefix_space or not split.use_regex or tokenizer.backend_tokenizer.normalizer is not None:
         raise HubError(
             "llama.cpp splits a text as GPT-2's tokenizer does, and this checkpoint's tokenizer does not (it has a "
             "normalizer, adds a space or does not split at words): export --to gpt2 instead"

@@ -18,7 +18,7 @@ def val_losses(run):
 
 
 def test_a_gpt2_of_transformers(launch, tiny, tmp_path):
-    """Its shape replaces the recipe's, and the settings' dropout replaces its own. Resuming does not need it."""
+    """The weights bring their shape; their dropout is replaced by the settings'. Resuming does not need them."""
     torch.manual_seed(0)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=48, n_head=3, n_positions=64))
     gpt2.save_pretrained(tmp_path / "gpt2")

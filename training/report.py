@@ -91,6 +91,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
     steps = [r for r in records if "lr" in r or "loss" in r]
     seconds = accumulate(r["ms"] / 1000 if "ms" in r else r.get("seconds", 0) for r in records)
     evaluations = [r | {"elapsed": s} for r, s in zip(records, seconds, strict=True) if r.get("val_loss") is not None]
+    evaluated = [r for r in records if "val_loss" in r]
     best = min(evaluations, key=lambda r: r["val_loss"], default={})
     settings = provenance.get("config") or {}
     defaults = _flatten(json.loads(json.dumps(dataclasses.asdict(Config()))))
@@ -101,7 +102,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
     rates = [r["tokens_per_s"] for r in steps if "tokens_per_s" in r]
     hardware = provenance.get("hardware") or {}
     dollars = hardware.get("dollars_per_hour", hardware.get("dollars_an_hour"))
-    evaluation_seconds = sum(r.get("seconds", 0) for r in records if "val_loss" in r)
+    evaluation_seconds = sum(r.get("seconds", 0) for r in evaluated)
     return {
         "name": folder.absolute().name,
         "status": status,
@@ -125,7 +126,7 @@ def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
         "samples": thin_out([r for r in evaluations if r.get("samples")])[::-1],
         "prompts": (settings.get("eval") or {}).get("prompts") or [],
         "lines": lines,
-        "is_finite": all(r["val_loss"] is not None for r in [r for r in records if "val_loss" in r][-1:]),
+        "is_finite": not evaluated or evaluated[-1]["val_loss"] is not None,
         "perplexity": math.exp(min(evaluations[-1]["val_loss"], 700)) if evaluations else None,
         "training_seconds": training_seconds,
         "evaluation_seconds": evaluation_seconds,

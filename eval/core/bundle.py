@@ -90,7 +90,7 @@ def read_bundle(path: str) -> Iterator[tuple[CoreTask, list[dict[str, Any]]]]:
                 with zipfile.ZipFile(folder) as archive:
                     names = [name for name in archive.namelist() if PurePosixPath(name).suffix == ".jsonl"]
                     archive.extractall(unpacked, names)
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
                 raise EvalError(
                     f"--data core={path}: damaged or encrypted ({error}); get it again, {BUNDLE}"
                 ) from error

@@ -187,7 +187,7 @@ def test_preparing_with_another_tokenizer(tmp_path, own, num_proc):
 
 
 def test_a_tokenizer_in_the_folder_to_make_is_kept(tmp_path, own):
-    """It is the user's, and no rest of an interrupted preparation."""
+    """The tokenizer is the user's, not left over from an interrupted preparation."""
     (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in DOCUMENTS))
     own.save(tmp_path / "mine" / "tokenizer")
     for tokenizer in (own, GPT2):

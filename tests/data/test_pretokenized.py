@@ -139,7 +139,7 @@ def test_interrupted_download_resumes(hub, tmp_path):
     hub.faults += [("GET .*train_000003", 404)]
     with pytest.raises(DataError, match="HTTP 404"):
         import_hub(tmp_path)
-    for read in (train_tokens, verify):  # what is there is not taken for all
+    for read in (train_tokens, verify):  # an incomplete folder is refused
         with pytest.raises(DataError, match=r"not finished.* the same `python -m data.prepare` command again"):
             read(tmp_path / "out")
     hub.log.clear()

@@ -176,6 +176,14 @@ def test_unreadable_input_names_file_and_line(tmp_path, name, content, words):
     assert "\n" not in str(error.value)
 
 
+def test_parquet_without_the_text_column_is_an_error(tmp_path):
+    parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"no column 'text'.*body.*--text_column"):
+        documents([tmp_path / "a.parquet"])
+    with pytest.raises(DataError, match=r"is int64, not text"):
+        documents([tmp_path / "a.parquet"], text_column="n")
+
+
 def test_damaged_parquet_page_is_an_error(tmp_path):
     parquet.write_table(pyarrow.table({"text": [f"some text {n}" for n in range(9999)]}), tmp_path / "a.parquet")
     content = bytearray((tmp_path / "a.parquet").read_bytes())

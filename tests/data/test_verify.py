@@ -225,7 +225,7 @@ def mutate(rng, folder):
     return kind, path
 
 
-def test_random_damage_is_always_detected(tmp_path, rounds=250):
+def test_random_damage_is_always_detected(tmp_path, rounds=1000):
     """Reading a mutated shard or manifest gives the same tokens or a DataError; `verify` names the changed file."""
 
     def all_tokens():

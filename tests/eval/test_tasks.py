@@ -206,6 +206,13 @@ def test_blimp_reads_all_subsets_of_the_hub(tokenizer, monkeypatch):
     assert loaded.data.description == "nyu-mll/blimp (train), all 67 items"
 
 
+def test_blimp_pair_of_equal_sentences_is_a_tie(model, tokenizer, tmp_path):
+    data = write_pairs(tmp_path / "pairs.jsonl", PAIRS[2:3])
+    result = evaluate(model, tokenizer, [Blimp(data=data)], keep_item_results=True)
+    good, bad = result["item_results"]["blimp"][0]["log_likelihoods"]
+    assert good == bad and result["results"]["blimp"]["acc"] == 1.0
+
+
 def test_blimp_malformed_pair_is_named(tokenizer, tmp_path):
     for pair, message in (
         (("A.", "B c.", "mine", "x"), None),

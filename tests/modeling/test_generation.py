@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     StaticCache,
+    WatermarkingConfig,
 )
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -20,10 +21,24 @@ WAYS = {
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 0.9},
     "beams": {"do_sample": False, "num_beams": 4, "length_penalty": 0.5},
     "beams sampled": {"do_sample": True, "num_beams": 3, "num_return_sequences": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "repetition penalty": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "static cache": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
     "static cache, beams": {"num_beams": 2, "cache_implementation": "static", "disable_compile": True},
+    "cutoffs": {"do_sample": True, "min_p": 0.01, "typical_p": 0.9, "epsilon_cutoff": 1e-5, "eta_cutoff": 1e-5},
+    "forbidden and forced": {
+        "do_sample": False,
+        "bad_words_ids": [[5], [7, 8]],
+        "suppress_tokens": [3, 4],
+        "sequence_bias": [[[5], 2.0]],
+        "min_new_tokens": 5,
+        "forced_eos_token_id": 11,
+    },
+    "a prefix's tokens only": {"do_sample": False, "prefix_allowed_tokens_fn": lambda *_: [*range(100)]},
     "guidance": {"do_sample": False, "guidance_scale": 1.5},
     "the prompt in chunks": {"do_sample": False, "prefill_chunk_size": 3},
+    "several of the beams": {"num_beams": 4, "num_return_sequences": 2, "early_stopping": True},
+    "watermark": {"do_sample": True, "watermarking_config": WatermarkingConfig(bias=2.5)},
 }
 
 
