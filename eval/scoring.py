@@ -44,7 +44,7 @@ TOKENS_PER_BATCH: dict[str | None, int] = {"cpu": 1024, None: 32_768}
 # Logits per forward pass, for models that compute them for every input after the first scored position.
 LOGITS_PER_BATCH: dict[str | None, int] = {"cpu": 2**25, None: 2**28}
 # Rows are padded to multiples of this length. GPU libraries plan a kernel for every new shape, so few shapes save time:
-# on HellaSwag 15 instead of 50, for 4.6% more inputs (benchmarks/LOG.md).
+# on HellaSwag 16 instead of 92, for 4.6% more inputs (benchmarks/LOG.md).
 LENGTH_MULTIPLE: dict[str | None, int] = {"cuda": 16, None: 1}
 # Rows of the head's weight that are multiplied at a time. On a CPU a slab stays in the cache, which is faster.
 VOCABULARY_SLAB: dict[str | None, int] = {"cpu": 1024, None: 4096}

@@ -107,7 +107,7 @@ def _largest_size(plan: Plan) -> tuple[int, bool]:
 def tokens_per_s(plan: Plan, card: Card, micro_batch_size: int) -> float:
     """Estimate the rate of compiled training steps: counted FLOPs and bytes over a share of the data sheet's rates.
 
-    Muon's own work (1% of a step of 524,288 tokens), evaluation and small micro-batches, which keep a large card less
+    Muon's own work (1.5% of a step of 524,288 tokens), evaluation and small micro-batches, which keep a large card less
     busy, are not in it.
     """
     shape, reached, seq_len = plan.shape, card.reached, plan.batch.seq_len
