@@ -48,7 +48,9 @@ def make_once(folder: Path, is_done: Callable[[], bool], make: Callable[[], obje
         _wait(folder, is_done, note)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _report(note), _locked(folder):
+    # Without a launcher nobody waits, and several such processes would write the same note.
+    report = _report(note) if "RANK" in os.environ else contextlib.nullcontext()
+    with report, _locked(folder):
         if not is_done():
             if int(os.environ.get("GROUP_WORLD_SIZE") or os.environ.get("SLURM_NNODES") or 1) > 1:
                 say(f"data      several machines: {folder.parent.absolute()} must be a folder that they share")

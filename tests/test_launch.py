@@ -132,3 +132,11 @@ def test_what_a_note_says(note, expected, tmp_path):
         writer = {"machine": launch._machine(), "pid": os.getpid(), "started": psutil.Process().create_time()}
         path.write_text(json.dumps(writer | note))
     assert launch._state(path, started=1000.0) == expected
+
+
+def test_a_process_without_a_launcher_writes_no_note(tmp_path, monkeypatch):
+    """Nobody waits for it, and a second one would write the same file."""
+    monkeypatch.delenv("RANK", raising=False)
+    notes = []
+    launch.make_once(tmp_path / "book", lambda: False, lambda: notes.extend(tmp_path.glob("*.json")))
+    assert notes == []

@@ -34,11 +34,12 @@ for arguments in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def by_hand(tiny):
+def by_hand(small):
     """{name: tensor} after ten steps of transformers' GPT-2 in a plain PyTorch loop, the whole batch at once."""
     torch.manual_seed(1337)
-    gpt2 = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=32, n_positions=32)).to_gpt2().train()
-    (shard,) = open_split(tiny.parent / "shards", "train")
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 512}
+    gpt2 = GPT2ReproForCausalLM(GPT2ReproConfig(**shape)).to_gpt2().train()
+    (shard,) = open_split(small.parent / "shards", "train")
     tokens = torch.from_numpy(np.array(shard[: 10 * 256 + 1]).astype(np.int64))
     groups = [[p for p in gpt2.parameters() if p.dim() >= 2], [p for p in gpt2.parameters() if p.dim() < 2]]
     optimizer = torch.optim.AdamW(
@@ -65,13 +66,13 @@ def assert_same_parameters(run, expected):
         assert difference < 1e-5, f"{name}: {difference}"
 
 
-def test_one_process(launch, tiny, by_hand, tmp_path):
+def test_one_process(launch, small, by_hand, tmp_path):
     splits = dict(SPLITS)
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         del splits["2x4 compiled"]
     runs = [
         [
-            *("--config", str(tiny), "--output_dir", str(tmp_path / name), *ARGUMENTS),
+            *("--config", str(small), "--output_dir", str(tmp_path / name), *ARGUMENTS),
             *("--batch.micro_batch_size", micro, "--compile", compiled, "--activation_checkpointing", checkpointing),
         ]
         for name, (micro, compiled, checkpointing) in splits.items()
@@ -89,9 +90,9 @@ def test_one_process(launch, tiny, by_hand, tmp_path):
         pytest.param(2, ("--activation_checkpointing", "block", "--compile", "true"), marks=pytest.mark.slow),
     ],
 )
-def test_two_processes(launch, tiny, by_hand, tmp_path, micro, more):
+def test_two_processes(launch, small, by_hand, tmp_path, micro, more):
     launch(
-        *("--config", tiny, "--output_dir", tmp_path / "run", *ARGUMENTS, "--batch.micro_batch_size", micro, *more),
+        *("--config", small, "--output_dir", tmp_path / "run", *ARGUMENTS, "--batch.micro_batch_size", micro, *more),
         accelerate=TWO_PROCESSES,
     )
     assert_same_parameters(tmp_path / "run", by_hand)

@@ -11,13 +11,13 @@ from hub.__main__ import main as hub_command
 
 
 @pytest.fixture
-def run(launch, tiny, tmp_path):
+def run(launch, small, tmp_path):
     """run(*arguments, accelerate=None, **faults): train.py with faults, see faulty_training.py."""
 
     def run(*arguments, accelerate=None, **faults):
         return launch(
             json.dumps(faults),
-            *("--config", tiny, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2", *arguments),
+            *("--config", small, "--output_dir", tmp_path / "run", "--eval.hellaswag_limit", "2", *arguments),
             script=ROOT / "tests" / "faulty_training.py",
             environment={"PYTHONPATH": str(ROOT)},
             accelerate=accelerate,
@@ -36,7 +36,7 @@ def read_state(folder, step):
     return json.loads((folder / "checkpoints" / f"step_{step:06d}" / "training_state" / "state.json").read_text())
 
 
-def test_skipped_step_changes_nothing_and_its_windows_are_logged(run, tiny, tmp_path):
+def test_skipped_step_changes_nothing_and_its_windows_are_logged(run, small, tmp_path):
     """Steps 3 and 7 of 20; the checkpoint of step 7 has the count.
 
     HellaSwag's second scoring fails as well, and that of another task always.
@@ -52,7 +52,7 @@ def test_skipped_step_changes_nothing_and_its_windows_are_logged(run, tiny, tmp_
     third, seventh = steps[2], steps[6]
     assert third["loss"] is None and third["skipped"]["loss"] == "nan"
     # The four windows of the second micro-batch; all eight where only the gradient is not finite.
-    (shard,) = open_split(tiny.parent / "shards", "train")
+    (shard,) = open_split(small.parent / "shards", "train")
     windows = [{"shard": shard.path.name, "first_token": 32 * window} for window in range(20 * 8)]
     assert third["skipped"]["windows"] == windows[2 * 8 + 4 : 3 * 8]
     assert seventh["loss"] is not None and seventh["grad_norm"] is None

@@ -18,20 +18,20 @@ from training.run import EXIT_RESUME, StopRequest
 
 LAUNCH = ("-m", "accelerate.commands.launch")
 
-# Saves at every second step, so that a random moment is often one of saving; dropout, so that the random state counts.
-STEPS = 60
+# Saves often, so that a random moment is often one of saving; dropout, so that the random state counts.
+STEPS = 150
 OFTEN = (
-    *("--max_steps", STEPS, "--save_every", 3, "--eval_every", 12, "--keep_last", 2, "--keep_every", 30),
+    *("--max_steps", STEPS, "--save_every", 6, "--eval_every", 30, "--keep_last", 2, "--keep_every", 30),
     *("--model.dropout", 0.1, "--eval.hellaswag", "null", "--eval.prompts", "[]", "--eval.ngram_baselines", "false"),
     *("--trackers", "[]"),
 )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny, tmp_path_factory):
+def undisturbed(small, tmp_path_factory):
     """Return a run with the settings above that is not interrupted."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    run = start(output, output.parent, "--config", tiny, *OFTEN)
+    run = start(output, output.parent, "--config", small, *OFTEN)
     assert run.wait(timeout=300) == 0, output.with_suffix(".log").read_text()
     return output
 
@@ -52,10 +52,12 @@ def halfway(undisturbed, tmp_path):
 @pytest.mark.parametrize(
     ("seed", "times"), [(0, 3), *(pytest.param(seed, 5, marks=pytest.mark.slow) for seed in range(1, 6))]
 )
-def test_killed_at_random_moments(tiny, undisturbed, tmp_path, seed, times):
+def test_killed_at_random_moments(small, undisturbed, tmp_path, seed, times):
     output = tmp_path / "run"
+    began, ended = ((undisturbed / name).stat().st_mtime for name in ("provenance.json", "status.json"))
+    most = 0.8 * (ended - began) / times  # seconds
     kill_at_random(
-        output, tmp_path, "--config", tiny, *OFTEN, random=random.Random(seed), most_seconds=1.5, times=times
+        output, tmp_path, "--config", small, *OFTEN, random=random.Random(seed), most_seconds=most, times=times
     )
     assert_same_run(output, undisturbed, STEPS)
     names = [sorted(p.name for p in (run / "checkpoints").iterdir()) for run in (output, undisturbed)]
@@ -69,10 +71,10 @@ def test_killed_at_random_moments(tiny, undisturbed, tmp_path, seed, times):
 @pytest.mark.parametrize(
     "name", ["SIGTERM", *(pytest.param(n, marks=pytest.mark.slow) for n in ("SIGUSR1", "SIGHUP", "SIGINT"))]
 )
-def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
+def test_a_signal_saves_and_says_resume_me(name, small, undisturbed, tmp_path):
     """In the middle of a stretch without checkpoints, and at a step that should have been evaluated."""
     output = tmp_path / "run"
-    arguments = ("--config", tiny, *OFTEN, "--save_every", STEPS)
+    arguments = ("--config", small, *OFTEN, "--save_every", STEPS)
     run = start(output, tmp_path, *arguments)
     wait_for_step(output, 17, run)
     run.send_signal(getattr(signal, name))
@@ -90,7 +92,7 @@ def test_a_signal_saves_and_says_resume_me(name, tiny, undisturbed, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "tcsetpgrp"), reason="POSIX terminals")
-def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny, undisturbed, tmp_path):
+def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(small, undisturbed, tmp_path):
     """
     The launcher keeps waiting until the checkpoint is saved, and prints nothing. Until then the losses are those of
     `python train.py`.
@@ -103,7 +105,7 @@ def test_ctrl_c_at_a_terminal_under_the_launcher_saves_without_a_traceback(tiny,
         "--dynamo_backend=no",
         "train.py",
         "--config",
-        tiny,
+        small,
         *OFTEN,
         "--save_every",
         STEPS,
@@ -193,10 +195,10 @@ def test_stop_request_survives_a_closed_stderr(monkeypatch):
         assert stop.is_requested and stop.reason == "SIGTERM"
 
 
-def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
+def test_a_signal_to_one_of_two_processes_stops_both(small, tmp_path):
     output = tmp_path / "run"
     run = start(
-        *(output, tmp_path, "--config", tiny, "--max_steps", 2000, "--eval_every", 2000),
+        *(output, tmp_path, "--config", small, "--max_steps", 2000, "--eval_every", 2000),
         through=(*LAUNCH, *TWO_PROCESSES),
     )
     wait_for_step(output, 5, run)
@@ -209,9 +211,9 @@ def test_a_signal_to_one_of_two_processes_stops_both(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("signal_to_launcher", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_a_launcher_that_is_killed_takes_the_run_with_it(signal_to_launcher, tiny, tmp_path):
+def test_a_launcher_that_is_killed_takes_the_run_with_it(signal_to_launcher, small, tmp_path):
     output = tmp_path / "run"
-    arguments = ("--config", tiny, "--max_steps", 2000, "--eval_every", 2000)
+    arguments = ("--config", small, "--max_steps", 2000, "--eval_every", 2000)
     run = start(output, tmp_path, *arguments, through=LAUNCH)
     wait_for_step(output, 5, run)
     run.send_signal(signal_to_launcher)
@@ -226,24 +228,24 @@ def test_a_launcher_that_is_killed_takes_the_run_with_it(signal_to_launcher, tin
     assert "resume    from" in log
 
 
-def test_a_time_limit(finished_run, tiny, tmp_path):
+def test_a_time_limit(undisturbed, small, tmp_path):
     """It is over before the first evaluation is: nothing has been learnt, that is saved, and gone on from."""
     output = tmp_path / "run"
-    run = start(output, tmp_path, "--config", tiny, "--max_hours", 1e-6)
+    run = start(output, tmp_path, "--config", small, *OFTEN, "--max_hours", 1e-6)
     assert run.wait(timeout=60) == EXIT_RESUME
     assert "max_hours=1e-06" in output.with_suffix(".log").read_text()
     assert status(output)["step"] == 0
     assert losses(output) == []
-    run = start(output, tmp_path, "--config", tiny)
+    run = start(output, tmp_path, "--config", small, *OFTEN)
     assert run.wait(timeout=60) == 0
-    assert losses(output) == losses(finished_run[0])
+    assert losses(output) == losses(undisturbed)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Damaged checkpoints.
 
 
-def test_a_damaged_checkpoint_is_passed_over(tiny, undisturbed, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over(small, undisturbed, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output, symlinks=True)
     folders = sorted((output / "checkpoints").glob("step_*"))
@@ -253,7 +255,7 @@ def test_a_damaged_checkpoint_is_passed_over(tiny, undisturbed, tmp_path):
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 4]))
-    run = start(output, tmp_path, "--config", tiny, *OFTEN)
+    run = start(output, tmp_path, "--config", small, *OFTEN)
     assert run.wait(timeout=120) == 0
     log = output.with_suffix(".log").read_text()
     assert f"passing over {folders[-1]}: model.safetensors is not what was written" in log
@@ -315,9 +317,9 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
-def test_a_full_disk_does_not_stop_training(tiny, undisturbed, halfway, tmp_path):
+def test_a_full_disk_does_not_stop_training(small, undisturbed, halfway, tmp_path):
     output = halfway
-    run = start(output, tmp_path, "--config", tiny, *OFTEN, through=("-c", FULL_DISK))
+    run = start(output, tmp_path, "--config", small, *OFTEN, through=("-c", FULL_DISK))
     assert run.wait(timeout=120) == 1
     log = output.with_suffix(".log").read_text()
     assert f"resume    from {output / 'checkpoints' / 'step_000030'}" in log
@@ -329,21 +331,21 @@ def test_a_full_disk_does_not_stop_training(tiny, undisturbed, halfway, tmp_path
     assert losses(output) == losses(undisturbed)
     assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_000030"]
 
-    run = start(output, tmp_path, "--config", tiny, *OFTEN)  # there is room again
+    run = start(output, tmp_path, "--config", small, *OFTEN)  # there is room again
     assert run.wait(timeout=120) == 0
     assert_same_run(output, undisturbed, STEPS)
 
 
 @pytest.mark.slow  # test_machines.py has the same in one process
-def test_stopped_in_the_last_evaluation(tiny, undisturbed, halfway, tmp_path):
+def test_stopped_in_the_last_evaluation(small, undisturbed, halfway, tmp_path):
     """The steps are all there; what is missing is evaluated and saved after resuming."""
     output = halfway
-    run = start(output, tmp_path, "--config", tiny, *OFTEN, through=("-c", SLOW_EVALUATION))
+    run = start(output, tmp_path, "--config", small, *OFTEN, through=("-c", SLOW_EVALUATION))
     wait_for_step(output, STEPS, run)
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == EXIT_RESUME
     assert status(output)["step"] == STEPS
-    run = start(output, tmp_path, "--config", tiny, *OFTEN)
+    run = start(output, tmp_path, "--config", small, *OFTEN)
     assert run.wait(timeout=60) == 0
     assert status(output)["status"] == "finished"
     assert_same_run(output, undisturbed, STEPS)

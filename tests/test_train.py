@@ -207,14 +207,14 @@ sys.exit(train.main())
 """
 
 
-def test_two_processes_give_the_losses_of_one_and_part(finished_run, launch, tiny, tmp_path):
+def test_two_processes_give_the_losses_of_one_and_part(finished_small, launch, small, tmp_path):
     (tmp_path / "lingering.py").write_text(LINGERING)
     launch(
-        *("--config", tiny, "--output_dir", tmp_path / "two", *scored_task(tiny)),
+        *("--config", small, "--output_dir", tmp_path / "two", *scored_task(small)),
         accelerate=TWO_PROCESSES,
         script=tmp_path / "lingering.py",
     )
-    original, _ = finished_run
+    original = finished_small
     assert json.loads((tmp_path / "two" / "provenance.json").read_text())["hardware"]["processes"] == 2
     assert losses(tmp_path / "two") == pytest.approx(losses(original), abs=2e-5)
     one, two = (

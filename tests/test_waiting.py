@@ -6,9 +6,9 @@ import torch
 from tiny_run import ROOT
 
 
-def test_one_read_from_the_device_per_step(launch, tiny, tmp_path):
+def test_one_read_from_the_device_per_step(launch, small, tmp_path):
     done = launch(
-        *("--config", tiny, "--output_dir", tmp_path / "run", "--optim.muon_lr", "0.02"),
+        *("--config", small, "--output_dir", tmp_path / "run", "--optim.muon_lr", "0.02"),
         *("--max_steps", "8", "--eval_every", "100", "--save_every", "100"),
         script=ROOT / "tests" / "count_device_reads.py",
         environment={"PYTHONPATH": str(ROOT)},

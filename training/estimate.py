@@ -28,7 +28,9 @@ _FRAGMENTATION: dict[tuple[str | None, int], float] = {("cpu", 2): 1.25, ("cpu",
 # per logit of a chunk, and bytes per token, block and element of the width that a compiled step keeps in addition.
 _GPU_LOGIT_BYTES = {"eager": 14, "compiled": 1.7}
 _COMPILED_BYTES = 8.4
-_DROPOUT_BYTES = 22  # per attention weight: 12, and fragmentation
+# Bytes per attention weight, of the T x T that are kept where no fused kernel is used: on a CPU with dropout (three of
+# float32, and fragmentation), and on Apple's GPUs, for which torch 2.13 has no fused backward pass (one of float32).
+_CPU_DROPOUT_BYTES, _MPS_BYTES = 22, 4
 # Muennighoff et al. 2023, "Scaling Data-Constrained Language Models": up to 4 epochs are nearly as good as new data.
 _MAX_USEFUL_EPOCHS = 4
 
@@ -212,7 +214,8 @@ class Plan:
         """Estimate the memory of a process at the peak of a training step.
 
         It is this project's model: an MLP keeps its input and the GELU's, attention does not keep its T x T weights
-        (except with dropout on a CPU), and logits are made in chunks. benchmarks/RECORDS.md compares it with runs.
+        (except with dropout on a CPU, and on Apple's GPUs), and logits are made in chunks. benchmarks/RECORDS.md
+        compares it with runs.
 
         Args:
             micro_batch_size: sequences in one forward pass of one process.
@@ -269,9 +272,11 @@ class Plan:
         casts = width * self.num_parameters if width == 2 else 0  # the matrices, cast once per forward pass
         factor = _FRAGMENTATION.get((kind, width), 1)
         activations: float = (rows * saved + casts) * factor
-        if self.shape.attn_pdrop and kind == "cpu":  # no fused kernel: T x T weights three times, float32
-            weights = rows * n_head * self.batch.seq_len * _DROPOUT_BYTES
-            activations += weights * (1 if self.activation_checkpointing else n_layer)
+        per_weight = _MPS_BYTES if self.hardware.device.type == "mps" else 0
+        if self.shape.attn_pdrop and kind == "cpu":
+            per_weight = _CPU_DROPOUT_BYTES
+        weights = rows * n_head * self.batch.seq_len * per_weight
+        activations += weights * (1 if self.activation_checkpointing else n_layer)
         return activations, rows * ends * factor, rows * backward * factor
 
     def _head_bytes(self, rows: int, kind: str | None) -> float:

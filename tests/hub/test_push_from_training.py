@@ -15,9 +15,9 @@ from hub.push import push_last_checkpoint
 from training.config import TrainingError, load_config
 
 
-def test_run_is_pushed(launch, tiny, server, environment, tmp_path, monkeypatch):
+def test_run_is_pushed(launch, small, server, environment, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    options = ("--config", tiny, "--output_dir", run, "--keep_last", 1, "--keep_best", "false")
+    options = ("--config", small, "--output_dir", run, "--keep_last", 1, "--keep_best", "false")
     done = launch(*options, "--push_to_hub", "me/tiny", environment=environment)
     assert [title for _, title in server.commits["models/me/tiny"]] == ["Step 20"]
     assert "pushed    " in done.stdout.splitlines()[-1]
@@ -39,9 +39,9 @@ def test_run_is_pushed(launch, tiny, server, environment, tmp_path, monkeypatch)
         assert train.train([*map(str, (*options, "--push_to_hub", "me/tiny", "--resume", "auto"))]) == code
 
 
-def test_missing_write_access_is_found_before_training(launch, tiny, server, environment, tmp_path):
+def test_missing_write_access_is_found_before_training(launch, small, server, environment, tmp_path):
     done = launch(
-        *("--config", tiny, "--output_dir", tmp_path / "run", "--push_to_hub", "you/tiny"),
+        *("--config", small, "--output_dir", tmp_path / "run", "--push_to_hub", "you/tiny"),
         environment=environment,
         check=False,
     )

@@ -30,7 +30,7 @@ def count_head_calls(*args, **kwargs):
 
 def build_model(parameters=None):
     torch.manual_seed(0)
-    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_embd=32, n_head=2, n_positions=32))
+    model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_embd=32, n_head=2, n_positions=32, vocab_size=512))
     if parameters:
         model.load_state_dict(parameters, strict=False)
     return model
@@ -86,7 +86,7 @@ def check_training(name, optim):
             model = shard(build_model(shared[0]), "no")
             optimizer = build_optimizer(model, optim, "cpu")
             load_moments(shared[1], model, optimizer)
-        batch = torch.randint(0, 50257, (8, 33), generator=generator)
+        batch = torch.randint(0, 512, (8, 33), generator=generator)
         step = {"num_items": len(batch) * 32, "is_finite": number != 1}
         train_step(plain, plain_optimizer, batch, is_sharded=False, **step)
         num_messages = train_step(model, optimizer, batch[rank * 4 : rank * 4 + 4], is_sharded=True, **step)
@@ -117,8 +117,7 @@ def check_bfloat16(plain, parameters, batch):
     """Check that sharding in bfloat16 still sums the loss and the gradients in float32."""
     half = shard(build_model(parameters), "bf16")
     inputs, targets = batch[:, :-1], batch[:, 1:].contiguous()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = half(input_ids=inputs, shift_labels=targets).loss
+    loss = half(input_ids=inputs, shift_labels=targets).loss  # without autocast, as accelerate under FSDP2
     loss.backward()
     expected = plain(input_ids=inputs, shift_labels=targets).loss
     expected.backward()

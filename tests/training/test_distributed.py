@@ -149,6 +149,17 @@ def test_bf16_on_a_gpu_without_it_becomes_fp16_aloud(monkeypatch, capsys):
     assert "Tesla T4 has no bfloat16: training in fp16" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_not_launched")
+def test_memory_of_an_apple_gpu_ends_before_the_swap_space(monkeypatch):
+    limits, device = [], torch.device("mps")
+    monkeypatch.setattr(distributed, "half_precision", lambda device_type: "bf16")
+    monkeypatch.setattr(torch.mps, "set_per_process_memory_fraction", limits.append)
+    accelerator = SimpleNamespace(device=device, distributed_type="NO", num_processes=1, mixed_precision="bf16")
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: accelerator)
+    start_accelerator("auto", "mps")
+    assert limits == [1.0]
+
+
 def test_several_gpus_on_windows_are_refused(monkeypatch):
     """torch has no NCCL there, and accelerate would select it."""
     monkeypatch.setattr(distributed.os, "name", "nt")

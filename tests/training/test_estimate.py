@@ -61,6 +61,12 @@ def test_memory_estimate_with_activation_checkpointing(rows, compiled, peak):
     assert (memory.total - memory.base) / 1e9 == pytest.approx(peak, rel=0.1)
 
 
+def test_memory_estimate_of_an_apple_gpu_has_the_weights_of_attention():
+    apple, nvidia = (make_plan(12, 768, 12, 1024, 2, 2, "bf16", device=device) for device in ("mps", "cuda"))
+    difference = apple.estimate_memory(2).activations - nvidia.estimate_memory(2).activations
+    assert difference == 2 * 12 * 12 * 1024**2 * 4  # sequences, layers, heads, T x T, float32
+
+
 @pytest.mark.parametrize(
     ("size", "num_parameters"),
     [("124M", 124_439_808), ("350M", 354_823_168), ("774M", 774_030_080), ("1558M", 1_557_611_200)],
