@@ -33,10 +33,10 @@ import sample
 import train
 from common import cli, files, locks
 from common.checkpoints import resolve_checkpoint, resolve_checkpoints
+from common.errors import UserError
 from common.files import atomic_write, flush_to_disk, replace_file
 from data import prepare
 from eval import __main__ as evaluation
-from eval import miniseries
 from hub import __main__ as hub
 from training import TrainingError, batch, estimate
 from training.checkpoint import LoopState
@@ -349,28 +349,11 @@ def test_other_names_stay_as_they_are(runs, monkeypatch):
         ("c/checkpoints/best", ["c/checkpoints does not have a checkpoint yet"]),
     ],
 )
-def test_every_command_lists_the_checkpoints(name, listed, runs, tiny, tmp_path, capsys, monkeypatch):
-    path = str(runs / name)
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    for main, *arguments in (
-        (sample.main, path, "The"),
-        (evaluation.main, "--model", path),
-        (miniseries.main, path, "--out", tmp_path / "out"),
-        (hub.main, "push", path, "me/model"),
-        (hub.main, "export", path, "--to", "gpt2", "--out", tmp_path / "out"),
-        (hub.main, "demo", path),
-        (train_main, "--config", tiny, "--output_dir", tmp_path / "run", "--resume", path),
-        (train_main, "--config", tiny, "--output_dir", tmp_path / "run", "--init_from", path),
-    ):
-        assert main([*map(str, arguments)]) == 2, arguments
-        error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("error: "), error
-        assert all(part in error for part in listed), error
-    assert not (tmp_path / "out").exists() and not (tmp_path / "run").exists()
-
-
-def train_main(arguments):
-    return train.main(arguments)
+def test_a_runs_folder_is_no_checkpoint(name, listed, runs):
+    """Every command says so in the same words: test_mistakes.py has them with a run's folder."""
+    with pytest.raises(UserError) as caught:
+        resolve_checkpoint(runs / name)
+    assert all(part in str(caught.value) for part in listed), caught.value
 
 
 @pytest.mark.parametrize("best", [None, 3.5])
