@@ -139,16 +139,9 @@ class Tokenizer:
         fast = _load_fast(self.definition)
         return lambda text: np.array(fast.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
-    @cached_property
-    def _eos(self) -> np.ndarray:
-        return np.array([self.vocabulary.eos_id])
-
     def encode_document(self, text: str, starts: bool = True) -> np.ndarray:
         """Encode a document of any length: the eos token if it starts here, then the text; [N] of Vocabulary.dtype."""
-        parts = [self._eos] if starts else []
-        if len(text) <= _LONG_WHITE:  # most documents: one piece
-            parts.append(self.encode(text))
-            return np.concatenate(parts, dtype=self.vocabulary.dtype, casting="unsafe")
+        parts = [np.array([self.vocabulary.eos_id])] if starts else []
         for begin, end in pieces(text):
             piece, start = text[begin:end], 0
             # Cut before the last character of a long run, where a match of _SPLIT_PATTERN ends anyway: the same tokens.
