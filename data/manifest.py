@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -63,12 +62,6 @@ class TokenizerRecord:
 
 def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecord:
     """Write the tokenizer's files into DIR/tokenizer of a folder of shards, and return its record for the manifest."""
-    target, tmp_path = Path(folder) / TOKENIZER, Path(folder) / f".{TOKENIZER}.partial"
-    shutil.rmtree(tmp_path, ignore_errors=True)
-    files = tokenizer.save(tmp_path)
-    if files:
-        shutil.rmtree(target, ignore_errors=True)
-        tmp_path.rename(target)
     return TokenizerRecord(
         name=tokenizer.name,
         sha256=tokenizer.sha256,
@@ -78,7 +71,7 @@ def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecor
         pad=tokenizer.pad_text,
         unk=tokenizer.unk_text,
         dtype=tokenizer.vocabulary.dtype.name,
-        files=files,
+        files=tokenizer.save(Path(folder) / TOKENIZER),
     )
 
 

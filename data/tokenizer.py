@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -196,11 +197,19 @@ class Tokenizer:
         return load_vocabulary() if self.is_gpt2 else _load_fast(self.definition).get_vocab()
 
     def save(self, folder: str | Path) -> dict[str, str]:
-        """Save the files of `hf` into a folder. Return {file name: SHA-256}; GPT-2's has none, its name is enough."""
+        """Replace a folder by the files of `hf`. Return {file name: SHA-256}; GPT-2's has none, its name is enough."""
         if self.is_gpt2:
             return {}
-        self.hf().save_pretrained(folder)
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
+        folder = Path(folder).absolute()  # it may be "."
+        tmp_path = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(tmp_path, ignore_errors=True)  # of a killed process
+        try:
+            self.hf().save_pretrained(tmp_path)
+            shutil.rmtree(folder, ignore_errors=True)
+            tmp_path.rename(folder)
+        finally:
+            shutil.rmtree(tmp_path, ignore_errors=True)
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 GPT2 = Tokenizer(name="gpt2", eos_text=EOT_TEXT)
