@@ -42,10 +42,7 @@ def rows(
             number = sum(content.metadata.row_group(i).num_rows for i in range(first))
             groups = list(range(first, last))
             for batch in content.iter_batches(_ROWS, row_groups=groups, columns=[text_column], use_threads=False):
-                column = batch.column(0)
-                if pyarrow.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                for value in column.cast(pyarrow.large_binary()).to_pylist():
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     number += 1
                     yield None if value is None else value.decode("utf-8", errors)
     except (pyarrow.ArrowException, OSError) as error:  # OSError: a page that does not decompress

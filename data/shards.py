@@ -78,10 +78,8 @@ class Shard:
         """Return a contiguous slice of tokens, a view of the file. Raises DataError if they are damaged."""
         begin, end, _ = window.indices(len(self.tokens))
         first, last = begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)
-        if not self._is_checked[first:last].all():
-            for block in range(first, last):
-                if not self._is_checked[block]:
-                    self._check(block)
+        for index in np.flatnonzero(~self._is_checked[first:last]):
+            self._check(first + int(index))
         return self.tokens[begin:end]
 
     def _check(self, block: int) -> None:
