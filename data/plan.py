@@ -33,7 +33,7 @@ from data.manifest import (
 )
 from data.shards import ShardWriter
 from data.sources import TASK_BYTES, Source
-from data.tasks import TASKS, finished_tasks, read_record, read_tokens, remove_task
+from data.tasks import TASKS, finished_tasks, read_tokens, remove_task
 from data.tokenizer import Tokenizer
 
 _PARTS, _LOCK = "parts", ".lock"
@@ -198,7 +198,8 @@ class Joiner:
         """Add the next task, and return its number of tokens."""
         part = self.part_of(key)
         if part is None:
-            record = read_record(self.out, key)
+            path = self.out / TASKS / f"{key}.json"
+            record = read_json_with_checksum(path, "remove it, and its task is done again")
             size = sum(pending["tokens"] for pending in self._pending)
             if size and size + record["tokens"] > self.shard_tokens and self._is_drawn():
                 self._write_part()

@@ -18,7 +18,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -49,7 +49,7 @@ from data.plan import Joiner, finish, finished_entries, folder_lock, kept_work, 
 from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS, check_space
 from data.sources import FileSource, SampleSource, Source
-from data.tasks import SPLIT_RULE, Task, Work, Workers, finished_tasks, remove_task, tasks_of
+from data.tasks import SPLIT_RULE, Work, Workers, finished_tasks, remove_task, tasks_of
 from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, open_tokenizer
 from data.verify import verify
 
@@ -181,22 +181,19 @@ def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
         for key in finished_tasks(work.out):
             if joiner.part_of(key):  # an interruption left it
                 remove_task(work.out, key)
-        done = {*finished_tasks(work.out)}
-        if done or joiner.parts:
-            log(f"resume    {len(joiner.parts)} parts and {len(done)} more tasks are done")
+        finished = {*finished_tasks(work.out)}
+        if finished or joiner.parts:
+            log(f"resume    {len(joiner.parts)} parts and {len(finished)} more tasks are done")
 
-        def tasks() -> Iterator[Task]:
-            for number, inputs in enumerate(plan.inputs):
-                for task in tasks_of(work.source, number, inputs):
-                    if joiner.part_of(task.key):
-                        done.add(task.key)
-                    yield task
+        def is_done(key: str) -> bool:
+            return key in finished or joiner.part_of(key) is not None
 
+        tasks = (task for number, inputs in enumerate(plan.inputs) for task in tasks_of(work.source, number, inputs))
         # Compressed files are read in pieces, whose share of the bytes is not known.
         total = sum(task["bytes"] for inputs in plan.inputs for task in inputs if not task.get("is_stream"))
-        with contextlib.closing(workers.run(tasks(), done)) as keys, _Display(total, log) as display:
+        with contextlib.closing(workers.run(tasks, is_done)) as keys, _Display(total, log) as display:
             for key in keys:
-                is_new = key not in done
+                is_new = not is_done(key)
                 tokens = joiner.add(key)
                 inputs = plan.inputs[int(key.partition(".")[0])]
                 num_bytes = 0 if "." in key else sum(task["bytes"] for task in inputs)
@@ -304,10 +301,10 @@ def _parser() -> Parser:
     pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
     datasets, text = (*named.values(), hub), (*named.values(), hub, files)
 
-    def add(sources: Sequence[argparse.ArgumentParser], flag: str, help: str, **options: Any) -> None:
+    def add(sources: Sequence[argparse.ArgumentParser], flags: str, help: str, **options: Any) -> None:
         shown = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
         for source in sources:
-            source.add_argument(flag, help=f"{help}{shown}", **options)
+            source.add_argument(*flags.split(), help=f"{help}{shown}", **options)
 
     add([*text, sample, pretokenized], "--out", "the folder to make", required=True, metavar="DIR")
     add([pretokenized], "where", "a data set on the Hub, or a local folder", metavar="OWNER/NAME|FOLDER")
@@ -329,10 +326,8 @@ def _parser() -> Parser:
     add([sample], "--val_fraction", fraction, type=float, default=_SAMPLE_VAL_FRACTION)
     add([*text, sample], "--num_proc", "tokenizer processes, one per core", type=int, default=available_cores())
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
-    for source in (*text, sample):  # --engine: the name before 2026-12
-        source.add_argument(
-            "--tokenizer_backend", "--engine", help=backend, choices=TOKENIZER_BACKENDS, default="tiktoken"
-        )
+    flags = "--tokenizer_backend --engine"  # the second is the name before 2026-12
+    add([*text, sample], flags, backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
     name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
     add(datasets, "--split", "split of the data set to read", default="train")
     add([*text, sample, pretokenized], "--tokenizer", name, metavar="NAME")
@@ -386,20 +381,17 @@ def _text_source(args: argparse.Namespace) -> Source:
 
 
 def _prepare(args: argparse.Namespace) -> Manifest:
-    backend = getattr(args, "tokenizer_backend", "tiktoken")
     name = "sample" if args.source == "sample" else Path(args.out).resolve().name
     if args.source == "pretokenized":
         if args.tokenizer is None and args.eos_token is not None:
             raise DataError(f"--eos_token {args.eos_token!r} needs --tokenizer, the one that made the shards")
-        tokenizer = None
-        if args.tokenizer is not None:
-            tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token)
+        tokenizer = None if args.tokenizer is None else open_tokenizer(args.tokenizer, eos_token=args.eos_token)
         options = {"name": name, "revision": args.revision, "max_tokens": args.max_tokens}
         try:
             return import_shards(args.where, args.out, tokenizer=tokenizer, log=say, **options)
         except OSError as error:
             raise _disk_error(error, args.out) from error
-    tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
+    tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=args.tokenizer_backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
     if getattr(args, "executor", "local") != "local":

@@ -15,7 +15,7 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
@@ -26,7 +26,7 @@ import numpy as np
 
 from common.files import replace_file
 from data import DataError
-from data.manifest import read_json_with_checksum, write_json_with_checksum
+from data.manifest import write_json_with_checksum
 from data.sources import FileSource, Source
 from data.tokenizer import Tokenizer
 
@@ -138,11 +138,6 @@ def finished_tasks(out: Path) -> list[str]:
     return sorted(path.stem for path in (out / TASKS).glob("*.json"))
 
 
-def read_record(out: Path, key: str) -> dict[str, Any]:
-    """Read a finished task's record."""
-    return read_json_with_checksum(out / TASKS / f"{key}.json", "remove it, and its task is done again")
-
-
 def remove_task(out: Path, key: str) -> None:
     """Remove a task's files: the record first, so that it never names files that are gone."""
     for suffix in (".json", ".bin", ".npy"):
@@ -173,15 +168,15 @@ class Workers:
         with _delay_interrupts():  # a second Ctrl-C
             self._stack.close()
 
-    def run(self, tasks: Iterable[Task], done: Container[str]) -> Generator[str, None, None]:
+    def run(self, tasks: Iterable[Task], is_done: Callable[[str], bool]) -> Generator[str, None, None]:
         """Run the tasks that are not done, and yield the keys of all, in order. Raises DataError if one is killed."""
         if self._pool is None:
-            yield from (task.key if task.key in done else run_task(self._work, task) for task in tasks)
+            yield from (task.key if is_done(task.key) else run_task(self._work, task) for task in tasks)
             return
         pending: deque[Future[str]] = deque()
         try:
             for task in tasks:
-                if task.key in done:
+                if is_done(task.key):
                     pending.append(Future())
                     pending[-1].set_result(task.key)
                 else:
