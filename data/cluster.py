@@ -62,9 +62,7 @@ class Cluster:
             if self.executor == "ray":
                 import ray  # noqa: F401
         except ImportError as error:
-            raise DataError(
-                f'--executor {self.executor} needs the package {error.name}: pip install -e ".[cluster]"'
-            ) from error
+            raise DataError(f'--executor {self.executor} needs {error.name}: pip install -e ".[cluster]"') from error
         if self.executor != "slurm":
             return
         if shutil.which("sbatch") is None:

@@ -182,9 +182,10 @@ def shard_tokenizer(folder: str | Path) -> Tokenizer:
     )
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Return True if data.prepare works on a folder without a manifest, or was interrupted."""
-    return (folder / PREPARING).exists() or (folder / DOWNLOADS).exists()
+def check_finished(folder: Path) -> None:
+    """Raise DataError if data.prepare works on a folder without a manifest, or was interrupted."""
+    if (folder / PREPARING).exists() or (folder / DOWNLOADS).exists():
+        raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again to resume it")
 
 
 def needs_preparing(folder: str | Path) -> bool:
@@ -197,16 +198,12 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
     """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order."""
     folder = Path(folder)
     if folder.is_file():
-        raise DataError(
-            f"{folder} is a file, not a folder of shards. Train on it with `train.py --text {shell_quote(folder)}`, or "
-            f"make shards with `python -m data.prepare files {shell_quote(folder)} --out DIR`"
-        )
+        raise DataError(f"{folder} is a file, not shards: train on it with `train.py --text {shell_quote(folder)}`")
     if not folder.is_dir():
         source = folder.name if folder.name in CORPORA else "files YOUR_TEXT"
         raise DataError(
             f"no data in {folder}: the folder does not exist{_similar_names(folder)} Make it with "
-            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample); a "
-            "recipe of this project says at its data.path what belongs there"
+            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample)"
         )
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -217,12 +214,8 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
             if len(shard) != entry["tokens"]:
                 raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
             shards.append(shard)
-    elif is_unfinished(folder):
-        raise DataError(
-            f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
-            "`python -m data.prepare` command again to resume it"
-        )
     else:
+        check_finished(folder)
         if (folder / NANOGPT_META).exists():
             raise DataError(
                 f"{folder} has a tokenizer of its own ({NANOGPT_META}): import it with `python -m data.prepare "
@@ -230,10 +223,7 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
             )
         shards = [open_shard(path) for path in unmanaged_shards(folder).get(split, [])]
     if not shards:
-        raise DataError(
-            f"no {split} shards (*_{split}_*.bin) in {folder}; make them with "
-            f"`python -m data.prepare files YOUR_TEXT --out DIR`"
-        )
+        raise DataError(f"no {split} shards (*_{split}_*.bin) in {folder}; make them with `python -m data.prepare`")
     return shards
 
 

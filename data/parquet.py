@@ -60,9 +60,7 @@ def rows(
 
 def missing_column(text_column: str, names: Iterable[str], where: str) -> DataError:
     """Return the error for a file that does not have the column."""
-    return DataError(
-        f"{where}: no column {text_column!r}, only {', '.join(names)}; name the right one with --text_column"
-    )
+    return DataError(f"{where}: no column {text_column!r}, only {', '.join(names)}; choose with --text_column")
 
 
 def _check_column(schema: Any, text_column: str, where: str) -> None:

@@ -232,9 +232,7 @@ def open_tokenizer(name: str | None = None, *, eos_token: str | None = None, bac
     tokenizer = GPT2 if name is None or name in _GPT2_NAMES else _open_transformers(name, eos_token)
     if not tokenizer.is_gpt2:
         if backend != "tiktoken":
-            raise DataError(
-                f"--tokenizer_backend {backend} is for GPT-2's tokenizer, and --tokenizer is {name!r}; drop one"
-            )
+            raise DataError(f"--tokenizer_backend {backend} is for GPT-2's tokenizer, not {name!r}; drop one")
         return tokenizer
     if eos_token not in (None, EOT_TEXT):
         raise DataError(f"--eos_token must be {EOT_TEXT} for GPT-2's tokenizer, got {eos_token!r}; leave it out")
@@ -273,9 +271,7 @@ def _open_transformers(name: str, eos_token: str | None) -> Tokenizer:
         raise DataError(f"--tokenizer {name!r} has no tokenizer.json; give a folder that save_pretrained has written")
     original: Any = from_pretrained(AutoTokenizer, path, kind="tokenizer")
     if not getattr(original, "is_fast", False) or not hasattr(original, "backend_tokenizer"):
-        raise DataError(
-            f"--tokenizer {name!r} is a slow one ({type(original).__name__}): name one with a tokenizer.json"
-        )
+        raise DataError(f"--tokenizer {name!r} is not fast ({type(original).__name__}): name one with a tokenizer.json")
     eos = eos_token or original.eos_token
     if eos is None:
         known = " ".join(original.all_special_tokens) or "none"
@@ -337,11 +333,8 @@ def load_merges() -> list[Any]:
         content = VOCAB_BPE.read_bytes()
     except OSError as error:
         raise DataError(f"GPT-2's vocabulary {str(VOCAB_BPE)!r} cannot be read ({error.strerror}): {remedy}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != _VOCAB_BPE_SHA256:
-        raise DataError(
-            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {digest}, expected {_VOCAB_BPE_SHA256}; {remedy}"
-        )
+    if (digest := hashlib.sha256(content).hexdigest()) != _VOCAB_BPE_SHA256:
+        raise DataError(f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary (its SHA-256 is {digest}): {remedy}")
     _version, *lines = content.decode().splitlines()
     return [tuple(line.split(" ")) for line in lines]
 
