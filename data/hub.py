@@ -143,7 +143,6 @@ class HubFile(io.RawIOBase):
     """A file of a data set on the Hub, read by range requests that are checked and repeated."""
 
     def __init__(self, dataset: str, commit: str, path: str, size: int) -> None:
-        """Record the names; requests are sent by reading."""
         from huggingface_hub import hf_hub_url
 
         self.dataset, self.path, self.size = dataset, path, size

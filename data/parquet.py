@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.errors import one_line
 from data import DataError
 
 PIECE_BYTES = 16_000_000  # of the file, about 32 MB of English text: parquet files of text are compressed by half
@@ -48,9 +49,8 @@ def rows(
     except (pyarrow.ArrowException, OSError) as error:  # OSError: a page that does not decompress
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk or the network
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{where}: damaged or not a .parquet file ({reason:.300}); copy the file again or leave it out"
+            f"{where}: damaged or not a .parquet file ({one_line(error)}); copy the file again or leave it out"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(

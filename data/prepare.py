@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -45,7 +46,7 @@ from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
 from data.hub import DatasetSource
 from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing, record_tokenizer
-from data.plan import Joiner, finish, finished_entries, folder_lock, kept_work, open_plan, remove_plan, reopen
+from data.plan import Joiner, finish, finished_entries, folder_lock, kept_work, open_plan, part_of, remove_plan, reopen
 from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS, check_space
 from data.sources import FileSource, SampleSource, Source
@@ -177,16 +178,17 @@ def _report_plan(plan: Manifest, source: Source, out: Path, log: Log) -> None:
 
 def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
     """Run the tasks that are not done, and join them to shards."""
-    with Joiner(plan, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
+    with ThreadPoolExecutor(1) as executor, Workers(work, num_proc=num_proc) as workers:
+        joiner = Joiner(plan, work.out, executor)
         for key in finished_tasks(work.out):
-            if joiner.part_of(key):  # an interruption left it
+            if part_of(joiner.parts.values(), key):  # an interruption left it
                 remove_task(work.out, key)
         finished = {*finished_tasks(work.out)}
         if finished or joiner.parts:
             log(f"resume    {len(joiner.parts)} parts and {len(finished)} more tasks are done")
 
         def is_done(key: str) -> bool:
-            return key in finished or joiner.part_of(key) is not None
+            return key in finished or part_of(joiner.parts.values(), key) is not None
 
         tasks = (task for number, inputs in enumerate(plan.inputs) for task in tasks_of(work.source, number, inputs))
         # Compressed files are read in pieces, whose share of the bytes is not known.
