@@ -32,7 +32,6 @@ from data.tokenizer import Tokenizer
 
 SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 TASKS = "tasks"
-_BATCH_DOCUMENTS = 500
 _CHUNK_TOKENS = 4_000_000
 
 
@@ -72,21 +71,15 @@ def run_task(work: Work, task: Task) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"null_rows": 0, "eos_texts": 0}
     lengths: list[tuple[int, bool]] = []
-    batch: list[np.ndarray] = []
     crc32 = 0
     partial = folder / f".{task.key}.bin.partial"
     with partial.open("wb") as file:
-        for text, starts in itertools.chain(_texts(work, task, counts), [("", True)]):
-            if text:
-                tokens = work.tokenizer.encode_document(text, starts)
-                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                lengths.append((len(tokens), int.from_bytes(digest, "big") / 2**64 < work.val_fraction))
-                batch.append(tokens)
-            if batch and (not text or len(batch) == _BATCH_DOCUMENTS):
-                content = np.concatenate(batch).data
-                crc32 = zlib.crc32(content, crc32)
-                file.write(content)
-                batch = []
+        for text, starts in _texts(work, task, counts):
+            tokens = work.tokenizer.encode_document(text, starts)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            lengths.append((len(tokens), int.from_bytes(digest, "big") / 2**64 < work.val_fraction))
+            crc32 = zlib.crc32(tokens.data, crc32)
+            file.write(tokens.data)
     replace_file(partial, folder / f"{task.key}.bin")
     documents = np.array(lengths, dtype=np.int64).reshape(-1, 2)
     np.save(folder / f"{task.key}.npy", documents)
