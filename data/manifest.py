@@ -42,7 +42,6 @@ class TokenizerRecord:
     name: str = "gpt2"
     """as the user gave it; sha256 decides if two are the same"""
     sha256: str = GPT2.sha256
-    """see Tokenizer.sha256"""
     vocab_size: int = GPT2.vocabulary.size
     eos: str = GPT2.eos_text
     """the token that separates documents"""
@@ -94,11 +93,9 @@ class Manifest:
     max_tokens: int | None = None
     """maximum number of tokens in all shards; the last document may be cut"""
     tokenizer: TokenizerRecord = field(default_factory=TokenizerRecord)
-    """from `record_tokenizer`"""
     versions: dict[str, str] = field(default_factory=dict)
     """versions of the software that made the shards: {"python": "3.11.7", "tiktoken": ...}"""
     format_version: int = FORMAT_VERSION
-    """version of the manifest's format"""
     val_from: int | None = None
     """validation is the text from this token on; None if documents were drawn for it"""
     parts: list[dict[str, Any]] = field(default_factory=list)

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from common.cli import (
     Parser,
@@ -193,7 +193,8 @@ def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
         tasks = (task for number, inputs in enumerate(plan.inputs) for task in tasks_of(work.source, number, inputs))
         # Compressed files are read in pieces, whose share of the bytes is not known.
         total = sum(task["bytes"] for inputs in plan.inputs for task in inputs if not task.get("is_stream"))
-        with contextlib.closing(workers.run(tasks, is_done)) as keys, _Display(total, log) as display:
+        keys, display = workers.run(tasks, is_done), _Display(total, log)
+        with contextlib.closing(keys), contextlib.closing(display):
             for key in keys:
                 is_new = not is_done(key)
                 tokens = joiner.add(key)
@@ -213,14 +214,6 @@ class _Display:
         self._started = self._last_line = time.monotonic()
         self._bar = progress_bar(total=total, unit="B", unit_scale=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        if self._tokens:
-            self._log(self._line())
-
     def update(self, num_bytes: int, num_tokens: int) -> None:
         """Count a finished task of `num_bytes`; `num_tokens` are new."""
         self._tokens += num_tokens
@@ -228,6 +221,11 @@ class _Display:
         self._bar.update(num_bytes)
         if self._bar.disable and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
+            self._log(self._line())
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._tokens:
             self._log(self._line())
 
     def _line(self) -> str:

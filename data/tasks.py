@@ -20,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,29 +137,26 @@ def remove_task(out: Path, key: str) -> None:
         (out / TASKS / f"{key}{suffix}").unlink(missing_ok=True)
 
 
-class Workers:
+class Workers(contextlib.ExitStack):
     """Processes that run tasks; with num_proc=1, this process. They live until the end of the `with` block."""
 
     def __init__(self, work: Work, *, num_proc: int) -> None:
+        super().__init__()
         self._work, self._num_proc = work, num_proc
         self._pool: ProcessPoolExecutor | None = None
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        if self._num_proc > 1:
+        if num_proc > 1:
             # spawn works on every platform, and forking a process that has threads is not safe.
             context = multiprocessing.get_context("spawn")
             pipe, open_end = context.Pipe(duplex=False)
-            self._pool = ProcessPoolExecutor(self._num_proc, context, _start_worker, (self._work, pipe))
+            self._pool = ProcessPoolExecutor(num_proc, context, _start_worker, (work, pipe))
             if sys.version_info < (3, 11, 5):  # shutdown would wait forever for the thread that sends to ended workers
                 self._pool._call_queue.cancel_join_thread()  # type: ignore[attr-defined]
-            self._stack.callback(self._pool.shutdown)
-            self._stack.enter_context(open_end)  # closed first: _exit_when_closed ends the workers
-        return self
+            self.callback(self._pool.shutdown)
+            self.enter_context(open_end)  # closed first: _exit_when_closed ends the workers
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> bool | None:
         with _delay_interrupts():  # a second Ctrl-C
-            self._stack.close()
+            return super().__exit__(*error)
 
     def run(self, tasks: Iterable[Task], is_done: Callable[[str], bool]) -> Generator[str, None, None]:
         """Run the tasks that are not done, and yield the keys of all, in order. Raises DataError if one is killed."""
