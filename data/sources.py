@@ -196,7 +196,7 @@ class FileSource:
             task = {"path": str(path), "bytes": size}
             if file_kind(path) == ".parquet":
                 tasks += [{**task, **piece} for piece in parquet.pieces(size)]
-            elif _compression(path):
+            elif path.suffix.lower() in COMPRESSIONS:
                 tasks.append({**task, "is_stream": True} if size > _STREAM_BYTES else task)
             else:
                 edges = [*range(0, max(size, 1), TASK_BYTES), size]
@@ -217,8 +217,10 @@ class FileSource:
             pieces: Iterable[tuple[int, bytes]]
             if "piece_content" in task:
                 pieces = [task["piece_content"]]
+            elif "begin" in task:
+                pieces = [self._range(path, task)]
             else:
-                pieces = self.stream(task) if _compression(path) else [self._range(path, task)]
+                pieces = self.stream(task)
             for offset, content in pieces:
                 yield from self._split(path, offset, content)
 
@@ -226,7 +228,7 @@ class FileSource:
         """Yield (offset, bytes) of pieces of a compressed file's content, cut between documents."""
         path = Path(task["path"])
         boundary = self._boundary(path)
-        with name_unreadable_file(path), path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
+        with name_unreadable_file(path), path.open("rb") as raw, decompress(raw, path.suffix.lower()) as stream:
             if task["bytes"] == 0:
                 raise EOFError("0 bytes")
             offset, content, is_end = 0, b"", False
@@ -349,7 +351,7 @@ def _check_length(length: int, path: Path, offset: int) -> None:
 def _locate(path: Path, start: int, byte: int = 0) -> str:
     """Return "PATH:LINE" of the line that has byte start + byte of the (decompressed) file."""
     offset = start + byte
-    with path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
+    with path.open("rb") as raw, decompress(raw, path.suffix.lower()) as stream:
         number = 1
         while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
             number += chunk.count(b"\n")
@@ -364,11 +366,6 @@ def file_kind(path: str | Path) -> str | None:
     if plain.suffix not in (".txt", ".jsonl", ".parquet") or (plain is not path and plain.suffix == ".parquet"):
         return None
     return plain.suffix
-
-
-def _compression(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return suffix if suffix in COMPRESSIONS else ""
 
 
 def _checked_kind(path: Path) -> Path:
