@@ -293,13 +293,14 @@ def _parser() -> Parser:
         return commands.add_parser(name, help=help, description=help)
 
     sample = command("sample", "Python's own documentation; needs no network")
-    named = {
-        name: command(name, f"{corpus.dataset}, {corpus.size}, {corpus.license}") for name, corpus in CORPORA.items()
-    }
+    named = []
+    for name, corpus in CORPORA.items():
+        named.append(command(name, f"{corpus.dataset}, {corpus.size}, {corpus.license}"))
+        named[-1].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
     hub = command("hub", "any text data set on the Hub")
     files = command("files", "your own files: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
     pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
-    datasets, text = (*named.values(), hub), (*named.values(), hub, files)
+    datasets, text = (*named, hub), (*named, hub, files)
 
     def add(sources: Sequence[argparse.ArgumentParser], flags: str, help: str, **options: Any) -> None:
         shown = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
@@ -318,19 +319,16 @@ def _parser() -> Parser:
     separator = r"text between the documents of a .txt file, \n for a line break; without it, each file is a document"
     add([files], "--separator", separator, type=_unescape)
     add([*text, pretokenized], "--max_tokens", "maximum number of tokens, for example 1e9", type=_integer)
-    for name, corpus in CORPORA.items():
-        named[name].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
     add(text, "--shard_tokens", "maximum number of tokens in a shard", type=_integer, default=_SHARD_TOKENS)
-    fraction = "fraction of the documents for validation"
-    add(text, "--val_fraction", fraction, type=float, default=VAL_FRACTION)
-    add([sample], "--val_fraction", fraction, type=float, default=_SAMPLE_VAL_FRACTION)
+    add([*text, sample], "--val_fraction", "fraction of the documents for validation", type=float, default=VAL_FRACTION)
+    sample.set_defaults(val_fraction=_SAMPLE_VAL_FRACTION)
     add([*text, sample], "--num_proc", "tokenizer processes, one per core", type=int, default=available_cores())
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
     flags = "--tokenizer_backend --engine"  # the second is the name before 2026-12
     add([*text, sample], flags, backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
-    name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
+    tokenizer = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
     add(datasets, "--split", "split of the data set to read", default="train")
-    add([*text, sample, pretokenized], "--tokenizer", name, metavar="NAME")
+    add([*text, sample, pretokenized], "--tokenizer", tokenizer, metavar="NAME")
     add([*text, sample, pretokenized], "--eos_token", "the token between documents, for a tokenizer without one")
     parse = "<|endoftext|> in the text separates documents; by default it is plain characters"
     add(text, "--parse_eos", parse, action="store_true")
