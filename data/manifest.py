@@ -29,10 +29,7 @@ NANOGPT_META = "meta.pkl"
 FORMAT_VERSION = 3
 SPLITS = ("train", "val")
 _CHECKSUM_KEY = "sha256_of_the_rest"
-_REMEDY = (
-    "restore it from a copy, or remove it and run `python -m data.prepare pretokenized DIR --out DIR`, which checks "
-    "the shards in DIR and writes a new one"
-)
+_REMEDY = "restore it, or remove it and make a new one: `python -m data.prepare pretokenized DIR --out DIR`"
 
 
 @dataclass(kw_only=True)

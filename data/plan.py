@@ -157,11 +157,12 @@ def part_of(parts: Iterable[dict[str, Any]], key: str) -> dict[str, Any] | None:
 
 def finished_entries(out: Path) -> set[int]:
     """Return the numbers of the plan's entries that have finished tasks."""
-    done = {_entry(key) for key in finished_tasks(out)}
-    return done.union(*(range(_entry(part["first"]), _entry(part["last"]) + 1) for part in part_records(out)))
+    done = {entry_of(key) for key in finished_tasks(out)}
+    return done.union(*(range(entry_of(part["first"]), entry_of(part["last"]) + 1) for part in part_records(out)))
 
 
-def _entry(key: str) -> int:
+def entry_of(key: str) -> int:
+    """Return the number of the plan's entry that a task is from."""
     return int(key.partition(".")[0])
 
 
@@ -174,6 +175,11 @@ class Joiner:
         self.shard_tokens, self.val_fraction = plan.shard_tokens, plan.val_fraction
         self._vocabulary = plan.tokenizer.vocabulary
         self.parts = {record["part"]: record for record in part_records(out)}
+        for key in finished_tasks(out):
+            if part_of(self.parts.values(), key):  # an interruption left it
+                remove_task(out, key)
+        self.finished = {*finished_tasks(out)}
+        """keys of the tasks that were done before, and are not in a part"""
         self._counted: set[int] = set()  # parts
         self._pending: list[dict[str, Any]] = []  # records of tasks that are not in a part yet
         self._documents = self._tokens = 0  # of all tasks so far
@@ -182,6 +188,10 @@ class Joiner:
     def is_full(self) -> bool:
         """True when max_tokens are there."""
         return self.plan.max_tokens is not None and self._tokens >= self.plan.max_tokens
+
+    def is_done(self, key: str) -> bool:
+        """Return True if a task was done before, or is in a part."""
+        return key in self.finished or part_of(self.parts.values(), key) is not None
 
     def add(self, key: str) -> int:
         """Add the next task, and return its number of tokens."""

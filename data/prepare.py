@@ -46,11 +46,11 @@ from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
 from data.hub import DatasetSource
 from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing, record_tokenizer
-from data.plan import Joiner, finish, finished_entries, folder_lock, kept_work, open_plan, part_of, remove_plan, reopen
+from data.plan import Joiner, entry_of, finish, finished_entries, folder_lock, kept_work, open_plan, remove_plan, reopen
 from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS, check_space
 from data.sources import FileSource, SampleSource, Source
-from data.tasks import SPLIT_RULE, Work, Workers, finished_tasks, remove_task, tasks_of
+from data.tasks import SPLIT_RULE, Work, Workers, tasks_of
 from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, open_tokenizer
 from data.verify import verify
 
@@ -180,25 +180,17 @@ def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
     """Run the tasks that are not done, and join them to shards."""
     with ThreadPoolExecutor(1) as executor, Workers(work, num_proc=num_proc) as workers:
         joiner = Joiner(plan, work.out, executor)
-        for key in finished_tasks(work.out):
-            if part_of(joiner.parts.values(), key):  # an interruption left it
-                remove_task(work.out, key)
-        finished = {*finished_tasks(work.out)}
-        if finished or joiner.parts:
-            log(f"resume    {len(joiner.parts)} parts and {len(finished)} more tasks are done")
-
-        def is_done(key: str) -> bool:
-            return key in finished or part_of(joiner.parts.values(), key) is not None
-
+        if joiner.finished or joiner.parts:
+            log(f"resume    {len(joiner.parts)} parts and {len(joiner.finished)} more tasks are done")
         tasks = (task for number, inputs in enumerate(plan.inputs) for task in tasks_of(work.source, number, inputs))
         # Compressed files are read in pieces, whose share of the bytes is not known.
         total = sum(task["bytes"] for inputs in plan.inputs for task in inputs if not task.get("is_stream"))
-        keys, display = workers.run(tasks, is_done), _Display(total, log)
+        keys, display = workers.run(tasks, joiner.is_done), _Display(total, log)
         with contextlib.closing(keys), contextlib.closing(display):
             for key in keys:
-                is_new = not is_done(key)
+                is_new = not joiner.is_done(key)
                 tokens = joiner.add(key)
-                inputs = plan.inputs[int(key.partition(".")[0])]
+                inputs = plan.inputs[entry_of(key)]
                 num_bytes = 0 if "." in key else sum(task["bytes"] for task in inputs)
                 display.update(num_bytes, tokens if is_new else 0)
                 if joiner.is_full:
