@@ -33,9 +33,9 @@ def run_rank(work: Work, num_proc: int, data: object, rank: int, world_size: int
         parts = part_records(work.out)
         entries = range(rank, len(plan.inputs), world_size)
         tasks = (task for number in entries for task in tasks_of(work.source, number, plan.inputs[number]))
-        missing = (task for task in tasks if part_of(parts, task.key) is None)
+        finished = {*finished_tasks(work.out)}
         with Workers(work, num_proc=num_proc) as workers:
-            for _ in workers.run(missing, {*finished_tasks(work.out)}):
+            for _ in workers.run(tasks, lambda key: key in finished or part_of(parts, key) is not None):
                 pass
 
 
@@ -62,9 +62,7 @@ class Cluster:
             if self.executor == "ray":
                 import ray  # noqa: F401
         except ImportError as error:
-            raise DataError(
-                f'--executor {self.executor} needs the package {error.name}: pip install -e ".[cluster]"'
-            ) from error
+            raise DataError(f'--executor {self.executor} needs {error.name}: pip install -e ".[cluster]"') from error
         if self.executor != "slurm":
             return
         if shutil.which("sbatch") is None:

@@ -9,6 +9,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, TypeVar, cast
@@ -25,40 +26,36 @@ _READ_BYTES = 8_000_000  # of one request for a file that is read from front to 
 Result = TypeVar("Result")
 
 
+@dataclass
 class DatasetSource:
-    """One split of a text data set on the Hub.
+    """One split of a text data set on the Hub, which `tasks` asks first.
 
     A task is a piece of a .parquet file (data/parquet.py), or a file of another format that `datasets` reads.
     """
 
-    def __init__(
-        self,
-        dataset: str,
-        *,
-        subset: str | None = None,
-        split: str = "train",
-        revision: str = "main",
-        commit: str | None = None,
-        text_column: str = "text",
-        errors: str = "strict",
-    ) -> None:
-        """Record the settings; `tasks` asks the Hub.
+    dataset: str
+    _: KW_ONLY
+    subset: str | None = None
+    """a "config" in the data set's card; None for the default"""
+    split: str = "train"
+    revision: str = "main"
+    commit: str | None = None
+    """of an earlier lookup, to continue with; the branch may have moved since"""
+    text_column: str = "text"
+    errors: str = "strict"
+    """for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD"""
 
-        Args:
-            subset: a "config" in the data set's card; None for the default.
-            commit: commit of an earlier lookup, to continue with; the branch may have moved since.
-            errors: for bytes that are not UTF-8: "strict" raises, "replace" puts U+FFFD.
-        """
-        self.dataset, self.subset, self.split, self.revision, self.commit = dataset, subset, split, revision, commit
-        self.text_column, self.errors = text_column, errors
-        self.settings = {
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All but the commit."""
+        return {
             "kind": "hub",
-            "dataset": dataset,
-            "subset": subset,
-            "split": split,
-            "asked_revision": revision,
-            "text_column": text_column,
-            "errors": errors,
+            "dataset": self.dataset,
+            "subset": self.subset,
+            "split": self.split,
+            "asked_revision": self.revision,
+            "text_column": self.text_column,
+            "errors": self.errors,
         }
 
     @property
@@ -146,7 +143,6 @@ class HubFile(io.RawIOBase):
     """A file of a data set on the Hub, read by range requests that are checked and repeated."""
 
     def __init__(self, dataset: str, commit: str, path: str, size: int) -> None:
-        """Record the names; requests are sent by reading."""
         from huggingface_hub import hf_hub_url
 
         self.dataset, self.path, self.size = dataset, path, size
@@ -158,9 +154,6 @@ class HubFile(io.RawIOBase):
 
     def seekable(self) -> bool:  # noqa: D102
         return True
-
-    def tell(self) -> int:  # noqa: D102
-        return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
         self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]

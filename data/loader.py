@@ -169,8 +169,7 @@ class WindowLoader:
                     if len(pending) > _STEPS_AHEAD or (step >= last_step and pending):
                         yield pending.popleft().result()
             finally:
-                for future in pending:
-                    future.cancel()
+                reader.shutdown(cancel_futures=True)
 
     def val_batches(self, shards: Sequence[Shard], batch_size: int, max_tokens: int) -> Iterator[Batch]:
         """Read windows of the validation split, of the same length and boundary; see `validation_batches`."""

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -30,10 +29,7 @@ NANOGPT_META = "meta.pkl"
 FORMAT_VERSION = 3
 SPLITS = ("train", "val")
 _CHECKSUM_KEY = "sha256_of_the_rest"
-_REMEDY = (
-    "restore it from a copy, or remove it and run `python -m data.prepare pretokenized DIR --out DIR`, which checks "
-    "the shards in DIR and writes a new one"
-)
+_REMEDY = "restore it, or remove it and make a new one: `python -m data.prepare pretokenized DIR --out DIR`"
 
 
 @dataclass(kw_only=True)
@@ -43,7 +39,6 @@ class TokenizerRecord:
     name: str = "gpt2"
     """as the user gave it; sha256 decides if two are the same"""
     sha256: str = GPT2.sha256
-    """see Tokenizer.sha256"""
     vocab_size: int = GPT2.vocabulary.size
     eos: str = GPT2.eos_text
     """the token that separates documents"""
@@ -63,12 +58,6 @@ class TokenizerRecord:
 
 def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecord:
     """Write the tokenizer's files into DIR/tokenizer of a folder of shards, and return its record for the manifest."""
-    target, tmp_path = Path(folder) / TOKENIZER, Path(folder) / f".{TOKENIZER}.partial"
-    shutil.rmtree(tmp_path, ignore_errors=True)
-    files = tokenizer.save(tmp_path)
-    if files:
-        shutil.rmtree(target, ignore_errors=True)
-        tmp_path.rename(target)
     return TokenizerRecord(
         name=tokenizer.name,
         sha256=tokenizer.sha256,
@@ -78,7 +67,7 @@ def record_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> TokenizerRecor
         pad=tokenizer.pad_text,
         unk=tokenizer.unk_text,
         dtype=tokenizer.vocabulary.dtype.name,
-        files=files,
+        files=tokenizer.save(Path(folder) / TOKENIZER),
     )
 
 
@@ -101,11 +90,9 @@ class Manifest:
     max_tokens: int | None = None
     """maximum number of tokens in all shards; the last document may be cut"""
     tokenizer: TokenizerRecord = field(default_factory=TokenizerRecord)
-    """from `record_tokenizer`"""
     versions: dict[str, str] = field(default_factory=dict)
     """versions of the software that made the shards: {"python": "3.11.7", "tiktoken": ...}"""
     format_version: int = FORMAT_VERSION
-    """version of the manifest's format"""
     val_from: int | None = None
     """validation is the text from this token on; None if documents were drawn for it"""
     parts: list[dict[str, Any]] = field(default_factory=list)
@@ -189,9 +176,10 @@ def shard_tokenizer(folder: str | Path) -> Tokenizer:
     )
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Return True if data.prepare works on a folder without a manifest, or was interrupted."""
-    return (folder / PREPARING).exists() or (folder / DOWNLOADS).exists()
+def check_finished(folder: Path) -> None:
+    """Raise DataError if data.prepare works on a folder without a manifest, or was interrupted."""
+    if (folder / PREPARING).exists() or (folder / DOWNLOADS).exists():
+        raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again to resume it")
 
 
 def needs_preparing(folder: str | Path) -> bool:
@@ -204,16 +192,12 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
     """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order."""
     folder = Path(folder)
     if folder.is_file():
-        raise DataError(
-            f"{folder} is a file, not a folder of shards. Train on it with `train.py --text {shell_quote(folder)}`, or "
-            f"make shards with `python -m data.prepare files {shell_quote(folder)} --out DIR`"
-        )
+        raise DataError(f"{folder} is a file, not shards: train on it with `train.py --text {shell_quote(folder)}`")
     if not folder.is_dir():
         source = folder.name if folder.name in CORPORA else "files YOUR_TEXT"
         raise DataError(
             f"no data in {folder}: the folder does not exist{_similar_names(folder)} Make it with "
-            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample); a "
-            "recipe of this project says at its data.path what belongs there"
+            f"`python -m data.prepare {source} --out {shell_quote(folder)}` (or `sample`, for the offline sample)"
         )
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -224,12 +208,8 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
             if len(shard) != entry["tokens"]:
                 raise DataError(f"{path}: {len(shard):,} tokens, {MANIFEST} says {entry['tokens']:,}; {REMEDY}")
             shards.append(shard)
-    elif is_unfinished(folder):
-        raise DataError(
-            f"{folder} is not finished: its preparation was interrupted or is still running. Run the same "
-            "`python -m data.prepare` command again to resume it"
-        )
     else:
+        check_finished(folder)
         if (folder / NANOGPT_META).exists():
             raise DataError(
                 f"{folder} has a tokenizer of its own ({NANOGPT_META}): import it with `python -m data.prepare "
@@ -237,10 +217,7 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
             )
         shards = [open_shard(path) for path in unmanaged_shards(folder).get(split, [])]
     if not shards:
-        raise DataError(
-            f"no {split} shards (*_{split}_*.bin) in {folder}; make them with "
-            f"`python -m data.prepare files YOUR_TEXT --out DIR`"
-        )
+        raise DataError(f"no {split} shards (*_{split}_*.bin) in {folder}; make them with `python -m data.prepare`")
     return shards
 
 

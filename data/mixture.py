@@ -71,9 +71,7 @@ def mixture_fingerprint(mix: Mapping[str, float]) -> dict[str, Any]:
     first, *others = mix
     for folder in others:
         if fingerprints[folder]["tokenizer_sha256"] != fingerprints[first]["tokenizer_sha256"]:
-            raise DataError(
-                f"data.mix: {first} and {folder} were made with different tokenizers; prepare one of them again"
-            )
+            raise DataError(f"data.mix: {first} and {folder} were made with different tokenizers; prepare one again")
     weights = [float(share) for share in normalize([*mix.values()])]
     contents = [[fingerprint[key] for key in ("train_tokens", "train_sha256")] for fingerprint in fingerprints.values()]
     return {

@@ -23,12 +23,11 @@ def nanogpt_tokenizer(folder: str | Path) -> Tokenizer | None:
     characters = meta.get("stoi")
     if (
         not isinstance(characters, dict)
-        or not all(isinstance(key, str) and isinstance(number, int) for key, number in characters.items())
+        or not all(isinstance(key, str) and len(key) == 1 for key in characters)
+        or not all(isinstance(number, int) for number in characters.values())
         or sorted(characters.values()) != list(range(len(characters)))
     ):
         raise DataError(f"{path}: no table of characters (stoi) in it; name the tokenizer with --tokenizer")
-    if any(len(character) != 1 for character in characters):
-        raise DataError(f"{path}: its tokens are not characters; name the tokenizer with --tokenizer")
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import decoders, models
 

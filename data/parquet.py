@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.errors import one_line
 from data import DataError
 
 PIECE_BYTES = 16_000_000  # of the file, about 32 MB of English text: parquet files of text are compressed by half
@@ -42,18 +43,14 @@ def rows(
             number = sum(content.metadata.row_group(i).num_rows for i in range(first))
             groups = list(range(first, last))
             for batch in content.iter_batches(_ROWS, row_groups=groups, columns=[text_column], use_threads=False):
-                column = batch.column(0)
-                if pyarrow.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                for value in column.cast(pyarrow.large_binary()).to_pylist():
+                for value in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                     number += 1
                     yield None if value is None else value.decode("utf-8", errors)
     except (pyarrow.ArrowException, OSError) as error:  # OSError: a page that does not decompress
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the disk or the network
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{where}: damaged or not a .parquet file ({reason:.300}); copy the file again or leave it out"
+            f"{where}: damaged or not a .parquet file ({one_line(error)}); copy the file again or leave it out"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(
@@ -63,9 +60,7 @@ def rows(
 
 def missing_column(text_column: str, names: Iterable[str], where: str) -> DataError:
     """Return the error for a file that does not have the column."""
-    return DataError(
-        f"{where}: no column {text_column!r}, only {', '.join(names)}; name the right one with --text_column"
-    )
+    return DataError(f"{where}: no column {text_column!r}, only {', '.join(names)}; choose with --text_column")
 
 
 def _check_column(schema: Any, text_column: str, where: str) -> None:

@@ -12,9 +12,9 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from data.manifest import (
 )
 from data.shards import ShardWriter
 from data.sources import TASK_BYTES, Source
-from data.tasks import TASKS, finished_tasks, read_record, read_tokens, remove_task
+from data.tasks import TASKS, finished_tasks, read_tokens, remove_task
 from data.tokenizer import Tokenizer
 
 _PARTS, _LOCK = "parts", ".lock"
@@ -45,25 +45,25 @@ _MIN_CUT_FRACTION = 0.1
 @contextlib.contextmanager
 def folder_lock(out: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises DataError if another process, or a rank on any machine, works there."""
-    with _locked(out, out / _LOCK):
+    with _locked(out / _LOCK):
         for path in out.glob(f"{_LOCK}-*"):
-            with _locked(out, path):
+            with _locked(path):
                 pass
         yield
 
 
 def rank_lock(out: Path, rank: int) -> contextlib.AbstractContextManager[None]:
     """Hold the lock of one rank of a cluster, which works while others do."""
-    return _locked(out, out / f"{_LOCK}-{rank}")
+    return _locked(out / f"{_LOCK}-{rank}")
 
 
 @contextlib.contextmanager
-def _locked(out: Path, path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
     lock = Lock(path, warn=lambda line: print(line, file=sys.stderr))
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise DataError(f"another process is preparing {out}; wait for it, or stop it and run this again") from error
+        raise DataError(f"another process is preparing {path.parent}; wait for it, or stop it first") from error
     try:
         yield
     finally:
@@ -157,48 +157,48 @@ def part_of(parts: Iterable[dict[str, Any]], key: str) -> dict[str, Any] | None:
 
 def finished_entries(out: Path) -> set[int]:
     """Return the numbers of the plan's entries that have finished tasks."""
-    done = {_entry(key) for key in finished_tasks(out)}
-    return done.union(*(range(_entry(part["first"]), _entry(part["last"]) + 1) for part in part_records(out)))
+    done = {entry_of(key) for key in finished_tasks(out)}
+    return done.union(*(range(entry_of(part["first"]), entry_of(part["last"]) + 1) for part in part_records(out)))
 
 
-def _entry(key: str) -> int:
+def entry_of(key: str) -> int:
+    """Return the number of the plan's entry that a task is from."""
     return int(key.partition(".")[0])
 
 
 class Joiner:
-    """Join tasks to the shards of parts. `add` is called with every task, in order."""
+    """Join tasks to the shards of parts, which `executor` finishes. `add` is called with every task, in order."""
 
-    def __init__(self, plan: Manifest, out: Path) -> None:
+    def __init__(self, plan: Manifest, out: Path, executor: Executor) -> None:
         assert plan.shard_tokens is not None and plan.val_fraction is not None
-        self.plan, self.out = plan, out
+        self.plan, self.out, self._executor = plan, out, executor
         self.shard_tokens, self.val_fraction = plan.shard_tokens, plan.val_fraction
         self._vocabulary = plan.tokenizer.vocabulary
         self.parts = {record["part"]: record for record in part_records(out)}
+        for key in finished_tasks(out):
+            if part_of(self.parts.values(), key):  # an interruption left it
+                remove_task(out, key)
+        self.finished = {*finished_tasks(out)}
+        """keys of the tasks that were done before, and are not in a part"""
         self._counted: set[int] = set()  # parts
         self._pending: list[dict[str, Any]] = []  # records of tasks that are not in a part yet
         self._documents = self._tokens = 0  # of all tasks so far
-        self._executor = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._executor.shutdown()
 
     @property
     def is_full(self) -> bool:
         """True when max_tokens are there."""
         return self.plan.max_tokens is not None and self._tokens >= self.plan.max_tokens
 
-    def part_of(self, key: str) -> dict[str, Any] | None:
-        """Return the finished part that has a task."""
-        return part_of(self.parts.values(), key)
+    def is_done(self, key: str) -> bool:
+        """Return True if a task was done before, or is in a part."""
+        return key in self.finished or part_of(self.parts.values(), key) is not None
 
     def add(self, key: str) -> int:
         """Add the next task, and return its number of tokens."""
-        part = self.part_of(key)
+        part = part_of(self.parts.values(), key)
         if part is None:
-            record = read_record(self.out, key)
+            path = self.out / TASKS / f"{key}.json"
+            record = read_json_with_checksum(path, "remove it, and its task is done again")
             size = sum(pending["tokens"] for pending in self._pending)
             if size and size + record["tokens"] > self.shard_tokens and self._is_drawn():
                 self._write_part()

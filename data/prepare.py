@@ -18,11 +18,12 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from common.cli import (
     Parser,
@@ -45,11 +46,11 @@ from data.cluster import EXECUTORS, Cluster
 from data.corpora import CORPORA
 from data.hub import DatasetSource
 from data.manifest import MANIFEST, SPLITS, Manifest, needs_preparing, record_tokenizer
-from data.plan import Joiner, finish, finished_entries, folder_lock, kept_work, open_plan, remove_plan, reopen
+from data.plan import Joiner, entry_of, finish, finished_entries, folder_lock, kept_work, open_plan, remove_plan, reopen
 from data.pretokenized import import_shards
 from data.shards import MAX_TOKENS, check_space
 from data.sources import FileSource, SampleSource, Source
-from data.tasks import SPLIT_RULE, Task, Work, Workers, finished_tasks, remove_task, tasks_of
+from data.tasks import SPLIT_RULE, Work, Workers, tasks_of
 from data.tokenizer import TOKENIZER_BACKENDS, Tokenizer, open_tokenizer
 from data.verify import verify
 
@@ -177,28 +178,19 @@ def _report_plan(plan: Manifest, source: Source, out: Path, log: Log) -> None:
 
 def _run_tasks(plan: Manifest, work: Work, num_proc: int, log: Log) -> None:
     """Run the tasks that are not done, and join them to shards."""
-    with Joiner(plan, work.out) as joiner, Workers(work, num_proc=num_proc) as workers:
-        for key in finished_tasks(work.out):
-            if joiner.part_of(key):  # an interruption left it
-                remove_task(work.out, key)
-        done = {*finished_tasks(work.out)}
-        if done or joiner.parts:
-            log(f"resume    {len(joiner.parts)} parts and {len(done)} more tasks are done")
-
-        def tasks() -> Iterator[Task]:
-            for number, inputs in enumerate(plan.inputs):
-                for task in tasks_of(work.source, number, inputs):
-                    if joiner.part_of(task.key):
-                        done.add(task.key)
-                    yield task
-
+    with ThreadPoolExecutor(1) as executor, Workers(work, num_proc=num_proc) as workers:
+        joiner = Joiner(plan, work.out, executor)
+        if joiner.finished or joiner.parts:
+            log(f"resume    {len(joiner.parts)} parts and {len(joiner.finished)} more tasks are done")
+        tasks = (task for number, inputs in enumerate(plan.inputs) for task in tasks_of(work.source, number, inputs))
         # Compressed files are read in pieces, whose share of the bytes is not known.
         total = sum(task["bytes"] for inputs in plan.inputs for task in inputs if not task.get("is_stream"))
-        with contextlib.closing(workers.run(tasks(), done)) as keys, _Display(total, log) as display:
+        keys, display = workers.run(tasks, joiner.is_done), _Display(total, log)
+        with contextlib.closing(keys), contextlib.closing(display):
             for key in keys:
-                is_new = key not in done
+                is_new = not joiner.is_done(key)
                 tokens = joiner.add(key)
-                inputs = plan.inputs[int(key.partition(".")[0])]
+                inputs = plan.inputs[entry_of(key)]
                 num_bytes = 0 if "." in key else sum(task["bytes"] for task in inputs)
                 display.update(num_bytes, tokens if is_new else 0)
                 if joiner.is_full:
@@ -214,14 +206,6 @@ class _Display:
         self._started = self._last_line = time.monotonic()
         self._bar = progress_bar(total=total, unit="B", unit_scale=True)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        if self._tokens:
-            self._log(self._line())
-
     def update(self, num_bytes: int, num_tokens: int) -> None:
         """Count a finished task of `num_bytes`; `num_tokens` are new."""
         self._tokens += num_tokens
@@ -229,6 +213,11 @@ class _Display:
         self._bar.update(num_bytes)
         if self._bar.disable and time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
+            self._log(self._line())
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._tokens:
             self._log(self._line())
 
     def _line(self) -> str:
@@ -296,18 +285,19 @@ def _parser() -> Parser:
         return commands.add_parser(name, help=help, description=help)
 
     sample = command("sample", "Python's own documentation; needs no network")
-    named = {
-        name: command(name, f"{corpus.dataset}, {corpus.size}, {corpus.license}") for name, corpus in CORPORA.items()
-    }
+    named = []
+    for name, corpus in CORPORA.items():
+        named.append(command(name, f"{corpus.dataset}, {corpus.size}, {corpus.license}"))
+        named[-1].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
     hub = command("hub", "any text data set on the Hub")
     files = command("files", "your own files: .txt and .jsonl (also .gz, .xz, .zst), .parquet")
     pretokenized = command("pretokenized", "shards made by others, in llm.c's format or build-nanogpt's .npy")
-    datasets, text = (*named.values(), hub), (*named.values(), hub, files)
+    datasets, text = (*named, hub), (*named, hub, files)
 
-    def add(sources: Sequence[argparse.ArgumentParser], flag: str, help: str, **options: Any) -> None:
+    def add(sources: Sequence[argparse.ArgumentParser], flags: str, help: str, **options: Any) -> None:
         shown = " (default: %(default)s)" if options.get("default") not in (None, []) else ""
         for source in sources:
-            source.add_argument(flag, help=f"{help}{shown}", **options)
+            source.add_argument(*flags.split(), help=f"{help}{shown}", **options)
 
     add([*text, sample, pretokenized], "--out", "the folder to make", required=True, metavar="DIR")
     add([pretokenized], "where", "a data set on the Hub, or a local folder", metavar="OWNER/NAME|FOLDER")
@@ -321,21 +311,16 @@ def _parser() -> Parser:
     separator = r"text between the documents of a .txt file, \n for a line break; without it, each file is a document"
     add([files], "--separator", separator, type=_unescape)
     add([*text, pretokenized], "--max_tokens", "maximum number of tokens, for example 1e9", type=_integer)
-    for name, corpus in CORPORA.items():
-        named[name].set_defaults(dataset=corpus.dataset, subset=corpus.subset, max_tokens=corpus.max_tokens)
     add(text, "--shard_tokens", "maximum number of tokens in a shard", type=_integer, default=_SHARD_TOKENS)
-    fraction = "fraction of the documents for validation"
-    add(text, "--val_fraction", fraction, type=float, default=VAL_FRACTION)
-    add([sample], "--val_fraction", fraction, type=float, default=_SAMPLE_VAL_FRACTION)
+    add([*text, sample], "--val_fraction", "fraction of the documents for validation", type=float, default=VAL_FRACTION)
+    sample.set_defaults(val_fraction=_SAMPLE_VAL_FRACTION)
     add([*text, sample], "--num_proc", "tokenizer processes, one per core", type=int, default=available_cores())
     backend = 'gigatoken gives the same tokens as tiktoken, faster (pip install -e ".[fast]")'
-    for source in (*text, sample):  # --engine: the name before 2026-12
-        source.add_argument(
-            "--tokenizer_backend", "--engine", help=backend, choices=TOKENIZER_BACKENDS, default="tiktoken"
-        )
-    name = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
+    flags = "--tokenizer_backend --engine"  # the second is the name before 2026-12
+    add([*text, sample], flags, backend, choices=TOKENIZER_BACKENDS, default="tiktoken")
+    tokenizer = "tokenizer of the shards: a folder, or a name on the Hub; GPT-2's by default"
     add(datasets, "--split", "split of the data set to read", default="train")
-    add([*text, sample, pretokenized], "--tokenizer", name, metavar="NAME")
+    add([*text, sample, pretokenized], "--tokenizer", tokenizer, metavar="NAME")
     add([*text, sample, pretokenized], "--eos_token", "the token between documents, for a tokenizer without one")
     parse = "<|endoftext|> in the text separates documents; by default it is plain characters"
     add(text, "--parse_eos", parse, action="store_true")
@@ -386,20 +371,17 @@ def _text_source(args: argparse.Namespace) -> Source:
 
 
 def _prepare(args: argparse.Namespace) -> Manifest:
-    backend = getattr(args, "tokenizer_backend", "tiktoken")
     name = "sample" if args.source == "sample" else Path(args.out).resolve().name
     if args.source == "pretokenized":
         if args.tokenizer is None and args.eos_token is not None:
             raise DataError(f"--eos_token {args.eos_token!r} needs --tokenizer, the one that made the shards")
-        tokenizer = None
-        if args.tokenizer is not None:
-            tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token)
+        tokenizer = None if args.tokenizer is None else open_tokenizer(args.tokenizer, eos_token=args.eos_token)
         options = {"name": name, "revision": args.revision, "max_tokens": args.max_tokens}
         try:
             return import_shards(args.where, args.out, tokenizer=tokenizer, log=say, **options)
         except OSError as error:
             raise _disk_error(error, args.out) from error
-    tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=backend)
+    tokenizer = open_tokenizer(args.tokenizer, eos_token=args.eos_token, backend=args.tokenizer_backend)
     names = ("val_fraction", "shard_tokens", "max_tokens", "num_proc", "parse_eos")
     options = {option: getattr(args, option) for option in names if hasattr(args, option)}
     if getattr(args, "executor", "local") != "local":

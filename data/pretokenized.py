@@ -17,7 +17,7 @@ from data.manifest import (
     SPLITS,
     TOKENIZER,
     Manifest,
-    is_unfinished,
+    check_finished,
     read_manifest,
     record_tokenizer,
     shard_tokenizer,
@@ -68,8 +68,8 @@ def import_shards(
     theirs = None if is_remote or Path(where).resolve() == out.resolve() else read_manifest(where)
     if theirs is not None and any(Path(entry["file"]).is_absolute() for entry in theirs.shards):
         raise DataError(f"{where} has the shards of {theirs.source.get('folder')}: import that folder")
-    if not is_remote and theirs is None and is_unfinished(Path(where)):
-        raise DataError(f"{where} is not finished: run its `python -m data.prepare` command again")
+    if not is_remote and theirs is None:
+        check_finished(Path(where))
     if before is not None and any(before.source.get(key) != value for key, value in source.items()):
         raise DataError(f"{out} has shards of another source ({before.source}); choose another --out")
     if is_remote:

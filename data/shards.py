@@ -78,10 +78,8 @@ class Shard:
         """Return a contiguous slice of tokens, a view of the file. Raises DataError if they are damaged."""
         begin, end, _ = window.indices(len(self.tokens))
         first, last = begin // BLOCK_TOKENS, -(-end // BLOCK_TOKENS)
-        if not self._is_checked[first:last].all():
-            for block in range(first, last):
-                if not self._is_checked[block]:
-                    self._check(block)
+        for index in np.flatnonzero(~self._is_checked[first:last]):
+            self._check(first + int(index))
         return self.tokens[begin:end]
 
     def _check(self, block: int) -> None:
@@ -278,9 +276,7 @@ def _bin_extent(path: Path, dtype: np.dtype) -> tuple[int, int]:
     if file_dtype != dtype:
         raise DataError(_wrong_dtype(path, file_dtype, dtype))
     if version != FORMATS[dtype][1]:
-        raise DataError(
-            f"{path}: shard version {version} (bytes 4 to 7), this program reads {FORMATS[dtype][1]}; {REMEDY}"
-        )
+        raise DataError(f"{path}: shard version {version} (bytes 4 to 7), expected {FORMATS[dtype][1]}; {REMEDY}")
     expected = HEADER_BYTES + dtype.itemsize * count
     if count < 0 or size != expected:
         where = f"bytes {size:,} to {expected - 1:,} are missing" if size < expected else f"bytes from {expected:,} on"

@@ -1,12 +1,5 @@
 """Sources of documents: the offline sample, and files on this machine.
 
-A source has
-
-    settings            JSON-able dict: the requested documents; equal settings mean equal documents
-    provenance          JSON-able dict for the manifest: facts found by `tasks`, for example the commit
-    tasks()             what to read, in order: {"path", "bytes", ...} each, JSON-able
-    documents(task)     the documents of a task, in order; runs in a worker process, so a source can be sent to one
-
 A task is a file, a piece of a .parquet file, or a range of bytes of a large text file. A large compressed file has one
 reader, `stream`, which cuts it into pieces for the workers: its task has "is_stream".
 """
@@ -21,7 +14,6 @@ import os
 import platform
 import re
 import sysconfig
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -59,19 +51,21 @@ class Document(NamedTuple):
 
 
 class Source(Protocol):
-    """See the top of this file."""
+    """Documents in tasks. A source can be sent to a worker process; all its dicts can be written as JSON."""
 
-    settings: dict[str, Any]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The requested documents; equal settings mean equal documents."""
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Facts for the manifest."""
+        """Facts for the manifest that `tasks` found, for example the commit."""
 
     def tasks(self) -> list[dict[str, Any]]:
-        """List what to read."""
+        """List what to read, in order: {"path", "bytes", ...} each."""
 
     def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
-        """Yield the documents of a task."""
+        """Yield the documents of a task, in order."""
 
 
 class SampleSource:
@@ -122,22 +116,17 @@ def docstrings(path: Path) -> str:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):  # some files of the standard library are invalid on purpose
         return ""
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in _statements(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # _statements yields them level by level
-    texts = (ast.get_docstring(node, clean=False) for node in nodes)
+    texts = (ast.get_docstring(node, clean=False) for node in _documented(tree))
     return "\n\n".join(inspect.cleandoc(text) for text in texts if text)
 
 
-def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Walk a tree without its expressions, which are most of it and have no docstrings."""
-    parts = (ast.stmt, ast.ExceptHandler, ast.match_case)
-    waiting: deque[ast.AST] = deque([tree])
-    while waiting:
-        yield (node := waiting.popleft())
-        for _, value in ast.iter_fields(node):
-            if isinstance(value, list):
-                waiting.extend(part for part in value if isinstance(part, parts))
+def _documented(node: ast.AST) -> Iterator[ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Walk a tree in the order of its lines, without expressions, which are most of it and have no docstrings."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        for child in getattr(node, field, ()):
+            yield from _documented(child)
 
 
 class FileSource:
@@ -207,7 +196,7 @@ class FileSource:
             task = {"path": str(path), "bytes": size}
             if file_kind(path) == ".parquet":
                 tasks += [{**task, **piece} for piece in parquet.pieces(size)]
-            elif _compression(path):
+            elif path.suffix.lower() in COMPRESSIONS:
                 tasks.append({**task, "is_stream": True} if size > _STREAM_BYTES else task)
             else:
                 edges = [*range(0, max(size, 1), TASK_BYTES), size]
@@ -228,8 +217,10 @@ class FileSource:
             pieces: Iterable[tuple[int, bytes]]
             if "piece_content" in task:
                 pieces = [task["piece_content"]]
+            elif "begin" in task:
+                pieces = [self._range(path, task)]
             else:
-                pieces = self.stream(task) if _compression(path) else [self._range(path, task)]
+                pieces = self.stream(task)
             for offset, content in pieces:
                 yield from self._split(path, offset, content)
 
@@ -237,7 +228,7 @@ class FileSource:
         """Yield (offset, bytes) of pieces of a compressed file's content, cut between documents."""
         path = Path(task["path"])
         boundary = self._boundary(path)
-        with name_unreadable_file(path), path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
+        with name_unreadable_file(path), path.open("rb") as raw, decompress(raw, path.suffix.lower()) as stream:
             if task["bytes"] == 0:
                 raise EOFError("0 bytes")
             offset, content, is_end = 0, b"", False
@@ -266,9 +257,7 @@ class FileSource:
         boundary = self._boundary(path)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != task["size"]:
-                raise DataError(
-                    f"{path} has changed since the preparation began; remove the folder of shards and start again"
-                )
+                raise DataError(f"{path} has changed since the preparation began; remove the folder of shards")
             begin, end = (_next_boundary(file, boundary, task[name], task["size"], path) for name in ("begin", "end"))
             file.seek(begin)
             return begin, file.read(end - begin)
@@ -362,7 +351,7 @@ def _check_length(length: int, path: Path, offset: int) -> None:
 def _locate(path: Path, start: int, byte: int = 0) -> str:
     """Return "PATH:LINE" of the line that has byte start + byte of the (decompressed) file."""
     offset = start + byte
-    with path.open("rb") as raw, decompress(raw, _compression(path)) as stream:
+    with path.open("rb") as raw, decompress(raw, path.suffix.lower()) as stream:
         number = 1
         while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
             number += chunk.count(b"\n")
@@ -377,11 +366,6 @@ def file_kind(path: str | Path) -> str | None:
     if plain.suffix not in (".txt", ".jsonl", ".parquet") or (plain is not path and plain.suffix == ".parquet"):
         return None
     return plain.suffix
-
-
-def _compression(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return suffix if suffix in COMPRESSIONS else ""
 
 
 def _checked_kind(path: Path) -> Path:

@@ -15,24 +15,23 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.files import replace_file
 from data import DataError
-from data.manifest import read_json_with_checksum, write_json_with_checksum
+from data.manifest import write_json_with_checksum
 from data.sources import FileSource, Source
 from data.tokenizer import Tokenizer
 
 SPLIT_RULE = "val where blake2b-8 of the UTF-8 text, over 2**64, is below val_fraction"
 TASKS = "tasks"
-_BATCH_DOCUMENTS = 500
 _CHUNK_TOKENS = 4_000_000
 
 
@@ -72,21 +71,15 @@ def run_task(work: Work, task: Task) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"null_rows": 0, "eos_texts": 0}
     lengths: list[tuple[int, bool]] = []
-    batch: list[np.ndarray] = []
     crc32 = 0
     partial = folder / f".{task.key}.bin.partial"
     with partial.open("wb") as file:
-        for text, starts in itertools.chain(_texts(work, task, counts), [("", True)]):
-            if text:
-                tokens = work.tokenizer.encode_document(text, starts)
-                digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-                lengths.append((len(tokens), int.from_bytes(digest, "big") / 2**64 < work.val_fraction))
-                batch.append(tokens)
-            if batch and (not text or len(batch) == _BATCH_DOCUMENTS):
-                content = np.concatenate(batch).data
-                crc32 = zlib.crc32(content, crc32)
-                file.write(content)
-                batch = []
+        for text, starts in _texts(work, task, counts):
+            tokens = work.tokenizer.encode_document(text, starts)
+            digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            lengths.append((len(tokens), int.from_bytes(digest, "big") / 2**64 < work.val_fraction))
+            crc32 = zlib.crc32(tokens.data, crc32)
+            file.write(tokens.data)
     replace_file(partial, folder / f"{task.key}.bin")
     documents = np.array(lengths, dtype=np.int64).reshape(-1, 2)
     np.save(folder / f"{task.key}.npy", documents)
@@ -138,50 +131,42 @@ def finished_tasks(out: Path) -> list[str]:
     return sorted(path.stem for path in (out / TASKS).glob("*.json"))
 
 
-def read_record(out: Path, key: str) -> dict[str, Any]:
-    """Read a finished task's record."""
-    return read_json_with_checksum(out / TASKS / f"{key}.json", "remove it, and its task is done again")
-
-
 def remove_task(out: Path, key: str) -> None:
     """Remove a task's files: the record first, so that it never names files that are gone."""
     for suffix in (".json", ".bin", ".npy"):
         (out / TASKS / f"{key}{suffix}").unlink(missing_ok=True)
 
 
-class Workers:
+class Workers(contextlib.ExitStack):
     """Processes that run tasks; with num_proc=1, this process. They live until the end of the `with` block."""
 
     def __init__(self, work: Work, *, num_proc: int) -> None:
+        super().__init__()
         self._work, self._num_proc = work, num_proc
         self._pool: ProcessPoolExecutor | None = None
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        if self._num_proc > 1:
+        if num_proc > 1:
             # spawn works on every platform, and forking a process that has threads is not safe.
             context = multiprocessing.get_context("spawn")
             pipe, open_end = context.Pipe(duplex=False)
-            self._pool = ProcessPoolExecutor(self._num_proc, context, _start_worker, (self._work, pipe))
+            self._pool = ProcessPoolExecutor(num_proc, context, _start_worker, (work, pipe))
             if sys.version_info < (3, 11, 5):  # shutdown would wait forever for the thread that sends to ended workers
                 self._pool._call_queue.cancel_join_thread()  # type: ignore[attr-defined]
-            self._stack.callback(self._pool.shutdown)
-            self._stack.enter_context(open_end)  # closed first: _exit_when_closed ends the workers
-        return self
+            self.callback(self._pool.shutdown)
+            self.enter_context(open_end)  # closed first: _exit_when_closed ends the workers
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> bool | None:
         with _delay_interrupts():  # a second Ctrl-C
-            self._stack.close()
+            return super().__exit__(*error)
 
-    def run(self, tasks: Iterable[Task], done: Container[str]) -> Generator[str, None, None]:
+    def run(self, tasks: Iterable[Task], is_done: Callable[[str], bool]) -> Generator[str, None, None]:
         """Run the tasks that are not done, and yield the keys of all, in order. Raises DataError if one is killed."""
         if self._pool is None:
-            yield from (task.key if task.key in done else run_task(self._work, task) for task in tasks)
+            yield from (task.key if is_done(task.key) else run_task(self._work, task) for task in tasks)
             return
         pending: deque[Future[str]] = deque()
         try:
             for task in tasks:
-                if task.key in done:
+                if is_done(task.key):
                     pending.append(Future())
                     pending[-1].set_result(task.key)
                 else:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -139,16 +140,9 @@ class Tokenizer:
         fast = _load_fast(self.definition)
         return lambda text: np.array(fast.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.uint32)
 
-    @cached_property
-    def _eos(self) -> np.ndarray:
-        return np.array([self.vocabulary.eos_id])
-
     def encode_document(self, text: str, starts: bool = True) -> np.ndarray:
         """Encode a document of any length: the eos token if it starts here, then the text; [N] of Vocabulary.dtype."""
-        parts = [self._eos] if starts else []
-        if len(text) <= _LONG_WHITE:  # most documents: one piece
-            parts.append(self.encode(text))
-            return np.concatenate(parts, dtype=self.vocabulary.dtype, casting="unsafe")
+        parts = [np.array([self.vocabulary.eos_id])] if starts else []
         for begin, end in pieces(text):
             piece, start = text[begin:end], 0
             # Cut before the last character of a long run, where a match of _SPLIT_PATTERN ends anyway: the same tokens.
@@ -203,11 +197,19 @@ class Tokenizer:
         return load_vocabulary() if self.is_gpt2 else _load_fast(self.definition).get_vocab()
 
     def save(self, folder: str | Path) -> dict[str, str]:
-        """Save the files of `hf` into a folder. Return {file name: SHA-256}; GPT-2's has none, its name is enough."""
+        """Replace a folder by the files of `hf`. Return {file name: SHA-256}; GPT-2's has none, its name is enough."""
         if self.is_gpt2:
             return {}
-        self.hf().save_pretrained(folder)
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())}
+        folder = Path(folder).absolute()  # it may be "."
+        tmp_path = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(tmp_path, ignore_errors=True)  # of a killed process
+        try:
+            self.hf().save_pretrained(tmp_path)
+            shutil.rmtree(folder, ignore_errors=True)
+            tmp_path.rename(folder)
+        finally:
+            shutil.rmtree(tmp_path, ignore_errors=True)
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
 GPT2 = Tokenizer(name="gpt2", eos_text=EOT_TEXT)
@@ -230,9 +232,7 @@ def open_tokenizer(name: str | None = None, *, eos_token: str | None = None, bac
     tokenizer = GPT2 if name is None or name in _GPT2_NAMES else _open_transformers(name, eos_token)
     if not tokenizer.is_gpt2:
         if backend != "tiktoken":
-            raise DataError(
-                f"--tokenizer_backend {backend} is for GPT-2's tokenizer, and --tokenizer is {name!r}; drop one"
-            )
+            raise DataError(f"--tokenizer_backend {backend} is for GPT-2's tokenizer, not {name!r}; drop one")
         return tokenizer
     if eos_token not in (None, EOT_TEXT):
         raise DataError(f"--eos_token must be {EOT_TEXT} for GPT-2's tokenizer, got {eos_token!r}; leave it out")
@@ -271,9 +271,7 @@ def _open_transformers(name: str, eos_token: str | None) -> Tokenizer:
         raise DataError(f"--tokenizer {name!r} has no tokenizer.json; give a folder that save_pretrained has written")
     original: Any = from_pretrained(AutoTokenizer, path, kind="tokenizer")
     if not getattr(original, "is_fast", False) or not hasattr(original, "backend_tokenizer"):
-        raise DataError(
-            f"--tokenizer {name!r} is a slow one ({type(original).__name__}): name one with a tokenizer.json"
-        )
+        raise DataError(f"--tokenizer {name!r} is not fast ({type(original).__name__}): name one with a tokenizer.json")
     eos = eos_token or original.eos_token
     if eos is None:
         known = " ".join(original.all_special_tokens) or "none"
@@ -335,11 +333,8 @@ def load_merges() -> list[Any]:
         content = VOCAB_BPE.read_bytes()
     except OSError as error:
         raise DataError(f"GPT-2's vocabulary {str(VOCAB_BPE)!r} cannot be read ({error.strerror}): {remedy}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != _VOCAB_BPE_SHA256:
-        raise DataError(
-            f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary: SHA-256 {digest}, expected {_VOCAB_BPE_SHA256}; {remedy}"
-        )
+    if (digest := hashlib.sha256(content).hexdigest()) != _VOCAB_BPE_SHA256:
+        raise DataError(f"{str(VOCAB_BPE)!r} is not GPT-2's vocabulary (its SHA-256 is {digest}): {remedy}")
     _version, *lines = content.decode().splitlines()
     return [tuple(line.split(" ")) for line in lines]
 

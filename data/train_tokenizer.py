@@ -4,8 +4,6 @@ python -m data.tokenizer train my_text/ --vocab_size 16384 --out shards/my_token
 python -m data.prepare files my_text/ --tokenizer shards/my_tokenizer --out shards/mine
 """
 
-import argparse
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,8 +26,6 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
     out = Path(out)
     if vocab_size < _MIN_VOCAB_SIZE:
         raise DataError(f"--vocab_size must be at least {_MIN_VOCAB_SIZE} (256 bytes and {EOT_TEXT}), got {vocab_size}")
-    target = out.absolute()  # out may be "."
-    tmp_path = target.with_name(f".{target.name}.partial")
     trained = FastTokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -44,15 +40,11 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
             raise DataError(f"--out {str(out)!r} exists and is not an empty folder: name another, or remove it")
         trained.train_from_iterator(_texts(source), trainer)
         tokenizer = make_tokenizer(str(out), trained.to_str())
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        tokenizer.save(tmp_path)
-        if target.exists():
-            target.rmdir()
-        tmp_path.rename(target)
+        if out.exists():
+            out.absolute().rmdir()  # an error if files were put there during the training
+        tokenizer.save(out)
     except OSError as error:
         raise DataError(f"--out {str(out)!r} was not made ({error}): fix that, or name another") from error
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
     return tokenizer
 
 
@@ -67,7 +59,7 @@ def _texts(source: FileSource) -> Iterator[str]:
         raise DataError(f"{', '.join(source.paths)}: no text to train on; give files with text")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _main(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m data.tokenizer", description="Make a tokenizer for your own text.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train a byte-level BPE", description="Train a byte-level BPE.")
@@ -75,11 +67,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--vocab_size", type=int, default=16384, help="number of tokens (default: %(default)s)")
     train.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
     train.add_argument("--text_column", default="text", help="column or key of the text (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def _main(argv: Sequence[str] | None) -> int:
-    args = _arguments(argv)
+    args = parser.parse_args(argv)
     source = FileSource(args.paths, text_column=args.text_column)
     tokenizer = train_tokenizer(source, args.out, vocab_size=args.vocab_size)
     if tokenizer.vocab_size < args.vocab_size:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 
 from data import DataError
-from data.manifest import MANIFEST, TOKENIZER, is_unfinished, read_manifest, shard_tokenizer, unmanaged_shards
+from data.manifest import MANIFEST, TOKENIZER, check_finished, read_manifest, shard_tokenizer, unmanaged_shards
 from data.shards import HEADER_BYTES, open_shard, scan_shard
 from data.tokenizer import GPT2_VOCABULARY, Vocabulary
 
@@ -58,8 +58,8 @@ def verify(folder: str | Path, *, num_proc: int = 1) -> tuple[list[str], dict[st
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
     manifest = read_manifest(folder)
-    if manifest is None and is_unfinished(folder):
-        raise DataError(f"{folder} is not finished: run the same `python -m data.prepare` command again")
+    if manifest is None:
+        check_finished(folder)
     vocabulary, entries = GPT2_VOCABULARY, dict[str, dict[str, Any] | None]()
     if manifest is not None:
         vocabulary, entries = manifest.tokenizer.vocabulary, {entry["file"]: entry for entry in manifest.shards}

@@ -62,14 +62,11 @@ class Windows:
             row[:] = self.shards[number][begin : begin + T + 1]
         # Not in torch, which would start its own threads for each operation in the reader thread.
         tokens = rows.astype(np.int64)
-        position_ids = None
-        if boundary == "document":
-            position_ids = _document_positions(rows[:, :-1], self.shards[0].vocabulary.eos_id)
-        return Batch(
-            torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
-            torch.from_numpy(np.ascontiguousarray(tokens[:, 1:])),
-            None if position_ids is None else torch.from_numpy(position_ids),
-        )
+        inputs, targets = (torch.from_numpy(np.ascontiguousarray(part)) for part in (tokens[:, :-1], tokens[:, 1:]))
+        if boundary != "document":
+            return Batch(inputs, targets, None)
+        positions = _document_positions(rows[:, :-1], self.shards[0].vocabulary.eos_id)
+        return Batch(inputs, targets, torch.from_numpy(positions))
 
 
 def _document_positions(inputs: np.ndarray, eos_id: int) -> np.ndarray:

@@ -136,7 +136,7 @@ def test_null_rows_blank_rows_and_dictionaries(hub):
         ({"subset": "only-test"}, "no split 'train', only test; choose with --split"),
         (
             {"text_column": "body"},
-            "000.parquet: no column 'body', only text, id; name the right one with --text_column",
+            "000.parquet: no column 'body', only text, id; choose with --text_column",
         ),
         ({"text_column": "id"}, "column 'id' is int64, not text"),
     ],
