@@ -6,11 +6,10 @@ import itertools
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny_run import ROOT
 
-ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 # Each room imports itself, the rooms listed here, and the model.
 LOWER_ROOMS = {
