@@ -143,17 +143,6 @@ def test_training_uses_flash_attention(model, input_ids, device):
 
 
 @torch.no_grad()
-def test_eager_attention_returns_causal_weights(model, input_ids):
-    model.eval().set_attn_implementation("eager")
-    attentions = model(input_ids, output_attentions=True).attentions
-    assert [tuple(weights.shape) for weights in attentions] == [(3, 4, 48, 48)] * 3
-    future = torch.triu(torch.ones(48, 48, dtype=torch.bool), diagonal=1)
-    for weights in attentions:
-        assert (weights[..., future] == 0).all()
-        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 48))
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("requested", [True, [0], [1, -1], (3, 2), [-4, 7], 2, 0, [], False, None], ids=str)
 def test_hidden_states_equal_those_of_gpt2(pair, input_ids, requested):
     outputs, reference = (m(input_ids, output_hidden_states=requested).hidden_states for m in pair)
