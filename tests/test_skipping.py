@@ -32,14 +32,9 @@ def read_state(folder, step):
 
 
 def test_skipped_step_changes_nothing_and_its_windows_are_logged(run, small, tmp_path):
-    """Steps 3 and 7 of 20; the checkpoint of step 7 has the count.
-
-    HellaSwag's second scoring fails as well, and that of another task always.
-    """
-    faults = {"nan_losses": [2 * 2 + 1], "inf_gradients": [2 * 6], "failed_scorings": [1], "broken_task": "lambada"}
-    (tmp_path / "lambada.jsonl").write_text('{"text": "one two three"}\n' * 2)
-    tasks = ("--eval.tasks", "lambada", "--eval.task_data", f"{{lambada: {tmp_path / 'lambada.jsonl'}}}")
-    done = run("--data.order", "sequential", "--save_every", "7", *tasks, **faults)
+    """Steps 3 and 7 of 20; the checkpoint of step 7 has the count. HellaSwag's second scoring fails as well."""
+    faults = {"nan_losses": [2 * 2 + 1], "inf_gradients": [2 * 6], "failed_scorings": [1]}
+    done = run("--data.order", "sequential", "--save_every", "7", **faults)
     assert done.returncode == 0, done.stderr
     steps = records(tmp_path / "run", "loss")
     assert [r["step"] for r in steps] == list(range(1, 21))
@@ -57,11 +52,6 @@ def test_skipped_step_changes_nothing_and_its_windows_are_logged(run, small, tmp
     evaluations = records(tmp_path / "run", "val_loss")
     assert [e["hellaswag"] is None for e in evaluations] == [False, True, False]
     assert "warning: hellaswag was not scored: log-likelihoods are not finite\n" in done.stdout
-    assert (
-        done.stdout.count("lambada was not scored: KeyError: 'of the task'; it is left out until the run is resumed")
-        == 1
-    )
-    assert not any("scores" in e for e in evaluations)
     assert done.stdout.count("\n    'The") == 2  # no samples where the scoring failed
     state = read_state(tmp_path / "run", 7)  # saved just after a skipped step
     assert (state["num_skipped"], state["consecutive_skips"]) == (2, 1)
