@@ -94,8 +94,7 @@ TRAPS = {
         "test_mistakes.py::test_a_mistake_ends_with_one_line_and_exit_code_2"  # pytorch_model.bin, in every command
     ),
     # Systems
-    "Windows: fsync, directory links, SIGUSR1, cp125x; NFS: locks": "test_machines.py::test_everything_lives_through",
-    "all of them at once, and weights that are readable by others": (
+    "Windows: fsync, directory links, SIGUSR1, cp125x; NFS: locks; weights that are readable by others": (
         "test_machines.py::test_everything_lives_through_all_at_once"
     ),
     "copies, archives and cloud drives turn links into folders": (
