@@ -68,18 +68,6 @@ def commands(tiny, folder):
     ]
 
 
-def check_outcome(folder, server):
-    """Check that the run finished with one checkpoint, which was scored, exported and pushed."""
-    run = folder / "rün"
-    assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_000006"]
-    assert json.loads((folder / "scöres.json").read_text())["results"]["hellaswag"]["n"] == 2
-    files = server.repos["models/me/model"]
-    assert files["model.safetensors"] == (run / "checkpoints" / "step_000006" / "model.safetensors").read_bytes()
-    assert (folder / "pläin" / "model.safetensors").is_file()
-    assert not list(folder.rglob("*.partial"))
-
-
 # The commands as `python -m MODULE ARGUMENTS` runs them, one after the other in one process; "NEXT" parts them.
 ALL_AT_ONCE = f"""
 import contextlib, os, runpy, sys
@@ -123,8 +111,15 @@ def test_everything_lives_through_all_at_once(tiny, tmp_path):
     assert r"Gr\xfc\xdfe" in output
     assert output.count("has no locks") == 1
     assert "could not be put in order" not in output
-    check_outcome(tmp_path, server)
-    for finished in (tmp_path / "rün" / "checkpoints", tmp_path / "pläin"):  # weights too, which safetensors makes 0600
+    run = tmp_path / "rün"
+    assert status(run)["status"] == "finished"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000006"]
+    assert json.loads((tmp_path / "scöres.json").read_text())["results"]["hellaswag"]["n"] == 2
+    pushed = server.repos["models/me/model"]["model.safetensors"]
+    assert pushed == (run / "checkpoints" / "step_000006" / "model.safetensors").read_bytes()
+    assert (tmp_path / "pläin" / "model.safetensors").is_file()
+    assert not list(tmp_path.rglob("*.partial"))
+    for finished in (run / "checkpoints", tmp_path / "pläin"):  # weights too, which safetensors makes 0600
         assert conditions.modes(finished) == {oct(0o666 & ~0o027)}
 
 
