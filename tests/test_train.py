@@ -184,7 +184,7 @@ def test_two_processes_give_the_losses_of_one_and_part(finished_small, launch, s
         load_file(run / "checkpoints" / "step_000020" / "model.safetensors") for run in (tmp_path / "two", original)
     )
     for name, parameter in expected.items():
-        torch.testing.assert_close(weights[name], parameter, atol=5e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weights[name], parameter, atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
     states = load_file(tmp_path / "two" / "checkpoints" / "step_000020" / "training_state" / "rng.safetensors")
     assert states.keys() == {"0.cpu", "1.cpu"}
 
