@@ -351,34 +351,29 @@ def test_order_and_boundary(launch, small, finished_small, tmp_path):
     assert losses(tmp_path / "run")[0] != losses(finished_small)[0]
 
 
-def test_an_interrupted_sample_is_finished(tmp_path):
-    """A killed preparation left some files: the next one finishes the sample."""
-    (tmp_path / "sample").mkdir()
-    assert not needs_preparing(tmp_path / "sample")
-    prepare_sample(tmp_path / "whole")
-    plan = read_manifest(tmp_path / "whole")
-    plan.shards = []
-    plan.write(tmp_path / "sample" / "preparing.json")
-    (tmp_path / "sample" / ".sample_train_00000000.bin.partial").write_bytes(b"half of it")
-    assert needs_preparing(tmp_path / "sample")
-    prepare_sample(tmp_path / "sample")
-    assert not needs_preparing(tmp_path / "sample")
-    whole, again = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("whole", "sample"))
-    assert whole == again
-
-
-def test_two_first_runs_at_once_share_the_sample(tmp_path):
-    """The second one waits for the first one's corpus instead of failing."""
-    code = (
-        f"from data.prepare import prepare_sample_if_missing; prepare_sample_if_missing({str(tmp_path / 'sample')!r})"
-    )
+def test_sample_is_prepared_once_and_an_interrupted_one_is_finished(tmp_path):
+    """The second of two first runs waits for the first one's. What a killed preparation left becomes the same files."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    code = f"from data.prepare import prepare_sample_if_missing; prepare_sample_if_missing({str(whole)!r})"
     runs = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert sorted("preparing the offline sample" in output for output in outputs) == [False, True]
-    assert not needs_preparing(tmp_path / "sample")
+    assert not needs_preparing(whole)
+
+    again.mkdir()
+    assert not needs_preparing(again)
+    plan = read_manifest(whole)
+    plan.shards = []
+    plan.write(again / "preparing.json")
+    (again / ".sample_train_00000000.bin.partial").write_bytes(b"half of it")
+    assert needs_preparing(again)
+    prepare_sample(again)
+    assert not needs_preparing(again)
+    one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (whole, again))
+    assert one == two
 
 
 def test_the_launched_command_fails_with_one_line(launch, tiny, tmp_path):
