@@ -5,7 +5,6 @@ A program for test_skipping.py: run train.py with faults, which the first argume
     inf_gradients    forward passes of training whose gradient is infinite
     nan_validations  validations whose loss is NaN, counted from 0
     failed_scorings  scorings of HellaSwag that find log-likelihoods that are not finite
-    broken_task      the name of a task whose scoring raises an error
     sigterm_at       the step (steps taken before it) at whose start the main process gets SIGTERM
 
 The other arguments are train.py's.
@@ -21,8 +20,7 @@ import eval.during_training as during_training
 import train
 from eval.scoring import NotFiniteError
 
-nothing = {"nan_losses": [], "inf_gradients": [], "nan_validations": [], "failed_scorings": []}
-nothing |= {"broken_task": None, "sigterm_at": None}
+nothing = {"nan_losses": [], "inf_gradients": [], "nan_validations": [], "failed_scorings": [], "sigterm_at": None}
 faults = nothing | json.loads(sys.argv.pop(1))
 forward, training_passes = train.GPT2ReproForCausalLM.forward, itertools.count()
 score_items, scorings = during_training.score_items, itertools.count()
@@ -42,8 +40,6 @@ def faulty_forward(self, *args, **kwargs):
 
 
 def faulty_score_items(task, *args, **kwargs):
-    if task.name == faults["broken_task"]:
-        raise KeyError("of the task")
     if task.name == "hellaswag" and next(scorings) in faults["failed_scorings"]:
         raise NotFiniteError("log-likelihoods are not finite")
     return score_items(task, *args, **kwargs)

@@ -49,16 +49,8 @@ def write_seeded_corpus(folder):
 
 def first_losses(shards, output, environment):
     """The losses of a run of the sample recipe that is killed when it has got so far."""
-    command = [
-        sys.executable,
-        "train.py",
-        *ARGUMENTS,
-        "--data.path",
-        str(shards),
-        "--data.prepare_sample",
-        "--output_dir",
-        str(output),
-    ]
+    command = [sys.executable, "train.py", *ARGUMENTS, "--data.path", str(shards), "--data.prepare_sample"]
+    command += ["--output_dir", str(output)]
     run = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

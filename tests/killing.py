@@ -9,7 +9,7 @@ import time
 
 import torch
 from safetensors.torch import load_file
-from tiny_run import ROOT, clean_environment
+from tiny_run import ROOT, clean_environment, records
 
 TIMES = ("ms", "tokens_per_s", "seconds", "hellaswag_seconds")
 WHOLE = ("model.safetensors", "training_state/optimizer.safetensors", "training_state/rng.safetensors")
@@ -80,8 +80,7 @@ def assert_same_run(output, reference, step):
         for key in expected:
             assert torch.equal(expected[key], got[key]), f"{name}: {key}"
     expected, got = (
-        [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-        for lines in ((run / "metrics.jsonl").read_text().splitlines() for run in (reference, output))
+        [{k: v for k, v in record.items() if k not in TIMES} for record in records(run)] for run in (reference, output)
     )
     assert got == expected
     hidden = [path for path in (output / "checkpoints").iterdir() if path.name.startswith(".")]

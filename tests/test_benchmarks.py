@@ -110,9 +110,9 @@ def test_tokenization_prints_a_row_per_candidate(run, tmp_path):
     assert f"\n| {' | '.join(tokenization.COLUMNS)} |\n" in output
 
 
-def test_loop_overhead_times_each_part_of_a_run(launch, tiny, tmp_path):
+def test_loop_overhead_times_each_part_of_a_run(launch, small, tmp_path):
     short = ("--max_steps", 2, "--eval.hellaswag", "null", "--eval.prompts", "[]", "--eval.ngram_baselines", "false")
-    options = ("--config", tiny, "--output_dir", tmp_path / "run", *short)
+    options = ("--config", small, "--output_dir", tmp_path / "run", *short)
     lines = launch("benchmarks.loop_overhead", *options, script="-m").stdout.splitlines()[-6:]
     assert [line[:10].strip() for line in lines] == ["step", *loop_overhead.PARTS, "the rest"]
     step, *parts, rest = (float(line[10:].split()[0]) for line in lines)

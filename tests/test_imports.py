@@ -6,11 +6,10 @@ import itertools
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from tiny_run import ROOT
 
-ROOT = Path(__file__).parent.parent
 STANDARD = set(sys.stdlib_module_names)
 # Each room imports itself, the rooms listed here, and the model.
 LOWER_ROOMS = {
@@ -49,11 +48,14 @@ def test_modeling_files_import_only_each_other_and_torch_and_transformers():
 
 
 def test_training_starts_without_heavy_optional_packages():
+    """And scoring, which training imports, without transformers and the packages of the Hub."""
     code = (
-        "import sys, train, hub.push; "
+        "import sys, eval.published, eval.scoring, eval.hellaswag.task; "
+        "light = {'transformers', 'datasets', 'evaluate', 'huggingface_hub'} & set(sys.modules); "
+        "import train, hub.push; "
         "heavy = {'datasets', 'evaluate', 'matplotlib', 'pandas', 'tensorboard', 'sklearn', 'gradio', 'onnx'}; "
         "heavy &= set(sys.modules); "
-        "sys.exit(f'import train imported {sorted(heavy)}' if heavy else 0)"
+        "sys.exit(f'scoring imported {sorted(light)}, train {sorted(heavy)}' if light | heavy else 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tiny_run import records
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from modeling_gpt2repro import GPT2ReproForCausalLM
@@ -13,8 +14,7 @@ FEW = ("--max_steps", 4, "--eval_every", 4, "--save_every", 2, "--eval.hellaswag
 
 
 def val_losses(run):
-    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [r["val_loss"] for r in records if "val_loss" in r]
+    return [record["val_loss"] for record in records(run, "val_loss")]
 
 
 def test_a_gpt2_of_transformers(launch, tiny, tmp_path):
@@ -42,8 +42,7 @@ def test_a_gpt2_of_transformers(launch, tiny, tmp_path):
     assert torch.equal(again.transformer.wte.weight, trained.transformer.wte.weight)
 
 
-def test_a_checkpoint(finished_run, launch, tiny, tmp_path):
-    original, _ = finished_run
-    checkpoint = original / "checkpoints" / "step_000020"
-    launch("--config", tiny, *FEW, "--init_from", checkpoint, "--output_dir", tmp_path / "run")
-    assert val_losses(tmp_path / "run")[0] == pytest.approx(val_losses(original)[-1], abs=1e-6)
+def test_a_checkpoint(finished_small, launch, small, tmp_path):
+    checkpoint = finished_small / "checkpoints" / "step_000020"
+    launch("--config", small, *FEW, "--init_from", checkpoint, "--output_dir", tmp_path / "run")
+    assert val_losses(tmp_path / "run")[0] == pytest.approx(val_losses(finished_small)[-1], abs=1e-6)

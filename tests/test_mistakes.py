@@ -67,6 +67,7 @@ FILES = {
     "nanogpt.py": b"batch_size = 12\nblock_size = 64\n",
     "accelerate.yaml": b"compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\n",
     "json.json": b'{"max_steps": 0}',
+    "items.jsonl": b'{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}\n{"ctx": "a"}\n',
     "shards/shakespeare/x": b"",
 }
 
@@ -77,7 +78,7 @@ MISTAKES = [
     ("data_near_name", "train --data.path shards/shakespear", "did you mean shards/shakespeare?"),
     ("data_quoted", "train --data.path 'my shards'", "--out 'my shards'"),
     ("data_is_a_text_file", "train --data.path text.yaml", "train.py --text text.yaml"),
-    ("data_other_recipe", "train --config {tiny} --data.path nowhere", "no data in nowhere"),
+    ("data_other_recipe", "train --config {tiny} --data.path nowhere", "no data in nowhere", "python -m data.prepare"),
     # Text.
     ("text_missing", "train --text book.txt", "text=book.txt: no such file", ".parquet", "OWNER/NAME"),
     ("text_or_data_set", "train --text texts/mine", "texts/mine is not a file or folder here", "HF_HUB_OFFLINE"),
@@ -154,6 +155,8 @@ MISTAKES = [
     ("no_folder_equals", "train --output_dir=", "output_dir", "not empty", "got ''"),
     ("folder_is_the_checkout", "train --output_dir {root}", "output_dir must be a folder of the run's own"),
     ("folder_is_above_it", "train --output_dir /", "output_dir must be a folder of the run's own", "got /"),
+    ("folder_below_a_file", "train --config {tiny} --output_dir text.yaml/run", "cannot be written to"),
+    ("folder_is_a_file", "train --config {tiny} --output_dir text.yaml", "is a file"),
     ("blank_folder", "train --output_dir '  '", "output_dir must be text (not empty) or null, got ' '"),
     ("no_data", "train --data.path ''", "data.path", "not empty", "got ''"),
     ("no_weights", "train --init_from ''", "init_from", "not empty", "got ''"),
@@ -222,10 +225,35 @@ MISTAKES = [
     # Values that cannot be together.
     ("longer_than_model", "train --batch.seq_len 2048 --batch.tokens_per_step 4096", "2048", "n_positions=128"),
     ("no_whole_sequences", "train --batch.seq_len 100", "1024", "1000 or 1100"),
+    (
+        "few_validation_tokens",
+        "train --config {tiny} --eval.val_tokens 31",
+        "eval.val_tokens=31 is less than a sequence",
+    ),
+    (
+        "long_prompt",
+        "train --config {tiny} --eval.prompts \"['Hello there']\" --eval.sample_tokens 500",
+        "'Hello there' and eval.sample_tokens=500",
+    ),
+    ("empty_prompt", "train --config {tiny} --eval.prompts \"['']\"", "'' has no tokens"),
+    ("heads", "train --config {tiny} --model.n_embd 100 --model.n_head 12", "n_embd=100", "96 or 108"),
+    ("odd_micro_batch", "train --config {tiny} --batch.micro_batch_size 3", "micro_batch_size=3"),
     ("keep_every_alone", "train --keep_every 5", "keep_every=5 needs keep_last"),
+    # Tasks that cannot be loaded.
+    ("items", "train --config {tiny} --eval.hellaswag items.jsonl", "items.jsonl:2"),
+    ("task", "train --config {tiny} --eval.tasks lambda", "unknown task 'lambda'", "lambada"),
+    (
+        "task_offline",
+        "train --config {tiny} --eval.tasks lambada",
+        "EleutherAI/lambada_openai is not available",
+        "eval.task_data lambada: FILE",
+    ),
+    ("task_without_data", "train --config {tiny} --eval.tasks core:mini", "eval.task_data core: FOLDER"),
     # Usage of the other commands.
     ("eval_usage", "eval --modl x", "--model", "python -m eval --help"),
     ("miniseries_usage", "miniseries", "CHECKPOINT", "python -m eval.miniseries --help"),
+    ("eval_name", "eval --model 'a b'", "checkpoint 'a b': no such folder, nor a Hub id"),
+    ("eval_file", "eval --model ok/config.json", "is a file; give the folder"),
     ("sample_usage", "sample ok hi --temperature hot", "--temperature", "'hot'", "sample.py --help"),
     ("hub_usage", "hub pull ok", "'pull'", "python -m hub --help"),
     ("hub_push_usage", "hub push ok", "USER/NAME", "python -m hub push --help"),
@@ -234,7 +262,18 @@ MISTAKES = [
     ("verify_usage", "verify", "DIR", "python -m data.verify --help"),
     ("verify_nowhere", "verify nowhere", "nowhere", "no such folder"),
     ("sample_negative", "sample ok hi --top_k -1", "top_k must be at least 0, got -1"),
+    ("sample_top_p", "sample ok hi --top_p 0", "top_p must be above 0 and at most 1, got 0.0"),
+    ("sample_no_texts", "sample ok hi --n 0", "n must be at least 1, got 0"),
+    ("sample_interactive_prompt", "sample ok hi --interactive", "leave out the prompt"),
+    ("sample_not_utf8", "sample ok \udcff\udcfe", "is not UTF-8 text"),
+    ("sample_nowhere", "sample 'nowhere at all' hi", "no such folder, nor a Hub id"),
+    ("sample_long_name", f"sample {'a' * 300} hi", "File name too long"),
     ("sample_long_prompt", "sample ok '" + "word " * 40 + "'", "41 tokens", "8"),
+    ("demo_nowhere", "hub demo 'nowhere at all'", "no such folder, nor a Hub id"),
+    ("demo_of_three", "hub demo ok ok ok", "the page has room for two"),
+    ("demo_port_0", "hub demo ok --port 0", "--port must be between 1 and 65535, got 0"),
+    ("demo_port_65536", "hub demo ok --port 65536", "--port must be between 1 and 65535, got 65536"),
+    ("push_long_name", f"hub push {'a' * 300} me/model", "File name too long"),
     ("export_format", "hub export ok --to tflite --out out", "'tflite'", "gguf"),
     ("export_out_taken", "hub export ok --to gpt2 --out shards", "shards", "name another folder"),
     # Names on the Hub, and no Hub.
@@ -247,7 +286,11 @@ MISTAKES = [
     ("eval_offline", "eval --model openai-community/gpt2", "'openai-community/gpt2'", "local cache, and"),
     ("sample_offline", "sample gpt2 hi", "'gpt2'", "local cache, and"),
     # Resuming.
-    ("resume_run_folder", "train --resume runs/r --output_dir out", "runs/r", "step_000020", "3.5000, the best"),
+    (
+        "resume_run_folder",
+        "train --resume runs/r --output_dir out",
+        *("runs/r", "is a run's folder, not a checkpoint; give one of", "step_000020", "3.5000, the best"),
+    ),
     ("resume_nothing", "train --resume nowhere --output_dir out", "nowhere", "training_state"),
     ("resume_model", "train --resume ok --output_dir out", "ok", "training_state"),
     ("resume_best_unevaluated", "train --resume runs/new/checkpoints/best --output_dir out", "step_000007"),
@@ -278,7 +321,7 @@ BAD_CHECKPOINTS = {
     "torn": ["model.safetensors has ", "and its header says ", "copy or download it again"],
     "stump": ["model.safetensors has 3 bytes", "copy or download it again"],
     "pickle": ["pytorch_model.bin", "a pickle", "save_pretrained"],
-    "adapter": ["PEFT adapter of 'me/base'", "merge_and_unload"],
+    "adapter": ["a PEFT adapter of 'me/base'", "merge_and_unload"],
     "bare": ["no weights (*.safetensors)"],
     "run": [
         "runs/r",

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from killing import assert_same_run, kill_at_random, status
+from tiny_run import records
 
 import train
 from data.manifest import open_split
@@ -46,8 +47,7 @@ def undisturbed(tiny, folders, tmp_path_factory):
 
 
 def test_losses_and_provenance_are_by_folder(undisturbed, folders):
-    records = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [record for record in records if "val_loss" in record]
+    evaluations = records(undisturbed, "val_loss")
     assert len(evaluations) == 3
     for record in evaluations:
         assert [*record["val_losses"]] == [str(folder) for folder in folders]

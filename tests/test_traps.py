@@ -70,10 +70,10 @@ TRAPS = {
     "outputs of a prepared model are converted to float32, the logits too": (
         "modeling/test_trainer.py::test_training_step_never_holds_the_full_logits"
     ),
-    "resuming replays the shuffle of epoch 0 (4195)": "test_train.py::test_resume_goes_on_as_if_nothing_had_happened",
+    "resuming replays the shuffle of epoch 0 (4195)": "test_mixture_run.py::test_stopped_run_resumes_bit_for_bit",
     "custom checkpoint objects are unpickled": "test_train.py::test_checkpoint_has_no_pickle_and_no_stray_file",
     "FSDP2 and tied embeddings (4171)": "training/test_sharding.py::test_fsdp2_trains_and_saves_like_full_tensors",
-    "prefixes of compile and DDP in saved keys": "test_train.py::test_compile_with_validation_hellaswag_and_samples",
+    "prefixes of compile and DDP in saved keys": "test_numerics.py::test_one_process",
     # Data and evaluation
     "windows read in the order of the files make the loss periodic (build-nanogpt 52)": (
         "data/test_loader.py::test_permutations_look_random"
@@ -94,8 +94,7 @@ TRAPS = {
         "test_mistakes.py::test_a_mistake_ends_with_one_line_and_exit_code_2"  # pytorch_model.bin, in every command
     ),
     # Systems
-    "Windows: fsync, directory links, SIGUSR1, cp125x; NFS: locks": "test_machines.py::test_everything_lives_through",
-    "all of them at once, and weights that are readable by others": (
+    "Windows: fsync, directory links, SIGUSR1, cp125x; NFS: locks; weights that are readable by others": (
         "test_machines.py::test_everything_lives_through_all_at_once"
     ),
     "copies, archives and cloud drives turn links into folders": (

@@ -36,9 +36,14 @@ def scored_task(tiny):
     return "--eval.tasks", "bits_per_byte:6@20", "--eval.task_data", f"{{bits_per_byte: {tiny.parent / 'shards'}}}"
 
 
+def records(run, key=None):
+    """Records of a run folder's metrics.jsonl, or those that have the key, in their order."""
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if key is None or key in record]
+
+
 def losses(run):
     """Training losses of a run folder, in order of steps."""
-    records = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    training = [r for r in records if "loss" in r]
+    training = records(run, "loss")
     assert [r["step"] for r in training] == list(range(1, len(training) + 1))
     return [r["loss"] for r in training]

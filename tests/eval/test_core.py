@@ -113,9 +113,8 @@ def test_items_are_decided_as_one_prompt_at_a_time(name, model, tokenizer, resul
         assert item["is_correct"] == expected
         if task.kind != "completion":
             assert item["mean_log_likelihoods"] == pytest.approx(means, abs=1e-3)
-    assert any(item["tokens_truncated"] for item in scored) == (
-        name == "arc_easy"
-    )  # ten examples do not fit 128 tokens
+    # Ten examples do not fit 128 tokens.
+    assert any(item["tokens_truncated"] for item in scored) == (name == "arc_easy")
     accuracy = sum(item["is_correct"] for item in scored) / 14
     assert result["results"]["core"][name] == accuracy
     assert result["results"]["core"][f"{name}_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 13))
@@ -157,12 +156,9 @@ def test_zip_compressed_files_and_limits_give_the_same_items(bundle, model, toke
     )
     assert whole.data.sha256 == zipped.data.sha256 == result["tasks"]["core"]["data"]["sha256"]
     firsts = [item for n in range(len(NAMES)) for item in whole.items[14 * n : 14 * n + 3]]
-    assert [item.reference for item in few.items] == [
-        item.reference for item in firsts
-    ]  # the same examples before them
-    assert [item.requests[0].context.tolist() for item in few.items] == [
-        item.requests[0].context.tolist() for item in firsts
-    ]
+    for item, first in zip(few.items, firsts, strict=True):
+        assert item.reference == first.reference
+        assert item.requests[0].context.tolist() == first.requests[0].context.tolist()  # the same examples before it
 
 
 @pytest.mark.parametrize(

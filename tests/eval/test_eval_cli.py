@@ -234,12 +234,6 @@ def test_invalid_arguments_are_named(fails, checkpoint, arguments, message):
     assert message in fails("--model", checkpoint, *arguments)
 
 
-def test_model_must_be_a_folder_or_hub_id(fails, own_checkpoint):
-    """tests/test_mistakes.py has folders that are not checkpoints."""
-    assert "checkpoint 'a b': no such folder, nor a Hub id" in fails("--model", "a b")
-    assert "is a file; give the folder" in fails("--model", own_checkpoint / "config.json")
-
-
 def test_malformed_item_is_named_and_nothing_written(fails, checkpoint, tmp_path):
     data, output = tmp_path / "items.jsonl", tmp_path / "result.json"
     data.write_text(f"{GOOD}\n{{}}\n", encoding="utf-8")

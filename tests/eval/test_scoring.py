@@ -314,17 +314,3 @@ def test_log_likelihoods_that_are_not_finite_are_an_error(model):
     with pytest.raises(EvalError, match="not finite"):
         loglikelihoods(broken, [Request([1], [[2]])])
     assert broken.training
-
-
-def test_imports_for_training_are_light(run_python):
-    """Training starts without the dataset and metric packages."""
-    names = ("transformers", "datasets", "evaluate", "huggingface_hub")
-    run = run_python(
-        "-c",
-        "import sys\n"
-        "from eval.scoring import loglikelihoods\n"
-        "from eval.hellaswag.task import Task\n"
-        "from eval.published import reference_lines\n"
-        f"print([name for name in {names} if name in sys.modules])",
-    )
-    assert run.stdout.strip() == "[]", run.stderr

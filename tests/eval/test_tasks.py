@@ -5,13 +5,13 @@ import math
 import re
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from tiny_run import ROOT
 
 from data.loader import validation_batches
 from data.manifest import open_split
@@ -30,7 +30,6 @@ from eval.task import score_items
 from eval.wikitext.task import Task as WikiText
 from eval.wikitext.text import rows_of, split_pages
 
-ROOT = Path(__file__).parents[2]
 TEXTS = ["It is the first text, and ein Mädchen liest it.", "The second: 42 words, <|endoftext|> is not one."]
 
 

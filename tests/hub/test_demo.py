@@ -176,21 +176,10 @@ def test_demo_binds_localhost_only(page):
         socket.create_connection(("127.0.0.2", port), timeout=10)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere at all"], "no such folder, nor a Hub id"),
-        (["CHECKPOINT"] * 3, "the page has room for two"),
-        (["CHECKPOINT", "--port", "0"], "--port must be between 1 and 65535, got 0"),
-        (["CHECKPOINT", "--port", "65536"], "--port must be between 1 and 65535, got 65536"),
-        (["CHECKPOINT", "--port", "TAKEN"], "give another one"),
-    ],
-)
-def test_mistake_ends_with_one_line(checkpoint, page, capsys, arguments, message):
-    values = {"CHECKPOINT": str(checkpoint), "TAKEN": page.rpartition(":")[2]}
-    assert main(["demo", *(values.get(a, a) for a in arguments), "--device", "cpu"]) == 2
+def test_taken_port_ends_with_one_line(checkpoint, page, capsys):
+    assert main(["demo", str(checkpoint), "--port", page.rpartition(":")[2], "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert "give another one" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags", [[], ["--trust_remote_code"]])

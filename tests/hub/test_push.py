@@ -265,12 +265,6 @@ def test_unreadable_run_is_rejected(copied, write_manifest, capsys, path, conten
     assert re.search(r"error: run '.*copy'.* cannot be read", error) and error.count("\n") == 1
 
 
-def test_too_long_name_ends_with_one_line(capsys):
-    assert main(["push", "a" * 300, "me/model"]) == 2
-    error = capsys.readouterr().err
-    assert "File name too long" in error and error.count("\n") == 1
-
-
 def test_pickles_hidden_files_and_training_state_are_not_pushed(standalone, write_manifest):
     for path in (
         *(".hidden", "sub/.hidden", "training_state/state.json", "pytorch_model.bin", "sub/weights.bin"),

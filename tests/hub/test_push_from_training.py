@@ -1,7 +1,6 @@
 """train.py --push_to_hub."""
 
 import _thread
-import signal
 import threading
 import time
 
@@ -39,15 +38,14 @@ def test_run_is_pushed(launch, small, server, environment, tmp_path, monkeypatch
         assert train.train([*map(str, (*options, "--push_to_hub", "me/tiny", "--resume", "auto"))]) == code
 
 
-def test_missing_write_access_is_found_before_training(launch, small, server, environment, tmp_path):
-    done = launch(
-        *("--config", small, "--output_dir", tmp_path / "run", "--push_to_hub", "you/tiny"),
-        environment=environment,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "error: the token belongs to me, who may not write to you's you/tiny" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+def test_missing_write_access_is_found_before_training(small, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.environ", clean_environment(tmp_path) | {"HF_TOKEN": TOKEN})
+    monkeypatch.chdir(ROOT)
+    options = ("--config", small, "--output_dir", tmp_path / "run", "--push_to_hub", "you/tiny")
+    assert train.main([*map(str, options)]) == 2
+    error = capsys.readouterr().err
+    assert "error: the token belongs to me, who may not write to you's you/tiny" in error
+    assert "Traceback" not in error and not (tmp_path / "run").exists()
 
 
 def test_settings_without_effect_are_rejected():
@@ -96,15 +94,6 @@ def test_failed_push_is_a_warning_with_the_command(checkpoint, repository, error
     assert capsys.readouterr().out.splitlines() == [line, f"{line} --public"]
 
 
-@pytest.fixture
-def default_ctrl_c():
-    """Python's handler of Ctrl-C: processes started in the background of a shell ignore the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("default_ctrl_c")
 def test_stop_request_and_ctrl_c_end_a_push(checkpoint, repository, capsys):
     began = time.monotonic()
     is_late = lambda: time.monotonic() - began > 0.3  # noqa: E731

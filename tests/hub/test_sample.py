@@ -193,20 +193,3 @@ def test_code_from_the_hub_runs_only_with_the_flag(trust_requests, capsys, monke
     requests = trust_requests(sample)
     assert run(capsys, monkeypatch, "me/x", PROMPT, *flags)[0] == 2
     assert requests == [bool(flags)] * 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere at all", PROMPT], "no such folder, nor a Hub id"),
-        (["CHECKPOINT", PROMPT, "--top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
-        (["CHECKPOINT", PROMPT, "--n", "0"], "n must be at least 1, got 0"),
-        (["CHECKPOINT", PROMPT, "--interactive"], "leave out the prompt"),
-        (["CHECKPOINT", "\udcff\udcfe"], "is not UTF-8 text"),
-        (["a" * 300, PROMPT], "File name too long"),
-    ],
-)
-def test_mistakes_end_with_one_line(checkpoint, capsys, monkeypatch, arguments, message):
-    code, _, error = run(capsys, monkeypatch, *[a.replace("CHECKPOINT", str(checkpoint)) for a in arguments])
-    assert code == 2 and message in error
-    assert error.startswith("error: ") and error.count("\n") == 1

@@ -3,13 +3,12 @@
 import importlib.util
 import json
 import os
-import sys
 
 import checkpoint_cases
 import pytest
 import torch
-from fresh_process import QUESTION, run_on_terminal
-from tiny_run import ROOT, clean_environment
+from fresh_process import QUESTION
+from tiny_run import ROOT
 from transformers import pipeline
 
 from data.tokenizer import GPT2
@@ -95,16 +94,11 @@ def expected(models):
 
 @pytest.mark.parametrize("case", checkpoint_cases.CASES)
 def test_checkpoint_works_without_the_project(case, models, expected, fresh, tmp_path):
-    """Run each case in its own process: zero-shot-classification in a new one, the others forked."""
+    """Each case in a process of its own. test_train.py opens a run's checkpoint in a new one that is not forked."""
     if case == "LoRA" and importlib.util.find_spec("peft") is None:
         pytest.skip("peft is not installed")
-    arguments = (checkpoint_cases.__file__, str(models[1]), case, str(ROOT))
-    if case == "zero-shot-classification":
-        command = [sys.executable, *arguments]
-        done = run_on_terminal(command, cwd=tmp_path, environment=clean_environment(tmp_path))
-    else:
-        program = "import runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        done = fresh.run(program, *arguments, cwd=tmp_path)
+    program = "import runpy, sys; sys.argv[:] = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = fresh.run(program, checkpoint_cases.__file__, str(models[1]), case, str(ROOT), cwd=tmp_path)
     assert done.returncode == 0, done.output
     result = json.loads(done.output.splitlines()[-1])
     if case in ("LoRA", "text-generation"):

@@ -1,10 +1,11 @@
-"""Plans for tests of the estimates."""
+"""Plans and logs of runs that are not started."""
 
 import torch
 
 from modeling_gpt2repro import GPT2ReproConfig
 from training.config import BatchConfig
 from training.estimate import Hardware, Plan
+from training.logging import RunLog
 
 
 def make_plan(
@@ -26,3 +27,11 @@ def make_plan(
         hardware=hardware,
         **more,
     )
+
+
+def make_log(folder, first_step=0, loss_lines=None, score_lines=None):
+    """The log of a run in the folder: one process, a line per step."""
+    settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
+    settings["optim"] = {"max_skipped_steps": 2}
+    plan = make_plan(1, 8, 1, 8, 1, 1, "no")
+    return RunLog(folder, plan, settings, [], first_step, loss_lines=loss_lines or {}, score_lines=score_lines or {})

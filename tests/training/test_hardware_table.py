@@ -2,9 +2,9 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
+from tiny_run import ROOT
 
 from training import TrainingError
 from training.cards import CARDS
@@ -21,8 +21,6 @@ from training.hardware_table import (
     recipe_plan,
 )
 from training.settings import settings_of
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("table", [main_table, large_model_table])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from plans import make_plan
+from plans import make_log
 from tiny_run import ROOT
 
 from common.errors import UserError
@@ -21,7 +21,7 @@ from common.terminal import TerminalTitle
 from training import curves
 from training.checkpoint import LoopState
 from training.curves import moving_average, plot_curves
-from training.logging import ConsoleLog, MetricsWriter, RunLog, records_up_to
+from training.logging import ConsoleLog, MetricsWriter, records_up_to
 
 RECORDS = [
     {"step": 0, "tokens": 0, "val_loss": 10.8, "hellaswag": None},
@@ -141,8 +141,7 @@ def test_curves_have_a_second_panel_for_hellaswag(tmp_path):
 
 
 def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path, monkeypatch):
-    plan, tracked, drawn = make_plan(1, 8, 1, 8, 1, 1, "no"), [], []
-    settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
+    tracked, drawn = [], []
     common = {"n": 50, "num_truncated": 0, "is_sample": False}
     scores = {
         "lambada": {"acc": 0.25, "perplexity": 12345.678, "acc_stderr": math.nan, "perplexity_stderr": 9.0, **common},
@@ -161,8 +160,7 @@ def test_scores_of_tasks_are_logged_tracked_printed_and_drawn(printed, tmp_path,
     monkeypatch.setattr("training.logging.start_trackers", lambda *_, **__: [broken, tracker])
     draw = curves.draw_scores
     monkeypatch.setattr(curves, "draw_scores", lambda axes, *args: drawn.append(axes) or draw(axes, *args))
-    lines = {"core": {"chance": 0.0}}
-    with RunLog(tmp_path, plan, settings, [], 0, loss_lines={}, score_lines=lines) as log:
+    with make_log(tmp_path, score_lines={"core": {"chance": 0.0}}) as log:
         log.open(LoopState(), {}, None, None)
         log.log_evaluation(10, result)
         assert [axes.get_title() for axes in drawn] == [f"{task}, 50 items" for task in scores]
@@ -186,11 +184,8 @@ def test_resumed_log_continues_the_history_and_announces_another_learning_rate(
     printed, metrics, tmp_path, last_lr, is_announced
 ):
     output_dir = tmp_path / "branch"
-    plan = make_plan(1, 8, 1, 8, 1, 1, "no")
-    settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
-    settings["optim"] = {"max_skipped_steps": 2}
     state = LoopState(step=2, evaluated=True)
-    with RunLog(output_dir, plan, settings, [], 2, loss_lines={}, score_lines={}) as log:
+    with make_log(output_dir, first_step=2) as log:
         log.open(state, {}, metrics.parent / "checkpoints" / "step_000002", last_lr)
         state.advance(is_finite=True)
         log.log_step(state, loss=7.0, lr=0.1, grad_norm=1.0, seconds=0.01, windows=[])

@@ -4,10 +4,9 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from plans import make_plan
+from plans import make_log
 
 from training.checkpoint import LoopState
-from training.logging import RunLog
 from training.report import main, short_number, thin_out, write_report
 
 SCORES = {"acc": 0.28, "acc_stderr": 0.01, "acc_norm": 0.31, "acc_norm_stderr": 0.02, "n": 40, "is_sample": True}
@@ -173,15 +172,9 @@ def test_report_of_a_long_run_is_small(folder):
 
 @pytest.mark.parametrize("can_write", [True, False])
 def test_failing_run_has_a_report_that_does_not_replace_its_error(tmp_path, monkeypatch, capsys, can_write):
-    plan = make_plan(1, 8, 1, 8, 1, 1, "no")
-    settings = {"log_every": 1, "eval_every": 1, "trackers": [], "seed": 1, "init_from": None}
-    settings["optim"] = {"max_skipped_steps": 2}
     if not can_write:
         (tmp_path / "report.html").mkdir()
-    with (
-        pytest.raises(ValueError, match="of the run"),
-        RunLog(tmp_path, plan, settings, [], 0, loss_lines={"bigram": 7.0}, score_lines={}) as log,
-    ):
+    with pytest.raises(ValueError, match="of the run"), make_log(tmp_path, loss_lines={"bigram": 7.0}) as log:
         log.open(LoopState(), {}, None, None)
         log.log_step(LoopState(step=1), loss=7.5, lr=0.1, grad_norm=1.0, seconds=0.01, windows=[])
         raise ValueError("<error> of the run")
