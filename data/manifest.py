@@ -192,7 +192,9 @@ def open_split(folder: str | Path, split: str) -> list[Shard]:
     """Open the shards of a split ("train" or "val") of a folder, with or without a manifest, in order."""
     folder = Path(folder)
     if folder.is_file():
-        raise DataError(f"{folder} is a file, not shards: train on it with `train.py --text {shell_quote(folder)}`")
+        raise DataError(
+            f"{folder} is a file, not a folder of shards; for a text, `train.py --text {shell_quote(folder)}`"
+        )
     if not folder.is_dir():
         source = folder.name if folder.name in CORPORA else "files YOUR_TEXT"
         raise DataError(

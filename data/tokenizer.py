@@ -200,7 +200,7 @@ class Tokenizer:
         """Replace a folder by the files of `hf`. Return {file name: SHA-256}; GPT-2's has none, its name is enough."""
         if self.is_gpt2:
             return {}
-        folder = Path(folder).absolute()  # it may be "."
+        folder = Path(folder)
         tmp_path = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(tmp_path, ignore_errors=True)  # of a killed process
         try:

@@ -23,7 +23,7 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
     from tokenizers import Tokenizer as FastTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    out = Path(out)
+    out, target = Path(out), Path(out).absolute()  # it may be ".", which has no path once it is removed
     if vocab_size < _MIN_VOCAB_SIZE:
         raise DataError(f"--vocab_size must be at least {_MIN_VOCAB_SIZE} (256 bytes and {EOT_TEXT}), got {vocab_size}")
     trained = FastTokenizer(models.BPE())
@@ -40,9 +40,9 @@ def train_tokenizer(source: FileSource, out: str | Path, *, vocab_size: int) -> 
             raise DataError(f"--out {str(out)!r} exists and is not an empty folder: name another, or remove it")
         trained.train_from_iterator(_texts(source), trainer)
         tokenizer = make_tokenizer(str(out), trained.to_str())
-        if out.exists():
-            out.absolute().rmdir()  # an error if files were put there during the training
-        tokenizer.save(out)
+        if target.exists():
+            target.rmdir()  # an error if files were put there during the training
+        tokenizer.save(target)
     except OSError as error:
         raise DataError(f"--out {str(out)!r} was not made ({error}): fix that, or name another") from error
     return tokenizer

@@ -70,7 +70,9 @@ def test_one_process(launch, small, by_hand, tmp_path):
         assert_same_parameters(tmp_path / name, by_hand)
     if len(splits) < len(SPLITS):
         pytest.skip("no C++ compiler: torch.compile was not tried")
-    for evaluation in records(tmp_path / "2x4 compiled", "val_loss"):
+    evaluations = records(tmp_path / "2x4 compiled", "val_loss")
+    assert [evaluation["step"] for evaluation in evaluations] == [0, 10]
+    for evaluation in evaluations:
         assert evaluation["hellaswag"]["n"] == 6 and evaluation["samples"][0].startswith("The")
 
 

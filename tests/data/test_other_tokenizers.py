@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -257,3 +258,10 @@ for folder in sys.argv[1:]:
         timeout=120,
     )
     assert done.stdout.splitlines()[:1] == ["400 400 Some words of it"] and done.returncode == 0, done.stderr
+
+
+def test_tokenizer_is_made_in_the_current_folder(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = Path(own.name).parent / "text.jsonl"
+    assert train_tokenizer.main(["train", str(text), "--vocab_size", "400", "--out", "."]) == 0
+    assert open_tokenizer(str(tmp_path)).sha256 == own.sha256
