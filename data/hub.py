@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar
+
+from fsspec.spec import AbstractBufferedFile
 
 from common.errors import one_line
 from common.hub import HubRequestError, with_retries
@@ -48,15 +50,9 @@ class DatasetSource:
     @property
     def settings(self) -> dict[str, Any]:
         """All but the commit."""
-        return {
-            "kind": "hub",
-            "dataset": self.dataset,
-            "subset": self.subset,
-            "split": self.split,
-            "asked_revision": self.revision,
-            "text_column": self.text_column,
-            "errors": self.errors,
-        }
+        names = ("dataset", "subset", "split", "revision", "text_column", "errors")
+        asked = {"revision": "asked_revision"}  # the manifest's "revision" is the commit
+        return {"kind": "hub", **{asked.get(name, name): getattr(self, name) for name in names}}
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -90,7 +86,7 @@ class DatasetSource:
     def documents(self, task: Mapping[str, Any]) -> Iterator[Document]:
         """Yield the documents of a task."""
         where = f"{self.dataset}/{task['path']}"
-        file = cast(BinaryIO, HubFile(self.dataset, str(self.commit), task["path"], task["size"]))
+        file: Any = HubFile(self.dataset, str(self.commit), task["path"], task["size"])
         kind = PurePosixPath(task["path"].removesuffix(".gz").removesuffix(".zst").removesuffix(".xz")).suffix
         if task["format"] == "parquet":
             texts = parquet.rows(file, task, text_column=self.text_column, where=where, errors=self.errors)
@@ -100,13 +96,13 @@ class DatasetSource:
             texts = self._other_rows(task, where)
         yield from (Document(text) for text in texts if text is None or text.strip())
 
-    def _lines(self, file: BinaryIO, where: str, *, is_json: bool) -> Iterator[str | None]:
+    def _lines(self, file: Any, where: str, *, is_json: bool) -> Iterator[str | None]:
         """Yield the text of each line of JSON, or of the entire .txt file.
 
         `datasets` refuses lines whose other fields change their type, and half surrogates; it joins CR LF.
         """
         decode = partial(decode_text, is_json=is_json, text_column=self.text_column, errors=self.errors)
-        raw = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, file), _READ_BYTES))
+        raw = io.BufferedReader(file, _READ_BYTES)
         with name_unreadable_file(where), decompress(raw, PurePosixPath(where).suffix) as stream:
             for number, content in enumerate(stream if is_json else [stream.read()], start=1):
                 content = content.removeprefix(codecs.BOM_UTF8) if number == 1 else content
@@ -139,44 +135,26 @@ class DatasetSource:
             ) from None
 
 
-class HubFile(io.RawIOBase):
+class HubFile(AbstractBufferedFile):
     """A file of a data set on the Hub, read by range requests that are checked and repeated."""
 
     def __init__(self, dataset: str, commit: str, path: str, size: int) -> None:
         from huggingface_hub import hf_hub_url
 
-        self.dataset, self.path, self.size = dataset, path, size
-        self.url = hf_hub_url(dataset, path, repo_type="dataset", revision=commit)
-        self.position = 0
+        super().__init__(None, path, size=size, cache_type="none")
+        self.dataset, self.url = dataset, hf_hub_url(dataset, path, repo_type="dataset", revision=commit)
 
-    def readable(self) -> bool:  # noqa: D102
-        return True
+    def _fetch_range(self, begin: int, end: int) -> bytes:
+        return ask_hub(partial(self._request, begin, min(end, self.size)), self.dataset, self.path)
 
-    def seekable(self) -> bool:  # noqa: D102
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:  # noqa: D102
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer from the position on, except at the end of the file."""
-        end = min(self.position + len(buffer), self.size)
-        if self.position >= end:
-            return 0
-        content = ask_hub(partial(self._fetch, self.position, end), self.dataset, self.path)
-        buffer[: len(content)] = content
-        self.position = end
-        return len(content)
-
-    def _fetch(self, begin: int, end: int) -> bytes:
+    def _request(self, begin: int, end: int) -> bytes:
         from huggingface_hub import constants, get_session
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
         headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}"}
         response = get_session().get(self.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
         hf_raise_for_status(response)
-        content = response.content
+        content: bytes = response.content
         if response.status_code == 200 and len(content) == self.size:  # some storage ignores ranges
             content = content[begin:end]
         if len(content) != end - begin:  # never a shorter file than the Hub's
