@@ -48,7 +48,7 @@ def make_once(folder: Path, is_done: Callable[[], bool], make: Callable[[], obje
         _wait(folder, is_done, note)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Without a launcher nobody waits, and several such processes would write the same note.
+    # The note is for the launch's other processes. Without a launcher there are none, and two runs would share a note.
     report = _report(note) if "RANK" in os.environ else contextlib.nullcontext()
     with report, _locked(folder):
         if not is_done():

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class DatasetSource:
-    """One split of a text data set on the Hub, which `tasks` asks first.
+    """One split of a text data set on the Hub. `tasks` sends the first request.
 
     A task is a piece of a .parquet file (data/parquet.py), or a file of another format that `datasets` reads.
     """
@@ -50,9 +50,15 @@ class DatasetSource:
     @property
     def settings(self) -> dict[str, Any]:
         """All but the commit."""
-        names = ("dataset", "subset", "split", "revision", "text_column", "errors")
-        asked = {"revision": "asked_revision"}  # the manifest's "revision" is the commit
-        return {"kind": "hub", **{asked.get(name, name): getattr(self, name) for name in names}}
+        return {
+            "kind": "hub",
+            "dataset": self.dataset,
+            "subset": self.subset,
+            "split": self.split,
+            "asked_revision": self.revision,  # "revision" in the manifest is the commit
+            "text_column": self.text_column,
+            "errors": self.errors,
+        }
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -167,7 +167,7 @@ def entry_of(key: str) -> int:
 
 
 class Joiner:
-    """Join tasks to the shards of parts, which `executor` finishes. `add` is called with every task, in order."""
+    """Join tasks to the shards of parts, which threads of `executor` finish. Call `add` with every task, in order."""
 
     def __init__(self, plan: Manifest, out: Path, executor: Executor) -> None:
         assert plan.shard_tokens is not None and plan.val_fraction is not None

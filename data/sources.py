@@ -257,7 +257,7 @@ class FileSource:
         boundary = self._boundary(path)
         with path.open("rb") as file:
             if os.fstat(file.fileno()).st_size != task["size"]:
-                raise DataError(f"{path} has changed since the preparation began; remove the folder of shards")
+                raise DataError(f"{path} has changed since the preparation began; remove the shards and start again")
             begin, end = (_next_boundary(file, boundary, task[name], task["size"], path) for name in ("begin", "end"))
             file.seek(begin)
             return begin, file.read(end - begin)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_run import losses
+from tiny_run import losses, records
 
 import train
 from training import estimate
@@ -15,6 +15,7 @@ QUICK = ["--eval.hellaswag", "null", "--eval.prompts", "[]", "--eval_every", "12
 @pytest.fixture
 def train_in(small, tmp_path, monkeypatch):
     """train_in(name, *options, init_scale): train in float32, or with init_scale in fp16. Return its steps' metrics."""
+    monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e11)  # a minute without fp16's instructions
     start_accelerator = train.start_accelerator
 
     def run(name, *options, init_scale=None):
@@ -26,11 +27,9 @@ def train_in(small, tmp_path, monkeypatch):
             return accelerator
 
         monkeypatch.setattr(train, "start_accelerator", start)
-        monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e11)  # a minute without fp16's instructions
         folder = tmp_path / name
         assert train.train(["--config", str(small), "--output_dir", str(folder), *QUICK, *options]) == 0
-        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-        return [record for record in records if "grad_norm" in record]
+        return records(folder, "grad_norm")
 
     return run
 

@@ -352,7 +352,7 @@ def test_order_and_boundary(launch, small, finished_small, tmp_path):
 
 
 def test_sample_is_prepared_once_and_an_interrupted_one_is_finished(tmp_path):
-    """The second of two first runs waits for the first one's. What a killed preparation left becomes the same files."""
+    """Two first runs at once make one sample. After a killed preparation, the next one makes the same files."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     code = f"from data.prepare import prepare_sample_if_missing; prepare_sample_if_missing({str(whole)!r})"
     runs = [

@@ -79,7 +79,7 @@ def start_accelerator(mixed_precision: str, device_type: str | None = None) -> A
     if accelerator.device.type == "cpu":
         use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         keep_freed_memory()
-    # More is an error, as on CUDA; else Apple's allocator goes on into swap space.
+    # More is an error, as on CUDA; else Apple's allocator continues into swap space.
     if accelerator.device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
         torch.mps.set_per_process_memory_fraction(1.0)
     torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in float32
