@@ -21,6 +21,7 @@ from accelerate.utils import (
 )
 
 from common.cli import available_cores, check_world_size, is_main_process, say
+from common.errors import one_line
 from common.terminal import is_launched
 from training import TrainingError
 from training.machine import find_device, half_precision
@@ -43,8 +44,8 @@ def start_accelerator(mixed_precision: str, device_type: str | None = None) -> A
         device_type: from `find_device`; None: find it here.
 
     Raises:
-        UserError: the launcher's processes do not see each other, or its precision or way of sharding is not supported;
-            or see `find_device`.
+        UserError: the launcher's processes do not reach each other, or its precision or way of sharding is not
+            supported; or see `find_device`.
     """
     device_type = device_type or find_device()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -54,16 +55,18 @@ def start_accelerator(mixed_precision: str, device_type: str | None = None) -> A
             "several GPUs exchange gradients by NCCL, which torch does not have on Windows: use one, with accelerate "
             "launch --config_file accelerate_configs/single_gpu.yaml, or WSL"
         )
-    accelerator = Accelerator(
-        cpu=device_type == "cpu",  # else processes that were started on a CPU do not find each other
-        mixed_precision=resolve_mixed_precision(mixed_precision, device_type),
-        kwargs_handlers=[
-            # While the main process prepares data, checks a checkpoint or saves, the others wait. NCCL's default is 10.
-            InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
-            # Saves a copy of the gradients: they live in the buckets that DDP exchanges.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+    precision = resolve_mixed_precision(mixed_precision, device_type)
+    with _connecting():
+        accelerator = Accelerator(
+            cpu=device_type == "cpu",  # else processes that were started on a CPU do not find each other
+            mixed_precision=precision,
+            kwargs_handlers=[
+                # The others wait while the main process prepares data or saves. NCCL's default is 10.
+                InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
+                # Saves a copy of the gradients: they live in the buckets that DDP exchanges.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
     check_world_size(accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         _refuse_sharding("fsdp_version: 1")
@@ -85,6 +88,25 @@ def start_accelerator(mixed_precision: str, device_type: str | None = None) -> A
     torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay in float32
     transformers.utils.logging.disable_progress_bar()
     return accelerator
+
+
+@contextlib.contextmanager
+def _connecting() -> Iterator[None]:
+    """Say on each machine which address its processes connect to, and raise TrainingError if they cannot."""
+    rank, num_processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if os.environ.get("LOCAL_WORLD_SIZE", num_processes) != num_processes and os.environ.get("LOCAL_RANK") == "0":
+        print(f"machines  process {rank} of {num_processes}: waits at {address} for the others", flush=True)
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError, or, if gloo reports it, without a class of its own
+        if not isinstance(error, torch.distributed.DistError) and not str(error).startswith("Gloo"):
+            raise
+        raise TrainingError(
+            f"process {rank} of {num_processes} cannot connect to the others at {address} ({one_line(error)}): check "
+            "the address, the firewall, and that each machine's own name stands for an address that the others reach "
+            "(not 127.x); or name the network interface, as in GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
+        ) from None
 
 
 def _refuse_sharding(name: str) -> None:

@@ -96,6 +96,38 @@ def test_fsdp_on_a_cpu_is_refused(monkeypatch):
 
 
 @pytest.mark.usefixtures("_not_launched")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Gloo connectFullMesh failed with SO_ERROR:\nConnection refused, remote=[127.0.0.1]"),
+        torch.distributed.DistNetworkError("The client socket\nhas timed out"),
+    ],
+)
+def test_machines_that_cannot_connect_say_so_on_one_line(error, monkeypatch, capsys):
+    def fail(**_):
+        raise error
+
+    environment = {"RANK": "8", "LOCAL_RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+    for name, value in {**environment, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "Accelerator", fail)
+    with pytest.raises(TrainingError, match=r"process 8 of 16.*10\.0\.0\.1:29500.*GLOO_SOCKET_IFNAME") as raised:
+        start_accelerator("no")
+    assert "\n" not in str(raised.value)
+    assert "process 8 of 16: waits at 10.0.0.1:29500" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_not_launched")
+def test_other_errors_of_torch_are_not_taken_for_a_lost_connection(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("CUDA error: invalid device ordinal")
+
+    monkeypatch.setattr(distributed, "Accelerator", fail)
+    with pytest.raises(RuntimeError, match="invalid device"):
+        start_accelerator("no")
+
+
+@pytest.mark.usefixtures("_not_launched")
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     """Accelerators that do not notice the launcher, as accelerate's do for some CPU launches."""
 
