@@ -180,7 +180,7 @@ def compare(by_recipe: dict[str, Runs], reference: Run) -> list[list[str]]:
             ]
         )
         shares = [runs for runs in by_recipe.values() if next(iter(runs.values()))["recipe"] == first["recipe"]]
-        if first["recipe"] != reference.recipe and by_seed is shares[-1]:  # the last share's row has the crossing
+        if len(shares) > 1 and first["recipe"] != reference.recipe and by_seed is shares[-1]:  # in the last share's row
             rows[-1][5] = describe_crossing(crossing(of_reference, shares))
     return rows
 
