@@ -17,7 +17,7 @@ from eval import EvalError, evaluate, lm_eval_bridge
 from eval.bits_per_byte.task import Task as BitsPerByte
 from eval.blimp.task import Task as Blimp
 from eval.evaluator import load_tasks
-from eval.hellaswag.items import SAMPLE, load_items
+from eval.hellaswag.task import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
