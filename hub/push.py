@@ -25,7 +25,7 @@ from common.checkpoints import find_damage, resolve_checkpoint
 from common.cli import say, shell_quote
 from common.errors import UserError
 from common.hub import HubRequestError, with_retries
-from common.weights import weights_problem, weights_sha256
+from common.weights import weights_problem
 from hub import HubError
 from hub.card import eval_results_files, has_license_file, license_id, model_card, read_results, read_run
 from modeling_gpt2repro import GPT2ReproConfig
@@ -66,7 +66,7 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
     folder = Path(resolve_checkpoint(checkpoint))
     files = _checkpoint_files(folder)
     run, config = read_run(folder), _read_json(folder / "config.json")
-    if run is not None and run.is_evaluated and run.val_loss is None:
+    if run is not None and run["is_evaluated"] and run["val_loss"] is None:
         raise HubError(
             f"checkpoint {str(folder)!r}: its validation loss is not finite, the training diverged: push an earlier "
             "checkpoint"
@@ -77,8 +77,7 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
     if "README.md" in files:
         _check_readme(folder / "README.md", results)
     else:
-        weights = weights_sha256(folder) if results else None
-        scores = [read_results(path, folder, weights) for path in results]
+        scores = read_results(results, folder)
         card = model_card(
             repo_id,
             config=_gpt2_config(folder / "config.json", config),
@@ -89,9 +88,9 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
             results=scores,
         )
         files |= {"README.md": card.encode(), **eval_results_files(scores)}
-        if run is not None and run.curves is not None:
-            files["curves.png"] = run.curves
-    return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run.step:,}")
+        if run is not None and run["curves"] is not None:
+            files["curves.png"] = run["curves"]
+    return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run['step']:,}")
 
 
 def _checkpoint_files(folder: Path) -> dict[str, Path | bytes]:

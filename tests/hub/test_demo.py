@@ -13,7 +13,7 @@ from tiny_run import ROOT, clean_environment
 
 from hub import demo
 from hub.__main__ import main
-from hub.card import Progress, read_progress
+from hub.card import describe_progress
 from hub.sampling import SamplingParams, stream_tokens
 
 PROMPT = "The <b>meaning</b> of life is"
@@ -163,10 +163,10 @@ def test_progress_is_left_out_where_it_is_not_known(checkpoint, standalone):
     state = {"step": 20, "tokens": 5120, "val_loss": None}
     (standalone / "training_state").mkdir()
     (standalone / "training_state" / "state.json").write_text(json.dumps(state))
-    assert read_progress(standalone) == Progress(**state, data=None)
-    assert read_progress(checkpoint).data == "HuggingFaceFW/fineweb-edu, sample-10BT"
+    assert describe_progress(standalone) == ["step 20, 5,120 tokens"]
+    assert describe_progress(checkpoint)[1:] == ["trained on HuggingFaceFW/fineweb-edu, sample-10BT"]
     (standalone / "training_state" / "state.json").write_text("{")
-    assert read_progress(standalone) is None
+    assert describe_progress(standalone) == []
 
 
 def test_demo_binds_localhost_only(page):
