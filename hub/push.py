@@ -19,16 +19,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
 from common.cli import say, shell_quote
 from common.errors import UserError
 from common.hub import HubRequestError, with_retries
+from common.models import load_gpt2_config
 from common.weights import weights_problem
 from hub import HubError
 from hub.card import eval_results_files, has_license_file, license_id, model_card, read_results, read_run
-from modeling_gpt2repro import GPT2ReproConfig
 
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
 # Not pushed: what only resuming reads (the Trainer's state also names local folders, and its checkpoints are in the
@@ -61,7 +60,7 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
         results: files of `python -m eval --output`, for the card.
 
     Raises:
-        HubError: the folder is not a complete checkpoint, or the results are not about its weights.
+        UserError: the folder is not a complete checkpoint, or the results are not about its weights.
     """
     folder = Path(resolve_checkpoint(checkpoint))
     files = _checkpoint_files(folder)
@@ -75,12 +74,22 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
     if config.get("model_type") == "gpt2repro" and not has_license_file(folder):
         files["LICENSE"] = _LICENSE  # of the modeling files
     if "README.md" in files:
-        _check_readme(folder / "README.md", results)
+        readme = str(folder / "README.md")
+        try:
+            (folder / "README.md").read_text(encoding="utf-8")
+        except ValueError:
+            raise HubError(f"{readme!r} is not UTF-8 text: convert it first") from None
+        if results:
+            raise HubError(f"--results: {readme!r} is the card already; remove it to have one written")
     else:
+        try:
+            gpt2_config = load_gpt2_config(str(folder))
+        except UserError as error:
+            raise HubError(f"{error}. For other models, put a README.md there, or push with `hf upload`") from error
         scores = read_results(results, folder)
         card = model_card(
             repo_id,
-            config=_gpt2_config(folder / "config.json", config),
+            config=gpt2_config,
             num_parameters=num_parameters,
             run=run,
             license=license_id(run, folder),
@@ -126,15 +135,6 @@ def _checkpoint_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def _check_readme(readme: Path, results: Sequence[str | Path]) -> None:
-    try:
-        readme.read_text(encoding="utf-8")
-    except ValueError:
-        raise HubError(f"{str(readme)!r} is not UTF-8 text: convert it first") from None
-    if results:
-        raise HubError(f"--results: {str(readme)!r} is the card already; remove it to have one written")
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -143,20 +143,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HubError(f"{str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
     return content
-
-
-def _gpt2_config(path: Path, content: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config object, with its class's defaults for what config.json leaves out."""
-    kind = content.get("model_type")
-    if kind not in ("gpt2", "gpt2repro"):
-        raise HubError(
-            f"{str(path)!r} is the config of a {kind!r} model, and model cards are written only for GPT-2: put a "
-            "README.md next to it, or push with `hf upload`"
-        )
-    try:
-        return (GPT2ReproConfig if kind == "gpt2repro" else GPT2Config).from_dict(content)
-    except Exception as error:  # transformers raises errors of any kind for a broken config
-        raise HubError(f"{str(path)!r} is not the config of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
 def _count_parameters(folder: Path) -> int:
