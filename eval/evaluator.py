@@ -12,15 +12,15 @@ from accelerate.utils import gather_object
 
 from common.terminal import progress_bar
 from eval import EvalError
-from eval.lm_eval_bridge import PREFIX, LmEvalTask, check_lm_eval, score_with_lm_eval
+from eval.lm_eval_bridge import LmEvalTask, make_task
 from eval.scoring import Config, Model, Tokenizer, max_length_of
-from eval.task import BaseTask, ItemResult, LoadedTask, interleave_ranks, score_items, task_class
+from eval.task import BaseTask, ItemResult, LoadedTask, interleave_ranks, score_items
 
 
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
-    tasks: str | Sequence[str | BaseTask | LoadedTask | LmEvalTask] = ("hellaswag",),
+    tasks: str | Sequence[str | BaseTask | LoadedTask] = ("hellaswag",),
     *,
     tokens_per_batch: int | None = None,
     progress: bool = False,
@@ -53,8 +53,8 @@ def evaluate(
     results, descriptions, all_item_results = {}, {}, {}
     for task in load_tasks(tasks, tokenizer, model.config):
         name, start = task.name, time.perf_counter()
-        if isinstance(task, LmEvalTask):
-            results[name], descriptions[name] = score_with_lm_eval(task, model, tokenizer)
+        if isinstance(task.task, LmEvalTask):
+            results[name], descriptions[name] = task.task.score(model, tokenizer)
         else:
             all_item_results[name] = _score_on_all_processes(task, model, tokens_per_batch, progress)
             results[name] = task.task.aggregate(all_item_results[name])
@@ -76,24 +76,20 @@ def evaluate(
 
 
 def load_tasks(
-    tasks: str | Sequence[str | BaseTask | LoadedTask | LmEvalTask], tokenizer: Tokenizer, config: Config
-) -> list[LoadedTask | LmEvalTask]:
+    tasks: str | Sequence[str | BaseTask | LoadedTask], tokenizer: Tokenizer, config: Config
+) -> list[LoadedTask]:
     """Load the items of all tasks, so that errors in them are found before anything is scored."""
     # transformers returns a tokenizer with a vocabulary of 0 for a folder without tokenizer files.
     if not callable(tokenizer) or getattr(tokenizer, "vocab_size", None) == 0:
         raise EvalError(f"the model has no tokenizer (got {tokenizer!r:.80}); give the one that it was trained with")
-    loaded: dict[str, LoadedTask | LmEvalTask] = {}
+    loaded: dict[str, LoadedTask] = {}
     for task in [tasks] if isinstance(tasks, str) else tasks:
         if isinstance(task, str):
-            task = LmEvalTask(task.removeprefix(PREFIX)) if task.startswith(PREFIX) else task_class(task)()
+            task = make_task(task)
         if task.name in loaded:
             raise EvalError(f"{task.name} is listed twice, and results go by that name; evaluate one after the other")
-        if isinstance(task, LmEvalTask):
-            check_lm_eval(task)
-            loaded[task.name] = task
-        else:
-            loaded[task.name] = task if isinstance(task, LoadedTask) else task.load(tokenizer, max_length_of(config))
-    hashes = tuple(task.data.sha256 for task in loaded.values() if isinstance(task, LoadedTask))
+        loaded[task.name] = task if isinstance(task, LoadedTask) else task.load(tokenizer, max_length_of(config))
+    hashes = tuple(task.data.sha256 for task in loaded.values())
     if len(set(gather_object([hashes]))) > 1:
         raise EvalError("the processes loaded different items; give each of them the same files with --data")
     return list(loaded.values())

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from common.cli import Parser, prepare_process, say
+from common.cli import Parser, prepare_process, run_command, say
 
 if __name__ == "__main__":
     prepare_process()
@@ -36,7 +36,7 @@ from eval.evaluator import load_tasks
 from eval.law import Fit, fit_law
 from eval.lm_eval_bridge import PREFIX
 from eval.published import GPT2, GPT3, find_corpus, not_comparable_reason
-from eval.task import LoadedTask, task_class
+from eval.task import task_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -420,8 +420,8 @@ def _main(arguments: Sequence[str] | None) -> None:
     # Load all items first, so that errors in them are found before anything is scored.
     loaded = {name: load_tasks(tasks, *opened[name]) for name in to_score}
     protocols = {path: _protocols(result) for path, result in results.items()}
-    for name in to_score:  # lm-eval's items are known only after scoring
-        own = [task for task in loaded[name] if isinstance(task, LoadedTask)]
+    for name in to_score:
+        own = [task for task in loaded[name] if task.items]  # lm-eval's are known only after scoring
         protocols[name] = {task.name: (task.task.version, task.data.sha256, len(task.items)) for task in own}
     _check_same_protocols(protocols)
     if is_main_process:
@@ -464,7 +464,7 @@ def _write_table_and_plot(args: argparse.Namespace, results: list[dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 for an error that the user can fix, on one line of stderr."""
     stopped = "interrupted; the models scored so far have a .json in --out, which can be given in their place"
-    return command.run_command(_main, arguments, on_interrupt=stopped)
+    return run_command(_main, arguments, on_interrupt=stopped)
 
 
 if __name__ == "__main__":
