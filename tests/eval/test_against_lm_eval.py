@@ -22,7 +22,7 @@ from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
 from eval.wikitext.task import Task as WikiText
-from eval.wikitext.text import detokenize
+from eval.wikitext.task import detokenize
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 TASKS_HERE = {"hellaswag": HellaSwag, "lambada": Lambada, "blimp": Blimp, "wikitext": WikiText}
