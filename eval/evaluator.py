@@ -14,7 +14,7 @@ from common.terminal import progress_bar
 from eval import EvalError
 from eval.lm_eval_bridge import LmEvalTask, make_task
 from eval.scoring import Config, Model, Tokenizer, max_length_of
-from eval.task import BaseTask, ItemResult, LoadedTask, interleave_ranks, score_items
+from eval.task import BaseTask, LoadedTask, interleave_ranks, score_items
 
 
 def evaluate(
@@ -51,20 +51,39 @@ def evaluate(
     import transformers
 
     results, descriptions, all_item_results = {}, {}, {}
-    for task in load_tasks(tasks, tokenizer, model.config):
+    state = PartialState()
+    for task, items, data in load_tasks(tasks, tokenizer, model.config):
         name, start = task.name, time.perf_counter()
-        if isinstance(task.task, LmEvalTask):
-            results[name], descriptions[name] = task.task.score(model, tokenizer)
+        if isinstance(task, LmEvalTask):
+            results[name], descriptions[name] = task.score(model, tokenizer)
         else:
-            all_item_results[name] = _score_on_all_processes(task, model, tokens_per_batch, progress)
-            results[name] = task.task.aggregate(all_item_results[name])
-            descriptions[name] = _describe_task(task, results[name])
+            own = items[state.process_index :: state.num_processes]
+            total = sum(len(request.continuations) for item in own for request in item.requests)
+            is_shown = progress and state.is_main_process
+            with progress_bar(is_shown=is_shown, total=total, desc=name, unit="continuation", leave=False) as bar:
+                share = score_items(task, model, own, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
+            all_item_results[name] = interleave_ranks(gather_object([share]))
+            results[name] = task.aggregate(all_item_results[name])
+            descriptions[name] = {
+                "version": task.version,
+                "data": {"source": data.description, "sha256": data.sha256, "is_sample": data.is_sample},
+                "figures": {metric: text for metric, text in task.metrics.items() if metric in results[name]},
+                "full_size": task.full_size,
+            }
         descriptions[name]["seconds"] = round(time.perf_counter() - start, 3)
+    parameters = list(model.parameters())
     return {
         "results": results,
         "tasks": descriptions,
-        "model": _describe_model(model),
-        "processes": PartialState().num_processes,
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "n_layer": getattr(model.config, "num_hidden_layers", None),
+            "n_embd": getattr(model.config, "hidden_size", None),
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "device": parameters[0].device.type,
+        },
+        "processes": state.num_processes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -93,38 +112,3 @@ def load_tasks(
     if len(set(gather_object([hashes]))) > 1:
         raise EvalError("the processes loaded different items; give each of them the same files with --data")
     return list(loaded.values())
-
-
-def _score_on_all_processes(
-    task: LoadedTask, model: Model, tokens_per_batch: int | None, progress: bool
-) -> list[ItemResult]:
-    """Score this process's share of the items, and return the results of all items."""
-    state = PartialState()
-    items = task.items[state.process_index :: state.num_processes]
-    total = sum(len(request.continuations) for item in items for request in item.requests)
-    is_shown = progress and state.is_main_process
-    with progress_bar(is_shown=is_shown, total=total, desc=task.name, unit="continuation", leave=False) as bar:
-        share = score_items(task.task, model, items, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
-    return interleave_ranks(gather_object([share]))
-
-
-def _describe_task(task: LoadedTask, metrics: dict[str, float]) -> dict[str, Any]:
-    data = task.data
-    return {
-        "version": task.task.version,
-        "data": {"source": data.description, "sha256": data.sha256, "is_sample": data.is_sample},
-        "figures": {metric: text for metric, text in task.task.metrics.items() if metric in metrics},
-        "full_size": task.task.full_size,
-    }
-
-
-def _describe_model(model: Model) -> dict[str, Any]:
-    parameters = list(model.parameters())
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "n_layer": getattr(model.config, "num_hidden_layers", None),
-        "n_embd": getattr(model.config, "hidden_size", None),
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": parameters[0].device.type,
-    }

@@ -51,7 +51,9 @@ class Task(BaseTask):
         stride = self.stride if self.stride is not None else max(1, max_length // 2)
         if not 1 <= stride <= max_length:
             raise EvalError(f"stride must be between 1 and the model's context of {max_length}, got {stride}")
-        read = self._read_shards if is_shards(self.data) else self._read_text
+        folder = Path(self.data)
+        is_shards = folder.is_dir() and (unmanaged_shards(folder) or (folder / PREPARING).exists())  # complete or not
+        read = self._read_shards if is_shards else self._read_text
         return read(tokenizer, max_length, stride)
 
     def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
@@ -136,9 +138,3 @@ class Task(BaseTask):
             "num_bytes": num_bytes,
             "n": len(item_results),
         }
-
-
-def is_shards(path: str | Path) -> bool:
-    """Return True if the path is a folder of shards, complete or not, rather than text."""
-    folder = Path(path)
-    return folder.is_dir() and bool(unmanaged_shards(folder) or (folder / PREPARING).exists())
