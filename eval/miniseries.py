@@ -292,7 +292,6 @@ def draw(rows: Sequence[Row], result: dict[str, Any], fit: Fit | None = None) ->
         result: any of the results, for the titles.
         fit: of the runs' losses, see `fit_series`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -305,7 +304,6 @@ def draw(rows: Sequence[Row], result: dict[str, Any], fit: Fit | None = None) ->
     width = len(columns) if len(columns) <= 3 else math.ceil(math.sqrt(len(columns)))
     height = math.ceil(len(columns) / width)
     figure = Figure(figsize=(5.6 * width, 4.6 * height + 0.4), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(height, width, squeeze=False).ravel()
     legend = {}
     all_series = dict.fromkeys(row.series for row in sorted(rows, key=lambda row: (not row.is_ours, row.tokens or 0)))

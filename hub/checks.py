@@ -31,9 +31,8 @@ def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], 
     with contextlib.suppress(AttributeError, KeyError, ValueError):
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         if state["model"]["type"] == "BPE" and state["pre_tokenizer"]["type"] == "ByteLevel":
-            pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in state["model"]["merges"])
             vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-            return vocabulary, [(first, second) for first, second in pairs]
+            return vocabulary, [(first, second) for first, second in state["model"]["merges"]]
     raise HubError(f"the checkpoint's tokenizer, a {type(tokenizer).__name__}, is not GPT-2's byte-level BPE")
 
 
@@ -48,9 +47,6 @@ def compare_logits(
     generator = torch.Generator().manual_seed(0)
     length = min(_CHECKED_TOKENS, model.config.n_positions)
     ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
-    expected = model(ids).logits
-    if not expected.isfinite().all():
-        raise HubError("the model's logits are not finite: its training diverged; export an earlier checkpoint")
-    difference = (exported_logits(ids) - expected).abs().max().item()
-    if not difference <= tolerance:
+    difference = (exported_logits(ids) - model(ids).logits).abs().max().item()
+    if not difference <= tolerance:  # also if it is not a number
         raise HubError(f"the exported model's logits differ by {difference:.2g} (allowed: {tolerance:.2g})")

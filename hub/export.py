@@ -50,7 +50,16 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
     if not is_free:
         raise HubError(f"--out {str(out)!r} exists and is not an empty folder: name another folder, or remove it")
     checkpoint = check_name(checkpoint)
-    model, tokenizer = _load(checkpoint)
+    config = load_gpt2_config(checkpoint)
+    tokenizer, _ = load_tokenizer(checkpoint, trust_remote_code=None)
+    if len(tokenizer) > config.vocab_size:
+        raise HubError(
+            f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "
+            f"{config.vocab_size:,}; put the model's own tokenizer there"
+        )
+    model = load_gpt2(checkpoint).eval()
+    if not model.config.is_causal:
+        raise HubError(f"checkpoint {checkpoint!r} has is_causal=False: a text encoder cannot be exported")
     tmp_path = out.with_name(f".{out.name}.partial")
     try:
         shutil.rmtree(tmp_path, ignore_errors=True)
@@ -70,21 +79,6 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
     return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def _load(checkpoint: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
-    """Open a GPT-2 of this project or of transformers, without running other code."""
-    config = load_gpt2_config(checkpoint)
-    tokenizer, _ = load_tokenizer(checkpoint, trust_remote_code=None)
-    if len(tokenizer) > config.vocab_size:
-        raise HubError(
-            f"checkpoint {checkpoint!r}: the tokenizer has {len(tokenizer):,} tokens and the model "
-            f"{config.vocab_size:,}; put the model's own tokenizer there"
-        )
-    model = load_gpt2(checkpoint).eval()
-    if not model.config.is_causal:
-        raise HubError(f"checkpoint {checkpoint!r} has is_causal=False: a text encoder cannot be exported")
-    return model, tokenizer
 
 
 def _model_name(checkpoint: str) -> str:
