@@ -14,7 +14,7 @@ from data.sources import FileSource
 from eval import EvalError
 from eval.items import DataInfo, first_items, sha256_of
 from eval.scoring import Request, Tokenizer
-from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode, perplexity
 from eval.windows import DEFAULT_MAX_LENGTH, rolling_requests, start_token, windows
 
 
@@ -132,7 +132,7 @@ class Task(BaseTask):
         text_nats = -math.fsum(result["text_log_likelihood"] for result in item_results)
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # e^709 is the largest float
+            "perplexity": perplexity(loss),
             "bits_per_byte": text_nats / (math.log(2) * num_bytes) if num_bytes else math.nan,
             "num_tokens": num_tokens,
             "num_bytes": num_bytes,

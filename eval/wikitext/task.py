@@ -13,7 +13,7 @@ from common.jsonl import COMPRESSIONS, name_unreadable_file
 from eval import EvalError
 from eval.items import DataInfo, check_fields, check_text, first_items, sha256_of, task_records
 from eval.scoring import Tokenizer
-from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode, perplexity
 from eval.windows import DEFAULT_MAX_LENGTH, rolling_requests, start_token, strided_requests
 
 HUB_ID, SUBSET = "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"
@@ -113,11 +113,11 @@ class Task(BaseTask):
                 continue
             nats = -math.fsum(result["log_likelihood"] for result in own)
             if protocol == LM_EVAL:
-                metrics["word_perplexity"] = _exp(nats / sum(result["num_words"] for result in own))
+                metrics["word_perplexity"] = perplexity(nats / sum(result["num_words"] for result in own))
                 nats_per_byte = nats / sum(result["num_bytes"] for result in own)
-                metrics |= {"byte_perplexity": _exp(nats_per_byte), "bits_per_byte": nats_per_byte / math.log(2)}
+                metrics |= {"byte_perplexity": perplexity(nats_per_byte), "bits_per_byte": nats_per_byte / math.log(2)}
             else:
-                metrics[f"{protocol}_perplexity"] = _exp(nats / sum(result["num_tokens"] for result in own))
+                metrics[f"{protocol}_perplexity"] = perplexity(nats / sum(result["num_tokens"] for result in own))
         return metrics | {"n": sum(result["protocol"] == LM_EVAL for result in item_results)}
 
 
@@ -152,7 +152,3 @@ def detokenize(page: str) -> str:
     for before, after in ((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
         text = text.replace(before, after)
     return text
-
-
-def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))  # e^709 is the largest float
