@@ -5,6 +5,8 @@ file's type, the position embedding and one-dimensional tensors in F32. A tied h
 token embedding.
 """
 
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +15,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hub import HubError
-from hub.checks import byte_level_bpe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 if TYPE_CHECKING:
@@ -116,6 +117,16 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     for i, added in tokenizer.added_tokens_decoder.items():
         types[i] = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
     return tokens, types, [f"{a} {b}" for a, b in merges]
+
+
+def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return ({token: id}, merges in order of priority). Raises HubError if it is not GPT-2's byte-level BPE."""
+    with contextlib.suppress(AttributeError, KeyError, ValueError):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        if state["model"]["type"] == "BPE" and state["pre_tokenizer"]["type"] == "ByteLevel":
+            vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+            return vocabulary, [(first, second) for first, second in state["model"]["merges"]]
+    raise HubError(f"the checkpoint's tokenizer, a {type(tokenizer).__name__}, is not GPT-2's byte-level BPE")
 
 
 def _check(path: Path, expected: dict[str, np.ndarray]) -> None:
