@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from common.cli import Parser, prepare_process, run_command
 
@@ -74,25 +74,21 @@ def write(
     return new_ids
 
 
-def read_lines() -> Iterator[str]:
-    """Yield the user's lines, until the end of the input or Ctrl-C at the prompt."""
-    while True:
-        try:
-            yield input("> " if sys.stdin.isatty() else "")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-
-
 def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
     """Answer the user's lines: as messages of a conversation if there is a chat template, otherwise as one text.
 
-    An empty line begins another conversation or text. Raises HubError, see `context_of`.
+    An empty line begins another conversation or text. The end of the input, or Ctrl-C at the prompt, is the end.
+    Raises HubError, see `context_of`.
     """
     context = context_of(model.config)
     messages: list[dict[str, str]] = []
     ids: list[int] = []
-    for line in read_lines():
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
         if not line:
             messages, ids = [], []
             continue
