@@ -285,7 +285,7 @@ def push_last_checkpoint(
         True if the checkpoint is on the Hub.
     """
     disable_progress_bars()
-    problem, done = "the program ended before the push did", threading.Event()
+    problem = "the program ended before the push did"
 
     def push() -> None:
         nonlocal problem
@@ -295,14 +295,13 @@ def push_last_checkpoint(
             problem = ""
         except Exception as error:  # of any kind: the run itself has succeeded
             problem = str(error) if isinstance(error, UserError) else type(error).__name__
-        finally:
-            done.set()
 
     # A thread, since a stop request only sets a flag, and a push takes long. A daemon, to end with us.
-    threading.Thread(target=push, daemon=True).start()
+    thread = threading.Thread(target=push, daemon=True)
+    thread.start()
     try:
-        while not done.wait(0.2) and not should_stop():
-            pass
+        while thread.is_alive() and not should_stop():
+            thread.join(0.2)
     finally:  # also after Ctrl-C
         if problem:
             say(
