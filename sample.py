@@ -15,19 +15,20 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from common.cli import Parser, prepare_process, run_command
 
 if __name__ == "__main__":
     prepare_process()
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
 from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
-from hub.sampling import SamplingParams, context_of, encode_chat, encode_prompt, generate
+from hub.sampling import SamplingParams, context_of, encode_chat, encode_prompt, stream_tokens
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,57 +62,50 @@ def write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], params: SamplingParams
 ) -> list[int]:
     """Print a continuation while it is generated, and a line break at its end. Return its tokens."""
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    new_ids = generate(model, prompt_ids, params, streamer)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    new_ids = []
+    for token, _ in stream_tokens(model, prompt_ids, params):
+        new_ids.append(token)
+        streamer.put(torch.tensor([token]))
+    streamer.end()
     context = model.config.max_position_embeddings
     if len(prompt_ids) + len(new_ids) == context:
         print(f"(the model's context of {context:,} tokens is full)", file=sys.stderr)
     return new_ids
 
 
-def read_lines() -> Iterator[str]:
-    """Yield the user's lines, until the end of the input or Ctrl-C at the prompt."""
+def interact(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
+    """Answer the user's lines: as messages of a conversation if there is a chat template, otherwise as one text.
+
+    An empty line begins another conversation or text. The end of the input, or Ctrl-C at the prompt, is the end.
+    Raises HubError, see `context_of`.
+    """
+    context = context_of(model.config)
+    messages: list[dict[str, str]] = []
+    ids: list[int] = []
     while True:
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             print()
             return
-
-
-def continue_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
-    """Continue the user's lines as one text; an empty line begins another. Raises HubError, see `context_of`."""
-    context = context_of(model.config)
-    ids: list[int] = []
-    for line in read_lines():
         if not line:
-            ids = []
+            messages, ids = [], []
             continue
         try:
-            ids += encode_prompt(tokenizer, f"\n{line}" if ids else line, model.config)
-        except HubError as error:  # the line is too long: keep the text so far
+            if tokenizer.chat_template:
+                question = {"role": "user", "content": line}
+                messages, ids = encode_chat(tokenizer, [*messages, question], model.config, params)
+            else:
+                ids = ids + encode_prompt(tokenizer, f"\n{line}" if ids else line, model.config)
+                # Drop the oldest tokens, so that up to half of the context is free for the continuation.
+                ids = ids[-max(context - params.max_new_tokens, context // 2) :]
+        except HubError as error:  # the line is too long: keep what there is
             print(f"({error})", file=sys.stderr)
             continue
-        # Drop the oldest tokens, so that up to half of the context is free for the continuation.
-        ids = ids[-max(context - params.max_new_tokens, context // 2) :]
-        ids += write(model, tokenizer, ids, params)
-        params = dataclasses.replace(params, seed=params.seed + 1)
-
-
-def chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, params: SamplingParams) -> None:
-    """Answer the user's lines as messages of a conversation; an empty line begins another."""
-    messages: list[dict[str, str]] = []
-    for line in read_lines():
-        if not line:
-            messages = []
-            continue
-        try:
-            messages, ids = encode_chat(tokenizer, [*messages, {"role": "user", "content": line}], model.config, params)
-        except HubError as error:  # the line is too long: keep the conversation so far
-            print(f"({error})", file=sys.stderr)
-            continue
-        answer = str(tokenizer.decode(write(model, tokenizer, ids, params)))
-        messages.append({"role": "assistant", "content": answer})
+        new_ids = write(model, tokenizer, ids, params)
+        ids = ids + new_ids
+        messages.append({"role": "assistant", "content": str(tokenizer.decode(new_ids))})
         params = dataclasses.replace(params, seed=params.seed + 1)
 
 
@@ -130,7 +124,6 @@ def _sample(arguments: Sequence[str] | None) -> None:
         args.prompt = sys.stdin.read().removesuffix("\n")
     model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=trust).eval()
     if args.interactive:
-        interact = chat if tokenizer.chat_template else continue_text
         interact(model, tokenizer, params)
         return
     prompt_ids = encode_prompt(tokenizer, args.prompt, model.config)
@@ -141,18 +134,9 @@ def _sample(arguments: Sequence[str] | None) -> None:
         write(model, tokenizer, prompt_ids, dataclasses.replace(params, seed=params.seed + i))
 
 
-def _run(arguments: Sequence[str] | None) -> None:
-    try:
-        _sample(arguments)
-    except BrokenPipeError:
-        raise
-    except OSError as error:  # standard output is a file on a full disk
-        raise HubError(f"the text cannot be written: {error}") from error
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; see `common.cli.run_command`."""
-    return run_command(_run, arguments, on_interrupt="stopped")
+    return run_command(_sample, arguments, on_interrupt="stopped")
 
 
 if __name__ == "__main__":

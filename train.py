@@ -338,7 +338,7 @@ def make_evaluation(
         prompts=config.eval.prompts,
         sample_tokens=sample_tokens,
         seed=config.seed,
-        stop=stop,
+        should_stop=lambda: stop.is_requested,
     )
 
 

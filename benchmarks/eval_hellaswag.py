@@ -15,7 +15,6 @@ The lecture's script is not run: its functions are taken, with a tokenizer and i
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import json
 import random
@@ -33,8 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks import harness
 from data.tokenizer import GPT2, load_tiktoken
 from eval import evaluate
-from eval.hellaswag.items import HellaSwagItem, load_items
-from eval.hellaswag.task import LECTURE, LM_EVAL, Task
+from eval.hellaswag.task import LECTURE, LM_EVAL, HellaSwagItem, Task, load_items
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 from training.estimate import measure_matmul_flops
@@ -102,7 +100,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.jsonl"  # read by our evaluation within its timed part
-        path.write_text("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in items))
+        path.write_text("".join(json.dumps(item._asdict()) + "\n" for item in items))
         flops = {name: harness.count_flops(score) for name, score in candidates.items()}
         turns = harness.take_turns(
             {name: partial(measure, score) for name, score in candidates.items()},

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.cli import Parser, prepare_process
+from common.cli import Parser, prepare_process, run_command
 
 if __name__ == "__main__":
     prepare_process()
@@ -27,15 +27,13 @@ from eval.command import (
     add_task_arguments,
     check_output,
     join_processes,
-    run_command,
     score_checkpoint,
     tasks_of,
     write_json,
     write_output,
 )
 from eval.evaluator import load_tasks
-from eval.lm_eval_bridge import LmEvalTask
-from eval.task import LoadedTask
+from eval.lm_eval_bridge import PREFIX
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,21 +80,12 @@ def _format_table(args: argparse.Namespace, device: str, result: dict[str, Any])
     return "\n".join(lines + notes)
 
 
-def _write_item_results(path: Path, item_results: dict[str, list[dict[str, Any]]]) -> None:
-    """Write one JSON object per item and line."""
-    lines = []
-    for name, results in item_results.items():
-        for index, result in enumerate(results):
-            lines.append(json.dumps({"task": name, "item": index, **result}, ensure_ascii=False))
-    write_output("--per_item", path, "".join(f"{line}\n" for line in lines))
-
-
 def _main(arguments: Sequence[str] | None) -> None:
     args = _parse_arguments(arguments)
     tasks = tasks_of(args)
     if args.per_item is not None and args.per_item.suffix != ".jsonl":
         raise EvalError(f"--per_item {str(args.per_item)!r} must end in .jsonl, one JSON object per item")
-    if args.per_item is not None and any(isinstance(task, LmEvalTask) for task in tasks):
+    if args.per_item is not None and any(name.startswith(PREFIX) for name in args.tasks):
         raise EvalError("--per_item: not available for lm-eval's tasks; score those without it")
     args.model = check_name(args.model)
     device, is_main_process = join_processes(args.device)
@@ -107,7 +96,7 @@ def _main(arguments: Sequence[str] | None) -> None:
     tokenizer, config = load_tokenizer(args.model, trust_remote_code=args.trust_remote_code)
     loaded = load_tasks(tasks, tokenizer, config)
     for task in loaded:
-        if is_main_process and isinstance(task, LoadedTask) and task.data.is_sample:
+        if is_main_process and task.data.is_sample:
             print(f"warning: {task.data.description}", file=sys.stderr)
     keep_item_results = args.per_item is not None
     result = score_checkpoint(args, args.model, tokenizer, loaded, device, keep_item_results=keep_item_results)
@@ -115,7 +104,12 @@ def _main(arguments: Sequence[str] | None) -> None:
         return
     print(_format_table(args, device, result))
     if args.per_item is not None:
-        _write_item_results(args.per_item, result.pop("item_results"))
+        lines = [
+            json.dumps({"task": name, "item": index, **item_result}, ensure_ascii=False)
+            for name, item_results in result.pop("item_results").items()
+            for index, item_result in enumerate(item_results)
+        ]
+        write_output("--per_item", args.per_item, "".join(f"{line}\n" for line in lines))
     if args.output is not None:
         write_json("--output", args.output, result)
 

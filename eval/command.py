@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from common.models import find_device, load_model, revision
 from common.weights import weights_sha256
 from eval import EvalError
 from eval.evaluator import evaluate
-from eval.lm_eval_bridge import PREFIX, LmEvalTask
+from eval.lm_eval_bridge import PREFIX, make_task
 from eval.published import GPT2, not_comparable_reason
 from eval.scoring import Tokenizer
-from eval.task import BaseTask, LoadedTask, task_class, task_names
+from eval.task import BaseTask, LoadedTask, task_names
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", action="store_true", help="run the modeling code of a model from the Hub")
 
 
-def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
+def tasks_of(args: argparse.Namespace) -> list[BaseTask]:
     """Return the tasks that the arguments select, with their settings.
 
     Raises:
@@ -60,18 +60,15 @@ def tasks_of(args: argparse.Namespace) -> list[BaseTask | LmEvalTask]:
     if args.stride is not None and "bits_per_byte" not in args.tasks:
         raise EvalError(f"--stride {args.stride}: it is for bits_per_byte, which is not among --tasks")
     paths = _paths_of(args.data, args.tasks)
-    tasks: list[BaseTask | LmEvalTask] = []
+    tasks = []
     for name in args.tasks:
         if args.tasks.count(name) > 1:
             raise EvalError(f"--tasks {name!r} is listed twice; list it once")
-        if name.startswith(PREFIX):
-            if name in paths:
-                raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its own data; leave it out")
-            tasks.append(LmEvalTask(name.removeprefix(PREFIX), args.limit))
-        else:
-            settings = {"data": paths[name]} if name in paths else {}
-            settings |= {"stride": args.stride} if name == "bits_per_byte" else {}
-            tasks.append(task_class(name)(limit=args.limit, **settings))
+        if name in paths and name.startswith(PREFIX):
+            raise EvalError(f"--data {name}={paths[name]}: lm-eval finds its own data; leave it out")
+        settings = {"data": paths[name]} if name in paths else {}
+        settings |= {"stride": args.stride} if name == "bits_per_byte" else {}
+        tasks.append(make_task(name, limit=args.limit, **settings))
     return tasks
 
 
@@ -123,7 +120,7 @@ def score_checkpoint(
     args: argparse.Namespace,
     name: str,
     tokenizer: Tokenizer,
-    tasks: Sequence[LoadedTask | LmEvalTask],
+    tasks: Sequence[LoadedTask],
     device: str,
     *,
     keep_item_results: bool = False,
@@ -132,17 +129,23 @@ def score_checkpoint(
 
     Returns:
         the result of `eval.evaluate`, with the model's name, revision and weights hash in "model", and "published".
+
+    Raises:
+        UserError: the model cannot be opened or scored, or does not fit the memory.
     """
     weights = weights_sha256(name)  # before scoring: the folder may be overwritten meanwhile
-    model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
-    result = evaluate(
-        model,
-        tokenizer,
-        tasks,
-        tokens_per_batch=args.tokens_per_batch,
-        progress=True,
-        keep_item_results=keep_item_results,
-    )
+    try:
+        model = load_model(name, dtype=args.dtype, device=device, trust_remote_code=args.trust_remote_code)
+        result = evaluate(
+            model,
+            tokenizer,
+            tasks,
+            tokens_per_batch=args.tokens_per_batch,
+            progress=True,
+            keep_item_results=keep_item_results,
+        )
+    except torch.OutOfMemoryError as error:
+        raise EvalError(f"out of memory; use a smaller --tokens_per_batch ({one_line(error)})") from error
     result["model"] = {"name": name, "revision": revision(name), "weights_sha256": weights} | result["model"]
     return result | {"published": _published_results(result)}
 
@@ -172,17 +175,3 @@ def write_output(option: str, path: Path, content: str | bytes) -> None:
             tmp_path.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise EvalError(f"{option} {str(path)!r} cannot be written ({error})") from error
-
-
-def run_command(
-    command: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None, **options: str
-) -> int:
-    """Run a command with out-of-memory errors on one line; see `common.cli.run_command`, also for the options."""
-
-    def run(arguments: Sequence[str] | None) -> None:
-        try:
-            command(arguments)
-        except torch.OutOfMemoryError as error:
-            raise EvalError(f"out of memory; use a smaller --tokens_per_batch ({one_line(error)})") from error
-
-    return cli.run_command(run, arguments, **options)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -24,14 +24,6 @@ from eval.task import ItemResult, LoadedTask, interleave_ranks, score_items, tas
 T = TypeVar("T")
 Batch = tuple[Tensor, Tensor, Tensor | None]
 """inputs, targets and position_ids (None for 0 ... T - 1), each [rows, T] int64; data.loader.Batch is one"""
-
-
-class StopRequest(Protocol):
-    """A request to stop the run, such as training.run.StopRequest."""
-
-    @property
-    def is_requested(self) -> bool:
-        """True after a request to this process, whatever the others got."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +85,8 @@ class TrainingEvaluation:
     """tokens per sample, after the prompt"""
     seed: int
     """of the samples"""
-    stop: StopRequest
+    should_stop: Callable[[], bool]
+    """True after a request to stop the run came to this process, whatever the others got"""
     _failed: set[str] = field(default_factory=set)  # tasks that are not scored again
 
     def run(
@@ -157,10 +150,10 @@ class TrainingEvaluation:
                 start = time.perf_counter()
                 results[task.name] = _attempt(score_items, task.task, model, items, on_batch=self._check_stop)
                 seconds[task.name] = time.perf_counter() - start
-        return _Share(losses, results, seconds, self.stop.is_requested)
+        return _Share(losses, results, seconds, self.should_stop())
 
     def _check_stop(self, *_: object) -> None:
-        if self.stop.is_requested:
+        if self.should_stop():
             raise _Stopped
 
 

@@ -12,15 +12,15 @@ from accelerate.utils import gather_object
 
 from common.terminal import progress_bar
 from eval import EvalError
-from eval.lm_eval_bridge import PREFIX, LmEvalTask, check_lm_eval, score_with_lm_eval
+from eval.lm_eval_bridge import LmEvalTask, make_task
 from eval.scoring import Config, Model, Tokenizer, max_length_of
-from eval.task import BaseTask, ItemResult, LoadedTask, interleave_ranks, score_items, task_class
+from eval.task import BaseTask, LoadedTask, interleave_ranks, score_items
 
 
 def evaluate(
     model: Model,
     tokenizer: Tokenizer,
-    tasks: str | Sequence[str | BaseTask | LoadedTask | LmEvalTask] = ("hellaswag",),
+    tasks: str | Sequence[str | BaseTask | LoadedTask] = ("hellaswag",),
     *,
     tokens_per_batch: int | None = None,
     progress: bool = False,
@@ -51,20 +51,39 @@ def evaluate(
     import transformers
 
     results, descriptions, all_item_results = {}, {}, {}
-    for task in load_tasks(tasks, tokenizer, model.config):
+    state = PartialState()
+    for task, items, data in load_tasks(tasks, tokenizer, model.config):
         name, start = task.name, time.perf_counter()
         if isinstance(task, LmEvalTask):
-            results[name], descriptions[name] = score_with_lm_eval(task, model, tokenizer)
+            results[name], descriptions[name] = task.score(model, tokenizer)
         else:
-            all_item_results[name] = _score_on_all_processes(task, model, tokens_per_batch, progress)
-            results[name] = task.task.aggregate(all_item_results[name])
-            descriptions[name] = _describe_task(task, results[name])
+            own = items[state.process_index :: state.num_processes]
+            total = sum(len(request.continuations) for item in own for request in item.requests)
+            is_shown = progress and state.is_main_process
+            with progress_bar(is_shown=is_shown, total=total, desc=name, unit="continuation", leave=False) as bar:
+                share = score_items(task, model, own, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
+            all_item_results[name] = interleave_ranks(gather_object([share]))
+            results[name] = task.aggregate(all_item_results[name])
+            descriptions[name] = {
+                "version": task.version,
+                "data": {"source": data.description, "sha256": data.sha256, "is_sample": data.is_sample},
+                "figures": {metric: text for metric, text in task.metrics.items() if metric in results[name]},
+                "full_size": task.full_size,
+            }
         descriptions[name]["seconds"] = round(time.perf_counter() - start, 3)
+    parameters = list(model.parameters())
     return {
         "results": results,
         "tasks": descriptions,
-        "model": _describe_model(model),
-        "processes": PartialState().num_processes,
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "n_layer": getattr(model.config, "num_hidden_layers", None),
+            "n_embd": getattr(model.config, "hidden_size", None),
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "device": parameters[0].device.type,
+        },
+        "processes": state.num_processes,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -76,59 +95,20 @@ def evaluate(
 
 
 def load_tasks(
-    tasks: str | Sequence[str | BaseTask | LoadedTask | LmEvalTask], tokenizer: Tokenizer, config: Config
-) -> list[LoadedTask | LmEvalTask]:
+    tasks: str | Sequence[str | BaseTask | LoadedTask], tokenizer: Tokenizer, config: Config
+) -> list[LoadedTask]:
     """Load the items of all tasks, so that errors in them are found before anything is scored."""
     # transformers returns a tokenizer with a vocabulary of 0 for a folder without tokenizer files.
     if not callable(tokenizer) or getattr(tokenizer, "vocab_size", None) == 0:
         raise EvalError(f"the model has no tokenizer (got {tokenizer!r:.80}); give the one that it was trained with")
-    loaded: dict[str, LoadedTask | LmEvalTask] = {}
+    loaded: dict[str, LoadedTask] = {}
     for task in [tasks] if isinstance(tasks, str) else tasks:
         if isinstance(task, str):
-            task = LmEvalTask(task.removeprefix(PREFIX)) if task.startswith(PREFIX) else task_class(task)()
+            task = make_task(task)
         if task.name in loaded:
             raise EvalError(f"{task.name} is listed twice, and results go by that name; evaluate one after the other")
-        if isinstance(task, LmEvalTask):
-            check_lm_eval(task)
-            loaded[task.name] = task
-        else:
-            loaded[task.name] = task if isinstance(task, LoadedTask) else task.load(tokenizer, max_length_of(config))
-    hashes = tuple(task.data.sha256 for task in loaded.values() if isinstance(task, LoadedTask))
+        loaded[task.name] = task if isinstance(task, LoadedTask) else task.load(tokenizer, max_length_of(config))
+    hashes = tuple(task.data.sha256 for task in loaded.values())
     if len(set(gather_object([hashes]))) > 1:
         raise EvalError("the processes loaded different items; give each of them the same files with --data")
     return list(loaded.values())
-
-
-def _score_on_all_processes(
-    task: LoadedTask, model: Model, tokens_per_batch: int | None, progress: bool
-) -> list[ItemResult]:
-    """Score this process's share of the items, and return the results of all items."""
-    state = PartialState()
-    items = task.items[state.process_index :: state.num_processes]
-    total = sum(len(request.continuations) for item in items for request in item.requests)
-    is_shown = progress and state.is_main_process
-    with progress_bar(is_shown=is_shown, total=total, desc=task.name, unit="continuation", leave=False) as bar:
-        share = score_items(task.task, model, items, tokens_per_batch=tokens_per_batch, on_batch=bar.update)
-    return interleave_ranks(gather_object([share]))
-
-
-def _describe_task(task: LoadedTask, metrics: dict[str, float]) -> dict[str, Any]:
-    data = task.data
-    return {
-        "version": task.task.version,
-        "data": {"source": data.description, "sha256": data.sha256, "is_sample": data.is_sample},
-        "figures": {metric: text for metric, text in task.task.metrics.items() if metric in metrics},
-        "full_size": task.task.full_size,
-    }
-
-
-def _describe_model(model: Model) -> dict[str, Any]:
-    parameters = list(model.parameters())
-    return {
-        "class": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "n_layer": getattr(model.config, "num_hidden_layers", None),
-        "n_embd": getattr(model.config, "hidden_size", None),
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": parameters[0].device.type,
-    }

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from common.cli import Parser, prepare_process, say
+from common.cli import Parser, prepare_process, run_command, say
 
 if __name__ == "__main__":
     prepare_process()
@@ -36,7 +36,7 @@ from eval.evaluator import load_tasks
 from eval.law import Fit, fit_law
 from eval.lm_eval_bridge import PREFIX
 from eval.published import GPT2, GPT3, find_corpus, not_comparable_reason
-from eval.task import LoadedTask, task_class
+from eval.task import task_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -292,7 +292,6 @@ def draw(rows: Sequence[Row], result: dict[str, Any], fit: Fit | None = None) ->
         result: any of the results, for the titles.
         fit: of the runs' losses, see `fit_series`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
@@ -305,18 +304,22 @@ def draw(rows: Sequence[Row], result: dict[str, Any], fit: Fit | None = None) ->
     width = len(columns) if len(columns) <= 3 else math.ceil(math.sqrt(len(columns)))
     height = math.ceil(len(columns) / width)
     figure = Figure(figsize=(5.6 * width, 4.6 * height + 0.4), dpi=120, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(height, width, squeeze=False).ravel()
     legend = {}
     all_series = dict.fromkeys(row.series for row in sorted(rows, key=lambda row: (not row.is_ours, row.tokens or 0)))
     for axes, column in zip(panels, columns, strict=False):
         for series, style in zip(all_series, itertools.cycle(STYLES)):
-            if points := _points(rows, series, column):
-                x, y, errors, _ = zip(*points, strict=True)
+            if own := [row for row in rows if row.series == series and column in row.metrics]:
+                values, errors = zip(*(row.metrics[column] for row in own), strict=True)
                 yerr = [error or 0.0 for error in errors] if any(errors) else None
-                legend[series] = axes.errorbar(x, y, yerr=yerr, fmt=style, ms=5, lw=1.2, capsize=3, label=series)
-        axes.set_title(_title(column, result), fontsize=8.5)
-        axes.set(xscale="log", xlabel="parameters, millions", ylabel=column[1])
+                x = [row.parameters / 1e6 for row in own]
+                legend[series] = axes.errorbar(x, values, yerr=yerr, fmt=style, ms=5, lw=1.2, capsize=3, label=series)
+        name, metric = column
+        task, n = result["tasks"][name], result["results"][name].get("n")
+        title = f"{'own sample items, not ' if task['data']['is_sample'] else ''}{TITLES.get(name, name)}"
+        title += f": {n:,} {'windows' if name == 'bits_per_byte' else 'items'}" if n else ""
+        axes.set_title(f"{title}\n{textwrap.fill(task['figures'][metric], 80)}", fontsize=8.5)
+        axes.set(xscale="log", xlabel="parameters, millions", ylabel=metric)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter("{x:,g}")
         axes.minorticks_off()
@@ -334,7 +337,7 @@ def draw(rows: Sequence[Row], result: dict[str, Any], fit: Fit | None = None) ->
     figure.draw_without_rendering()  # fixes the panels' positions, which placing the labels needs
     if not is_series:
         for axes, column in zip(panels, columns, strict=False):
-            _label_points(axes, [(x, y, label) for x, y, _, label in _points(rows, OURS, column)])
+            _label_points(axes, [row for row in rows if row.series == OURS and column in row.metrics], column)
     return figure
 
 
@@ -345,22 +348,8 @@ def main_metric(task: str, result: dict[str, Any]) -> str:
     return main if main is not None and main in figures else str(next(iter(figures)))
 
 
-def _title(column: Column, result: dict[str, Any]) -> str:
-    name, metric = column
-    task, n = result["tasks"][name], result["results"][name].get("n")
-    title = f"{'own sample items, not ' if task['data']['is_sample'] else ''}{TITLES.get(name, name)}"
-    count = f": {n:,} {'windows' if name == 'bits_per_byte' else 'items'}" if n else ""
-    return f"{title}{count}\n{textwrap.fill(task['figures'][metric], 80)}"
-
-
-def _points(rows: Sequence[Row], series: str, column: Column) -> list[tuple[float, float, float | None, str]]:
-    """Return [(millions of parameters, value, standard error or None, label)] of a panel's line."""
-    series_rows = [row for row in rows if row.series == series and column in row.metrics]
-    return [(row.parameters / 1e6, *row.metrics[column], row.label) for row in series_rows]
-
-
-def _label_points(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each (x, y, label) in the free place that is nearest to its point."""
+def _label_points(axes: "Axes", rows: Sequence[Row], column: Column) -> None:
+    """Write each model's label in the free place that is nearest to its point."""
     from matplotlib.text import Text
     from matplotlib.transforms import Bbox
 
@@ -368,14 +357,14 @@ def _label_points(axes: "Axes", points: Sequence[tuple[float, float, str]]) -> N
     for line in axes.get_lines():
         path = line.get_transform().transform_path(line.get_path()).interpolated(30)
         taken += [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in np.asarray(path.vertices)]
-    centers = axes.transData.transform([(x, y) for x, y, _ in points])
+    points = [(row.parameters / 1e6, row.metrics[column][0]) for row in rows]
     distances = range(-400, 401, 8)
     offsets = sorted(itertools.product(distances, distances), key=lambda offset: math.hypot(*offset))
     arrow = {"arrowstyle": "-", "lw": 0.5, "color": "C0"}
     style: dict[str, Any] = {"fontsize": 7, "color": "C0", "ha": "center", "va": "center", "arrowprops": arrow}
-    for (x, y, label), center in zip(points, centers, strict=True):
-        lines = label.replace("/", "\n").replace(" (", "\n(")
-        text = axes.annotate(lines, (x, y), (0, 0), textcoords="offset pixels", **style)
+    for row, point, center in zip(rows, points, axes.transData.transform(points), strict=True):
+        label = row.label.replace("/", "\n").replace(" (", "\n(")
+        text = axes.annotate(label, point, (0, 0), textcoords="offset pixels", **style)
         text.set_in_layout(False)
         width, height = Text.get_window_extent(text).padded(2).size  # without the arrow
         box = Bbox.from_bounds(center[0] - width / 2, center[1] - height / 2, width, height)
@@ -420,8 +409,8 @@ def _main(arguments: Sequence[str] | None) -> None:
     # Load all items first, so that errors in them are found before anything is scored.
     loaded = {name: load_tasks(tasks, *opened[name]) for name in to_score}
     protocols = {path: _protocols(result) for path, result in results.items()}
-    for name in to_score:  # lm-eval's items are known only after scoring
-        own = [task for task in loaded[name] if isinstance(task, LoadedTask)]
+    for name in to_score:
+        own = [task for task in loaded[name] if task.items]  # lm-eval's are known only after scoring
         protocols[name] = {task.name: (task.task.version, task.data.sha256, len(task.items)) for task in own}
     _check_same_protocols(protocols)
     if is_main_process:
@@ -438,24 +427,20 @@ def _main(arguments: Sequence[str] | None) -> None:
             if is_main_process:
                 command.write_json("--out", args.out / f"{label.replace('/', '-')}.json", results[name])
     _check_same_protocols({name: _protocols(result) for name, result in results.items()})
-    if is_main_process:
-        _write_table_and_plot(args, list(results.values()))
-
-
-def _write_table_and_plot(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    rows, footnotes = rows_of(results), list[str]()
-    first_result = results[0]  # the items and metrics are the same in all
+    if not is_main_process:
+        return
+    first_result = next(iter(results.values()))  # the items and metrics are the same in all
+    rows, footnotes = rows_of([*results.values()]), list[str]()
     if not _columns(rows):
         raise EvalError(f"{', '.join(args.checkpoints)}: no metric is a finite number; score these models again")
     if args.published:
         published, footnotes = published_rows(first_result)
         rows += published
     fit = fit_series(rows)
-    text, figure = table(rows, first_result, footnotes), draw(rows, first_result, fit)
+    text, plot = table(rows, first_result, footnotes), io.BytesIO()
     if fit is not None:
         text += "".join(f"- {line}\n" for line in fit.describe(LAW_SIZE, LAW_TOKENS))
-    plot = io.BytesIO()
-    figure.savefig(plot, format="png")
+    draw(rows, first_result, fit).savefig(plot, format="png")
     command.write_output("--out", args.out / "miniseries.md", text)
     command.write_output("--out", args.out / "miniseries.png", plot.getvalue())
     print(f"{text}\nwritten: {args.out / 'miniseries.md'}, {args.out / 'miniseries.png'}")
@@ -464,7 +449,7 @@ def _write_table_and_plot(args: argparse.Namespace, results: list[dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 for an error that the user can fix, on one line of stderr."""
     stopped = "interrupted; the models scored so far have a .json in --out, which can be given in their place"
-    return command.run_command(_main, arguments, on_interrupt=stopped)
+    return run_command(_main, arguments, on_interrupt=stopped)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Each task is a folder of eval/ with a `task.py` in it, whose class `Task` derive
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,18 @@ def score_items(
         tokens_truncated = max(score.num_truncated for request_scores in item_scores for score in request_scores)
         results.append({"tokens_truncated": tokens_truncated} | task.process_item(item, item_scores))
     return results
+
+
+def proportion(correct: Sequence[bool], name: str = "acc") -> dict[str, float]:
+    """Return the share of True as `name`, and its standard error, sqrt(p (1 - p) / (n - 1)); nan for one item."""
+    n = len(correct)
+    p = sum(correct) / n
+    return {name: p, f"{name}_stderr": math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan}
+
+
+def perplexity(nats: float) -> float:
+    """Return exp(nats), or a large number where that would overflow."""
+    return math.exp(min(nats, 700.0))  # e^709 is the largest float
 
 
 def interleave_ranks(shares: Sequence[Sequence[T]]) -> list[T]:

@@ -8,15 +8,15 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import GPT2Config, PreTrainedConfig
 
 from common.metrics import read_metrics
+from common.weights import weights_sha256
 from eval.lm_eval_bridge import PREFIX
 from eval.published import describe_published
 from hub import HubError
@@ -38,39 +38,21 @@ _PUBLIC_DATASETS = {
 _NOT_SHOWN = ("output_dir", "resume", "dry_run", "push_to_hub", "push_every_save", "push_public")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A training run's own records about one of its checkpoints."""
-
-    step: int
-    is_evaluated: bool
-    val_loss: float | None  # nats per token; None if this step was not evaluated or its loss was not finite
-    is_from_scratch: bool  # the run is known to have started from random weights
-    base_model: str | None  # id on the Hub of the model whose weights the run started from
-    dataset: str | None  # id on the Hub
-    revision: str | None  # of the data set
-    curves: Path | None  # curves.png
-    facts: dict[str, Any]  # that only the template reads
+Run: TypeAlias = dict[str, Any]
+"""a training run's own records about one of its checkpoints, see `_parse_run`"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """Training progress of a checkpoint."""
+class Results(NamedTuple):
+    """Content of files written by `python -m eval --output`."""
 
-    step: int
-    tokens: int
-    val_loss: float | None  # nats per token; None if this step was not evaluated or its loss was not finite
-    data: str | None  # a few words; None outside a run, or if the source was not recorded
-
-
-@dataclass(frozen=True, kw_only=True)
-class Results:
-    """Content of a file written by `python -m eval --output`."""
-
-    scores: list[dict[str, Any]]  # rows for the template
-    footnotes: list[str]  # one per task: its version, its items, and the published results that it can be compared with
-    metadata: list[EvalResult]  # the scores that are comparable with those of other models
-    entries: dict[str, list[EvalResultEntry]]  # the same by task, for the benchmarks' leaderboards on the Hub
+    scores: list[dict[str, Any]]
+    """rows for the template"""
+    footnotes: list[str]
+    """one per task: its version, its items, and the published results that it can be compared with"""
+    metadata: list[EvalResult]
+    """the scores that are comparable with those of other models"""
+    entries: dict[str, list[EvalResultEntry]]
+    """the same by task, for the benchmarks' leaderboards on the Hub"""
 
 
 def read_run(checkpoint: Path) -> Run | None:
@@ -89,30 +71,28 @@ def read_run(checkpoint: Path) -> Run | None:
         ) from error
 
 
-def read_progress(checkpoint: Path) -> Progress | None:
-    """Read how far a checkpoint is trained; None if it is not one of train.py, or its files are damaged."""
+def describe_progress(checkpoint: Path) -> list[str]:
+    """Return lines on how far a checkpoint is trained and on what; none if its files do not say so or are damaged."""
     try:
         run = read_run(checkpoint)
         state = _read_json(checkpoint / "training_state" / "state.json")
-        return Progress(
-            step=int(state["step"]),
-            tokens=int(state["tokens"]),
-            val_loss=run.val_loss if run is not None else state.get("val_loss"),
-            data=None if run is None else _describe_data(run),
-        )
+        val_loss = state.get("val_loss") if run is None else run["val_loss"]
+        loss = "" if val_loss is None else f", validation loss {val_loss:.4f}"
+        lines = [f"step {int(state['step']):,}, {int(state['tokens']):,} tokens{loss}"]
     except (HubError, *_UNREADABLE):
-        return None
-
-
-def _describe_data(run: Run) -> str | None:
-    facts = run.facts
-    if run.dataset:
-        return f"{run.dataset}, {facts['subset']}" if facts["subset"] else run.dataset
-    if facts["sample_python"]:
-        return f"the documentation of Python {facts['sample_python']}"
-    if facts["files"]:
-        return ", ".join(facts["files"][:3]) + (", ..." if len(facts["files"]) > 3 else "")
-    return f"a mixture of {', '.join(facts['mix'])}" if facts["mix"] else None
+        return []
+    if run is None:
+        return lines
+    data = None
+    if run["dataset"]:
+        data = ", ".join(filter(None, [run["dataset"], run["subset"]]))
+    elif run["sample_python"]:
+        data = f"the documentation of Python {run['sample_python']}"
+    elif run["files"]:
+        data = ", ".join([*run["files"][:3], *(["..."] if len(run["files"]) > 3 else [])])
+    elif run["mix"]:
+        data = f"a mixture of {', '.join(run['mix'])}"
+    return [*lines, f"trained on {data}"] if data else lines
 
 
 def _parse_run(folder: Path, checkpoint: Path) -> Run:
@@ -138,8 +118,9 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
         "eval": config["eval"] | {"hellaswag": items and _file_name(items), **({"task_data": paths} if paths else {})},
         "init_from": init_from,
     }
-    facts = {
+    return {
         "name": folder.name,
+        "step": step,
         "tokens": int(state["tokens"]),
         "max_steps": int(config["max_steps"]),
         "tokens_per_step": int(config["batch"]["tokens_per_step"]),
@@ -165,19 +146,17 @@ def _parse_run(folder: Path, checkpoint: Path) -> Run:
         "mix": mix,
         "hellaswag": evaluation["hellaswag"] if evaluation else None,
         "init_from": init_from,
+        # id on the Hub of the model whose weights the run started from
+        "base_model": base_model,
+        # False if that is unknown because the first launch is not listed: the run continued another run's checkpoint
+        "is_from_scratch": init_from is None and not launches[0].get("from_step"),
+        "dataset": source.get("dataset"),  # id on the Hub
+        "revision": source.get("revision"),
+        "curves": path if (path := folder / "curves.png").is_file() else None,
+        "is_evaluated": evaluation is not None,
+        # nats per token; None if this step was not evaluated or its loss was not finite
+        "val_loss": evaluation["val_loss"] if evaluation else None,
     }
-    return Run(
-        step=step,
-        is_evaluated=evaluation is not None,
-        val_loss=evaluation["val_loss"] if evaluation else None,
-        # Unknown if the first launch is not listed: the run continued the checkpoint of another run.
-        is_from_scratch=init_from is None and not launches[0].get("from_step"),
-        base_model=base_model,
-        dataset=source.get("dataset"),
-        revision=source.get("revision"),
-        curves=path if (path := folder / "curves.png").is_file() else None,
-        facts=facts,
-    )
 
 
 def _read_json(path: Path) -> Any:
@@ -221,29 +200,31 @@ def has_license_file(checkpoint: Path) -> bool:
 
 def license_id(run: Run | None, checkpoint: Path) -> str | None:
     """Return "mit" for weights trained from scratch by a run of this project; None if the license is not known."""
-    return "mit" if run is not None and run.is_from_scratch and not has_license_file(checkpoint) else None
+    return "mit" if run is not None and run["is_from_scratch"] and not has_license_file(checkpoint) else None
 
 
-def read_results(path: str | Path, checkpoint: Path, weights_sha256: str | None) -> Results:
-    """Read a file written by `python -m eval --output`. Raises HubError if it is not one, or scores other weights."""
-    try:
-        result = _read_json(Path(path))
-        results = _parse_results(result)
-        name, scored_sha256 = result["model"]["name"], result["model"].get("weights_sha256")
-    except _UNREADABLE as error:
-        raise HubError(
-            f"--results {str(path)!r} is not a file of `python -m eval --output` ({type(error).__name__}: {error})"
-        ) from error
-    if scored_sha256 is None:
-        raise HubError(f"--results {str(path)!r} does not record the scored weights: score {str(checkpoint)!r} again")
-    if scored_sha256 != weights_sha256:  # compare weights, not names: links move and folders are overwritten
-        raise HubError(f"--results {str(path)!r} scores other weights ({name}): score {str(checkpoint)!r} again")
+def read_results(paths: Sequence[str | Path], checkpoint: Path) -> Results:
+    """Read files of `python -m eval --output`. Raises HubError if one is not such a file, or scores other weights."""
+    results = Results([], [], [], {})
+    expected_sha256, again = weights_sha256(checkpoint) if paths else None, f"score {str(checkpoint)!r} again"
+    for path in paths:
+        try:
+            result = _read_json(Path(path))
+            _add_result(results, result)
+            name, sha256 = result["model"]["name"], result["model"].get("weights_sha256")
+        except _UNREADABLE as error:
+            raise HubError(
+                f"--results {str(path)!r} is not a file of `python -m eval --output` ({type(error).__name__}: {error})"
+            ) from error
+        if sha256 is None:
+            raise HubError(f"--results {str(path)!r} does not record the scored weights: {again}")
+        if sha256 != expected_sha256:  # compare weights, not names: links move and folders are overwritten
+            raise HubError(f"--results {str(path)!r} scores other weights ({name}): {again}")
     return results
 
 
-def _parse_results(result: dict[str, Any]) -> Results:
+def _add_result(results: Results, result: dict[str, Any]) -> None:
     reference, published = next(iter((result.get("published") or {}).items()), ("", {}))
-    results = Results(scores=[], footnotes=[], metadata=[], entries={})
     for task, values in result["results"].items():
         about, n = result["tasks"][task], values.get("n")
         version, source = about["version"], about["data"]["source"]
@@ -253,6 +234,7 @@ def _parse_results(result: dict[str, Any]) -> Results:
         is_public = bool(dataset) and source.startswith(f"{dataset} (")
         found = re.search(r"revision ([0-9a-f]{40})", source)
         revision = found[1] if found else None
+        entries = []
         for metric, protocol in about["figures"].items():
             value, stderr = values.get(metric), values.get(f"{metric}_stderr")
             if not isinstance(value, int | float) or not math.isfinite(value):
@@ -260,9 +242,11 @@ def _parse_results(result: dict[str, Any]) -> Results:
             other = published.get(task, {}).get(metric)
             row = {"task": shown, "metric": metric, "value": value, "stderr": stderr, "protocol": protocol}
             results.scores.append(row | {"published": "" if other is None else f"{other:.4f} ({reference})"})
-            if is_public and n is not None and n == about["full_size"]:
-                args = {"n": n, "stderr": stderr, "task_version": version}
-                entry = EvalResult(
+            if not is_public or n is None or n != about["full_size"]:
+                continue
+            args = {"n": n, "stderr": stderr, "task_version": version}
+            results.metadata.append(
+                EvalResult(
                     task_type="text-generation",
                     dataset_type=dataset,
                     dataset_name=dataset_name,
@@ -273,36 +257,34 @@ def _parse_results(result: dict[str, Any]) -> Results:
                     metric_value=value,
                     metric_args={name: arg for name, arg in args.items() if arg is not None},
                 )
-                results.metadata.append(entry)
-                results.entries.setdefault(task, []).append(
-                    EvalResultEntry(
-                        dataset_id=dataset,
-                        task_id=metric,
-                        value=value,
-                        dataset_revision=revision,
-                        date=result.get("date"),
-                        notes=(
-                            f"{protocol}; {n:,} items of {split}"
-                            + ("" if stderr is None else f", standard error {stderr:.4f}")
-                            + f"; gpt2-repro, task version {version}: python -m eval --model MODEL --tasks {task}"
-                        ),
-                    )
+            )
+            error = "" if stderr is None else f", standard error {stderr:.4f}"
+            command = f"gpt2-repro, task version {version}: python -m eval --model MODEL --tasks {task}"
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=dataset,
+                    task_id=metric,
+                    value=value,
+                    dataset_revision=revision,
+                    date=result.get("date"),
+                    notes=f"{protocol}; {n:,} items of {split}{error}; {command}",
                 )
+            )
+        if entries:
+            results.entries[task] = entries
         if about["data"]["is_sample"]:
             source = source.partition(" (")[0]  # in parentheses: why the Hub could not be reached
         elif not is_public:
             source = _file_name(source)
         items = f", {n:,} items" if n else ""
         results.footnotes.append(f"{shown}, version {version}: {source}{items}; {describe_published(task, about, n)}")
-    return results
 
 
-def eval_results_files(results: Sequence[Results]) -> dict[str, bytes]:
+def eval_results_files(results: Results) -> dict[str, bytes]:
     """Return {path: content} of .eval_results/TASK.yaml, which the Hub shows on the pages of model and benchmark."""
     return {
         f".eval_results/{task}.yaml": yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False).encode()
-        for r in results
-        for task, entries in r.entries.items()
+        for task, entries in results.entries.items()
     }
 
 
@@ -314,7 +296,7 @@ def model_card(
     run: Run | None = None,
     license: str | None = None,
     has_license_file: bool = False,
-    results: Sequence[Results] = (),
+    results: Results | None = None,
 ) -> str:
     """Return the text of README.md.
 
@@ -324,28 +306,28 @@ def model_card(
         has_license_file: True if the checkpoint brings a LICENSE file of its own.
         results: scores of these weights.
     """
-    name = repo_id.partition("/")[2]
-    is_gpt2 = config.vocab_size == GPT2Config().vocab_size and (run is None or run.facts["tokenizer"] == "gpt2")
-    metadata = [entry for r in results for entry in r.metadata]
-    if run is not None and run.dataset is not None and run.val_loss is not None:
+    name, results = repo_id.partition("/")[2], results or Results([], [], [], {})
+    is_gpt2 = config.vocab_size == GPT2Config().vocab_size and (run is None or run["tokenizer"] == "gpt2")
+    metadata = results.metadata
+    if run is not None and run["dataset"] is not None and run["val_loss"] is not None:
         val_loss = EvalResult(
             task_type="text-generation",
-            dataset_type=run.dataset,
-            dataset_name=f"{run.dataset}, gpt2-repro's validation split",
-            dataset_revision=run.revision,
+            dataset_type=run["dataset"],
+            dataset_name=f"{run['dataset']}, gpt2-repro's validation split",
+            dataset_revision=run["revision"],
             metric_type="loss",
             metric_name="validation loss, nats per token",
-            metric_value=run.val_loss,
+            metric_value=run["val_loss"],
         )
-        metadata.insert(0, val_loss)
+        metadata = [val_loss, *metadata]
     data = ModelCardData(
         language="en" if is_gpt2 else None,  # with a tokenizer of its own, it is not known
         license=license,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2-repro", "causal-lm"],
-        datasets=[run.dataset] if run and run.dataset else None,
-        base_model=run.base_model if run else None,
+        datasets=[run["dataset"]] if run and run["dataset"] else None,
+        base_model=run["base_model"] if run else None,
         model_name=name,
         eval_results=metadata or None,
     )
@@ -358,10 +340,9 @@ def model_card(
         has_gpt2_vocabulary=is_gpt2,
         num_parameters=num_parameters,
         run=run,
-        facts=run.facts if run else {},
         is_license_unknown=license is None and not has_license_file,
-        scores=[score for r in results for score in r.scores],
-        footnotes=[footnote for r in results for footnote in r.footnotes],
+        scores=results.scores,
+        footnotes=results.footnotes,
         number="{:,}".format,  # 1234567 -> 1,234,567
         four_places="{:,.4f}".format,
     )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import modeling_gpt2repro  # noqa: F401 (registers the Auto classes)
 from common.models import check_name, find_device, load_model, load_tokenizer
 from hub import HubError
-from hub.card import read_progress
+from hub.card import describe_progress
 from hub.sampling import SamplingParams, encode_prompt, stream_tokens
 
 if TYPE_CHECKING:
@@ -128,11 +128,7 @@ def _describe(writer: Writer) -> str:
     shape = "".join(formats[name].format(value) for name, value in values.items() if value is not None)
     lines = [f"{writer.model.num_parameters() / 1e6:,.1f}M parameters{shape}"]
     folder = Path(writer.name)
-    progress = read_progress(folder) if folder.is_dir() else None
-    if progress is not None:
-        loss = "" if progress.val_loss is None else f", validation loss {progress.val_loss:.4f}"
-        lines.append(f"step {progress.step:,}, {progress.tokens:,} tokens{loss}")
-        lines += [f"trained on {progress.data}"] if progress.data else []
+    lines += describe_progress(folder) if folder.is_dir() else []
     name, *lines = map(html.escape, [writer.name, *lines])
     return f'<div style="overflow-wrap: anywhere"><b>{name}</b><br>{"<br>".join(lines)}</div>'
 

@@ -5,9 +5,12 @@ The library that defines a format writes it, and the result is read back and com
 
 import contextlib
 import importlib.util
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
@@ -15,8 +18,7 @@ from common.files import apply_umask
 from common.models import check_name, load_gpt2, load_gpt2_config, load_tokenizer
 from hub import HubError
 from hub.card import license_id, read_run
-from hub.checks import compare_logits, save_tokenizer
-from hub.to_gguf import write_gguf
+from hub.to_gguf import byte_level_bpe, write_gguf
 from hub.to_onnx import write_onnx
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
@@ -50,30 +52,6 @@ def export(checkpoint: str, *, to: str, out: str | Path) -> list[Path]:
     if not is_free:
         raise HubError(f"--out {str(out)!r} exists and is not an empty folder: name another folder, or remove it")
     checkpoint = check_name(checkpoint)
-    model, tokenizer = _load(checkpoint)
-    tmp_path = out.with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        tmp_path.mkdir(parents=True)
-        if to == "gpt2":
-            write_gpt2(model, tokenizer, tmp_path)
-        elif to == "onnx":
-            write_onnx(model, tokenizer, tmp_path)
-        else:
-            write_gguf(model, tokenizer, tmp_path, name=_model_name(checkpoint), license=_license(checkpoint))
-        apply_umask(tmp_path)
-        if out.exists():
-            out.rmdir()
-        tmp_path.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise HubError(f"--out {str(out)!r} cannot be written ({error}): free some space, or name another") from error
-    finally:
-        shutil.rmtree(tmp_path, ignore_errors=True)
-    return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def _load(checkpoint: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBase]:
-    """Open a GPT-2 of this project or of transformers, without running other code."""
     config = load_gpt2_config(checkpoint)
     tokenizer, _ = load_tokenizer(checkpoint, trust_remote_code=None)
     if len(tokenizer) > config.vocab_size:
@@ -84,7 +62,25 @@ def _load(checkpoint: str) -> tuple[GPT2ReproForCausalLM, PreTrainedTokenizerBas
     model = load_gpt2(checkpoint).eval()
     if not model.config.is_causal:
         raise HubError(f"checkpoint {checkpoint!r} has is_causal=False: a text encoder cannot be exported")
-    return model, tokenizer
+    tmp_path = out.with_name(f".{out.name}.partial")
+    try:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+        tmp_path.mkdir(parents=True)
+        if to == "gguf":
+            write_gguf(model, tokenizer, tmp_path, name=_model_name(checkpoint), license=_license(checkpoint))
+        else:
+            save_tokenizer(tokenizer, tmp_path)
+            for exported in (write_gpt2 if to == "gpt2" else write_onnx)(model, tmp_path):
+                compare_logits(model, exported, tolerance=1e-4 if to == "gpt2" else 1e-3)
+        apply_umask(tmp_path)
+        if out.exists():
+            out.rmdir()
+        tmp_path.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise HubError(f"--out {str(out)!r} cannot be written ({error}): free some space, or name another") from error
+    finally:
+        shutil.rmtree(tmp_path, ignore_errors=True)
+    return sorted(path for path in out.rglob("*") if path.is_file())
 
 
 def _model_name(checkpoint: str) -> str:
@@ -100,8 +96,20 @@ def _license(checkpoint: str) -> str | None:
     return None
 
 
-def write_gpt2(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write transformers' own GPT2LMHeadModel in float32, with the vocabulary in both forms that engines read.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save transformers' tokenizer files, and vocab.json and merges.txt for engines older than tokenizer.json."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers package raises a plain Exception if the disk is full
+        raise OSError(str(error)) from error
+    vocabulary, merges = byte_level_bpe(tokenizer)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges)
+    (folder / "merges.txt").write_text(lines, encoding="utf-8", newline="\n")  # other engines split at \n alone
+
+
+def write_gpt2(model: GPT2ReproForCausalLM, folder: Path) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Write transformers' own GPT2LMHeadModel in float32. Return a function that reads it back, for its logits.
 
     The weights have the names of OpenAI's own file on the Hub, `h.0...`: mlx_lm reads only those.
     """
@@ -110,5 +118,20 @@ def write_gpt2(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, 
     if not gpt2.config.tie_word_embeddings:
         weights["lm_head.weight"] = gpt2.lm_head.weight
     gpt2.save_pretrained(folder, state_dict=weights)
-    save_tokenizer(tokenizer, folder)
-    compare_logits(model, lambda ids: GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits, tolerance=1e-4)
+    return [lambda ids: GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits]
+
+
+@torch.no_grad()
+def compare_logits(
+    model: GPT2ReproForCausalLM, exported_logits: Callable[[torch.Tensor], torch.Tensor], *, tolerance: float
+) -> None:
+    """Compare logits with those of an exported model, which maps token ids [B, T] to logits [B, T, V].
+
+    Raises HubError if they differ by more than the tolerance, or are not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(16, model.config.n_positions)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    difference = (exported_logits(ids) - model(ids).logits).abs().max().item()
+    if not difference <= tolerance:  # also if it is not a number
+        raise HubError(f"the exported model's logits differ by {difference:.2g} (allowed: {tolerance:.2g})")

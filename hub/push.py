@@ -19,16 +19,15 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import GPT2Config, PreTrainedConfig
 
 from common.checkpoints import find_damage, resolve_checkpoint
 from common.cli import say, shell_quote
 from common.errors import UserError
 from common.hub import HubRequestError, with_retries
-from common.weights import weights_problem, weights_sha256
+from common.models import load_gpt2_config
+from common.weights import weights_problem
 from hub import HubError
 from hub.card import eval_results_files, has_license_file, license_id, model_card, read_results, read_run
-from modeling_gpt2repro import GPT2ReproConfig
 
 _LICENSE = Path(__file__).parent.parent / "LICENSE"
 # Not pushed: what only resuming reads (the Trainer's state also names local folders, and its checkpoints are in the
@@ -61,12 +60,12 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
         results: files of `python -m eval --output`, for the card.
 
     Raises:
-        HubError: the folder is not a complete checkpoint, or the results are not about its weights.
+        UserError: the folder is not a complete checkpoint, or the results are not about its weights.
     """
     folder = Path(resolve_checkpoint(checkpoint))
     files = _checkpoint_files(folder)
     run, config = read_run(folder), _read_json(folder / "config.json")
-    if run is not None and run.is_evaluated and run.val_loss is None:
+    if run is not None and run["is_evaluated"] and run["val_loss"] is None:
         raise HubError(
             f"checkpoint {str(folder)!r}: its validation loss is not finite, the training diverged: push an earlier "
             "checkpoint"
@@ -75,13 +74,22 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
     if config.get("model_type") == "gpt2repro" and not has_license_file(folder):
         files["LICENSE"] = _LICENSE  # of the modeling files
     if "README.md" in files:
-        _check_readme(folder / "README.md", results)
+        readme = str(folder / "README.md")
+        try:
+            (folder / "README.md").read_text(encoding="utf-8")
+        except ValueError:
+            raise HubError(f"{readme!r} is not UTF-8 text: convert it first") from None
+        if results:
+            raise HubError(f"--results: {readme!r} is the card already; remove it to have one written")
     else:
-        weights = weights_sha256(folder) if results else None
-        scores = [read_results(path, folder, weights) for path in results]
+        try:
+            gpt2_config = load_gpt2_config(str(folder))
+        except UserError as error:
+            raise HubError(f"{error}. For other models, put a README.md there, or push with `hf upload`") from error
+        scores = read_results(results, folder)
         card = model_card(
             repo_id,
-            config=_gpt2_config(folder / "config.json", config),
+            config=gpt2_config,
             num_parameters=num_parameters,
             run=run,
             license=license_id(run, folder),
@@ -89,9 +97,9 @@ def collect_files(checkpoint: str | Path, repo_id: str, *, results: Sequence[str
             results=scores,
         )
         files |= {"README.md": card.encode(), **eval_results_files(scores)}
-        if run is not None and run.curves is not None:
-            files["curves.png"] = run.curves
-    return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run.step:,}")
+        if run is not None and run["curves"] is not None:
+            files["curves.png"] = run["curves"]
+    return CommitPlan(files, f"Upload {folder.name}" if run is None else f"Step {run['step']:,}")
 
 
 def _checkpoint_files(folder: Path) -> dict[str, Path | bytes]:
@@ -127,15 +135,6 @@ def _checkpoint_files(folder: Path) -> dict[str, Path | bytes]:
     return files
 
 
-def _check_readme(readme: Path, results: Sequence[str | Path]) -> None:
-    try:
-        readme.read_text(encoding="utf-8")
-    except ValueError:
-        raise HubError(f"{str(readme)!r} is not UTF-8 text: convert it first") from None
-    if results:
-        raise HubError(f"--results: {str(readme)!r} is the card already; remove it to have one written")
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -144,20 +143,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HubError(f"{str(path)!r} cannot be read ({type(error).__name__}: {error})") from error
     return content
-
-
-def _gpt2_config(path: Path, content: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config object, with its class's defaults for what config.json leaves out."""
-    kind = content.get("model_type")
-    if kind not in ("gpt2", "gpt2repro"):
-        raise HubError(
-            f"{str(path)!r} is the config of a {kind!r} model, and model cards are written only for GPT-2: put a "
-            "README.md next to it, or push with `hf upload`"
-        )
-    try:
-        return (GPT2ReproConfig if kind == "gpt2repro" else GPT2Config).from_dict(content)
-    except Exception as error:  # transformers raises errors of any kind for a broken config
-        raise HubError(f"{str(path)!r} is not the config of a GPT-2 ({type(error).__name__}: {error})") from error
 
 
 def _count_parameters(folder: Path) -> int:
@@ -300,7 +285,7 @@ def push_last_checkpoint(
         True if the checkpoint is on the Hub.
     """
     disable_progress_bars()
-    problem, done = "the program ended before the push did", threading.Event()
+    problem = "the program ended before the push did"
 
     def push() -> None:
         nonlocal problem
@@ -310,14 +295,13 @@ def push_last_checkpoint(
             problem = ""
         except Exception as error:  # of any kind: the run itself has succeeded
             problem = str(error) if isinstance(error, UserError) else type(error).__name__
-        finally:
-            done.set()
 
     # A thread, since a stop request only sets a flag, and a push takes long. A daemon, to end with us.
-    threading.Thread(target=push, daemon=True).start()
+    thread = threading.Thread(target=push, daemon=True)
+    thread.start()
     try:
-        while not done.wait(0.2) and not should_stop():
-            pass
+        while thread.is_alive() and not should_stop():
+            thread.join(0.2)
     finally:  # also after Ctrl-C
         if problem:
             say(

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hub import HubError
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling settings of `generate`. Raises HubError for a value out of range."""
+    """Sampling settings of `stream_tokens`. Raises HubError for a value out of range."""
 
     temperature: float = 1.0  # divides the logits; 0 always takes the most probable token
     top_k: int = 50  # sample from the k most probable tokens; 0: from all
@@ -105,53 +104,37 @@ def _check_ids(ids: list[int], config: PreTrainedConfig) -> None:
         )
 
 
-def generate(
-    model: PreTrainedModel, prompt_ids: list[int], params: SamplingParams, streamer: BaseStreamer | None = None
-) -> list[int]:
-    """Continue a prompt with `model.generate`, up to max_new_tokens, the end-of-text token or the end of the context.
+def stream_tokens(model: Any, prompt_ids: list[int], params: SamplingParams) -> Iterator[tuple[int, torch.Tensor]]:
+    """Continue a prompt up to max_new_tokens, the end-of-text token (not included) or the end of the context.
 
-    Returns the new token ids, without the end-of-text token. Raises HubError if the model's logits are not finite.
-    """
-    torch.manual_seed(params.seed)
-    ids = torch.tensor([prompt_ids], device=model.device)
-    output = _generate(model, ids, params, max_new_tokens=_max_new_tokens(model, ids, params), streamer=streamer)
-    new_ids = output[0, len(prompt_ids) :].tolist()
-    return new_ids[:-1] if new_ids[-1] in _end_of_text(model) else new_ids
-
-
-def stream_tokens(
-    model: PreTrainedModel, prompt_ids: list[int], params: SamplingParams
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield the tokens of `generate` one by one, each with the probabilities of all tokens at its position.
-
-    The probabilities, [V], are those before temperature, top_k and top_p. Every token is a call of `model.generate`
-    with the cache of the call before, so a caller can stop at any token and no thread is needed. The calls share
-    PyTorch's global random state: run one stream at a time.
+    Yield the tokens of `model.generate` one by one, each with the probabilities of all tokens at its position, [V],
+    before temperature, top_k and top_p. Every token is a call of `generate` with the cache of the call before, so a
+    caller can stop at any token and no thread is needed. The calls share PyTorch's global random state: run one stream
+    at a time. Raises HubError if the model's logits are not finite.
     """
     torch.manual_seed(params.seed)
     ids, cache = torch.tensor([prompt_ids], device=model.device), None
-    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
-    for _ in range(_max_new_tokens(model, ids, params)):
-        output = _generate(model, ids, params, past_key_values=cache, **options)
-        ids, cache = output.sequences, output.past_key_values
-        token = int(ids[0, -1])
-        if token in _end_of_text(model):
-            return
-        yield token, output.logits[0][0].softmax(-1)
-
-
-def _generate(model: Any, ids: torch.Tensor, params: SamplingParams, **options: Any) -> Any:
-    """Call `model.generate`, which a PreTrainedModel has if it is a causal language model, with its options."""
+    end = model.generation_config.eos_token_id
+    options: dict[str, Any] = {"do_sample": params.temperature > 0}
     if params.temperature > 0:
         options |= {"temperature": float(params.temperature), "top_k": params.top_k, "top_p": float(params.top_p)}
-    return model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        num_beams=1,
-        logits_processor=LogitsProcessorList([_check_finite]),
-        do_sample=params.temperature > 0,
-        **options,
-    )
+    for _ in range(min(params.max_new_tokens, context_of(model.config) - len(prompt_ids))):
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=1,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([_check_finite]),
+            output_logits=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+        ids, cache = output.sequences, output.past_key_values
+        token = int(ids[0, -1])
+        if token in (end if isinstance(end, list) else [end]):
+            return
+        yield token, output.logits[0][0].softmax(-1)
 
 
 def _check_finite(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -159,12 +142,3 @@ def _check_finite(_: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     if not logits.softmax(-1).isfinite().all():
         raise HubError("the model's logits are not finite: its training diverged; use an earlier checkpoint")
     return logits
-
-
-def _max_new_tokens(model: PreTrainedModel, ids: torch.Tensor, params: SamplingParams) -> int:
-    return min(params.max_new_tokens, model.config.max_position_embeddings - ids.shape[1])
-
-
-def _end_of_text(model: PreTrainedModel) -> list[int | None]:
-    end = model.generation_config.eos_token_id
-    return end if isinstance(end, list) else [end]

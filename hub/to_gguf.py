@@ -5,6 +5,8 @@ file's type, the position embedding and one-dimensional tensors in F32. A tied h
 token embedding.
 """
 
+import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +15,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hub import HubError
-from hub.checks import byte_level_bpe
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType, LlamaFileType, TokenType
+    from gguf import TokenType
 
 
 def write_gguf(
@@ -32,69 +33,59 @@ def write_gguf(
         HubError: a file read back differs from the model by more than its rounding.
     """
     import gguf
-
-    for file_type, kind in (
-        (gguf.LlamaFileType.MOSTLY_F16, gguf.GGMLQuantizationType.F16),
-        (gguf.LlamaFileType.MOSTLY_Q8_0, gguf.GGMLQuantizationType.Q8_0),
-    ):
-        path = folder / f"{name}-{kind.name}.gguf"
-        _write(path, model, tokenizer, name, license, file_type, kind)
-        _check(path, model)
-
-
-def _write(
-    path: Path,
-    model: GPT2ReproForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    license: str | None,
-    file_type: "LlamaFileType",
-    kind: "GGMLQuantizationType",
-) -> None:
-    import gguf
+    from gguf import GGMLQuantizationType, LlamaFileType
 
     config = model.config
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_size_label(f"{model.num_parameters() / 1e6:.0f}M")
-    if license is not None:
-        writer.add_license(license)
-    writer.add_tags(["text-generation", "gpt2"])
-    writer.add_file_type(file_type)
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.n_positions)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.n_inner)
-    writer.add_block_count(config.n_layer)
-    writer.add_head_count(config.n_head)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
     tokens, types, merges = _vocabulary(tokenizer, config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    for add, token in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
+    tensors = dict(_tensors(model))
+    for file_type, kind in (
+        (LlamaFileType.MOSTLY_F16, GGMLQuantizationType.F16),
+        (LlamaFileType.MOSTLY_Q8_0, GGMLQuantizationType.Q8_0),
     ):
-        if token is not None:
-            add(token)
-    writer.add_add_bos_token(False)
+        path = folder / f"{name}-{kind.name}.gguf"
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.GPT2])
+        writer.add_type("model")
+        writer.add_name(name)
+        writer.add_size_label(f"{model.num_parameters() / 1e6:.0f}M")
+        if license is not None:
+            writer.add_license(license)
+        writer.add_tags(["text-generation", "gpt2"])
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
-    for tensor_name, array in _tensors(model):
-        tensor_kind = _tensor_kind(tensor_name, array, kind)
-        data = array if tensor_kind == gguf.GGMLQuantizationType.F32 else gguf.quants.quantize(array, tensor_kind)
-        writer.add_tensor(tensor_name, data, raw_dtype=tensor_kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.n_positions)
+        writer.add_embedding_length(config.n_embd)
+        writer.add_feed_forward_length(config.n_inner)
+        writer.add_block_count(config.n_layer)
+        writer.add_head_count(config.n_head)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        for add, token in (
+            (writer.add_bos_token_id, tokenizer.bos_token_id),
+            (writer.add_eos_token_id, tokenizer.eos_token_id),
+            (writer.add_unk_token_id, tokenizer.unk_token_id),
+        ):
+            if token is not None:
+                add(token)
+        writer.add_add_bos_token(False)
+
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        for tensor_name, array in tensors.items():
+            is_float32 = array.ndim == 1 or tensor_name.startswith("position_embd")
+            of_matrix = kind if array.shape[-1] % block == 0 else GGMLQuantizationType.F16
+            tensor_kind = GGMLQuantizationType.F32 if is_float32 else of_matrix
+            writer.add_tensor(tensor_name, gguf.quants.quantize(array, tensor_kind), raw_dtype=tensor_kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        _check(path, tensors)
 
 
 def _tensors(model: GPT2ReproForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
@@ -106,15 +97,6 @@ def _tensors(model: GPT2ReproForCausalLM) -> Iterator[tuple[str, np.ndarray]]:
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         yield gguf_name, parameter.detach().numpy()
-
-
-def _tensor_kind(name: str, array: np.ndarray, kind: "GGMLQuantizationType") -> "GGMLQuantizationType":
-    import gguf
-
-    if array.ndim == 1 or name.startswith("position_embd"):
-        return gguf.GGMLQuantizationType.F32
-    block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kind if array.shape[1] % block == 0 else gguf.GGMLQuantizationType.F16
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[list[str], list["TokenType"], list[str]]:
@@ -137,12 +119,21 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[li
     return tokens, types, [f"{a} {b}" for a, b in merges]
 
 
-def _check(path: Path, model: GPT2ReproForCausalLM) -> None:
+def byte_level_bpe(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return ({token: id}, merges in order of priority). Raises HubError if it is not GPT-2's byte-level BPE."""
+    with contextlib.suppress(AttributeError, KeyError, ValueError):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        if state["model"]["type"] == "BPE" and state["pre_tokenizer"]["type"] == "ByteLevel":
+            vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+            return vocabulary, [(first, second) for first, second in state["model"]["merges"]]
+    raise HubError(f"the checkpoint's tokenizer, a {type(tokenizer).__name__}, is not GPT-2's byte-level BPE")
+
+
+def _check(path: Path, expected: dict[str, np.ndarray]) -> None:
     """Read the file back. Raises HubError if a tensor is missing or differs by more than the rounding of its type."""
     import gguf
 
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    expected = dict(_tensors(model))
     if written.keys() != expected.keys():
         raise HubError(f"{path.name} has other tensors than the model: {sorted(written.keys() ^ expected.keys())}")
     for name, array in expected.items():

@@ -10,14 +10,13 @@ B batch   T new tokens   S past + new tokens   H heads   V vocabulary
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache
 
-from hub.checks import compare_logits, save_tokenizer
 from modeling_gpt2repro import GPT2ReproForCausalLM
 
 OPSET = 18
@@ -61,15 +60,14 @@ class _Graph(torch.nn.Module):
         return (outputs.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
-def write_onnx(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write both graphs with config and tokenizer, run them in ONNX Runtime and compare their logits with the model's.
+def write_onnx(model: GPT2ReproForCausalLM, folder: Path) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """Write both graphs and the config. Return functions that run them in ONNX Runtime: token ids [B, T] to logits.
 
     The model's attention implementation is set to eager.
     """
     config = model.config
     model.to_gpt2().config.save_pretrained(folder)  # transformers.js and Optimum read the shape from it
     model.generation_config.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
     (folder / "onnx").mkdir()
     model.set_attn_implementation("eager")  # operators that every runtime has
 
@@ -104,8 +102,7 @@ def write_onnx(model: GPT2ReproForCausalLM, tokenizer: PreTrainedTokenizerBase, 
         output_names=["logits"],
     )
     empty = dict.fromkeys(past_names, past[0][:, :, :0])
-    compare_logits(model, lambda ids: _run(without_past, ids, {}), tolerance=1e-3)
-    compare_logits(model, lambda ids: _run(with_past, ids, empty), tolerance=1e-3)
+    return [lambda ids: _run(without_past, ids, {}), lambda ids: _run(with_past, ids, empty)]
 
 
 def _write(path: Path, model: GPT2ReproForCausalLM, arguments: tuple, **options: Any) -> None:

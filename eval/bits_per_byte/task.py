@@ -14,7 +14,7 @@ from data.sources import FileSource
 from eval import EvalError
 from eval.items import DataInfo, first_items, sha256_of
 from eval.scoring import Request, Tokenizer
-from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode, perplexity
 from eval.windows import DEFAULT_MAX_LENGTH, rolling_requests, start_token, windows
 
 
@@ -51,7 +51,9 @@ class Task(BaseTask):
         stride = self.stride if self.stride is not None else max(1, max_length // 2)
         if not 1 <= stride <= max_length:
             raise EvalError(f"stride must be between 1 and the model's context of {max_length}, got {stride}")
-        read = self._read_shards if is_shards(self.data) else self._read_text
+        folder = Path(self.data)
+        is_shards = folder.is_dir() and (unmanaged_shards(folder) or (folder / PREPARING).exists())  # complete or not
+        read = self._read_shards if is_shards else self._read_text
         return read(tokenizer, max_length, stride)
 
     def _read_shards(self, tokenizer: Tokenizer, max_length: int, stride: int) -> tuple[list[Item], DataInfo]:
@@ -130,15 +132,9 @@ class Task(BaseTask):
         text_nats = -math.fsum(result["text_log_likelihood"] for result in item_results)
         return {
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # e^709 is the largest float
+            "perplexity": perplexity(loss),
             "bits_per_byte": text_nats / (math.log(2) * num_bytes) if num_bytes else math.nan,
             "num_tokens": num_tokens,
             "num_bytes": num_bytes,
             "n": len(item_results),
         }
-
-
-def is_shards(path: str | Path) -> bool:
-    """Return True if the path is a folder of shards, complete or not, rather than text."""
-    folder = Path(path)
-    return folder.is_dir() and bool(unmanaged_shards(folder) or (folder / PREPARING).exists())

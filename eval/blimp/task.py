@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from eval import EvalError
 from eval.items import DataInfo, check_fields, check_text, first_items, sha256_of, task_records
@@ -26,13 +26,11 @@ class Paradigm(NamedTuple):
     """published accuracy"""
 
 
-def _read_paradigms() -> dict[str, Paradigm]:
-    lines = Path(__file__).with_name("published.csv").read_text(encoding="utf-8").splitlines()
-    rows = csv.DictReader(line for line in lines if not line.startswith("#"))
-    return {row["paradigm"]: Paradigm(row["phenomenon"], float(row["gpt2_large"])) for row in rows}
-
-
-PARADIGMS = _read_paradigms()
+_LINES = Path(__file__).with_name("published.csv").read_text(encoding="utf-8").splitlines()
+PARADIGMS = {
+    row["paradigm"]: Paradigm(row["phenomenon"], float(row["gpt2_large"]))
+    for row in csv.DictReader(line for line in _LINES if not line.startswith("#"))
+}
 # Paradigms per phenomenon. The data call two paradigms of argument_structure "s-selection"; the paper does not.
 PHENOMENA = Counter(paradigm.phenomenon for paradigm in PARADIGMS.values())
 
@@ -67,7 +65,11 @@ class Task(BaseTask):
         next_index: Counter[str] = Counter()
         pairs = []
         for record, where in records:
-            paradigm, phenomenon, pair = _check_record(record, where)
+            check_fields(record, FIELDS, where)
+            for field in FIELDS:
+                check_text(record[field], f"{where}: {field}")
+            *pair, paradigm, term = (record[field] for field in FIELDS)
+            phenomenon = PARADIGMS[paradigm].phenomenon if paradigm in PARADIGMS else term
             pairs.append((next_index[paradigm], paradigm, phenomenon, pair))
             next_index[paradigm] += 1
         kept, count = first_items(sorted(pairs), self.limit)
@@ -128,12 +130,3 @@ def _mean(name: str, paradigms: Sequence[Sequence[bool]]) -> dict[str, float]:
     ]
     stderr = math.sqrt(math.fsum(variances)) / len(paradigms)
     return {name: math.fsum(accuracies) / len(paradigms), f"{name}_stderr": stderr}
-
-
-def _check_record(record: Any, where: str) -> tuple[str, str, list[str]]:
-    """Return (paradigm, phenomenon, [good sentence, bad sentence])."""
-    check_fields(record, FIELDS, where)
-    for name in FIELDS:
-        check_text(record[name], f"{where}: {name}")
-    *sentences, paradigm, term = (record[name] for name in FIELDS)
-    return paradigm, PARADIGMS[paradigm].phenomenon if paradigm in PARADIGMS else term, sentences

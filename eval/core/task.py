@@ -14,7 +14,7 @@ from eval import EvalError
 from eval.core.bundle import BUNDLE, CHOICES, COMPLETION, CORE, SCHEMA, CoreTask, read_bundle
 from eval.items import DataInfo, sha256_of
 from eval.scoring import Request, Tokenizer
-from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode, proportion
 
 _KINDS = {COMPLETION: "greedy completions", CHOICES: "choices", SCHEMA: "contexts of a continuation"}
 _ITEMS_PER_ENCODING = 256
@@ -82,13 +82,10 @@ class Task(BaseTask):
         metrics: dict[str, float] = {}
         centered, variance = [], 0.0
         for task in CORE:
-            n = len(correct[task.name])
-            if n:
-                p = sum(correct[task.name]) / n
-                error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else math.nan
-                metrics |= {task.name: p, f"{task.name}_stderr": error}
-                centered.append((p - task.chance) / (1 - task.chance))
-                variance += (error / (1 - task.chance)) ** 2
+            if task.name in correct:
+                metrics |= proportion(correct[task.name], task.name)
+                centered.append((metrics[task.name] - task.chance) / (1 - task.chance))
+                variance += (metrics[f"{task.name}_stderr"] / (1 - task.chance)) ** 2
         name = "core" if len(centered) == len(CORE) and self.limit is None else "partial"
         mean, error = sum(centered) / len(centered), math.sqrt(variance) / len(centered)
         return metrics | {name: mean, f"{name}_stderr": error, "n": len(item_results)}

@@ -17,8 +17,8 @@ def accuracy(predictions: Sequence[dict[str, Any]], references: Sequence[int]) -
     lm-evaluation-harness's (0.3114, with its own prompt). The first of several equal endings is chosen.
 
     Args:
-        predictions: for each item a dict with one entry per ending in "log_likelihoods" (floats, summed over the
-            ending's tokens, nats) and in "lengths" (ints).
+        predictions: one dict per item: "log_likelihoods", each ending's log-likelihood in nats, summed over its
+            tokens; "lengths", the divisors for acc_norm: each ending's number of tokens or characters.
         references: the index of each item's correct ending, from 0.
 
     Returns:
@@ -28,6 +28,17 @@ def accuracy(predictions: Sequence[dict[str, Any]], references: Sequence[int]) -
     Raises:
         ValueError: no items, lists of different lengths, items with different numbers of endings, a length below 1,
             a log-likelihood that is nan, a label that is not the index of an ending.
+
+    Example:
+        >>> hellaswag = evaluate.load("eval/hellaswag")
+        >>> hellaswag.compute(
+        ...     predictions=[
+        ...         {"log_likelihoods": [-4.0, -9.0, -9.0, -6.0], "lengths": [1, 3, 3, 3]},
+        ...         {"log_likelihoods": [-9.0, -5.0, -9.0, -9.0], "lengths": [3, 3, 3, 3]},
+        ...     ],
+        ...     references=[3, 1],
+        ... )
+        {'acc': 0.5, 'acc_stderr': 0.5, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0, 'n': 2}
     """
     if len(predictions) != len(references):
         raise ValueError(f"got {len(predictions)} predictions for {len(references)} references; give one each")

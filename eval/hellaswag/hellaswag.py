@@ -2,6 +2,8 @@
 
 # One import per line, and a relative one for the local file: `evaluate` finds with a regular expression which packages
 # this file needs and which files to copy along with it.
+import inspect
+
 import datasets
 import evaluate
 
@@ -21,29 +23,7 @@ The fraction of HellaSwag items in which a language model gives the correct endi
 (acc), and the highest log-likelihood divided by its length (acc_norm).
 """
 
-_INPUTS = """\
-Args:
-    predictions: one dict per item: "log_likelihoods", each ending's log-likelihood in nats, summed over its
-        tokens; "lengths", the divisors for acc_norm: each ending's number of tokens (build-nanogpt, llm.c) or
-        characters (lm-evaluation-harness).
-    references: the index of each item's correct ending, from 0.
-
-Returns:
-    acc, acc_norm: fractions of the items.
-    acc_stderr, acc_norm_stderr: their standard errors.
-    n: the number of items.
-
-Example:
-    >>> hellaswag = evaluate.load("eval/hellaswag")
-    >>> hellaswag.compute(
-    ...     predictions=[
-    ...         {"log_likelihoods": [-4.0, -9.0, -9.0, -6.0], "lengths": [1, 3, 3, 3]},
-    ...         {"log_likelihoods": [-9.0, -5.0, -9.0, -9.0], "lengths": [3, 3, 3, 3]},
-    ...     ],
-    ...     references=[3, 1],
-    ... )
-    {'acc': 0.5, 'acc_stderr': 0.5, 'acc_norm': 1.0, 'acc_norm_stderr': 0.0, 'n': 2}
-"""
+_INPUTS = inspect.cleandoc(accuracy.__doc__ or "")
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from eval.items import DataInfo, check_fields, check_text, first_items, sha256_of, task_records
 from eval.scoring import Tokenizer
-from eval.task import BaseTask, Item, ItemResult, ItemScores, encode_together
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode_together, perplexity, proportion
 
 HUB_ID = "EleutherAI/lambada_openai"
 FIELDS = ("context", "continuation")
@@ -52,20 +52,14 @@ class Task(BaseTask):
         """Return acc (fraction of greedy words), perplexity (exp of minus the mean log-likelihood per word), and n.
 
         As in lm-evaluation-harness (tasks/lambada, version 1), but perplexity_stderr, which is a bootstrap's there, is
-        the perplexity times the standard error of the mean log-likelihood (the delta method). acc_stderr is
-        sqrt(p (1 - p) / (n - 1)); both are nan for one passage.
+        the perplexity times the standard error of the mean log-likelihood (the delta method); nan for one passage.
         """
         values = np.array([result["log_likelihood"] for result in item_results], dtype=np.float64)
         n = len(values)
-        acc = sum(result["is_greedy"] for result in item_results) / n
-        perplexity = math.exp(min(-values.mean(), 700.0))  # e^709 is the largest float
-        return {
-            "acc": acc,
-            "acc_stderr": math.sqrt(acc * (1 - acc) / (n - 1)) if n > 1 else math.nan,
-            "perplexity": perplexity,
-            "perplexity_stderr": perplexity * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan,
-            "n": n,
-        }
+        ppl = perplexity(-values.mean())
+        ppl_stderr = ppl * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        acc = proportion([result["is_greedy"] for result in item_results])
+        return acc | {"perplexity": ppl, "perplexity_stderr": ppl_stderr, "n": n}
 
 
 def _split_passage(record: Any, where: str) -> tuple[str, str]:

@@ -1,5 +1,7 @@
 """WikiText-2 as lm-evaluation-harness scores it (wikitext, version 2), and as transformers' page on perplexity does."""
 
+import io
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -11,12 +13,15 @@ from common.jsonl import COMPRESSIONS, name_unreadable_file
 from eval import EvalError
 from eval.items import DataInfo, check_fields, check_text, first_items, sha256_of, task_records
 from eval.scoring import Tokenizer
-from eval.task import BaseTask, Item, ItemResult, ItemScores, encode
-from eval.wikitext.text import detokenize, rows_of, split_pages
+from eval.task import BaseTask, Item, ItemResult, ItemScores, encode, perplexity
 from eval.windows import DEFAULT_MAX_LENGTH, rolling_requests, start_token, strided_requests
 
 HUB_ID, SUBSET = "EleutherAI/wikitext_document_level", "wikitext-2-raw-v1"
 LM_EVAL, SLIDING, DISJOINT = PROTOCOLS = ("lm_eval", "sliding", "disjoint")
+# " = Title = ", and not " = = Section = = ".
+_TITLE = re.compile(r"= (?!=)(.*(?<!=))? =")
+# Opening and closing marks that WikiText has spaces inside of.
+_ENCLOSING = [("(", ")"), ("[", "]"), ("{", "}"), ('"', '"'), ("'", "'")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +113,42 @@ class Task(BaseTask):
                 continue
             nats = -math.fsum(result["log_likelihood"] for result in own)
             if protocol == LM_EVAL:
-                metrics["word_perplexity"] = _exp(nats / sum(result["num_words"] for result in own))
+                metrics["word_perplexity"] = perplexity(nats / sum(result["num_words"] for result in own))
                 nats_per_byte = nats / sum(result["num_bytes"] for result in own)
-                metrics |= {"byte_perplexity": _exp(nats_per_byte), "bits_per_byte": nats_per_byte / math.log(2)}
+                metrics |= {"byte_perplexity": perplexity(nats_per_byte), "bits_per_byte": nats_per_byte / math.log(2)}
             else:
-                metrics[f"{protocol}_perplexity"] = _exp(nats / sum(result["num_tokens"] for result in own))
+                metrics[f"{protocol}_perplexity"] = perplexity(nats / sum(result["num_tokens"] for result in own))
         return metrics | {"n": sum(result["protocol"] == LM_EVAL for result in item_results)}
 
 
-def _exp(x: float) -> float:
-    return math.exp(min(x, 700.0))  # e^709 is the largest float
+def split_pages(text: str) -> list[str]:
+    """Return the pages of WikiText's raw text: each begins with its title and ends before the next one."""
+    lines = text.split("\n")
+    titles = [index for index, line in enumerate(lines) if _TITLE.fullmatch(line.strip())]
+    edges = itertools.pairwise([0, *titles, len(lines)])
+    return [page for start, stop in edges if (page := "\n".join(lines[start:stop])).strip()]
+
+
+def rows_of(pages: Sequence[str]) -> list[str]:
+    """Return the rows of the dataset `wikitext` on the Hub: the text's lines with their line breaks, blank ones empty.
+
+    The blank line before the first title, which is on no page, is the first row.
+    """
+    return [line if line.strip() else "" for line in io.StringIO(" \n" + "\n".join(pages))]
+
+
+def detokenize(page: str) -> str:
+    """Remove the spaces of WikiText's tokens as lm-evaluation-harness does (tasks/wikitext), its slips included."""
+    text = re.sub("/' [0-9]/", "/'[0-9]/", page.replace("s '", "s'"))  # the replacement is literal there, too
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        text = text.replace(f" {mark} ", f"{mark} ")
+    for opening, closing in _ENCLOSING:
+        enclosed = rf"{re.escape(opening)}([^{re.escape(closing)}]*){re.escape(closing)}"
+        text = re.sub(enclosed, lambda match: f"{match[0][0]}{match[1].strip()}{match[0][-1]}", text)
+    for count in (4, 3, 2):
+        text = text.replace(" ".join("=" * count), "=" * count)
+    for before, after in ((" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")):
+        text = text.replace(before, after)
+    return text

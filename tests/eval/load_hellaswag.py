@@ -3,7 +3,7 @@
 import json
 import time
 
-from eval.hellaswag.items import load_items
+from eval.hellaswag.task import load_items
 
 start = time.perf_counter()
 items, source = load_items("hub")

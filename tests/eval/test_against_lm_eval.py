@@ -13,16 +13,16 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 
-from eval import EvalError, evaluate, lm_eval_bridge
+from eval import EvalError, evaluate
 from eval.bits_per_byte.task import Task as BitsPerByte
 from eval.blimp.task import Task as Blimp
 from eval.evaluator import load_tasks
-from eval.hellaswag.items import SAMPLE, load_items
+from eval.hellaswag.task import SAMPLE, load_items
 from eval.hellaswag.task import Task as HellaSwag
 from eval.lambada.task import Task as Lambada
 from eval.lm_eval_bridge import LmEvalTask
 from eval.wikitext.task import Task as WikiText
-from eval.wikitext.text import detokenize
+from eval.wikitext.task import detokenize
 
 TASKS = Path(lm_eval.__file__).parent / "tasks"
 TASKS_HERE = {"hellaswag": HellaSwag, "lambada": Lambada, "blimp": Blimp, "wikitext": WikiText}
@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
 def expected(model, tokenizer, folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        manager, _ = lm_eval_bridge.check_lm_eval(LmEvalTask(f"{folder}/hellaswag_here"))
+        manager, _ = LmEvalTask(task=f"{folder}/hellaswag_here").find()
         return lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=3),
             tasks=["hellaswag_here", "lambada_here", "blimp_here", "wikitext_here"],

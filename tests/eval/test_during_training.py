@@ -1,6 +1,7 @@
 """Test the evaluations that train.py runs: shares of several processes, stop requests, diverged models, samples."""
 
 import copy
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -68,16 +69,10 @@ def parity(monkeypatch, tokenizer):
     return load_task("parity", None, None, tokenizer, 128)
 
 
-class Stop:
-    """A stop request that comes after `is_requested` was read so many times."""
-
-    def __init__(self, after=math.inf):
-        self.after = after
-
-    @property
-    def is_requested(self):
-        self.after -= 1
-        return self.after < 0
+def stop_after(reads):
+    """Return a function that is true after it was called so many times."""
+    calls = itertools.count()
+    return lambda: next(calls) >= reads
 
 
 @pytest.fixture
@@ -88,7 +83,7 @@ def make_evaluation(batches, hellaswag, tokenizer):
             "tasks": [(hellaswag, 10)],
             "tokenizer": tokenizer,
         }
-        settings |= {"prompts": PROMPTS, "sample_tokens": 4, "seed": 1, "stop": Stop()}
+        settings |= {"prompts": PROMPTS, "sample_tokens": 4, "seed": 1, "should_stop": stop_after(math.inf)}
         evaluation = TrainingEvaluation(**settings | changes)
         return lambda *models, step=0, is_last=False: evaluation.run(*models, 4, step=step, is_last=is_last)
 
@@ -165,11 +160,11 @@ def test_two_processes_give_the_result_of_one(model, batches, hellaswag, parity,
 
 @pytest.mark.parametrize(("after", "num_forwards"), [(0, 1), (2, 3), (3, 4), (4, 4)])
 def test_stop_request_ends_the_evaluation_after_the_current_batch(model, make_evaluation, after, num_forwards):
-    """`is_requested` is read after each of three validation batches, after the batch of items, and at the end."""
+    """`should_stop` is called after each of three validation batches, after the batch of items, and at the end."""
     forwards = []
     hook = model.transformer.register_forward_hook(lambda *_: forwards.append(None))
     try:
-        assert make_evaluation(stop=Stop(after))(model, model) is None
+        assert make_evaluation(should_stop=stop_after(after))(model, model) is None
     finally:
         hook.remove()
     assert len(forwards) == num_forwards

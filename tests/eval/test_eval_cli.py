@@ -13,8 +13,8 @@ from tiny_run import TWO_PROCESSES
 from common.weights import weights_sha256
 from eval import __main__ as program
 from eval import command, evaluate
-from eval.hellaswag import items
-from eval.hellaswag.items import SAMPLE
+from eval.hellaswag import task as hellaswag_task
+from eval.hellaswag.task import SAMPLE
 from eval.hellaswag.task import Task as HellaSwag
 from eval.items import HubUnavailableError
 
@@ -102,7 +102,7 @@ def test_sample_is_scored_with_a_warning_without_a_network(in_process, monkeypat
     def fail(*_):
         raise HubUnavailableError("the network is down")
 
-    monkeypatch.setattr(items, "hub_records", fail)
+    monkeypatch.setattr(hellaswag_task, "hub_records", fail)
     output = tmp_path / "result.json"
     code, printed = in_process("--dtype", "bfloat16", "--limit", 4, "--output", output)
     sentence = "SAMPLE of 4 items written for this project, NOT HellaSwag: not comparable with published numbers"

@@ -15,8 +15,7 @@ import torch
 
 from common import hub
 from common.errors import UserError
-from eval.hellaswag.items import SAMPLE, HellaSwagItem, load_items
-from eval.hellaswag.task import Task
+from eval.hellaswag.task import SAMPLE, HellaSwagItem, Task, load_items
 from eval.task import interleave_ranks, score_items
 
 LOAD_ITEMS = ("-m", "tests.eval.load_hellaswag")

@@ -28,7 +28,7 @@ from eval.items import HubUnavailableError
 from eval.lambada.task import Task as Lambada
 from eval.task import score_items
 from eval.wikitext.task import Task as WikiText
-from eval.wikitext.text import rows_of, split_pages
+from eval.wikitext.task import rows_of, split_pages
 
 TEXTS = ["It is the first text, and ein Mädchen liest it.", "The second: 42 words, <|endoftext|> is not one."]
 

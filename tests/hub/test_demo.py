@@ -13,8 +13,8 @@ from tiny_run import ROOT, clean_environment
 
 from hub import demo
 from hub.__main__ import main
-from hub.card import Progress, read_progress
-from hub.sampling import SamplingParams, generate
+from hub.card import describe_progress
+from hub.sampling import SamplingParams, stream_tokens
 
 PROMPT = "The <b>meaning</b> of life is"
 SWITCHES = (
@@ -97,7 +97,8 @@ def until(condition, seconds=30):
 
 
 def test_two_checkpoints_continue_a_prompt(browser, model, tokenizer):
-    expected = PROMPT + tokenizer.decode(generate(model, tokenizer(PROMPT).input_ids, SamplingParams()))
+    tokens = [token for token, _ in stream_tokens(model, tokenizer(PROMPT).input_ids, SamplingParams())]
+    expected = PROMPT + tokenizer.decode(tokens)
     browser.start(PROMPT)
     early = until(lambda: len(browser.text(0)) > len(PROMPT) and browser.text(0))
     until(lambda: browser.text(0).split() == expected.split())
@@ -148,7 +149,7 @@ def test_page_shows_text_and_candidates(model, tokenizer):
     params = SamplingParams(seed=1, max_new_tokens=20)
     values = (params.temperature, params.top_k, params.top_p, params.max_new_tokens, params.seed)
     *_, (text, candidates, *others) = write(PROMPT, *values)
-    tokens = generate(model, tokenizer(PROMPT).input_ids, params)
+    tokens = [token for token, _ in stream_tokens(model, tokenizer(PROMPT).input_ids, params)]
     assert text == PROMPT + tokenizer.decode(tokens) and others == [text, candidates]
     probabilities = list(candidates.values())
     assert 10 <= len(probabilities) <= 11 and probabilities[:10] == sorted(probabilities[:10], reverse=True)
@@ -162,10 +163,10 @@ def test_progress_is_left_out_where_it_is_not_known(checkpoint, standalone):
     state = {"step": 20, "tokens": 5120, "val_loss": None}
     (standalone / "training_state").mkdir()
     (standalone / "training_state" / "state.json").write_text(json.dumps(state))
-    assert read_progress(standalone) == Progress(**state, data=None)
-    assert read_progress(checkpoint).data == "HuggingFaceFW/fineweb-edu, sample-10BT"
+    assert describe_progress(standalone) == ["step 20, 5,120 tokens"]
+    assert describe_progress(checkpoint)[1:] == ["trained on HuggingFaceFW/fineweb-edu, sample-10BT"]
     (standalone / "training_state" / "state.json").write_text("{")
-    assert read_progress(standalone) is None
+    assert describe_progress(standalone) == []
 
 
 def test_demo_binds_localhost_only(page):

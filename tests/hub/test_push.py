@@ -219,8 +219,11 @@ def shard_weights(folder, index):
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json' cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json' cannot be read .*not a JSON object"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "config of a 'llama' model"),
-        (lambda folder: change(folder / "config.json", n_head=5), "config.json' is not the config of a GPT-2 .*n_head"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'),
+            "is a 'llama' model.*README.md",
+        ),
+        (lambda folder: change(folder / "config.json", n_head=5), "cannot be opened .*n_head"),
         (lambda folder: shard_weights(folder, '{"weight_map": {"a": "b.safetensors"}}'), "names b.safetensors, which"),
         (lambda folder: shard_weights(folder, '{"weight_map": ["a"]}'), "has no weight_map that names files"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "remove the stale one"),

@@ -10,13 +10,17 @@ from transformers import TextStreamer
 
 import sample
 from hub import HubError
-from hub.sampling import SamplingParams, encode_chat, encode_prompt, generate, stream_tokens
+from hub.sampling import SamplingParams, encode_chat, encode_prompt, stream_tokens
 
 PROMPT = "Hello, I'm a language model,"
 
 
+def tokens_after(model, prompt_ids, params):
+    return [token for token, _ in stream_tokens(model, prompt_ids, params)]
+
+
 def new_tokens(model, tokenizer, prompt=PROMPT, **settings):
-    return generate(model, tokenizer(prompt).input_ids, SamplingParams(**settings))
+    return tokens_after(model, tokenizer(prompt).input_ids, SamplingParams(**settings))
 
 
 @pytest.mark.parametrize(
@@ -30,7 +34,7 @@ def new_tokens(model, tokenizer, prompt=PROMPT, **settings):
     ids=str,
 )
 def test_same_seed_gives_the_tokens_of_generate(model, tokenizer, settings):
-    """The tokens at once and one by one are those of `model.generate` after torch.manual_seed."""
+    """The tokens are those of one call of `model.generate` after torch.manual_seed."""
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     sampling = {"temperature": 1.0, "top_k": 50, "top_p": 1.0} | settings
     options = {"do_sample": False} if settings["temperature"] == 0 else {"do_sample": True} | sampling
@@ -38,8 +42,7 @@ def test_same_seed_gives_the_tokens_of_generate(model, tokenizer, settings):
     expected = model.generate(ids, max_new_tokens=40, pad_token_id=50256, eos_token_id=None, **options)
     expected = expected[0, ids.shape[1] :].tolist()
     params = SamplingParams(seed=7, max_new_tokens=40, **settings)
-    assert generate(model, ids[0].tolist(), params) == expected
-    assert [token for token, _ in stream_tokens(model, ids[0].tolist(), params)] == expected
+    assert tokens_after(model, ids[0].tolist(), params) == expected
 
 
 def test_generation_ends_with_the_context(model, tokenizer):
@@ -56,8 +59,6 @@ def test_generation_ends_before_the_end_of_text_token(model, tokenizer, monkeypa
     monkeypatch.setattr(model.generation_config, "eos_token_id", tokens[10])
     expected = tokens[: tokens.index(tokens[10])]
     assert new_tokens(model, tokenizer, temperature=0, max_new_tokens=20) == expected
-    params = SamplingParams(temperature=0, max_new_tokens=20)
-    assert [token for token, _ in stream_tokens(model, tokenizer(PROMPT).input_ids, params)] == expected
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
@@ -73,15 +74,8 @@ def test_logits_that_are_not_finite_are_an_error(model, tokenizer, monkeypatch, 
 def test_text_is_printed_in_whole_characters(model, tokenizer, monkeypatch, text):
     pieces, ids = [], tokenizer(text).input_ids
     monkeypatch.setattr(TextStreamer, "on_finalized_text", lambda _, text, **__: pieces.append(text))
-
-    def generate(model, prompt_ids, params, streamer):
-        for tokens in (torch.tensor([prompt_ids]), *torch.tensor(ids)[:, None]):
-            streamer.put(tokens)
-        streamer.end()
-        return ids
-
-    monkeypatch.setattr(sample, "generate", generate)
-    sample.write(model, tokenizer, [1, 2, 3], SamplingParams())
+    monkeypatch.setattr(sample, "stream_tokens", lambda *_: ((token, None) for token in ids))
+    assert sample.write(model, tokenizer, [1, 2, 3], SamplingParams()) == ids
     assert len(pieces) > 1 and "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
 
@@ -121,7 +115,7 @@ def test_interactive_continues_one_text(checkpoint, model, tokenizer, capsys, mo
     arguments = (checkpoint, "--interactive", "--temperature", 0, "--max_new_tokens", 5)
     first = new_tokens(model, tokenizer, **settings)
     ids = tokenizer(PROMPT).input_ids + first + tokenizer("\nAnd then").input_ids
-    second = tokenizer.decode(generate(model, ids, SamplingParams(**settings)))
+    second = tokenizer.decode(tokens_after(model, ids, SamplingParams(**settings)))
     first = tokenizer.decode(first)
     _, out, _ = run(capsys, monkeypatch, *arguments, stdin=f"{PROMPT}\nAnd then\n\n{PROMPT}\n")
     assert out == f"{first}\n{second}\n{first}\n\n"
