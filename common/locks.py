@@ -29,8 +29,8 @@ class Lock:
         except TypeError:  # a filelock without that option
             self._lock = FileLock(path)
 
-    def acquire(self, timeout: float = -1) -> None:
-        """Wait up to `timeout` seconds for the lock (-1: without end).
+    def acquire(self, timeout: float = -1) -> bool:
+        """Wait up to `timeout` seconds for the lock (-1: without end). Return False on a disk without locks.
 
         Raises:
             Timeout: another process holds it.
@@ -38,6 +38,7 @@ class Lock:
         """
         try:
             self._lock.acquire(timeout=timeout)
+            return True
         except (OSError, NotImplementedError) as error:
             if not isinstance(error, NotImplementedError) and error.errno not in _NO_LOCKS:
                 raise
@@ -49,6 +50,7 @@ class Lock:
                     f"warning: the disk of {folder} has no locks ({error or 'not implemented'}): nothing keeps a "
                     "second process out, so do not start one in the same folder"
                 )
+            return False
 
     def release(self) -> None:
         """Let other processes in; does nothing if the lock is not held."""
