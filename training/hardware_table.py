@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from common import markdown
 from modeling_gpt2repro import GPT2ReproConfig
-from training.batch import RESERVED_SHARE, available_memory, fitting_sizes, micro_batch_sizes
+from training.batch import RESERVED_SHARE, device_memory, fitting_sizes, micro_batch_sizes
 from training.cards import CARDS, PRICES_DATE, Card
 from training.config import BatchConfig
 from training.estimate import Plan, card_hardware, format_duration
@@ -93,7 +93,7 @@ def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
 
 def _largest_size(plan: Plan) -> tuple[int, bool]:
     """Return (sequences that fit by the memory estimate, True with activation checkpointing), or (0, True)."""
-    usable = available_memory(plan.hardware) * (1 - RESERVED_SHARE)
+    usable = device_memory(plan.hardware)[0] * (1 - RESERVED_SHARE)
     sizes = micro_batch_sizes(plan.batch, 1)
     if plan.batch.micro_batch_size != "auto":
         sizes = [n for n in sizes if n <= plan.batch.micro_batch_size]
