@@ -38,6 +38,7 @@ import time
 STARTED = time.monotonic()  # --max_hours counts from here
 
 import dataclasses
+import gc
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -69,7 +70,6 @@ from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_fo
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape, task_settings
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, make_plan, warn_of_repetition
-from training.garbage import collector_restored, stop_collecting
 from training.hardware_table import describe_cards
 from training.logging import RunLog
 from training.machine import can_compile, find_device
@@ -95,7 +95,10 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
     if config.data.text is not None:  # before the process group, whose timeout would end a long preparation
         config.data.path = prepare_text(config.data.text, is_dry_run=config.dry_run)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
-    with isolated_accelerator_state(), collector_restored(), ExitStack() as cleanup:
+    with isolated_accelerator_state(), ExitStack() as cleanup:
+        cleanup.callback(gc.unfreeze)  # train_steps freezes the garbage collector and switches it off
+        if gc.isenabled():
+            cleanup.callback(gc.enable)
         accelerator = start_accelerator(config.mixed_precision, device_type)
         stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
         run = cleanup.enter_context(RunFolder(str(config.output_dir)))
@@ -246,7 +249,10 @@ def train_steps(
         windows = [] if is_finite else windows_with_nonfinite_loss(losses, loader.window_origins(state.step))
         state.advance(is_finite)
         log.log_step(state, loss=train_loss, lr=lr, grad_norm=norm, seconds=seconds, windows=windows, loss_scale=scale)
-        stop_collecting()  # has an effect after the first step only, which may have compiled
+        if gc.isenabled():  # after the first step, which may have compiled: later pauses would delay the device
+            gc.collect()
+            gc.freeze()  # evaluations collect their own garbage, and skip what exists now (benchmarks/LOG.md)
+            gc.disable()
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -396,6 +396,7 @@ def test_resuming_in_an_evaluation_adds_its_loss_to_the_checkpoint(small, tmp_pa
 
     def run_until_stopped(evaluation, *args, **kwargs):
         if next(calls) == 1:
+            assert not gc.isenabled()  # from the first step to the end
             evaluation.stop.reason = "SIGTERM"
             return None
         return run(evaluation, *args, **kwargs)
@@ -405,7 +406,11 @@ def test_resuming_in_an_evaluation_adds_its_loss_to_the_checkpoint(small, tmp_pa
     assert train.train(arguments) == 75  # stopped in the evaluation of step 2
     state = output / "checkpoints" / "step_000002" / "training_state" / "state.json"
     assert json.loads(state.read_text())["val_loss"] is None
-    assert train.train([*arguments, "--resume", "auto"]) == 0
+    gc.disable()
+    try:
+        assert train.train([*arguments, "--resume", "auto"]) == 0 and not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
     assert json.loads(state.read_text())["val_loss"] > 0
 
 
@@ -446,7 +451,7 @@ def test_a_run_that_could_go_on_waits(tmp_path, capsys):
     make_checkpoint(run / "checkpoints" / "step_000010", 5.0)
     with RunFolder(run) as holder:
         holder.lock(None)
-        waiting = RunFolder(run, poll_seconds=0.05)
+        waiting = RunFolder(run)
         thread = threading.Thread(target=lambda: waiting.lock("auto"))
         thread.start()
         thread.join(0.2)

@@ -136,7 +136,6 @@ class CheckpointWriter:
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: futures.Future[Path] | None = None
-        self._has_warned_of_best = False
 
     def save(self, state: LoopState) -> None:
         """Write a checkpoint, or start to. Every process must call this; the main process writes.
@@ -242,7 +241,9 @@ class CheckpointWriter:
 
     def _remove_old(self, step: int) -> None:
         """Remove old checkpoints. Decided by the folders on the disk alone, so that a crash in between is harmless."""
-        self._remove_link()
+        link = self.output_dir / "checkpoints" / BEST  # of earlier versions; a copy of its target stays, and is ignored
+        if link.is_symlink():
+            link.unlink()
         # A run that was resumed from an earlier step leaves later checkpoints alone until it reaches them.
         checkpoints = [c for c in list_checkpoints(self.output_dir / "checkpoints") if c.step <= step]
         kept = {c.step for c in checkpoints}
@@ -258,18 +259,6 @@ class CheckpointWriter:
                 removed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.partial")
                 checkpoint.folder.rename(removed)
                 shutil.rmtree(removed, ignore_errors=True)
-
-    def _remove_link(self) -> None:
-        """Remove the link `best` of earlier versions. A copy of the link's target stays, with one warning."""
-        path = self.output_dir / "checkpoints" / BEST
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir() and not self._has_warned_of_best:
-            self._has_warned_of_best = True
-            say(
-                f"warning: the folder {path} is an old copy and is left alone; as a checkpoint's name, {path} means "
-                "the step folder with the lowest validation loss. Remove or rename the copy"
-            )
 
 
 def remove_leftovers(output_dir: str | Path) -> None:

@@ -155,12 +155,10 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 def draw(groups: list[list[Run]], path: Path) -> None:
     """Draw the validation losses over tokens and over hours of training, a color for each group."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     by_tokens, by_hours = figure.subplots(1, 2, sharey=True)
     for number, runs in enumerate(groups):
         for index, run in enumerate(runs):

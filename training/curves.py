@@ -30,14 +30,12 @@ def plot_curves(
         score_lines: the same for each task.
     """
     # Imported here: it takes half a second, which the first step should not wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tasks = tasks_to_draw(records)
     rows = 1 if len(tasks) < 3 else 2
     columns = math.ceil((1 + len(tasks)) / rows)
     figure = Figure(figsize=((7, 12, 17)[columns - 1], 4.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     draw_losses(axes[0], records, loss_lines)

@@ -41,12 +41,11 @@ class RunFolder:
     Args:
         path: the folder, which need not exist yet.
         patience_seconds: time that another run, which may be about to stop, has to leave the folder.
-        poll_seconds: time between looks at the lock.
     """
 
-    def __init__(self, path: str | os.PathLike, *, patience_seconds: float = 60, poll_seconds: float = 1) -> None:
+    def __init__(self, path: str | os.PathLike, *, patience_seconds: float = 60) -> None:
         self.path = Path(path)
-        self._patience_seconds, self._poll_seconds = patience_seconds, poll_seconds
+        self._patience_seconds = patience_seconds
         self._lock: Lock | None = None
         self._is_running = False
 
@@ -74,21 +73,13 @@ class RunFolder:
         if not path.name:
             raise TrainingError(f"output_dir={str(path)!r} is not a folder for a run; name one below it")
         # Next to the folder, which is created only after all checks.
-        lock = Lock(path.with_name(f".{path.name}.lock"), warn=say)
+        self._lock = Lock(path.with_name(f".{path.name}.lock"), warn=say)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_dir():
                 raise NotADirectoryError(f"{path} is a file")
-            self._wait_for(lock, resume)
-        except OSError as error:
-            raise TrainingError(f"output_dir={path} cannot be written to ({error}); choose another one") from None
-        self._lock = lock
-
-    def _wait_for(self, lock: Lock, resume: str | None) -> None:
-        deadline, timeout, is_waiting = time.monotonic() + self._patience_seconds, 0.0, False
-        while True:
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout)
+                self._lock.acquire(0)
                 return
             try:
                 check_start(resume, self.path)
@@ -97,13 +88,14 @@ class RunFolder:
                     f"another process is training in {self.path}: choose another --output_dir. After that process has "
                     f"ended, this start would fail as well: {error}"
                 ) from None
-            if time.monotonic() >= deadline:
-                raise TrainingError(
-                    f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
-                )
-            if not is_waiting:
-                say(f"run       another process uses {self.path}; waiting for it to leave")
-            is_waiting, timeout = True, min(self._poll_seconds, self._patience_seconds)
+            say(f"run       another process uses {self.path}; waiting for it to leave")
+            self._lock.acquire(self._patience_seconds)
+        except Timeout:
+            raise TrainingError(
+                f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
+            ) from None
+        except OSError as error:
+            raise TrainingError(f"output_dir={path} cannot be written to ({error}); choose another one") from None
 
     def mark_running(self) -> None:
         """Mark the run as running, after all checks. Every process must call this."""
