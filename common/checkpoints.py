@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,13 +60,12 @@ def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     return min(evaluated)[1] if evaluated else None
 
 
-def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | None = None) -> str:
-    """Return the folder that a checkpoint's name means.
+def resolve_checkpoint(name: str | os.PathLike) -> str:
+    """Return the folder that a checkpoint's name means. For `best`, print the folder on stderr.
 
     Args:
         name: a checkpoint's folder or a Hub id, returned unchanged; or .../best next to step folders, which means the
             one with the lowest validation loss. Without step folders next to it, `best` is an ordinary folder.
-        say: called with a line that names the folder that `best` means; by default it is printed on stderr.
 
     Raises:
         UserError: `best` where no checkpoint was evaluated, or a run's folder instead of a checkpoint's.
@@ -74,7 +73,7 @@ def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | N
     path = Path(name)
     try:
         if path.name == BEST and path.parent.is_dir():
-            return _resolve_best(path, say or _print_on_stderr)
+            return _resolve_best(path)
         if path.is_dir() and not (path / "config.json").is_file():
             _refuse_run_folder(path)
     except OSError:  # a name that is too long, a folder without read permission: the caller reports it
@@ -138,7 +137,7 @@ def describe_file(path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _resolve_best(path: Path, say: Callable[[str], object]) -> str:
+def _resolve_best(path: Path) -> str:
     checkpoints = list_checkpoints(path.parent)
     if not checkpoints:
         if not path.is_dir() and path.parent.name == "checkpoints":
@@ -150,7 +149,8 @@ def _resolve_best(path: Path, say: Callable[[str], object]) -> str:
             f"{str(path)!r}: no checkpoint in {path.parent} was evaluated, so none is the best; give one of "
             f"{_listed(checkpoints)}"
         )
-    say(f"best      {best.describe()}")
+    if is_main_process():
+        print(f"best      {best.describe()}", file=sys.stderr)
     return str(best.folder)
 
 
@@ -172,11 +172,6 @@ def _listed(checkpoints: list[Checkpoint]) -> str:
     if left_out := len(checkpoints) - len(shown):
         listed.append(f"{left_out} more")
     return ", ".join(listed)
-
-
-def _print_on_stderr(line: str) -> None:
-    if is_main_process():
-        print(line, file=sys.stderr)
 
 
 def has_tokenizer(folder: str | Path) -> bool:

@@ -263,11 +263,11 @@ def with_damaged_state(runs):
 
 
 @pytest.mark.parametrize("change", [as_it_is, with_stale_link, with_stale_copy, with_damaged_state])
-def test_best_is_the_lowest_validation_loss(change, runs, monkeypatch):
+def test_best_is_the_lowest_validation_loss(change, runs, monkeypatch, capsys):
     change(runs)
-    lines, best = [], runs / "a" / "checkpoints" / "step_000020"
-    assert resolve_checkpoint(runs / "a" / "checkpoints" / "best", lines.append) == str(best)
-    assert lines == [f"best      {best} (validation loss 3.2500)"]
+    best = runs / "a" / "checkpoints" / "step_000020"
+    assert resolve_checkpoint(runs / "a" / "checkpoints" / "best") == str(best)
+    assert capsys.readouterr().err == f"best      {best} (validation loss 3.2500)\n"
     monkeypatch.chdir(runs / "a" / "checkpoints")
     assert resolve_checkpoint("best/") == "step_000020"
     monkeypatch.chdir(runs)

@@ -295,7 +295,7 @@ def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
                 "choose another --output_dir, or remove the folder"
             )
         return None
-    folder = Path(resolve_checkpoint(resume, say=lambda line: None))
+    folder = Path(resolve_checkpoint(resume))
     if not (folder / "training_state" / "state.json").is_file():
         raise TrainingError(f"--resume {resume}: not a checkpoint of train.py, training_state/state.json is missing")
     # The new checkpoints would mix with another branch's, and --resume auto would later take the wrong one.

@@ -67,7 +67,7 @@ class Hardware(NamedTuple):
 def find_hardware(
     accelerator: Accelerator, dollars_per_hour: float | None = None, card_name: str | None = None
 ) -> Hardware:
-    """Find out what the run's hardware is.
+    """Find out what the run's hardware is. The peak of a device that is not in the table is measured.
 
     Args:
         dollars_per_hour: price of one device, in place of the table's.
@@ -76,9 +76,14 @@ def find_hardware(
     if card_name is not None:
         return card_hardware(card_by_name(card_name), accelerator.num_processes, dollars_per_hour)
     device, mixed_precision = accelerator.device, accelerator.mixed_precision
-    name = device_name(device)
+    name = f"{device.type} ({platform.processor() or platform.machine()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        name = "Apple GPU"
     card = card_of_device(name)
-    peak, source = peak_flops(device, _DTYPES[mixed_precision])
+    is_known = card is not None and mixed_precision != "no"  # the peak in float32 depends on settings (TF32)
+    peak = card.tflops * 1e12 if card and is_known else measure_matmul_flops(device, _DTYPES[mixed_precision])
     return Hardware(
         device=device,
         name=name,
@@ -86,7 +91,7 @@ def find_hardware(
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         mixed_precision=mixed_precision,
         peak_flops=peak,
-        peak_source=source,
+        peak_source="data sheet" if is_known else "measured matmul",
         dollars_per_hour=dollars_per_hour or (card and card.dollars_per_hour),
     )
 
@@ -104,26 +109,6 @@ def card_hardware(card: Card, num_processes: int = 1, dollars_per_hour: float | 
         dollars_per_hour=dollars_per_hour or card.dollars_per_hour,
         card=card,
     )
-
-
-def device_name(device: torch.device) -> str:
-    """Return "NVIDIA H200", "Apple GPU", or the processor's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return "Apple GPU"
-    return f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return (peak FLOP/s, "data sheet" or "measured matmul").
-
-    The peak is measured if the device is not in the table, and in float32, whose peak depends on settings (TF32).
-    """
-    card = card_of_device(device_name(device))
-    if card is not None and dtype != torch.float32:
-        return card.tflops * 1e12, "data sheet"
-    return measure_matmul_flops(device, dtype), "measured matmul"
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

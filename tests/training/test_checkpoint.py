@@ -72,7 +72,7 @@ def save(tmp_path):
 
 
 def best(folder):
-    return Path(resolve_checkpoint(folder / "checkpoints" / "best", print)).name
+    return Path(resolve_checkpoint(folder / "checkpoints" / "best")).name
 
 
 def names(folder):
