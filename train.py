@@ -66,7 +66,7 @@ from eval.task import task_class
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line, pieces_per_sequence
-from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
+from training.checkpoint import CheckpointWriter, LoopState, checkpoint_folder, load_state, load_training_state
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape, task_settings
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, make_plan, warn_of_repetition
@@ -144,13 +144,21 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         state.micro_batch_size, state.num_processes = micro_batch_size, accelerator.num_processes
         say(plan.describe_batch(micro_batch_size, accumulation))
         cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
-        optimizer = build_optimizer(model, config.optim, accelerator.device.type)
+        optimizer = build_optimizer(model, config.optim)
         models = compile_and_wrap(accelerator, model, optimizer, accumulation, use_compile=config.compile)
         torch.manual_seed(config.seed + accelerator.process_index)  # each process drops other units
         if resume_from is not None:
             load_training_state(resume_from, models, accelerator)
-        keep = Keep(config.keep_last, config.keep_every, best=config.keep_best)
-        checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, resume_fingerprint, keep)
+        checkpoints = CheckpointWriter(
+            run.path,
+            accelerator,
+            models,
+            evaluation.tokenizer,
+            resume_fingerprint,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
+        )
         cleanup.callback(checkpoints.close)
         settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
         tasks = [task for task, _ in evaluation.tasks]

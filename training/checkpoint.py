@@ -18,7 +18,7 @@ import shutil
 from concurrent import futures
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -80,21 +80,6 @@ class LoopState:
         self.consecutive_skips = 0 if is_finite else self.consecutive_skips + 1
 
 
-class Keep(NamedTuple):
-    """Choose the checkpoints that stay on the disk."""
-
-    last: int | None = None
-    """number of newest checkpoints; None keeps all"""
-    every: int | None = None
-    """also those of steps that are multiples of it"""
-    best: bool = True
-    """also the one with the lowest validation loss"""
-
-
-class SaveError(TrainingError):
-    """A checkpoint could not be written. Earlier checkpoints are complete."""
-
-
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
     """Return runs/x/checkpoints/step_000100 for runs/x and 100."""
     return Path(output_dir) / "checkpoints" / f"step_{step:06d}"
@@ -116,6 +101,9 @@ class CheckpointWriter:
     Args:
         tokenizer: a tokenizer of transformers, saved with each checkpoint.
         fingerprint: the settings that define what a step is, which `load_state` compares.
+        keep_last: number of newest checkpoints that stay on the disk; None: all.
+        keep_every: those of steps that are multiples of it stay, too.
+        keep_best: the one with the lowest validation loss stays, too.
         in_background: write in a thread; None: unless on a CPU.
     """
 
@@ -126,12 +114,15 @@ class CheckpointWriter:
         models: TrainingModels,
         tokenizer: Any,
         fingerprint: dict[str, Any],
-        keep: Keep,
         *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: bool = True,
         in_background: bool | None = None,
     ) -> None:
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
-        self._models, self._fingerprint, self._keep = models, fingerprint, keep
+        self._models, self._fingerprint = models, fingerprint
+        self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
         # On a CPU, the thread would compete with training, and the copies would take memory for nothing.
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -165,14 +156,14 @@ class CheckpointWriter:
         try:
             if wait or (self._pending is not None and self._pending.done()):
                 self.finish()
-        except SaveError as error:
+        except TrainingError as error:
             say(f"warning: {error}. Training continues")
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and print a line when it is complete.
 
         Raises:
-            SaveError: it could not be written.
+            TrainingError: it could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -227,7 +218,7 @@ class CheckpointWriter:
             flush_to_disk(folder.parent)
         except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             shutil.rmtree(tmp_folder, ignore_errors=True)
-            raise SaveError(
+            raise TrainingError(
                 f"could not write the checkpoint {folder}: {error}. It needs {needed / 1e9:.2f} GB: make room on the "
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
@@ -247,11 +238,11 @@ class CheckpointWriter:
         # A run that was resumed from an earlier step leaves later checkpoints alone until it reaches them.
         checkpoints = [c for c in list_checkpoints(self.output_dir / "checkpoints") if c.step <= step]
         kept = {c.step for c in checkpoints}
-        if self._keep.last is not None:
-            kept = {s for s in kept if self._keep.every and s % self._keep.every == 0}
-            kept.update(c.step for c in checkpoints[-self._keep.last :])
+        if self._keep_last is not None:
+            kept = {s for s in kept if self._keep_every and s % self._keep_every == 0}
+            kept.update(c.step for c in checkpoints[-self._keep_last :])
         best = best_of(checkpoints)
-        if self._keep.best and best is not None:
+        if self._keep_best and best is not None:
             kept.add(best.step)
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:

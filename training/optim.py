@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from modeling_gpt2repro import GPT2ReproForCausalLM
     from training.config import OptimConfig
 
-# Devices with a fused AdamW kernel (torch 2.10 and newer).
-_FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")
 # Devices whose fused AdamW supports `found_inf`, which skips a step.
 _FOUND_INF = ("cpu", "cuda")
 
@@ -57,13 +55,10 @@ def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
     return peak * min(warmup, final_fraction + (1.0 - final_fraction) * decay)
 
 
-def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_type: str) -> torch.optim.Optimizer:
+def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig") -> torch.optim.Optimizer:
     """Build AdamW over all parameters or, with `optim.muon_lr`, Muon over the blocks' matrices and AdamW over the rest.
 
     Weight decay applies to matrices and embeddings, not to biases and LayerNorms.
-
-    Args:
-        device_type: of the parameters ("cpu", "cuda", ...); decides whether AdamW is fused.
 
     Returns:
         torch.optim.AdamW with two groups, the one with decay first; or a MuonAdamW with two groups of Muon's before
@@ -79,8 +74,7 @@ def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_
         {"params": matrices, "weight_decay": optim.weight_decay, "lr_ratio": 1.0},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
-    fused = device_type in _FUSED_ADAMW
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     if optim.muon_lr is None:
         return adamw
     qkv_params = {p for name, p in model.named_parameters() if name.endswith("c_attn.weight")}  # Q, K and V in one

@@ -113,7 +113,10 @@ class RunFolder:
         """
         checkpoint = checkpoint_folder(self.path, state.step)
         if stop_reason is not None:
-            exit_code = stop_exit_code(stop_reason)
+            # 0 under a launcher that mistakes other codes for a crash: one that restarts the run (--max_restarts), or
+            # accelerate's after Ctrl-C, which prints a traceback.
+            is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+            exit_code = 0 if is_restarted or (stop_reason == "SIGINT" and interrupt_exit_code() == 0) else EXIT_RESUME
             self._write("resume me", step=state.step, exit_code=exit_code)
             say(f"\nstopped at step {state.step:,} ({stop_reason}); resume with the same command and --resume auto")
             return exit_code
@@ -239,20 +242,6 @@ class StopRequest:
             elif self._launcher is not None and os.getppid() != self._launcher:
                 self.reason = "the launcher has gone"
         return self.reason is not None
-
-
-def stop_exit_code(reason: str) -> int:
-    """Return the exit code of a run that stops on request: EXIT_RESUME.
-
-    But 0 under a launcher that mistakes other codes for a crash: one that restarts the run (--max_restarts), or
-    accelerate's after Ctrl-C, which prints a traceback.
-
-    Args:
-        reason: `StopRequest.reason`.
-    """
-    if reason == "SIGINT" and interrupt_exit_code() == 0:
-        return 0
-    return EXIT_RESUME if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 else 0
 
 
 def ignore_signals() -> None:

@@ -154,40 +154,34 @@ def _integer(text: str) -> int:
 
 
 def _normalize(value: str | list | dict, type_hint: Any) -> object:
-    """Return a value in the form that jsonargparse takes, or raise ValueError."""
+    """Return a value in the form that jsonargparse takes, or raise ValueError.
+
+    A list can also be one item, or `a,b`, `a b` and `[a, b]` on the command line.
+    """
     list_type = _list_type(type_hint)
-    if _is_mapping(type_hint) and isinstance(value, str) and value.startswith("{"):
-        value = _parse_yaml(value)
-    if isinstance(value, str) and value.lower() in NULLS:
-        if NoneType in get_args(type_hint):
-            return None
-        if list_type is not None:
-            return []
+    is_text_list = list_type is not None and get_args(list_type)[0] is str
+    if isinstance(value, str):
+        if (_is_mapping(type_hint) and value[:1] == "{") or (is_text_list and value[:1] + value[-1:] == "[]"):
+            value = _parse_yaml(value)
+        elif value.lower() in NULLS:
+            if NoneType in get_args(type_hint):
+                return None
+            if list_type is not None:
+                return []
     if list_type is not None:
-        return _split_list(value, is_text=get_args(list_type)[0] is str)
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError
+        if not is_text_list:
+            return [item for text in texts for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
+        "".join(texts).encode()  # raises UnicodeEncodeError, a ValueError, for an argument whose bytes are not UTF-8
+        return texts
     if type_hint is bool and value in ("0", "1"):
         return value == "1"
     if isinstance(value, dict) and not all(isinstance(text, str) for text in value.values()):
         raise ValueError
     if isinstance(value, str) and (not value.strip() or "\0" in value):
         raise ValueError
-    return value
-
-
-def _split_list(value: str | list | dict, is_text: bool) -> list[str]:
-    """Return the items of a list, which can also be one item, or `a,b`, `a b` and `[a, b]` on the command line."""
-    if isinstance(value, str):
-        if is_text and value.startswith("[") and value.endswith("]"):
-            try:
-                return yaml.load(value, Loader=yaml.BaseLoader)
-            except yaml.YAMLError:
-                raise ValueError from None
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError
-    if not is_text:
-        return [item for text in value for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
-    "".join(value).encode()  # raises UnicodeEncodeError, a ValueError, for an argument whose bytes are not UTF-8
     return value
 
 
