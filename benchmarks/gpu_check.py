@@ -50,7 +50,7 @@ from eval.scoring import Request, loglikelihoods
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 from training.config import BatchConfig
-from training.estimate import Plan, find_hardware
+from training.estimate import Plan, find_hardware, measure_matmul_flops
 
 NUM_LOSSES = 20
 TRAIN_STEPS, SAVE_EVERY, ACCUMULATION = 24, 4, 4  # of train.py
@@ -160,8 +160,7 @@ def check_machine(args: argparse.Namespace, save: Save) -> Results:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
         results["driver, power limit, clock"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    turn = argparse.Namespace(**vars(args) | {"dtype": "bf16" if args.dtype == torch.bfloat16 else "fp32"})
-    results["matmul TFLOP/s"] = train_step.matmul_ceiling(turn, args.device) / 1e12
+    results["matmul TFLOP/s"] = measure_matmul_flops(args.device, args.dtype) / 1e12
     shape = (args.batch, args.heads, args.seq_len, args.width // args.heads)
     q, k, v = (torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3))
     results["torch's choice of attention"] = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name
