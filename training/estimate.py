@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 
 from common.cli import say
 from modeling_gpt2repro.loss import CHUNK_ROWS
-from training.cards import Card, card_by_name, card_of_device
+from training.cards import CARDS, Card, card_of_device
 
 if TYPE_CHECKING:
     from modeling_gpt2repro import GPT2ReproConfig
@@ -74,7 +74,7 @@ def find_hardware(
         card_name: card that a dry run is for, in place of the device here.
     """
     if card_name is not None:
-        return card_hardware(card_by_name(card_name), accelerator.num_processes, dollars_per_hour)
+        return card_hardware(CARDS[card_name], accelerator.num_processes, dollars_per_hour)
     device, mixed_precision = accelerator.device, accelerator.mixed_precision
     name = f"{device.type} ({platform.processor() or platform.machine()})"
     if device.type == "cuda":
