@@ -143,6 +143,11 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model, saved=state)
         state.micro_batch_size, state.num_processes = micro_batch_size, accelerator.num_processes
         say(plan.describe_batch(micro_batch_size, accumulation))
+        settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
+        tasks = [task for task, _ in evaluation.tasks]
+        losses, scores = reference_lines(model_config, data_info["source"], tasks, is_gpt2_tokenizer=tokenizer.is_gpt2)
+        log = RunLog(run.path, plan, settings, argv, state.step, loss_lines=baselines | losses, score_lines=scores)
+        cleanup.enter_context(log)  # its report has the one line of out_of_memory_as_one_line
         cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
         optimizer = build_optimizer(model, config.optim)
         models = compile_and_wrap(accelerator, model, optimizer, accumulation, use_compile=config.compile)
@@ -160,13 +165,6 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
             keep_best=config.keep_best,
         )
         cleanup.callback(checkpoints.close)
-        settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
-        tasks = [task for task, _ in evaluation.tasks]
-        losses, scores = reference_lines(model_config, data_info["source"], tasks, is_gpt2_tokenizer=tokenizer.is_gpt2)
-        log = RunLog(run.path, plan, settings, argv, state.step, loss_lines=baselines | losses, score_lines=scores)
-        cleanup.enter_context(log)
-        # Again, inside `log`, whose report then has the one line, too.
-        cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
         # A resumed run warns if the learning rate of its last step is not the one in its log.
         last_lr = None if resume_from is None else learning_rate(state.step - 1, config.optim, config.max_steps)
         run_on_main(log.open, state, data_info, resume_from, last_lr)
