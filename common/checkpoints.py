@@ -4,7 +4,6 @@
 training_state/state.json. In archives, on cloud drives and on Windows, a link would get lost or become an old copy.
 """
 
-import contextlib
 import glob
 import hashlib
 import json
@@ -17,6 +16,7 @@ from typing import NamedTuple
 
 from common.cli import is_main_process
 from common.errors import UserError
+from common.files import read_json
 
 BEST = "best"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -43,15 +43,9 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
     for path in Path(folder).glob("step_*"):
         match = _STEP_FOLDER.fullmatch(path.name)
         if match and path.is_dir():
-            found.append(Checkpoint(int(match[1]), path, _val_loss(path)))
+            val_loss = read_json(path / "training_state" / "state.json").get("val_loss")
+            found.append(Checkpoint(int(match[1]), path, val_loss if isinstance(val_loss, float) else None))
     return sorted(found)
-
-
-def _val_loss(folder: Path) -> float | None:
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
-        val_loss = json.loads((folder / "training_state" / "state.json").read_text(encoding="utf-8"))["val_loss"]
-        return val_loss if isinstance(val_loss, float) else None
-    return None
 
 
 def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:

@@ -1,12 +1,12 @@
 """Check and identify a folder's weights without loading them."""
 
 import hashlib
-import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from common.errors import UserError
+from common.files import read_json
 
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -19,8 +19,9 @@ def weights_problem(folder: str | Path) -> str | None:
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() and not any(path.name.startswith("model") for path in files):
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path", "unknown")
         return (
-            f"a PEFT adapter of {_base_model(folder)!r}, not a complete model: merge it first, "
+            f"a PEFT adapter of {base!r}, not a complete model: merge it first, "
             "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
         )
     if not files:
@@ -61,11 +62,3 @@ def weights_sha256(checkpoint: str | Path) -> str | None:
     except OSError as error:
         raise UserError(f"checkpoint {str(checkpoint)!r} cannot be read ({error})") from error
     return digest.hexdigest()
-
-
-def _base_model(folder: Path) -> str:
-    try:
-        content = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        return str(content["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return "unknown"

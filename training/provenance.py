@@ -1,8 +1,6 @@
 """Write provenance.json: the settings, code, versions, hardware and data that made a run."""
 
-import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -16,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 from common.checkpoints import is_local
-from common.files import write_json
+from common.files import read_json, write_json
 from training.checkpoint import LoopState
 from training.estimate import Plan
 
@@ -86,11 +84,8 @@ def earlier_launches(path: Path, step: int) -> list[dict[str, Any]]:
         path: a missing file and a damaged file give an empty list.
         step: the step that a branch resumes from; launches from later steps are not part of its past.
     """
-    launches = []
-    if path.is_file():
-        with contextlib.suppress(ValueError):
-            last = json.loads(path.read_text(encoding="utf-8"))
-            launches = [*last.pop("earlier_launches", []), last]
+    last = read_json(path)
+    launches = [*last.pop("earlier_launches", []), last] if last else []
     return [launch for launch in launches if launch.get("from_step", 0) <= step]
 
 

@@ -1,7 +1,6 @@
 """A run's folder (lock, status.json) and requests to stop the run (signals, time limit, dead launcher)."""
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -12,7 +11,7 @@ from typing import Any
 
 from common.cli import interrupt_exit_code, is_main_process, print_error, say
 from common.errors import UserError, one_line
-from common.files import write_json
+from common.files import read_json, write_json
 from common.locks import Lock, Timeout
 from common.terminal import is_launched
 from training import TrainingError
@@ -130,7 +129,7 @@ class RunFolder:
                 print_error(error)
             self._write("failed", error=error, is_mistake=True)
             return 1
-        if self._status() != "finished":
+        if read_json(self.path / "status.json").get("status") != "finished":
             self._write("finished", step=state.step, val_loss=state.val_loss, checkpoint=str(checkpoint))
         return 0
 
@@ -141,11 +140,6 @@ class RunFolder:
         """
         if is_main_process() or from_any_process:
             write_json(self.path / "status.json", {"status": status, "pid": os.getpid(), **fields})
-
-    def _status(self) -> str | None:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))["status"]
-        return None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -159,7 +153,7 @@ class RunFolder:
             error.exit_code = 1
         if error is None or isinstance(error, MainProcessFailed):
             pass
-        elif self._is_running and self._status() in ("running", None):
+        elif self._is_running and read_json(self.path / "status.json").get("status") in ("running", None):
             with contextlib.suppress(Exception):
                 is_mistake = isinstance(error, UserError)
                 self._write("failed", from_any_process=True, error=describe_error(error), is_mistake=is_mistake)
