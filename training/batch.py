@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,18 +15,15 @@ from common.cli import say
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from training import TrainingError
 from training.checkpoint import LoopState
-from training.config import nearest_multiples
+from training.config import BatchConfig, nearest_multiples
 from training.estimate import Hardware, Plan
 from training.sharding import compile_model
-
-if TYPE_CHECKING:
-    from training.config import BatchConfig
 
 # Share of the memory that is left for evaluation, fragmentation and compiled code.
 RESERVED_SHARE = 0.1
 
 
-def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | None = None) -> tuple[int, int]:
+def batch_arithmetic(batch: BatchConfig, num_processes: int, largest: int | None = None) -> tuple[int, int]:
     """Split an optimizer step: micro-batch x seq_len x accumulation x processes = tokens per step, exactly.
 
     Args:
@@ -54,7 +50,7 @@ def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | No
     return micro_batch_size, per_process // micro_batch_size
 
 
-def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
+def micro_batch_sizes(batch: BatchConfig, num_processes: int) -> list[int]:
     """Return the sizes that "auto" chooses from: the divisors of a process's sequences per step, [1, ..., all].
 
     Raises:

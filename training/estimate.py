@@ -5,19 +5,17 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from common.cli import say
+from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.loss import CHUNK_ROWS
 from training.cards import CARDS, Card, card_of_device
-
-if TYPE_CHECKING:
-    from modeling_gpt2repro import GPT2ReproConfig
-    from training.config import BatchConfig, Config
+from training.config import BatchConfig, Config
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes of a process without a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
@@ -161,8 +159,8 @@ class MemoryEstimate(NamedTuple):
 class Plan:
     """Arithmetic, memory, time and cost of a run."""
 
-    shape: "GPT2ReproConfig"
-    batch: "BatchConfig"
+    shape: GPT2ReproConfig
+    batch: BatchConfig
     max_steps: int
     hardware: Hardware
     compiled: bool = False
@@ -292,7 +290,7 @@ class Plan:
         )
 
 
-def make_plan(config: "Config", shape: "GPT2ReproConfig", accelerator: Accelerator) -> Plan:
+def make_plan(config: Config, shape: GPT2ReproConfig, accelerator: Accelerator) -> Plan:
     """Return the plan of a run's settings, for the hardware here or for `config.card`."""
     return Plan(
         shape=shape,

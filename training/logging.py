@@ -13,14 +13,14 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from common.checkpoints import best_of, list_checkpoints
 from common.cli import is_main_process, say, shell_quote
 from common.errors import UserError, one_line
-from common.files import finite, write_text_atomically
+from common.files import finite, write_json, write_text_atomically
 from common.metrics import read_metrics, recover_metrics
 from common.terminal import TerminalTitle, progress_bar
 from training import TrainingError
 from training.checkpoint import LoopState, run_folder_of
 from training.curves import format_score, metric_names, plot_curves, score_name, scores_of
 from training.estimate import Plan, format_duration
-from training.provenance import describe_launch, write_provenance
+from training.provenance import describe_launch, earlier_launches
 from training.report import write_report
 from training.run import describe_error
 
@@ -98,7 +98,9 @@ class RunLog:
         self._metrics = MetricsWriter(self.metrics_path, history=history)
         references = {name: dict(lines) for name, lines in {"loss": self._loss_lines, **self._score_lines}.items()}
         launch = describe_launch(self._settings, self._argv, data_info, self._plan, state)
-        write_provenance(self._output_dir, launch | {"references": references}, previous_folder)
+        earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", step)
+        launch |= {"references": references, "earlier_launches": earlier}
+        write_json(self._output_dir / "provenance.json", launch)
 
     def __enter__(self) -> Self:
         return self

@@ -3,19 +3,17 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
+from modeling_gpt2repro import GPT2ReproForCausalLM
+from training.config import OptimConfig
 from training.machine import half_precision
 from training.sharding import full_tensor, shard_like
-
-if TYPE_CHECKING:
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-    from training.config import OptimConfig
 
 # Devices whose fused AdamW supports `found_inf`, which skips a step.
 _FOUND_INF = ("cpu", "cuda")
@@ -29,7 +27,7 @@ _BATCH_NUMEL = 2**26
 Window = TypeVar("Window")
 
 
-def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
+def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
     """Return the learning rate of a step, a pure function of the step.
 
     Linear warm-up, then a cosine down to `final_lr_fraction` of the peak (GPT-3 paper, appendix B; the lecture's). With
@@ -55,7 +53,7 @@ def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
     return peak * min(warmup, final_fraction + (1.0 - final_fraction) * decay)
 
 
-def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig") -> torch.optim.Optimizer:
+def build_optimizer(model: GPT2ReproForCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
     """Build AdamW over all parameters or, with `optim.muon_lr`, Muon over the blocks' matrices and AdamW over the rest.
 
     Weight decay applies to matrices and embeddings, not to biases and LayerNorms.

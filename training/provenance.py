@@ -1,4 +1,4 @@
-"""Write provenance.json: the settings, code, versions, hardware and data that made a run."""
+"""Describe for provenance.json the settings, code, versions, hardware and data that made a run."""
 
 import importlib.metadata
 import os
@@ -14,24 +14,12 @@ import torch
 from accelerate import PartialState
 
 from common.checkpoints import is_local
-from common.files import read_json, write_json
+from common.files import read_json
 from training.checkpoint import LoopState
 from training.estimate import Plan
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
 _MAX_DIFF_CHARACTERS = 1_000_000
-
-
-def write_provenance(output_dir: Path, launch: dict[str, Any], previous_folder: Path | None) -> None:
-    """Write provenance.json: this launch, and under "earlier_launches" the launches before it.
-
-    Args:
-        launch: from `describe_launch`, with "references": {"loss" or a task: {name: value to compare with}}.
-        previous_folder: the run that this launch resumes, possibly in another folder; None for a fresh run.
-    """
-    path = None if previous_folder is None else previous_folder / "provenance.json"
-    earlier = [] if path is None else earlier_launches(path, launch["from_step"])
-    write_json(output_dir / "provenance.json", {**launch, "earlier_launches": earlier})
 
 
 def describe_launch(
@@ -78,7 +66,7 @@ def describe_launch(
 
 
 def earlier_launches(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the launches in a provenance.json up to a step, oldest first.
+    """Return the launches in a run's provenance.json up to a step, oldest first.
 
     Args:
         path: a missing file and a damaged file give an empty list.

@@ -158,17 +158,19 @@ def _normalize(value: str | list | dict, type_hint: Any) -> object:
 
     A list can also be one item, or `a,b`, `a b` and `[a, b]` on the command line.
     """
-    list_type = _list_type(type_hint)
-    is_text_list = list_type is not None and get_args(list_type)[0] is str
+    container = _container_type(type_hint)
+    is_mapping = get_origin(container) is dict
+    is_list = container is not None and not is_mapping
+    is_text_list = is_list and get_args(container)[0] is str
     if isinstance(value, str):
-        if (_is_mapping(type_hint) and value[:1] == "{") or (is_text_list and value[:1] + value[-1:] == "[]"):
+        if (is_mapping and value[:1] == "{") or (is_text_list and value[:1] + value[-1:] == "[]"):
             value = _parse_yaml(value)
         elif value.lower() in NULLS:
             if NoneType in get_args(type_hint):
                 return None
-            if list_type is not None:
+            if is_list:
                 return []
-    if list_type is not None:
+    if is_list:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError
@@ -185,14 +187,10 @@ def _normalize(value: str | list | dict, type_hint: Any) -> object:
     return value
 
 
-def _list_type(type_hint: Any) -> Any:
-    """Return `list[...]` or `tuple[...]`, perhaps without its `| None`; None for another type."""
-    return next((option for option in (type_hint, *get_args(type_hint)) if get_origin(option) in (list, tuple)), None)
-
-
-def _is_mapping(type_hint: Any) -> bool:
-    """Return True for `dict[...]` and `dict[...] | None`."""
-    return any(get_origin(option) is dict for option in (type_hint, *get_args(type_hint)))
+def _container_type(type_hint: Any) -> Any:
+    """Return `list[...]`, `tuple[...]` or `dict[...]`, perhaps without its `| None`; None for another type."""
+    options = (type_hint, *get_args(type_hint))
+    return next((option for option in options if get_origin(option) in (list, tuple, dict)), None)
 
 
 def _parse_yaml(text: str) -> str | list | dict:
@@ -272,8 +270,7 @@ def _takes_value(name: str, texts: list[str], argument: str, settings: dict[str,
     type_hint = settings[name].type_hint if name in settings else None
     if type_hint is bool and _looks_like_recipe(argument):
         return False
-    takes_several = _list_type(type_hint) is not None or _is_mapping(type_hint)
-    return not texts or takes_several or (type_hint is None and name != "config")
+    return not texts or _container_type(type_hint) is not None or (type_hint is None and name != "config")
 
 
 def _looks_like_recipe(argument: str) -> bool:
