@@ -83,7 +83,6 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
     """Train. Can be called repeatedly in one process, as in a notebook. Raises UserError for what the user can fix.
 
     Args:
-        argv: the command line's arguments.
         started: time.monotonic() from which --max_hours counts; None: now.
 
     Returns:

@@ -40,12 +40,7 @@ def make_parser(doc: str | None, *, rounds: int | None = None) -> argparse.Argum
 def take_turns(
     candidates: Mapping[str, Callable[[], Result]], rounds: int, describe: Callable[[Result], str]
 ) -> dict[str, list[Result]]:
-    """Measure each candidate once per round, and return the results of each candidate in the order of the rounds.
-
-    Args:
-        candidates: functions that measure, by name.
-        describe: turns a result into text for a progress line.
-    """
+    """Measure each candidate once per round, and return the results of each candidate in the order of the rounds."""
     results: dict[str, list[Result]] = {name: [] for name in candidates}
     for number in range(rounds):
         for name, measure in candidates.items():

@@ -157,7 +157,6 @@ def compare(by_recipe: dict[str, Runs], reference: Run) -> list[list[str]]:
     """Return a row of the table per recipe; differences and ratios are between runs of the same seed.
 
     Args:
-        by_recipe: the runs of each recipe's share, by seed.
         reference: the plan's first run. Without results of its recipe, nothing is compared with it.
     """
     of_reference = by_recipe.get(label(reference.recipe, reference.share), {})
@@ -189,10 +188,6 @@ def crossing(reference: Runs, shares: Sequence[Runs]) -> list[float]:
     """Return for each seed the share of the reference's tokens with which a recipe ends at the reference's last loss.
 
     NaN for a seed whose shares do not enclose that loss: nothing is extrapolated. Seeds without runs are left out.
-
-    Args:
-        reference: the reference's runs by seed.
-        shares: the recipe's, for each of its shares.
     """
     result = []
     for seed, goal in reference.items():

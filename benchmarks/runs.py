@@ -110,8 +110,6 @@ class Trainer:
     """Trains runs, and keeps a result per run.
 
     Args:
-        results: folder of the results.
-        out: folder of the runs' own folders.
         num_jobs: runs that train at the same time and share the cores.
         launch: options of `accelerate launch`; none: one process, without it.
         scores: {task: data} of the tasks that score the last checkpoint.

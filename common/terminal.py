@@ -23,7 +23,6 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, is_shown: bool = True
 
     Args:
         is_shown: False disables the bar everywhere.
-        options: of tqdm.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the advice to install ipywidgets

@@ -27,7 +27,6 @@ def batch_arithmetic(batch: BatchConfig, num_processes: int, largest: int | None
     """Split an optimizer step: micro-batch x seq_len x accumulation x processes = tokens per step, exactly.
 
     Args:
-        num_processes: data-parallel processes.
         largest: for micro_batch_size "auto", the one of `micro_batch_sizes` that fits into memory.
 
     Returns:
@@ -173,8 +172,6 @@ def try_step(
     Leaves no gradients behind. Compiled code is kept: `compile_and_wrap` uses it again.
 
     Args:
-        model: on its device, before it is wrapped.
-        size: sequences in a micro-batch.
         num_reserved: bytes to leave free, for evaluation and fragmentation.
 
     Raises:

@@ -240,9 +240,6 @@ class TaskSetting(NamedTuple):
 def load_config(argv: Sequence[str]) -> Config:
     """Read a run's settings, and check all that can be checked without knowing the hardware.
 
-    Args:
-        argv: the command line without the program's name.
-
     Raises:
         TrainingError: an unknown setting (the message has the one that was probably meant), a value that its setting
             does not take, a recipe that is missing or broken, values that contradict each other.

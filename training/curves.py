@@ -24,8 +24,6 @@ def plot_curves(
     """Draw training and validation loss, and a panel for HellaSwag and up to three other tasks, over training tokens.
 
     Args:
-        records: of metrics.jsonl.
-        path: the PNG file to write.
         loss_lines: {name: value} of horizontal lines, such as OpenAI's models on the same data.
         score_lines: the same for each task.
     """

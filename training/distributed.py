@@ -38,10 +38,6 @@ class MainProcessFailed(SystemExit):
 def start_accelerator(mixed_precision: str, device_type: str) -> Accelerator:
     """Return an Accelerator for the launcher's settings and this hardware.
 
-    Args:
-        mixed_precision: "auto", "no", "bf16" or "fp16".
-        device_type: from `find_device`.
-
     Raises:
         UserError: the launcher's processes do not see each other, or its precision or way of sharding is not supported.
     """

@@ -199,9 +199,6 @@ class Plan:
         It is this project's model: an MLP keeps its input and the GELU's, attention does not keep its T x T weights
         (except with dropout on a CPU, and on Apple's GPUs), and logits are made in chunks. benchmarks/RECORDS.md
         compares it with runs.
-
-        Args:
-            micro_batch_size: sequences in one forward pass of one process.
         """
         num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
         num_shards = num_processes if self.sharded else 1

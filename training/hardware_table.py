@@ -70,11 +70,7 @@ class CardEstimate(NamedTuple):
 
 
 def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
-    """Estimate a plan on one card: the largest micro-batch that fits, with activation checkpointing if none does.
-
-    Args:
-        key: of CARDS.
-    """
+    """Estimate a plan on one card: the largest micro-batch that fits, with activation checkpointing if none does."""
     card = CARDS[key]
     is_own_price = plan.hardware.card is card  # the plan is for this card, with --dollars_per_hour if that was given
     price = plan.hardware.dollars_per_hour if is_own_price else card.dollars_per_hour

@@ -34,8 +34,6 @@ class RunLog:
     """Log of a run. Every process has one; only the main process's writes.
 
     Args:
-        output_dir: the run's folder.
-        settings: all resolved settings.
         argv: arguments of train.py that gave them.
         first_step: steps taken before this launch.
         loss_lines: {name: value} of horizontal lines in the plot of the losses.
@@ -70,8 +68,6 @@ class RunLog:
         """Create the files, provenance.json among them, and start the trackers. Called on the main process.
 
         Args:
-            state: the loop's, where this launch starts.
-            data_info: from `dataset_fingerprint`.
             resume_from: a checkpoint. If it is in another run's folder, that run's history is copied.
             last_lr: this launch's learning rate for the last step of the history.
 
@@ -212,11 +208,7 @@ class RunLog:
                 self._trackers.remove(tracker)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Close the files, write report.html and let the trackers send what they have. A second call does nothing.
-
-        Args:
-            error: the exception that ends the run.
-        """
+        """Close the files, write report.html and let the trackers send what they have. A second call does nothing."""
         self._console.close()
         if self._metrics is not None:
             self._metrics.close()
@@ -288,7 +280,6 @@ class MetricsWriter:
     `step` counts optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
 
     Args:
-        path: the file, which is replaced.
         history: records to begin with, from `records_up_to` for a resumed run.
     """
 

@@ -97,7 +97,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         muon_groups: parameter groups of matrices, with "lr", "weight_decay" and "num_splits".
-        adamw: the optimizer of the other parameters.
     """
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw: torch.optim.AdamW) -> None:

@@ -28,9 +28,7 @@ def describe_launch(
     """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time.
 
     Args:
-        settings: all resolved settings.
         argv: arguments of train.py that gave them.
-        data: fingerprint of the training data.
         state: the loop's, where this launch starts.
     """
     return {

@@ -38,7 +38,6 @@ class RunFolder:
     status.json says "failed" and names the exception. Only the main process writes.
 
     Args:
-        path: the folder, which need not exist yet.
         patience_seconds: time that another run, which may be about to stop, has to leave the folder.
     """
 
@@ -50,9 +49,6 @@ class RunFolder:
 
     def open(self, resume: str | None) -> Path | None:
         """Lock the folder and return the checkpoint to resume from. Called on the main process.
-
-        Args:
-            resume: None, "auto" or the path of a checkpoint.
 
         Raises:
             TrainingError: as `lock` and `find_checkpoint`.

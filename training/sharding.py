@@ -47,8 +47,6 @@ def compile_and_wrap(
     """Compile the model if requested and wrap it with `accelerator.prepare`.
 
     Args:
-        model: the bare model on its device.
-        optimizer: from `build_optimizer`, over the model's parameters.
         accumulation: micro-batches per optimizer step.
     """
     copy_from_file(model)
@@ -119,8 +117,6 @@ def full_state_dict(
     """Gather parameters and optimizer state in the host's memory. Every process must call this.
 
     Args:
-        model: the bare model.
-        optimizer: the wrapped optimizer.
         copy: copy tensors that are in the host's memory already, so that training may change them.
 
     Returns:
