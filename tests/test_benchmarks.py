@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_run import ROOT
 
-from benchmarks import gpu_check, harness, loop_overhead, tokenization, train_step
+from benchmarks import gpu_check, harness, tokenization, train_step
 from common.markdown import table
 from training import estimate
 from training.distributed import isolated_accelerator_state
@@ -109,12 +109,3 @@ def test_tokenization_prints_a_row_per_candidate(run, tmp_path):
     output = run("tokenization", tmp_path / "text.txt", *options, "--candidates", "tiktoken", "prepare")
     assert output.startswith("400 documents, ") and "\n| prepare | " in output
     assert f"\n| {' | '.join(tokenization.COLUMNS)} |\n" in output
-
-
-def test_loop_overhead_times_each_part_of_a_run(launch, small, tmp_path):
-    short = ("--max_steps", 2, "--eval.hellaswag", "null", "--eval.prompts", "[]", "--eval.ngram_baselines", "false")
-    options = ("--config", small, "--output_dir", tmp_path / "run", *short)
-    lines = launch("benchmarks.loop_overhead", *options, script="-m").stdout.splitlines()[-6:]
-    assert [line[:10].strip() for line in lines] == ["step", *loop_overhead.PARTS, "the rest"]
-    step, *parts, rest = (float(line[10:].split()[0]) for line in lines)
-    assert all(part > 0 for part in parts) and sum(parts) < step and 0 < rest < step
