@@ -27,7 +27,7 @@ def make_once(folder: Path, is_done: Callable[[], bool], make: Callable[[], obje
     if is_done():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder.with_name(f".{folder.name}.lock"), warn=say)
+    lock = Lock(folder.with_name(f".{folder.name}.lock"))
     if not is_main_process():
         _wait(folder, is_done, lock)
         return

@@ -271,7 +271,7 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     # The lock alone: importing training takes seconds.
     code = (
         "from common.locks import Lock\n"
-        f"lock = Lock({str(tmp_path / '.run.lock')!r}, warn=print); lock.acquire(); print('held'); input()"
+        f"lock = Lock({str(tmp_path / '.run.lock')!r}); lock.acquire(); print('held'); input()"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

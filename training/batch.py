@@ -23,22 +23,18 @@ from training.sharding import compile_model
 RESERVED_SHARE = 0.1
 
 
-def batch_arithmetic(batch: BatchConfig, num_processes: int, largest: int | None = None) -> tuple[int, int]:
+def batch_arithmetic(batch: BatchConfig, num_processes: int) -> tuple[int, int]:
     """Split an optimizer step: micro-batch x seq_len x accumulation x processes = tokens per step, exactly.
 
-    Args:
-        largest: for micro_batch_size "auto", the one of `micro_batch_sizes` that fits into memory.
-
     Returns:
-        (micro_batch_size, accumulation)
+        (micro_batch_size, accumulation); the largest possible one for "auto".
 
     Raises:
         TrainingError: the batch does not divide. The message has the nearest values that do.
     """
     sizes = micro_batch_sizes(batch, num_processes)
     per_process = sizes[-1]
-    wanted = (largest or per_process) if batch.micro_batch_size == "auto" else batch.micro_batch_size
-    micro_batch_size = min(wanted, per_process)
+    micro_batch_size = per_process if batch.micro_batch_size == "auto" else min(batch.micro_batch_size, per_process)
     if per_process % micro_batch_size:
         below = max(n for n in sizes if n < micro_batch_size)
         above = min(n for n in sizes if n > micro_batch_size)
@@ -111,7 +107,7 @@ def choose_micro_batch_size(
         probe = partial(try_step, plan, accelerator, model)
     if saved is not None and saved.num_processes == hardware.num_processes and saved.micro_batch_size in sizes:
         if largest_fitting_batch([saved.micro_batch_size], plan, probe, 0):
-            return batch_arithmetic(batch, hardware.num_processes, saved.micro_batch_size)
+            return saved.micro_batch_size, sizes[-1] // saved.micro_batch_size
         smaller = [n for n in sizes if n < saved.micro_batch_size]
         largest = largest_fitting_batch(smaller, plan, probe, RESERVED_SHARE) or sizes[0]
         say(
@@ -125,7 +121,7 @@ def choose_micro_batch_size(
             f"not even one sequence of batch.seq_len={batch.seq_len} fits into the memory of {hardware.name}, "
             f"{_gigabytes(device_memory(hardware)[0])}: {_remedies(plan)}"
         )
-    return batch_arithmetic(batch, hardware.num_processes, largest or sizes[0])
+    return largest or sizes[0], sizes[-1] // (largest or sizes[0])
 
 
 def largest_fitting_batch(
@@ -183,7 +179,7 @@ def try_step(
     position_ids = None
     if plan.has_positions:  # two documents in a row: with one, attention would need no mask
         position_ids = (torch.arange(seq_len, device=device) % max(1, seq_len // 2)).repeat(size, 1)
-    _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
+    accumulation = micro_batch_sizes(plan.batch, accelerator.num_processes)[-1] // size
     num_bytes = num_reserved
     # AdamW's moments and DDP's buckets. FSDP2 shards them, and the parameters that are full here.
     if accelerator.distributed_type != DistributedType.FSDP:

@@ -360,11 +360,9 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str 
             f"has {value}. Resume with the same setting, {new_run}"
         )
     state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
-    for name in ("micro_batch_size", "num_processes"):  # missing in checkpoints before 2026-12
-        state.setdefault(name, None)
     state["saved"] = Path(folder).resolve() == checkpoint_folder(output_dir, state["step"]).resolve()
     say(f"resume    from {folder}, step {state['step']:,}")
-    return LoopState(**{field.name: state[field.name] for field in fields(LoopState)})
+    return LoopState(**{field.name: state[field.name] for field in fields(LoopState) if field.name in state})
 
 
 def load_training_state(folder: str | Path, models: TrainingModels, accelerator: Accelerator) -> None:

@@ -81,7 +81,7 @@ class RunLog:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:
             previous_folder = run_folder_of(resume_from, self._output_dir)
-            records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir, warn=say)
+            records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir)
             history = records_up_to(records, step, is_evaluated=state.evaluated)
             logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), None)
             if logged_lr is not None and last_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):

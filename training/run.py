@@ -68,7 +68,7 @@ class RunFolder:
         if not path.name:
             raise TrainingError(f"output_dir={str(path)!r} is not a folder for a run; name one below it")
         # Next to the folder, which is created only after all checks.
-        self._lock = Lock(path.with_name(f".{path.name}.lock"), warn=say)
+        self._lock = Lock(path.with_name(f".{path.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_dir():
@@ -147,12 +147,11 @@ class RunFolder:
         # "finished" and "resume me" are not overwritten either.
         if isinstance(error, UserError) and self._is_running:
             error.exit_code = 1
-        if error is None or isinstance(error, MainProcessFailed):
-            pass
-        elif self._is_running and read_json(self.path / "status.json").get("status") in ("running", None):
+        if error is not None and self._is_running and not isinstance(error, MainProcessFailed):
             with contextlib.suppress(Exception):
-                is_mistake = isinstance(error, UserError)
-                self._write("failed", from_any_process=True, error=describe_error(error), is_mistake=is_mistake)
+                if read_json(self.path / "status.json").get("status") in ("running", None):
+                    fields = {"error": describe_error(error), "is_mistake": isinstance(error, UserError)}
+                    self._write("failed", from_any_process=True, **fields)
         if self._lock is not None:
             self._lock.release()
             self._lock = None

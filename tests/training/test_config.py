@@ -43,7 +43,8 @@ def test_lecture_recipe_has_the_numbers_of_the_lecture():
     assert (config.batch.tokens_per_step, config.batch.micro_batch_size, config.batch.seq_len) == (2**19, "auto", 1024)
     assert (config.optim.lr, config.optim.warmup_steps, config.max_steps) == (6e-4, 715, 19073)
     for num_processes in (1, 8):
-        assert batch_arithmetic(config.batch, num_processes, largest=64) == (64, 8 // num_processes)
+        batch = dataclasses.replace(config.batch, micro_batch_size=64)
+        assert batch_arithmetic(batch, num_processes) == (64, 8 // num_processes)
 
 
 def value_of(config, name):
