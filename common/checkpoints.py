@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,20 +89,15 @@ def resolve_checkpoints(names: Iterable[str]) -> list[str]:
     """
     resolved: list[str] = []
     for name in names:
-        is_pattern = glob.has_magic(name) and not Path(name).exists()
-        matches: Sequence[str | Path] = _matches(Path(name)) if is_pattern else [name]
+        matches: list[str | Path] = [name]
+        if glob.has_magic(name) and not Path(name).exists():
+            is_best = Path(name).name == BEST  # a name, not a folder
+            folders = sorted(glob.glob(str(Path(name).parent) if is_best else name))  # noqa: PTH207 (absolute ones, too)
+            matches = [Path(f) / BEST for f in folders if best_of(list_checkpoints(f))] if is_best else [*folders]
         if not matches:
             raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
         resolved += map(resolve_checkpoint, matches)
     return resolved
-
-
-def _matches(pattern: Path) -> list[Path]:
-    start = Path(pattern.anchor or ".")
-    if pattern.name != BEST:
-        return sorted(start.glob(str(pattern.relative_to(pattern.anchor))))
-    folders = sorted(start.glob(str(pattern.parent.relative_to(pattern.anchor))))
-    return [folder / BEST for folder in folders if best_of(list_checkpoints(folder)) is not None]
 
 
 def find_damage(folder: str | os.PathLike) -> str | None:

@@ -80,7 +80,7 @@ def draw_losses(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[
     axes.set(ylabel="loss, nats per token")
     if len(losses) >= 40:  # cut off the first steps, so that the end can be read
         axes.set_ylim(top=1.05 * max([smooth[len(smooth) // 20 :].max(), *lines.values()]))
-    _finish_axes(axes)
+    finish_axes(axes)
 
 
 def draw_scores(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[str, float], task: str) -> None:
@@ -102,7 +102,7 @@ def draw_scores(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[
         axes.errorbar([tokens for tokens, _ in scored], values, yerr=errors, fmt="o-", ms=4, capsize=2, label=label)
     _horizontal_lines(axes, lines, "{:.4g}")
     axes.set(ylabel=ylabel, title=f"{title}, {last['n']:,} items")
-    _finish_axes(axes)
+    finish_axes(axes)
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -149,7 +149,8 @@ def _horizontal_lines(axes: "Axes", lines: Mapping[str, float], number_format: s
         axes.axhline(value, color=color, ls="--", lw=1, label=f"{name} ({number_format.format(value)})")
 
 
-def _finish_axes(axes: "Axes") -> None:
+def finish_axes(axes: "Axes") -> None:
+    """Add what the plots over training tokens have in common."""
     from matplotlib.ticker import EngFormatter
 
     axes.set(xlabel="training tokens")

@@ -52,15 +52,6 @@ class Hardware(NamedTuple):
     card: Card | None = None
     """card that a dry run is for, in place of the device here"""
 
-    def describe(self) -> str:
-        """Return the console's line."""
-        count = torch.get_num_threads()
-        threads = f", {count} thread{'s'[: count > 1]} each" if self.device.type == "cpu" else ""
-        return (
-            f"hardware  {self.num_processes} x {self.name}{threads}, mixed precision {self.mixed_precision}, peak "
-            f"{self.peak_flops / 1e12:,.3g} TFLOP/s each ({self.peak_source})"
-        )
-
 
 def find_hardware(
     accelerator: Accelerator, dollars_per_hour: float | None = None, card_name: str | None = None
@@ -268,12 +259,15 @@ class Plan:
 
     def describe(self) -> str:
         """Return the console's lines about the model, the run and the hardware."""
-        shape, flops = self.shape, self.flops_per_token
+        shape, flops, hardware = self.shape, self.flops_per_token, self.hardware
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s'[: count > 1]} each" if hardware.device.type == "cpu" else ""
         return (
             f"model     {self.num_parameters:,} parameters: {shape.n_layer} layers, {shape.n_embd} wide, "
             f"{shape.n_head} heads, {flops / 1e9:.3f} GFLOP per token\n"
             f"plan      {self.max_steps:,} steps, {self.total_tokens:,} tokens, {self.total_tokens * flops:.2e} FLOP\n"
-            f"{self.hardware.describe()}"
+            f"hardware  {hardware.num_processes} x {hardware.name}{threads}, mixed precision "
+            f"{hardware.mixed_precision}, peak {hardware.peak_flops / 1e12:,.3g} TFLOP/s each ({hardware.peak_source})"
         )
 
     def describe_batch(self, micro_batch_size: int, accumulation: int) -> str:
