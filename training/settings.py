@@ -25,8 +25,9 @@ from jsonargparse.typing import register_type
 
 from common.cli import is_main_process
 from training import TrainingError
-from training.setting_names import HINTS, RENAMED, SHORT
 
+RENAMED = {"dollars_an_hour": "dollars_per_hour"}  # an old name works in this release and prints the new one
+SHORT = {"text": "data.text"}
 HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # a larger file is not a recipe but perhaps weights
 NULLS = ("null", "none", "~")
@@ -391,6 +392,13 @@ def _current_name(name: str) -> str:
     return RENAMED.get(name) or SHORT.get(name, name)
 
 
+@functools.cache
+def other_names() -> dict[str, str]:
+    """Return the hints by other projects' names of the settings."""
+    names_by_hint = yaml.safe_load(Path(__file__).with_name("setting_names.yaml").read_text(encoding="utf-8"))
+    return {name: hint for hint, names in names_by_hint.items() for name in names.split()}
+
+
 def describe_unknown(name: str, settings: dict[str, Setting]) -> str:
     """Say that a setting does not exist, and which one was probably meant."""
     if members := _group_members(name, settings):
@@ -401,10 +409,11 @@ def describe_unknown(name: str, settings: dict[str, Setting]) -> str:
     switch = by_last.get(re.sub(r"^(no|disable)_", "", last))
     if switch and last not in by_last and settings[switch].type_hint is bool:
         return f"unknown setting {format_value(name)!r}; write --{switch} false"
-    if last not in by_last and last not in HINTS:
-        near = difflib.get_close_matches(last, [*by_last, *HINTS, "config"], n=1, cutoff=0.8)
+    hints = other_names()
+    if last not in by_last and last not in hints:
+        near = difflib.get_close_matches(last, [*by_last, *hints, "config"], n=1, cutoff=0.8)
         last = near[0] if near else plain.replace(".", "_")  # `eval.every` is eval_every
-    hint = by_last.get(last) or ("--config" if last == "config" else HINTS.get(last))
+    hint = by_last.get(last) or ("--config" if last == "config" else hints.get(last))
     if hint is None:
         return f"unknown setting {format_value(name)!r}; {HELP}"
     is_name = hint in settings or hint == "--config"
