@@ -30,7 +30,7 @@ from common.checkpoints import BEST, best_of, describe_file, find_damage, list_c
 from common.cli import say
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.sharding import TrainingModels, full_state_dict, load_moments, load_params
+from training.sharding import TrainingModels, full_state_dict, load_moments, load_params, meta_copy
 
 _LEFTOVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Tokenizer, configuration, code, and the disk's rounding up.
@@ -139,7 +139,10 @@ class CheckpointWriter:
         tensors, moments = full_state_dict(
             self._models.bare, self._models.optimizer, accelerator, copy=self._in_background
         )
-        rng = gather_object([_rng_state(accelerator.device)])
+        device, rng_state = accelerator.device, {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":
+            rng_state[device.type] = torch.get_device_module(device).get_rng_state()
+        rng = gather_object([rng_state])
         if accelerator.is_main_process:
             rng = {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()}
             saved = asdict(state) | {"val_loss": state.val_loss if state.evaluated else None} | self._fingerprint
@@ -190,7 +193,7 @@ class CheckpointWriter:
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
             # Not the model itself: the thread must not save what is being trained.
-            load_params(self._models.empty, tensors).save_pretrained(save_directory=tmp_folder)
+            load_params(meta_copy(self._models.bare), tensors).save_pretrained(save_directory=tmp_folder)
             try:
                 self.tokenizer.save_pretrained(tmp_folder)
             except Exception as error:  # the tokenizers package has no class for a full disk
@@ -222,8 +225,6 @@ class CheckpointWriter:
                 f"could not write the checkpoint {folder}: {error}. It needs {needed / 1e9:.2f} GB: make room on the "
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
-        finally:
-            self._models.empty.to("meta")  # type: ignore[arg-type]  # frees the copies
         try:
             self._remove_old(state["step"])
         except OSError as error:
@@ -390,10 +391,3 @@ def load_training_state(folder: str | Path, models: TrainingModels, accelerator:
         torch.set_rng_state(rng[f"{rank}.cpu"])
     if f"{rank}.{device.type}" in rng and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(rng[f"{rank}.{device.type}"])
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    tensors = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        tensors[device.type] = torch.get_device_module(device).get_rng_state()
-    return tensors

@@ -32,8 +32,6 @@ class TrainingModels(NamedTuple):
     wrapped: torch.nn.Module
     """`compiled`, wrapped by DDP or FSDP2 to exchange gradients, for training steps"""
     optimizer: AcceleratedOptimizer
-    empty: GPT2ReproForCausalLM
-    """from `meta_copy`, to be filled with gathered weights and saved"""
 
 
 def compile_and_wrap(
@@ -58,9 +56,8 @@ def compile_and_wrap(
         torch._dynamo.reset()
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
-    empty = meta_copy(model)
     wrapped, optimizer = accelerator.prepare(step_model, optimizer)
-    return TrainingModels(model, step_model, wrapped, optimizer, empty)
+    return TrainingModels(model, step_model, wrapped, optimizer)
 
 
 def compile_model(model: GPT2ReproForCausalLM, accelerator: Accelerator) -> torch.nn.Module:

@@ -24,7 +24,6 @@ from training.checkpoint import (
 )
 from training.config import OptimConfig
 from training.optim import build_optimizer
-from training.sharding import meta_copy
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def trained():
     tokens = torch.arange(8)[None]
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    return SimpleNamespace(bare=model, optimizer=optimizer, empty=meta_copy(model))
+    return SimpleNamespace(bare=model, optimizer=optimizer)
 
 
 @pytest.fixture(scope="module")
