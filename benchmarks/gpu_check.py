@@ -41,6 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import harness, train_step
 from common import markdown
+from common.errors import one_line
 from common.files import write_json
 from common.metrics import read_metrics
 from data.loader import Batch, WindowLoader
@@ -178,7 +179,7 @@ def check_machine(args: argparse.Namespace, save: Save) -> Results:
                 seconds = [harness.timed(attend, args.device)[1] for _ in range(args.rounds)]
             rows[kernel.name]["ms"] = [1000 * value / args.steps for value in seconds]
         except RuntimeError as error:  # not for this device, dtype or shape
-            rows[kernel.name]["error"] = first_line(error)
+            rows[kernel.name]["error"] = f"{type(error).__name__}: {one_line(error, 150)}"
         save(results)
     return results
 
@@ -248,7 +249,7 @@ def check_steps(args: argparse.Namespace, save: Save) -> Results:
             row[f"off {first}"] = max(abs(a - b) for a, b in zip(losses[key], losses[first], strict=True))
             candidates[key].optimizer.state.clear()  # makes room for the next candidate
         except Exception as error:  # out of memory, no compiler: the others are still worth their time
-            row["error"] = first_line(error)
+            row["error"] = f"{type(error).__name__}: {one_line(error, 150)}"
             candidates.pop(key, None)
         save(results | {"losses": losses})
     for key, candidate in [*candidates.items()] * args.rounds:
@@ -336,11 +337,6 @@ def reset_peak(device: torch.device) -> float:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated() / 1e9
-
-
-def first_line(error: Exception) -> str:
-    """Return an exception as one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:150]}" if str(error) else type(error).__name__
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace, Save], Results], float]] = {  # with the limit in seconds
