@@ -252,7 +252,7 @@ def load_config(argv: Sequence[str]) -> Config:
     recipes = given_recipes or [str(DEFAULT_RECIPE)]
     values: dict[str, RawValue] = {}
     for layer in (*(read_recipe(recipe, settings) for recipe in recipes), options):
-        named = [name for name in _DATA_NAMES if name in layer and _is_given(layer[name])]
+        named = [name for name in _DATA_NAMES if name in layer and str(layer[name].value).lower() not in NULLS]
         if len(named) > 1:
             raise TrainingError(
                 f"{layer[named[0]].location}{named[0]} and {named[1]} are given together: leave one of them out"
@@ -286,10 +286,6 @@ def load_config(argv: Sequence[str]) -> Config:
         config.eval.task_data = {name: str(_expand_path(f"eval.task_data {name}", path)) for name, path in paths}
     _check(config)
     return config
-
-
-def _is_given(value: RawValue) -> bool:
-    return str(value.value).lower() not in NULLS
 
 
 def _expand_path(name: str, text: str | None) -> str | None:

@@ -198,6 +198,11 @@ class Plan:
         activations, ends, backward = self._activation_bytes(rows, kind)
         if kind == "cpu":  # freed memory stays in the heap
             activations, ends, backward = activations + ends + backward, 0, 0
+        # The head's loss: logits of a chunk, and the matrix's gradient.
+        width = _DTYPES[self.hardware.mixed_precision].itemsize
+        per_logit = width if kind == "cpu" else _GPU_LOGIT_BYTES["compiled" if self.compiled else "eager"]
+        vocab_size = self.shape.vocab_size
+        head = 4 * vocab_size * self.shape.n_embd + min(rows, CHUNK_ROWS[kind]) * vocab_size * per_logit
         buckets = 4 * num_parameters if num_processes > 1 and not self.sharded else 0  # DDP's
         gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
@@ -213,7 +218,7 @@ class Plan:
             gradients=gradients + buckets,
             activations=activations,
             # The head's memory is free again when the blocks' backward pass begins.
-            head=max(ends + self._head_bytes(rows, kind), backward),
+            head=max(ends + head, backward),
             base=_BASE_BYTES[kind],
         )
 
@@ -249,13 +254,6 @@ class Plan:
         weights = rows * n_head * self.batch.seq_len * per_weight
         activations += weights * (1 if self.activation_checkpointing else n_layer)
         return activations, rows * ends * factor, rows * backward * factor
-
-    def _head_bytes(self, rows: int, kind: str | None) -> float:
-        """Return the bytes of the head's loss for `rows` tokens: logits of a chunk, and the matrix's gradient."""
-        vocab_size, n_embd = self.shape.vocab_size, self.shape.n_embd
-        width = _DTYPES[self.hardware.mixed_precision].itemsize
-        per_logit = width if kind == "cpu" else _GPU_LOGIT_BYTES["compiled" if self.compiled else "eager"]
-        return 4 * vocab_size * n_embd + min(rows, CHUNK_ROWS[kind]) * vocab_size * per_logit
 
     def describe(self) -> str:
         """Return the console's lines about the model, the run and the hardware."""

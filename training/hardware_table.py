@@ -146,19 +146,18 @@ def main_table() -> str:
 
 def large_model_table() -> str:
     """Return docs/hardware.md's second table: GPT-2 1558M without and with activation checkpointing."""
-    kinds = ("none", "block")
-    head = ["card", *(f"{kind}: {what}" for kind in kinds for what in ("sequences", "tokens/s", "33.6B tokens"))]
-    rows = []
+    head = [
+        "card",
+        *(f"{kind}: {what}" for kind in ("none", "block") for what in ("sequences", "tokens/s", "33.6B tokens")),
+    ]
+    rows, plan = [], recipe_plan("1558M", 32_000)
     for key, card in CARDS.items():
-        plan, row = recipe_plan("1558M", 32_000), [card.name]
-        for kind in kinds:
-            estimate = estimate_on_card(dataclasses.replace(plan, activation_checkpointing=kind == "block"), key)
-            fits = estimate.micro_batch_size > 0 and estimate.activation_checkpointing == (kind == "block")
-            row += (
-                [_format_fit(estimate), f"{estimate.tokens_per_s:,.0f}", _format_run(estimate)]
-                if fits
-                else ["no", "", ""]
-            )
+        row = [card.name]
+        for checkpointing in (False, True):
+            estimate = estimate_on_card(dataclasses.replace(plan, activation_checkpointing=checkpointing), key)
+            fits = estimate.micro_batch_size > 0 and estimate.activation_checkpointing == checkpointing
+            cells = [_format_fit(estimate), f"{estimate.tokens_per_s:,.0f}", _format_run(estimate)]
+            row += cells if fits else ["no", "", ""]
         if row[4] != "no":
             rows.append(row)
     return markdown.table(head, rows)
