@@ -263,7 +263,7 @@ def test_a_damaged_checkpoint_is_passed_over(small, undisturbed, tmp_path):
     assert_same_run(output, undisturbed, STEPS)
 
 
-def test_two_runs_in_one_folder(tmp_path, capsys):
+def test_two_runs_in_one_folder(tmp_path, capsys, monkeypatch):
     """The second waits for the first to leave, and says so; here it does not leave."""
     from training import TrainingError
     from training.run import RunFolder
@@ -277,7 +277,8 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "held\n"
-    folder = RunFolder(tmp_path / "run", patience_seconds=0.1)
+    monkeypatch.setattr("training.run._PATIENCE_SECONDS", 0.1)
+    folder = RunFolder(tmp_path / "run")
     with pytest.raises(TrainingError, match="another process is training in"):
         folder.lock(None)
     assert "waiting for it to leave" in capsys.readouterr().out

@@ -77,11 +77,12 @@ class RunLog:
         if self._loss_lines:
             lines = ", ".join(f"{name} {value:.4f}" for name, value in self._loss_lines.items())
             say(f"baseline  {lines} nats per token")
-        step, history, previous_folder = state.step, [], None
+        step, history, earlier = state.step, [], []
         self._output_dir.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:
-            previous_folder = run_folder_of(resume_from, self._output_dir)
-            records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir)
+            folder = run_folder_of(resume_from, self._output_dir)
+            earlier = earlier_launches(folder / "provenance.json", step)
+            records = recover_metrics(folder / "metrics.jsonl", copy_to=self._output_dir)
             history = records_up_to(records, step, is_evaluated=state.evaluated)
             logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), None)
             if logged_lr is not None and last_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
@@ -94,7 +95,6 @@ class RunLog:
         self._metrics = MetricsWriter(self.metrics_path, history=history)
         references = {name: dict(lines) for name, lines in {"loss": self._loss_lines, **self._score_lines}.items()}
         launch = describe_launch(self._settings, self._argv, data_info, self._plan, state)
-        earlier = [] if previous_folder is None else earlier_launches(previous_folder / "provenance.json", step)
         launch |= {"references": references, "earlier_launches": earlier}
         write_json(self._output_dir / "provenance.json", launch)
 

@@ -164,11 +164,6 @@ class MuonAdamW(torch.optim.Optimizer):
             assign(p, decayed.add_(shard_like(p, update), alpha=-lr))
 
 
-def _normalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Divide each matrix by its norm, which bounds the singular values."""
-    return matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-
-
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Orthogonalize matrices approximately, by the Newton-Schulz iteration.
 
@@ -181,8 +176,10 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     a, b, c = _COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
-    # For float16, divide first: small gradients are below its range.
-    x = _normalize(x).half() if half_precision(x.device.type) == "fp16" else _normalize(x.bfloat16())
+    is_fp16 = half_precision(x.device.type) == "fp16"  # divide first then: small gradients are below its range
+    x = x if is_fp16 else x.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # bounds the singular values
+    x = x.half() if is_fp16 else x
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -26,6 +26,7 @@ from training.distributed import MainProcessFailed
 
 # sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Here: resume the run.
 EXIT_RESUME = 75
+_PATIENCE_SECONDS = 60.0  # for another run, which may be about to stop, to leave the folder
 # SIGUSR1 is what SLURM and others send before a time limit, SIGHUP comes from a closed terminal or a lost SSH
 # connection, and SIGBREAK is Windows' Ctrl-Break.
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")
@@ -36,14 +37,10 @@ class RunFolder:
 
     A context manager in every process of the run: leaving it releases the lock, and if an exception ends the run,
     status.json says "failed" and names the exception. Only the main process writes.
-
-    Args:
-        patience_seconds: time that another run, which may be about to stop, has to leave the folder.
     """
 
-    def __init__(self, path: str | os.PathLike, *, patience_seconds: float = 60) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._patience_seconds = patience_seconds
         self._lock: Lock | None = None
         self._is_running = False
 
@@ -84,7 +81,7 @@ class RunFolder:
                     f"ended, this start would fail as well: {error}"
                 ) from None
             say(f"run       another process uses {self.path}; waiting for it to leave")
-            self._lock.acquire(self._patience_seconds)
+            self._lock.acquire(_PATIENCE_SECONDS)
         except Timeout:
             raise TrainingError(
                 f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
