@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import harness, train_step
 from common import markdown
 from common.errors import one_line
-from common.files import write_json
+from common.files import read_json, write_json
 from common.metrics import read_metrics
 from data.loader import Batch, WindowLoader
 from data.manifest import open_split
@@ -71,7 +71,7 @@ def main() -> None:
     prepare_sample_if_missing(args.out / "shards")
     end = time.monotonic() + 60 * args.minutes
     for name in args.parts:
-        results = read_part(args.out, name)
+        results = read_json(args.out / f"{name}.json")
         limit = min(PARTS[name][1], end - time.monotonic())
         if results.get("complete") and results["settings"] == settings:
             print(f"{name:<10} is there already")
@@ -79,7 +79,7 @@ def main() -> None:
             print(f"{name:<10} no time left: run the same command again")
         else:
             print(f"{name:<10} {start_part(name, args.out, settings, limit)}", flush=True)
-    parts = {name: read_part(args.out, name) for name in PARTS}
+    parts = {name: read_json(args.out / f"{name}.json") for name in PARTS}
     write_json(args.out / "gpu_check.json", parts)
     text = report(parts)
     (args.out / "gpu_check.md").write_text(text, encoding="utf-8")
@@ -102,12 +102,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.layers, args.heads, args.width = sizes[args.size]
     return args
-
-
-def read_part(out: Path, name: str) -> Results:
-    """Return what a part has written, or an empty dictionary."""
-    path = out / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def start_part(name: str, out: Path, settings: Results, limit: float) -> str:
