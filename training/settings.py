@@ -77,7 +77,7 @@ def build(config_class: type, raw_values: dict[str, RawValue]) -> Any:
                 raise ValueError
     except ArgumentError as error:
         name = str(error).split('"')[1]  # Parser key "NAME": ...
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         pass
     else:
         config = parser.instantiate(parsed)
@@ -155,7 +155,7 @@ def _integer(text: str) -> int:
 
 
 def _normalize(value: str | list | dict, type_hint: Any) -> object:
-    """Return a value in the form that jsonargparse takes, or raise ValueError.
+    """Return a value in the form that jsonargparse takes, or raise ValueError or YAMLError.
 
     A list can also be one item, or `a,b`, `a b` and `[a, b]` on the command line.
     """
@@ -165,7 +165,7 @@ def _normalize(value: str | list | dict, type_hint: Any) -> object:
     is_text_list = is_list and get_args(container)[0] is str
     if isinstance(value, str):
         if (is_mapping and value[:1] == "{") or (is_text_list and value[:1] + value[-1:] == "[]"):
-            value = _parse_yaml(value)
+            value = _to_texts(yaml.compose(value, Loader=yaml.BaseLoader))
         elif value.lower() in NULLS:
             if NoneType in get_args(type_hint):
                 return None
@@ -192,13 +192,6 @@ def _container_type(type_hint: Any) -> Any:
     """Return `list[...]`, `tuple[...]` or `dict[...]`, perhaps without its `| None`; None for another type."""
     options = (type_hint, *get_args(type_hint))
     return next((option for option in options if get_origin(option) in (list, tuple, dict)), None)
-
-
-def _parse_yaml(text: str) -> str | list | dict:
-    try:
-        return _to_texts(yaml.compose(text, Loader=yaml.BaseLoader))
-    except yaml.YAMLError:
-        raise ValueError from None
 
 
 def describe_type(type_hint: Any) -> str:
