@@ -38,6 +38,7 @@ import time
 STARTED = time.monotonic()  # --max_hours counts from here
 
 import dataclasses
+import gc
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -65,11 +66,10 @@ from eval.task import task_class
 from hub.push import Repository, push_last_checkpoint
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.batch import check_memory, choose_micro_batch_size, out_of_memory_as_one_line, pieces_per_sequence
-from training.checkpoint import CheckpointWriter, Keep, LoopState, checkpoint_folder, load_state, load_training_state
+from training.checkpoint import CheckpointWriter, LoopState, checkpoint_folder, load_state, load_training_state
 from training.config import SHAPE, Config, apply_shape, load_config, load_shape, task_settings
 from training.distributed import isolated_accelerator_state, leave_process_group, run_on_main, start_accelerator
 from training.estimate import Plan, make_plan, warn_of_repetition
-from training.garbage import collector_restored, stop_collecting
 from training.hardware_table import describe_cards
 from training.logging import RunLog
 from training.machine import can_compile, find_device
@@ -83,7 +83,6 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
     """Train. Can be called repeatedly in one process, as in a notebook. Raises UserError for what the user can fix.
 
     Args:
-        argv: the command line's arguments.
         started: time.monotonic() from which --max_hours counts; None: now.
 
     Returns:
@@ -95,7 +94,10 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
     if config.data.text is not None:  # before the process group, whose timeout would end a long preparation
         config.data.path = prepare_text(config.data.text, is_dry_run=config.dry_run)
     # Leaving this gives everything back, whatever happens: the folder's lock, signal handlers, threads, open files.
-    with isolated_accelerator_state(), collector_restored(), ExitStack() as cleanup:
+    with isolated_accelerator_state(), ExitStack() as cleanup:
+        cleanup.callback(gc.unfreeze)  # train_steps freezes the garbage collector and switches it off
+        if gc.isenabled():
+            cleanup.callback(gc.enable)
         accelerator = start_accelerator(config.mixed_precision, device_type)
         stop = StopRequest(config.max_hours, time.monotonic() if started is None else started)
         run = cleanup.enter_context(RunFolder(str(config.output_dir)))
@@ -140,22 +142,28 @@ def train(argv: Sequence[str], *, started: float | None = None) -> int:
         micro_batch_size, accumulation = choose_micro_batch_size(plan, accelerator, model, saved=state)
         state.micro_batch_size, state.num_processes = micro_batch_size, accelerator.num_processes
         say(plan.describe_batch(micro_batch_size, accumulation))
-        cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
-        optimizer = build_optimizer(model, config.optim, accelerator.device.type)
-        models = compile_and_wrap(accelerator, model, optimizer, accumulation, use_compile=config.compile)
-        torch.manual_seed(config.seed + accelerator.process_index)  # each process drops other units
-        if resume_from is not None:
-            load_training_state(resume_from, models, accelerator)
-        keep = Keep(config.keep_last, config.keep_every, best=config.keep_best)
-        checkpoints = CheckpointWriter(run.path, accelerator, models, evaluation.tokenizer, resume_fingerprint, keep)
-        cleanup.callback(checkpoints.close)
         settings = dataclasses.asdict(config) | {"init_from": resolved_init_from}
         tasks = [task for task, _ in evaluation.tasks]
         losses, scores = reference_lines(model_config, data_info["source"], tasks, is_gpt2_tokenizer=tokenizer.is_gpt2)
         log = RunLog(run.path, plan, settings, argv, state.step, loss_lines=baselines | losses, score_lines=scores)
-        cleanup.enter_context(log)
-        # Again, inside `log`, whose report then has the one line, too.
+        cleanup.enter_context(log)  # its report has the one line of out_of_memory_as_one_line
         cleanup.enter_context(out_of_memory_as_one_line(plan, micro_batch_size))
+        optimizer = build_optimizer(model, config.optim)
+        models = compile_and_wrap(accelerator, model, optimizer, accumulation, use_compile=config.compile)
+        torch.manual_seed(config.seed + accelerator.process_index)  # each process drops other units
+        if resume_from is not None:
+            load_training_state(resume_from, models, accelerator)
+        checkpoints = CheckpointWriter(
+            run.path,
+            accelerator,
+            models,
+            evaluation.tokenizer,
+            resume_fingerprint,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            keep_best=config.keep_best,
+        )
+        cleanup.callback(checkpoints.close)
         # A resumed run warns if the learning rate of its last step is not the one in its log.
         last_lr = None if resume_from is None else learning_rate(state.step - 1, config.optim, config.max_steps)
         run_on_main(log.open, state, data_info, resume_from, last_lr)
@@ -246,7 +254,10 @@ def train_steps(
         windows = [] if is_finite else windows_with_nonfinite_loss(losses, loader.window_origins(state.step))
         state.advance(is_finite)
         log.log_step(state, loss=train_loss, lr=lr, grad_norm=norm, seconds=seconds, windows=windows, loss_scale=scale)
-        stop_collecting()  # has an effect after the first step only, which may have compiled
+        if gc.isenabled():  # after the first step, which may have compiled: later pauses would delay the device
+            gc.collect()
+            gc.freeze()  # evaluations collect their own garbage, and skip what exists now (benchmarks/LOG.md)
+            gc.disable()
 
 
 # ----------------------------------------------------------------------------------------------------------

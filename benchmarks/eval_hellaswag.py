@@ -7,8 +7,7 @@
 All candidates score the same random weights in one process and take turns. Each is timed from texts to metrics,
 including tokenization and excluding loading. "ours, lm-eval's prompt" and "ours, the lecture's prompt" compute what the
 candidate that they are compared with computes; "ours, both" computes every metric of `python -m eval`. Metrics that
-differ are listed below the table. In float32 all must be equal; in bf16 rounding can change some. "Of the matmul rate"
-is a candidate's FLOPs per second, as torch counts them, over those of one large matmul just before its turn.
+differ are listed below the table. In float32 all must be equal; in bf16 rounding can change some.
 
 The lecture's script is not run: its functions are taken, with a tokenizer and items that need no network.
 """
@@ -24,7 +23,6 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -35,29 +33,11 @@ from eval import evaluate
 from eval.hellaswag.task import LECTURE, LM_EVAL, HellaSwagItem, Task, load_items
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
-from training.estimate import measure_matmul_flops
 
 THE_LECTURE = "the lecture's loop"
-COLUMNS = (
-    "candidate",
-    "items/s",
-    "over lm-eval's best",
-    f"over {THE_LECTURE}",
-    "GFLOP per item",
-    "of the matmul rate",
-    "metrics",
-)
+COLUMNS = ("candidate", "items/s", "over lm-eval's best", f"over {THE_LECTURE}", "GFLOP per item", "metrics")
 METRICS = ("acc", "acc_norm", "lm_eval_acc", "lm_eval_acc_norm")
 Metrics = dict[str, float]
-
-
-class Turn(NamedTuple):
-    """One candidate's turn."""
-
-    metrics: Metrics
-    seconds: float
-    matmul_flops: float
-    """FLOP/s of a large matmul just before"""
 
 
 def main() -> None:
@@ -69,7 +49,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights")
     parser.add_argument("--lecture", help="path of build-nanogpt's hellaswag.py")
     parser.add_argument("--lm_eval_batch_size", type=int, nargs="*", default=[1, 16], help="one candidate for each")
-    parser.add_argument("--tokens_per_batch", type=int, help="for our evaluation; default: the evaluation's own choice")
     args = parser.parse_args()
 
     device = harness.pick_device()
@@ -82,7 +61,7 @@ def main() -> None:
 
     def score_with_ours(*prompts: str) -> Metrics:
         task = Task(data=str(path), prompts=prompts)
-        [results] = evaluate(model, tokenizer, [task], tokens_per_batch=args.tokens_per_batch)["results"].values()
+        [results] = evaluate(model, tokenizer, [task])["results"].values()
         return {name: results[name] for name in METRICS if name in results}
 
     candidates: dict[str, Callable[[], Metrics]] = {}
@@ -94,18 +73,14 @@ def main() -> None:
     candidates["ours, lm-eval's prompt"] = partial(score_with_ours, LM_EVAL)
     candidates["ours, both"] = partial(score_with_ours, LECTURE, LM_EVAL)
 
-    def measure(score: Callable[[], Metrics]) -> Turn:
-        matmul_flops = measure_matmul_flops(device, model.dtype)
-        return Turn(*harness.timed(score, device), matmul_flops)
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "items.jsonl"  # read by our evaluation within its timed part
         path.write_text("".join(json.dumps(item._asdict()) + "\n" for item in items))
         flops = {name: harness.count_flops(score) for name, score in candidates.items()}
         turns = harness.take_turns(
-            {name: partial(measure, score) for name, score in candidates.items()},
+            {name: partial(harness.timed, score, device) for name, score in candidates.items()},
             args.rounds,
-            lambda turn: f"{len(items) / turn.seconds:8.2f} items/s",
+            lambda turn: f"{len(items) / turn[1]:8.2f} items/s",
         )
     print_table(args, len(items), flops, turns)
 
@@ -148,19 +123,20 @@ def score_with_lecture(path: str, model: GPT2ReproForCausalLM, items: list[Hella
     return {"acc_norm": int(num_correct) / len(items)}
 
 
-def print_table(args: argparse.Namespace, num_items: int, flops: dict[str, int], turns: dict[str, list[Turn]]) -> None:
+def print_table(
+    args: argparse.Namespace, num_items: int, flops: dict[str, int], turns: dict[str, list[tuple[Metrics, float]]]
+) -> None:
     """Print the table, and the metrics that are not equal."""
-    rates = {name: [num_items / turn.seconds for turn in of_name] for name, of_name in turns.items()}
-    metrics = {name: of_name[-1].metrics for name, of_name in turns.items()}
+    rates = {name: [num_items / seconds for _, seconds in of_name] for name, of_name in turns.items()}
+    metrics = {name: of_name[-1][0] for name, of_name in turns.items()}
     lm_eval = {name: values for name, values in rates.items() if name.startswith("lm-eval")}
     best = max(lm_eval.values(), key=statistics.median, default=[])
     rows = []
     for name, values in rates.items():
         ratios = (harness.median_ratio(values, reference) for reference in (best, rates.get(THE_LECTURE, [])))
-        of_matmul = [flops[name] / turn.seconds / turn.matmul_flops for turn in turns[name]]
-        work = (f"{flops[name] / num_items / 1e9:.1f}", harness.with_range(of_matmul, ".2f"))
+        work = f"{flops[name] / num_items / 1e9:.1f}"
         text = ", ".join(f"{metric} {value:.4f}" for metric, value in metrics[name].items())
-        rows.append([name, harness.with_range(values, ".2f"), *ratios, *work, text])
+        rows.append([name, harness.with_range(values, ".2f"), *ratios, work, text])
     harness.print_report(f"{args.size}, {args.dtype}, {num_items} items", args.rounds, COLUMNS, rows)
     ours = metrics["ours, both"]
     different = [

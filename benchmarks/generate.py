@@ -1,7 +1,6 @@
 """Time greedy decoding with a cache: this model and transformers' GPT-2 with the same weights.
 
     python -m benchmarks.generate                       # 124M, batches of 1 and 16, bf16
-    python -m benchmarks.generate --static              # a compiled static cache instead of a growing one
 
 Both models are in one process and take turns. The last column counts texts that differ. In fp32 all must be equal; in
 bf16 a different order of summation can change a token. Prints a Markdown table.
@@ -12,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import logging
 
 from benchmarks import harness
@@ -30,7 +29,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens in each prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens to generate after each prompt")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--static", action="store_true", help="static cache, decoding compiled")
     args = parser.parse_args()
 
     logging.set_verbosity_error()
@@ -55,19 +53,13 @@ def main() -> None:
         num_different = (texts[0] != texts[1]).any(dim=1).sum().item()
         ranges = (harness.with_range(speed, ",.1f") for speed in speeds)
         rows.append([batch, *ranges, harness.median_ratio(*speeds), f"{num_different} of {batch}"])
-    cache = "compiled static" if args.static else "dynamic"
-    title = f"{args.size}, {args.prompt} + {args.new} tokens, {args.dtype}, {cache} cache"
+    title = f"{args.size}, {args.prompt} + {args.new} tokens, {args.dtype}"
     harness.print_report(title, args.rounds, COLUMNS, rows)
 
 
 def decode(model: Any, prompts: torch.Tensor, args: argparse.Namespace) -> tuple[torch.Tensor, float]:
     """Continue the prompts [B, T]. Return the texts [B, T + args.new] and the speed in tokens/s."""
-    settings: dict[str, Any] = {"max_new_tokens": args.new, "min_new_tokens": args.new, "do_sample": False}
-    if args.static:
-        compile_config: Any = CompileConfig(fullgraph=True)
-        compile_config.mode = None  # not "reduce-overhead", the default
-        compile_config._compile_all_devices = True  # by default generate() compiles on GPUs only
-        settings |= {"cache_implementation": "static", "compile_config": compile_config}
+    settings = {"max_new_tokens": args.new, "min_new_tokens": args.new, "do_sample": False}
     mask = torch.ones_like(prompts)
     decode_prompts = partial(model.generate, prompts, attention_mask=mask, pad_token_id=50256, **settings)
     texts, seconds = harness.timed(decode_prompts, prompts.device)

@@ -41,7 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import harness, train_step
 from common import markdown
-from common.files import write_json
+from common.errors import one_line
+from common.files import read_json, write_json
 from common.metrics import read_metrics
 from data.loader import Batch, WindowLoader
 from data.manifest import open_split
@@ -50,7 +51,7 @@ from eval.scoring import Request, loglikelihoods
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from modeling_gpt2repro.configuration_gpt2repro import SIZES
 from training.config import BatchConfig
-from training.estimate import Plan, find_hardware
+from training.estimate import Plan, find_hardware, measure_matmul_flops
 
 NUM_LOSSES = 20
 TRAIN_STEPS, SAVE_EVERY, ACCUMULATION = 24, 4, 4  # of train.py
@@ -70,7 +71,7 @@ def main() -> None:
     prepare_sample_if_missing(args.out / "shards")
     end = time.monotonic() + 60 * args.minutes
     for name in args.parts:
-        results = read_part(args.out, name)
+        results = read_json(args.out / f"{name}.json")
         limit = min(PARTS[name][1], end - time.monotonic())
         if results.get("complete") and results["settings"] == settings:
             print(f"{name:<10} is there already")
@@ -78,7 +79,7 @@ def main() -> None:
             print(f"{name:<10} no time left: run the same command again")
         else:
             print(f"{name:<10} {start_part(name, args.out, settings, limit)}", flush=True)
-    parts = {name: read_part(args.out, name) for name in PARTS}
+    parts = {name: read_json(args.out / f"{name}.json") for name in PARTS}
     write_json(args.out / "gpu_check.json", parts)
     text = report(parts)
     (args.out / "gpu_check.md").write_text(text, encoding="utf-8")
@@ -101,12 +102,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.layers, args.heads, args.width = sizes[args.size]
     return args
-
-
-def read_part(out: Path, name: str) -> Results:
-    """Return what a part has written, or an empty dictionary."""
-    path = out / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def start_part(name: str, out: Path, settings: Results, limit: float) -> str:
@@ -160,8 +155,7 @@ def check_machine(args: argparse.Namespace, save: Save) -> Results:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
         results["driver, power limit, clock"] = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    turn = argparse.Namespace(**vars(args) | {"dtype": "bf16" if args.dtype == torch.bfloat16 else "fp32"})
-    results["matmul TFLOP/s"] = train_step.matmul_ceiling(turn, args.device) / 1e12
+    results["matmul TFLOP/s"] = measure_matmul_flops(args.device, args.dtype) / 1e12
     shape = (args.batch, args.heads, args.seq_len, args.width // args.heads)
     q, k, v = (torch.randn(shape, device=args.device, dtype=args.dtype, requires_grad=True) for _ in range(3))
     results["torch's choice of attention"] = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True)).name
@@ -179,7 +173,7 @@ def check_machine(args: argparse.Namespace, save: Save) -> Results:
                 seconds = [harness.timed(attend, args.device)[1] for _ in range(args.rounds)]
             rows[kernel.name]["ms"] = [1000 * value / args.steps for value in seconds]
         except RuntimeError as error:  # not for this device, dtype or shape
-            rows[kernel.name]["error"] = first_line(error)
+            rows[kernel.name]["error"] = f"{type(error).__name__}: {one_line(error, 150)}"
         save(results)
     return results
 
@@ -249,7 +243,7 @@ def check_steps(args: argparse.Namespace, save: Save) -> Results:
             row[f"off {first}"] = max(abs(a - b) for a, b in zip(losses[key], losses[first], strict=True))
             candidates[key].optimizer.state.clear()  # makes room for the next candidate
         except Exception as error:  # out of memory, no compiler: the others are still worth their time
-            row["error"] = first_line(error)
+            row["error"] = f"{type(error).__name__}: {one_line(error, 150)}"
             candidates.pop(key, None)
         save(results | {"losses": losses})
     for key, candidate in [*candidates.items()] * args.rounds:
@@ -337,11 +331,6 @@ def reset_peak(device: torch.device) -> float:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated() / 1e9
-
-
-def first_line(error: Exception) -> str:
-    """Return an exception as one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:150]}" if str(error) else type(error).__name__
 
 
 PARTS: dict[str, tuple[Callable[[argparse.Namespace, Save], Results], float]] = {  # with the limit in seconds

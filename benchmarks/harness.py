@@ -40,12 +40,7 @@ def make_parser(doc: str | None, *, rounds: int | None = None) -> argparse.Argum
 def take_turns(
     candidates: Mapping[str, Callable[[], Result]], rounds: int, describe: Callable[[Result], str]
 ) -> dict[str, list[Result]]:
-    """Measure each candidate once per round, and return the results of each candidate in the order of the rounds.
-
-    Args:
-        candidates: functions that measure, by name.
-        describe: turns a result into text for a progress line.
-    """
+    """Measure each candidate once per round, and return the results of each candidate in the order of the rounds."""
     results: dict[str, list[Result]] = {name: [] for name in candidates}
     for number in range(rounds):
         for name, measure in candidates.items():
@@ -56,10 +51,11 @@ def take_turns(
 
 def timed(function: Callable[[], Result], device: torch.device) -> tuple[Result, float]:
     """Return the function's result and its seconds, including work that it queued on the device."""
-    synchronize(device)
+    wait = torch.get_device_module(device).synchronize  # on a CPU it does nothing
+    wait()
     start = time.perf_counter()
     result = function()
-    synchronize(device)
+    wait()
     return result, time.perf_counter() - start
 
 
@@ -68,12 +64,6 @@ def count_flops(function: Callable[[], object]) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the work queued on the device."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize()
 
 
 def pick_device() -> torch.device:

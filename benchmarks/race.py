@@ -25,7 +25,6 @@ which a recipe with `shares`, each run with its own schedule, ends with the refe
 a line in log tokens.
 """
 
-import argparse
 import itertools
 import math
 import statistics
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.harness import make_parser
-from benchmarks.runs import ROOT, Plan, Run, Trainer, code_fingerprint, label, read_plan
+from benchmarks.runs import ROOT, Run, Trainer, code_fingerprint, label, read_plan
 from common.cli import run_command
 from common.errors import UserError
 from common.files import atomic_write
@@ -67,15 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    args = parse_args(argv)
-    plan = read_plan(args.plan_file)
-    if (num_seeds := len({run.seed for run in plan.runs})) > max(_STUDENT):
-        raise UserError(f"{args.plan_file}: {num_seeds} seeds, and intervals are known for {max(_STUDENT)}: use fewer")
-    race(plan, args)
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments."""
+    """Train the runs of a plan that have no result yet, and compare all."""
     parser = make_parser(__doc__)
     parser.add_argument("plan_file", type=Path, metavar="PLAN")
     parser.add_argument("--plan", action="store_true", help="say what is left to train, and stop")
@@ -84,11 +75,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, help="folder of the results (default: benchmarks/results/PLAN)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     parser.add_argument("--launch", default="", help="options of `accelerate launch`, in one argument")
-    return parser.parse_args(argv)
-
-
-def race(plan: Plan, args: argparse.Namespace) -> None:
-    """Train the runs of a plan that have no result yet, and compare all."""
+    args = parser.parse_args(argv)
+    plan = read_plan(args.plan_file)
+    if (num_seeds := len({run.seed for run in plan.runs})) > max(_STUDENT):
+        raise UserError(f"{args.plan_file}: {num_seeds} seeds, and intervals are known for {max(_STUDENT)}: use fewer")
     folder = args.results or ROOT / "benchmarks" / "results" / plan.name
     trainer = Trainer(folder, args.out, args.jobs, args.launch.split(), plan.scores)
     done = {run.name: result for run in plan.runs if (result := trainer.result(run)) is not None}
@@ -157,7 +147,6 @@ def compare(by_recipe: dict[str, Runs], reference: Run) -> list[list[str]]:
     """Return a row of the table per recipe; differences and ratios are between runs of the same seed.
 
     Args:
-        by_recipe: the runs of each recipe's share, by seed.
         reference: the plan's first run. Without results of its recipe, nothing is compared with it.
     """
     of_reference = by_recipe.get(label(reference.recipe, reference.share), {})
@@ -189,10 +178,6 @@ def crossing(reference: Runs, shares: Sequence[Runs]) -> list[float]:
     """Return for each seed the share of the reference's tokens with which a recipe ends at the reference's last loss.
 
     NaN for a seed whose shares do not enclose that loss: nothing is extrapolated. Seeds without runs are left out.
-
-    Args:
-        reference: the reference's runs by seed.
-        shares: the recipe's, for each of its shares.
     """
     result = []
     for seed, goal in reference.items():

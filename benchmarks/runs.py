@@ -19,7 +19,7 @@ import yaml
 
 from benchmarks.harness import machine_name
 from common.errors import UserError
-from common.files import write_json, write_text_atomically
+from common.files import read_json, write_json, write_text_atomically
 from common.metrics import read_metrics
 from data.manifest import dataset_fingerprint
 from training.config import WITHOUT_EFFECT, Config, OptimConfig, load_config
@@ -110,8 +110,6 @@ class Trainer:
     """Trains runs, and keeps a result per run.
 
     Args:
-        results: folder of the results.
-        out: folder of the runs' own folders.
         num_jobs: runs that train at the same time and share the cores.
         launch: options of `accelerate launch`; none: one process, without it.
         scores: {task: data} of the tasks that score the last checkpoint.
@@ -130,10 +128,9 @@ class Trainer:
         hold that changes to the code keep the losses; `race` prints a warning.
         """
         settings = effective_settings(run)  # an invalid one is found before hours of training
-        path = self._results / f"{run.name}.json"
-        if not path.is_file():
+        result = read_json(self._results / f"{run.name}.json")
+        if not result:
             return None
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         folder = Path(settings["data"]["path"])
         has_data = folder.is_dir()
         is_same = (
@@ -178,7 +175,7 @@ class Trainer:
         has_finished = outcome(folder, run)
         if has_finished is None:
             raise UserError(f"{folder}: the run did not finish; see console.log there, then start the race again")
-        provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        provenance = read_json(folder / "provenance.json")
         curve, seconds = validation_curve(read_metrics(folder / "metrics.jsonl"))
         result = {
             **{"size": run.size, "recipe": run.recipe, "share": run.share, "seed": run.seed},
@@ -206,8 +203,12 @@ class Trainer:
         launcher = ["-m", "accelerate.commands.launch", *self._launch] if self._launch else []
         command = [sys.executable, *launcher, "train.py", "--config", str(folder / _RECIPE)]
         command += ["--output_dir", str(folder), *options]
+        self._run(command, folder)
+
+    def _run(self, command: Sequence[str], folder: Path) -> int:
         with (folder / "console.log").open("a") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
+        return done.returncode
 
     def _score(self, folder: Path, run: Run) -> dict[str, Any]:
         """Score the last checkpoint in a process of its own, and return what `python -m eval --output` writes."""
@@ -216,23 +217,19 @@ class Trainer:
         checkpoint = folder / "checkpoints" / f"step_{run.settings['max_steps']:06d}"
         command = [sys.executable, "-m", "eval", "--model", str(checkpoint), "--output", str(folder / "scores.json")]
         command += ["--tasks", *self._scores, "--data", *(f"{task}={data}" for task, data in self._scores.items())]
-        with (folder / "console.log").open("a") as log:
-            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=self._environment)
-        if done.returncode != 0:
+        if self._run(command, folder) != 0:
             raise UserError(f"{folder}: the checkpoint cannot be scored; see console.log there")
-        scores: dict[str, Any] = json.loads((folder / "scores.json").read_text())
+        scores = read_json(folder / "scores.json")
         return {name: scores[name] for name in ("results", "tasks", "date")}  # the rest is in the run's own result
 
 
 def _belongs_to(folder: Path, run: Run) -> bool:
     """Return True if a run's folder was made with its settings and its data."""
-    recipe, provenance = folder / _RECIPE, folder / "provenance.json"
+    recipe, provenance = folder / _RECIPE, read_json(folder / "provenance.json")
     if not recipe.is_file() or recipe.read_text(encoding="utf-8") != yaml.safe_dump(run.settings):
         return False
-    if not provenance.is_file():
-        return True
-    data = json.loads(provenance.read_text(encoding="utf-8"))["data"]
-    return bool(data["train_sha256"] == dataset_fingerprint(run.settings["data.path"])["train_sha256"])
+    sha256 = dataset_fingerprint(run.settings["data.path"])["train_sha256"]
+    return not provenance or provenance["data"]["train_sha256"] == sha256
 
 
 def effective_settings(run: Run) -> dict[str, Any]:
@@ -255,8 +252,7 @@ def _with_defaults(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[s
 
 def outcome(folder: Path, run: Run) -> bool | None:
     """Return True if the run in a folder has finished, False if it diverged, otherwise None."""
-    path = folder / "status.json"
-    status = json.loads(path.read_text())["status"] if path.is_file() else None
+    status = read_json(folder / "status.json").get("status")
     if status == "finished":
         return True
     last = (read_metrics(folder / "metrics.jsonl") or [{}])[-1]

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from benchmarks.harness import make_parser, print_report, take_turns, timed, with_range
 from data.tokenizer import GPT2
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
-from training.checkpoint import CheckpointWriter, Keep, LoopState
+from training.checkpoint import CheckpointWriter, LoopState
 from training.config import OptimConfig
 from training.distributed import keep_freed_memory
 from training.optim import build_optimizer
@@ -40,7 +40,7 @@ def main() -> None:
         keep_freed_memory()
     config = GPT2ReproConfig(n_layer=args.layers, n_embd=args.width, n_head=args.width // 64)
     model = GPT2ReproForCausalLM(config).to(device).train()
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-4), device.type)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-4))
     models = compile_and_wrap(accelerator, model, optimizer, accumulation=1, use_compile=False)
     tokenizer = GPT2.hf(model_max_length=1024)
     tokens = torch.randint(0, 50257, (args.rows, SEQ_LEN + 1), device=device)
@@ -59,7 +59,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             fingerprint, in_background = {"tokens_per_step": args.rows * SEQ_LEN}, written == "background"
             writer = CheckpointWriter(
-                folder, accelerator, models, tokenizer, fingerprint, Keep(last=1), in_background=in_background
+                folder, accelerator, models, tokenizer, fingerprint, keep_last=1, in_background=in_background
             )
 
             for number in range(args.steps):

@@ -1,17 +1,14 @@
-r"""Time tokenization: tiktoken alone, the lecture's way, Hugging Face tokenizers, and `python -m data.prepare`.
+r"""Time tokenization: tiktoken alone and `python -m data.prepare`.
 
     python -m benchmarks.tokenization corpus/*.txt --separator '\n<|endoftext|>\n' --num_proc 2 --rounds 3
 
     tiktoken        tiktoken alone: each process encodes its share of documents that are already in its memory
-    lecture         build-nanogpt's fineweb.py: multiprocessing's imap over single documents, joined in order
-    tokenizers      Hugging Face tokenizers' batch call, with as many threads
     prepare         the full `python -m data.prepare` command: start, read, tokenize, write, hash, verify
     prepare-giga    the same with --tokenizer_backend gigatoken
 
 All encode the same documents and take turns. Prints a table for RECORDS.md.
 """
 
-import contextlib
 import multiprocessing
 import os
 import statistics
@@ -19,18 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.pool import Pool
+from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-import numpy as np
-
 from benchmarks.harness import make_parser, median_ratio, print_report, take_turns, with_range
 from data.sources import FileSource
-from data.tokenizer import EOT, GPT2, load_tiktoken
+from data.tokenizer import load_tiktoken
 
-CANDIDATES = ("tiktoken", "lecture", "tokenizers", "prepare", "prepare-giga")
+CANDIDATES = ("tiktoken", "prepare", "prepare-giga")
 COLUMNS = ("candidate", "M tokens/s", "a core", "over tiktoken alone")
 _worker: dict[str, Any] = {}  # in a process of the pool: its barrier and documents
 
@@ -53,8 +47,6 @@ def main() -> None:
 
     measures: dict[str, Callable[[], float]] = {
         "tiktoken": lambda: tiktoken_alone(documents, args.num_proc),
-        "lecture": lambda: lecture(documents, args.num_proc, num_tokens),
-        "tokenizers": lambda: tokenizers_batch(documents),
         "prepare": lambda: prepare(args.paths, args.separator, args.num_proc, "tiktoken"),
         "prepare-giga": lambda: prepare(args.paths, args.separator, args.num_proc, "gigatoken"),
     }
@@ -70,30 +62,12 @@ def main() -> None:
 
 def tiktoken_alone(documents: list[str], num_proc: int) -> float:
     """Return the seconds that processes take to encode documents that are in their memory."""
-    with start_pool(num_proc, documents) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(num_proc, _start_worker, (context.Barrier(num_proc), documents)) as pool:
+        pool.map(_meet, range(num_proc), chunksize=1)  # until each has loaded tiktoken and the documents
         start = time.perf_counter()
         pool.map(_encode_share, range(num_proc), chunksize=1)
         return time.perf_counter() - start
-
-
-def lecture(documents: list[str], num_proc: int, num_tokens: int) -> float:
-    """Return the seconds that build-nanogpt's way takes."""
-    with start_pool(num_proc, []) as pool:
-        start = time.perf_counter()
-        shard, count = np.empty((num_tokens,), dtype=np.uint16), 0
-        for tokens in pool.imap(_encode_one, documents, chunksize=16):
-            shard[count : count + len(tokens)] = tokens
-            count += len(tokens)
-        return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def start_pool(num_proc: int, documents: list[str]) -> Iterator[Pool]:
-    """Start processes, and wait until each has loaded tiktoken and the documents."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(num_proc, _start_worker, (context.Barrier(num_proc), documents)) as pool:
-        pool.map(_meet, range(num_proc), chunksize=1)
-        yield pool
 
 
 def _start_worker(barrier: Barrier, documents: list[str]) -> None:
@@ -111,24 +85,6 @@ def _encode_share(number: int) -> None:
     _meet(number)
     for text in _worker["documents"][number :: _worker["barrier"].parties]:
         load_tiktoken().encode_ordinary(text)
-
-
-def _encode_one(text: str) -> np.ndarray:
-    """Encode a document as build-nanogpt's tokenize() does, with its check of the range."""
-    tokens = np.array([EOT, *load_tiktoken().encode_ordinary(text)])
-    if not ((tokens >= 0).all() and (tokens < 2**16).all()):
-        raise ValueError("token id does not fit into uint16")
-    return tokens.astype(np.uint16)
-
-
-def tokenizers_batch(documents: list[str]) -> float:
-    """Return the seconds of Hugging Face tokenizers' batch call, 1,000 documents at a time."""
-    tokenizer = GPT2.hf()
-    tokenizer(documents[:10])
-    start = time.perf_counter()
-    for first in range(0, len(documents), 1000):
-        tokenizer(documents[first : first + 1000])
-    return time.perf_counter() - start
 
 
 def prepare(paths: list[str], separator: str | None, num_proc: int, backend: str) -> float:

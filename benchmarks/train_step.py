@@ -5,7 +5,7 @@
     python -m benchmarks.train_step --candidates ours ours-50304 plain      # what a 50,257-row vocabulary costs
 
 Every turn is a fresh process, so that peak memory is its own. Each turn also measures the machine's ceiling: the best
-of a few matmuls of the model's shapes and of square shapes, in the same dtype. Prints a Markdown table.
+of square matmuls in the same dtype, as train.py measures the peak of a device. Prints a Markdown table.
 
 "plain" is the model of benchmarks/plain_gpt2.py. A script is not run: its imports, classes and functions are taken, and
 `GPT(GPTConfig(...))` is built from them with the lecture's 50,304-row vocabulary. Its forward takes (tokens, targets)
@@ -140,7 +140,9 @@ def measure_turn(turn: argparse.Namespace) -> dict[str, float]:
     # Read before the ceiling is measured, whose matrices are not the model's. The compiler's memory is included, as it
     # is for a user.
     peak_gb = peak_memory_gb(device)
-    ceiling = matmul_ceiling(turn, device)
+    from training.estimate import measure_matmul_flops  # here: it imports transformers
+
+    ceiling = measure_matmul_flops(device, torch.bfloat16 if turn.dtype == "bf16" else torch.float32)
     num_tokens = turn.batch * turn.seq_len
     # 6 FLOPs per parameter and token, without the position embedding (looked up) and with 50,257 rows of the token
     # embedding for every candidate; attention's two T x T matmuls, not halved for causality (PaLM paper, appendix B).
@@ -191,21 +193,6 @@ def peak_memory_gb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9
-
-
-def matmul_ceiling(turn: argparse.Namespace, device: torch.device) -> float:
-    """Return the FLOP/s of the fastest of a few matmuls: the model's shapes, and squares."""
-    width, rows = turn.width, turn.batch * turn.seq_len
-    square = 8192 if device.type == "cuda" else 2048
-    dtype = torch.bfloat16 if turn.dtype == "bf16" else torch.float32
-    best = 0.0
-    for m, k, n in ((rows, width, 3 * width), (rows, width, 4 * width), (rows, 4 * width, width), (square,) * 3):
-        a = torch.randn(m, k, device=device).to(dtype)
-        b = torch.randn(n, k, device=device).to(dtype)
-        out = torch.empty(m, n, device=device, dtype=dtype)
-        seconds = min(harness.timed(partial(torch.mm, a, b.T, out=out), device)[1] for _ in range(10))
-        best = max(best, 2 * m * k * n / seconds)
-    return best
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@
 training_state/state.json. In archives, on cloud drives and on Windows, a link would get lost or become an old copy.
 """
 
-import contextlib
 import glob
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from common.cli import is_main_process
 from common.errors import UserError
+from common.files import read_json
 
 BEST = "best"
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
@@ -43,15 +43,9 @@ def list_checkpoints(folder: str | os.PathLike) -> list[Checkpoint]:
     for path in Path(folder).glob("step_*"):
         match = _STEP_FOLDER.fullmatch(path.name)
         if match and path.is_dir():
-            found.append(Checkpoint(int(match[1]), path, _val_loss(path)))
+            val_loss = read_json(path / "training_state" / "state.json").get("val_loss")
+            found.append(Checkpoint(int(match[1]), path, val_loss if isinstance(val_loss, float) else None))
     return sorted(found)
-
-
-def _val_loss(folder: Path) -> float | None:
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
-        val_loss = json.loads((folder / "training_state" / "state.json").read_text(encoding="utf-8"))["val_loss"]
-        return val_loss if isinstance(val_loss, float) else None
-    return None
 
 
 def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
@@ -60,13 +54,12 @@ def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     return min(evaluated)[1] if evaluated else None
 
 
-def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | None = None) -> str:
-    """Return the folder that a checkpoint's name means.
+def resolve_checkpoint(name: str | os.PathLike) -> str:
+    """Return the folder that a checkpoint's name means. For `best`, print the folder on stderr.
 
     Args:
         name: a checkpoint's folder or a Hub id, returned unchanged; or .../best next to step folders, which means the
             one with the lowest validation loss. Without step folders next to it, `best` is an ordinary folder.
-        say: called with a line that names the folder that `best` means; by default it is printed on stderr.
 
     Raises:
         UserError: `best` where no checkpoint was evaluated, or a run's folder instead of a checkpoint's.
@@ -74,7 +67,7 @@ def resolve_checkpoint(name: str | os.PathLike, say: Callable[[str], object] | N
     path = Path(name)
     try:
         if path.name == BEST and path.parent.is_dir():
-            return _resolve_best(path, say or _print_on_stderr)
+            return _resolve_best(path)
         if path.is_dir() and not (path / "config.json").is_file():
             _refuse_run_folder(path)
     except OSError:  # a name that is too long, a folder without read permission: the caller reports it
@@ -96,20 +89,15 @@ def resolve_checkpoints(names: Iterable[str]) -> list[str]:
     """
     resolved: list[str] = []
     for name in names:
-        is_pattern = glob.has_magic(name) and not Path(name).exists()
-        matches: Sequence[str | Path] = _matches(Path(name)) if is_pattern else [name]
+        matches: list[str | Path] = [name]
+        if glob.has_magic(name) and not Path(name).exists():
+            is_best = Path(name).name == BEST  # a name, not a folder
+            folders = sorted(glob.glob(str(Path(name).parent) if is_best else name))  # noqa: PTH207 (absolute ones, too)
+            matches = [Path(f) / BEST for f in folders if best_of(list_checkpoints(f))] if is_best else [*folders]
         if not matches:
             raise UserError(f"{name!r} matches nothing; give checkpoints, or a pattern that matches some")
         resolved += map(resolve_checkpoint, matches)
     return resolved
-
-
-def _matches(pattern: Path) -> list[Path]:
-    start = Path(pattern.anchor or ".")
-    if pattern.name != BEST:
-        return sorted(start.glob(str(pattern.relative_to(pattern.anchor))))
-    folders = sorted(start.glob(str(pattern.parent.relative_to(pattern.anchor))))
-    return [folder / BEST for folder in folders if best_of(list_checkpoints(folder)) is not None]
 
 
 def find_damage(folder: str | os.PathLike) -> str | None:
@@ -138,7 +126,7 @@ def describe_file(path: Path) -> dict[str, int | str]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _resolve_best(path: Path, say: Callable[[str], object]) -> str:
+def _resolve_best(path: Path) -> str:
     checkpoints = list_checkpoints(path.parent)
     if not checkpoints:
         if not path.is_dir() and path.parent.name == "checkpoints":
@@ -150,7 +138,8 @@ def _resolve_best(path: Path, say: Callable[[str], object]) -> str:
             f"{str(path)!r}: no checkpoint in {path.parent} was evaluated, so none is the best; give one of "
             f"{_listed(checkpoints)}"
         )
-    say(f"best      {best.describe()}")
+    if is_main_process():
+        print(f"best      {best.describe()}", file=sys.stderr)
     return str(best.folder)
 
 
@@ -172,11 +161,6 @@ def _listed(checkpoints: list[Checkpoint]) -> str:
     if left_out := len(checkpoints) - len(shown):
         listed.append(f"{left_out} more")
     return ", ".join(listed)
-
-
-def _print_on_stderr(line: str) -> None:
-    if is_main_process():
-        print(line, file=sys.stderr)
 
 
 def has_tokenizer(folder: str | Path) -> bool:

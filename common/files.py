@@ -47,6 +47,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text_atomically(path, json.dumps(finite(value), indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the object in a JSON file, an empty one if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
 def replace_file(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Rename a file over another one; on Windows wait a moment while another program holds the old one open."""
     deadline = time.monotonic() + _PATIENCE_SECONDS

@@ -3,10 +3,10 @@
 import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from common.cli import say
 from common.errors import UserError
 
 
@@ -22,12 +22,10 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def recover_metrics(path: str | Path, copy_to: Path, warn: Callable[[str], object]) -> list[dict[str, Any]]:
+def recover_metrics(path: str | Path, copy_to: Path) -> list[dict[str, Any]]:
     """Return the objects of a metrics.jsonl without its damaged lines, for a run that is about to replace the file.
 
-    Args:
-        copy_to: the folder that gets a copy of a damaged file.
-        warn: called with a line if the file is damaged.
+    If the file is damaged, print a warning, and write a copy of it into the folder `copy_to`.
 
     Raises:
         UserError: the file cannot be read.
@@ -37,7 +35,7 @@ def recover_metrics(path: str | Path, copy_to: Path, warn: Callable[[str], objec
         copies = (copy_to / f"metrics.damaged-{number}.jsonl" for number in itertools.count(1))
         copy = next(path for path in copies if not path.exists())
         shutil.copyfile(path, copy)
-        warn(
+        say(
             f"warning: {path}:{damaged[0]} is not the record of a step ({len(damaged):,} such lines). The run "
             f"continues without them; {copy} is a copy of the file"
         )

@@ -23,7 +23,6 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, is_shown: bool = True
 
     Args:
         is_shown: False disables the bar everywhere.
-        options: of tqdm.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the advice to install ipywidgets
@@ -36,8 +35,8 @@ def progress_bar(iterable: Iterable[Any] | None = None, *, is_shown: bool = True
 class TerminalTitle:
     """Title of the terminal's window or tab, for a few words of status. Does nothing without such a terminal."""
 
-    def __init__(self) -> None:
-        has_title = os.name != "nt" and os.environ.get("TERM", "") not in _WITHOUT_TITLE
+    def __init__(self, *, is_shown: bool = True) -> None:
+        has_title = is_shown and os.name != "nt" and os.environ.get("TERM", "") not in _WITHOUT_TITLE
         self._stream = next((s for s in (sys.stderr, sys.stdout) if has_title and s.isatty()), None)
         self._is_set = False
 

@@ -10,7 +10,6 @@ import dataclasses
 import glob
 import math
 import shutil
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -59,7 +58,7 @@ def rank_lock(out: Path, rank: int) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = Lock(path, warn=lambda line: print(line, file=sys.stderr))
+    lock = Lock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_run import ROOT
 
-from benchmarks import gpu_check, harness, loop_overhead, tokenization, train_step
+from benchmarks import gpu_check, harness, tokenization, train_step
 from common.markdown import table
+from training import estimate
 from training.distributed import isolated_accelerator_state
 
 NAMES = sorted(
@@ -58,7 +59,7 @@ def test_candidates_take_turns_and_ratios_are_within_a_round():
 
 def test_train_step_prints_a_row_per_candidate(run, monkeypatch):
     monkeypatch.setattr(train_step, "run_turn", lambda turn: train_step.measure_turn(SimpleNamespace(**turn)))
-    monkeypatch.setattr(train_step, "matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would stay set for other tests
     candidates = ["ours", "transformers", f"script:{ROOT / 'tests' / 'lecture_script.py'}"]
     small = ("--size", "tiny", "--batch", 1, "--seq_len", 16, "--steps", 1, "--rounds", 1, "--no-compiled")
@@ -78,7 +79,7 @@ def test_gpu_check_continues_with_the_missing_parts(run, tiny, tmp_path, monkeyp
 
     monkeypatch.setattr(gpu_check, "start_part", start_part)
     monkeypatch.setattr(gpu_check, "NUM_LOSSES", 3)
-    monkeypatch.setattr(train_step, "matmul_ceiling", lambda *_: 1e12)
+    monkeypatch.setattr(estimate, "measure_matmul_flops", lambda *_: 1e12)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)  # would stay set for other tests
     (tmp_path / "shards").symlink_to(tiny.parent / "shards")
     command = ("gpu_check", "--out", tmp_path, "--no-compiled", *TINY_CHECK)
@@ -108,12 +109,3 @@ def test_tokenization_prints_a_row_per_candidate(run, tmp_path):
     output = run("tokenization", tmp_path / "text.txt", *options, "--candidates", "tiktoken", "prepare")
     assert output.startswith("400 documents, ") and "\n| prepare | " in output
     assert f"\n| {' | '.join(tokenization.COLUMNS)} |\n" in output
-
-
-def test_loop_overhead_times_each_part_of_a_run(launch, small, tmp_path):
-    short = ("--max_steps", 2, "--eval.hellaswag", "null", "--eval.prompts", "[]", "--eval.ngram_baselines", "false")
-    options = ("--config", small, "--output_dir", tmp_path / "run", *short)
-    lines = launch("benchmarks.loop_overhead", *options, script="-m").stdout.splitlines()[-6:]
-    assert [line[:10].strip() for line in lines] == ["step", *loop_overhead.PARTS, "the rest"]
-    step, *parts, rest = (float(line[10:].split()[0]) for line in lines)
-    assert all(part > 0 for part in parts) and sum(parts) < step and 0 < rest < step

@@ -87,7 +87,7 @@ def test_recipes_have_the_published_settings(name):
     assert (optim.betas, optim.eps, optim.grad_clip, optim.weight_decay) == ((0.9, 0.95), 1e-8, 1.0, 0.1)
     assert optim.final_lr_fraction == 0.1
     for processes in (1, 8, 16):
-        batch_arithmetic(config.batch, processes, 1)
+        batch_arithmetic(config.batch, processes)
 
 
 def test_the_fast_recipe_and_its_opponent_differ_in_how_they_learn_alone():

@@ -21,8 +21,7 @@ from hub.card import model_card
 from modeling_gpt2repro import GPT2ReproConfig, GPT2ReproForCausalLM
 from training.config import Config, load_config
 from training.logging import NEXT_STEPS
-from training.setting_names import SHORT
-from training.settings import settings_of
+from training.settings import SHORT, settings_of
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 # docs/sharing.md's blocks need exports: tests/hub/test_export.py runs them.

@@ -20,7 +20,7 @@ def train_in(small, tmp_path, monkeypatch):
 
     def run(name, *options, init_scale=None):
         def start(*_, **__):
-            accelerator = start_accelerator("no")
+            accelerator = start_accelerator("no", "cpu")
             if init_scale is not None:  # what accelerate makes on a GPU, and refuses to make on a CPU
                 accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
                 accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=6)

@@ -172,17 +172,16 @@ def test_flushing_where_a_disk_cannot(number, of_folder, of_file, tmp_path, monk
 
 
 @pytest.mark.parametrize("number", ["ENOLCK", "ENOTSUP", "ENOSYS", "EIO"])
-def test_no_locks_is_said_once_for_each_disk(number, tmp_path, monkeypatch):
+def test_no_locks_is_said_once_for_each_disk(number, tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(getattr(errno, number), number)
 
-    lines = []
     monkeypatch.setattr(locks, "_disks_without_locks", set())
     monkeypatch.setattr(fcntl, "flock", refuse)
     for name in ("one", "two"):
-        lock = locks.Lock(tmp_path / name, warn=lines.append)
-        with pytest.raises(OSError, match="EIO") if number == "EIO" else contextlib.nullcontext(), lock:
-            pass
+        with pytest.raises(OSError, match="EIO") if number == "EIO" else contextlib.nullcontext():
+            assert not locks.Lock(tmp_path / name).acquire()
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (0 if number == "EIO" else 1)
     assert all("has no locks" in line for line in lines)
 
@@ -263,11 +262,11 @@ def with_damaged_state(runs):
 
 
 @pytest.mark.parametrize("change", [as_it_is, with_stale_link, with_stale_copy, with_damaged_state])
-def test_best_is_the_lowest_validation_loss(change, runs, monkeypatch):
+def test_best_is_the_lowest_validation_loss(change, runs, monkeypatch, capsys):
     change(runs)
-    lines, best = [], runs / "a" / "checkpoints" / "step_000020"
-    assert resolve_checkpoint(runs / "a" / "checkpoints" / "best", lines.append) == str(best)
-    assert lines == [f"best      {best} (validation loss 3.2500)"]
+    best = runs / "a" / "checkpoints" / "step_000020"
+    assert resolve_checkpoint(runs / "a" / "checkpoints" / "best") == str(best)
+    assert capsys.readouterr().err == f"best      {best} (validation loss 3.2500)\n"
     monkeypatch.chdir(runs / "a" / "checkpoints")
     assert resolve_checkpoint("best/") == "step_000020"
     monkeypatch.chdir(runs)
@@ -396,6 +395,7 @@ def test_resuming_in_an_evaluation_adds_its_loss_to_the_checkpoint(small, tmp_pa
 
     def run_until_stopped(evaluation, *args, **kwargs):
         if next(calls) == 1:
+            assert not gc.isenabled()  # from the first step to the end
             evaluation.stop.reason = "SIGTERM"
             return None
         return run(evaluation, *args, **kwargs)
@@ -405,7 +405,11 @@ def test_resuming_in_an_evaluation_adds_its_loss_to_the_checkpoint(small, tmp_pa
     assert train.train(arguments) == 75  # stopped in the evaluation of step 2
     state = output / "checkpoints" / "step_000002" / "training_state" / "state.json"
     assert json.loads(state.read_text())["val_loss"] is None
-    assert train.train([*arguments, "--resume", "auto"]) == 0
+    gc.disable()
+    try:
+        assert train.train([*arguments, "--resume", "auto"]) == 0 and not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
     assert json.loads(state.read_text())["val_loss"] > 0
 
 
@@ -446,7 +450,7 @@ def test_a_run_that_could_go_on_waits(tmp_path, capsys):
     make_checkpoint(run / "checkpoints" / "step_000010", 5.0)
     with RunFolder(run) as holder:
         holder.lock(None)
-        waiting = RunFolder(run, poll_seconds=0.05)
+        waiting = RunFolder(run)
         thread = threading.Thread(target=lambda: waiting.lock("auto"))
         thread.start()
         thread.join(0.2)

@@ -318,8 +318,8 @@ OPENS = {
 }
 BAD_CHECKPOINTS = {
     "missing": ["no such folder", "nowhere/x/y"],
-    "torn": ["model.safetensors has ", "and its header says ", "copy or download it again"],
-    "stump": ["model.safetensors has 3 bytes", "copy or download it again"],
+    "torn": ["model.safetensors is damaged or incomplete", "not fully covered", "copy or download it again"],
+    "stump": ["model.safetensors is damaged or incomplete", "header too small", "copy or download it again"],
     "pickle": ["pytorch_model.bin", "a pickle", "save_pretrained"],
     "adapter": ["a PEFT adapter of 'me/base'", "merge_and_unload"],
     "bare": ["no weights (*.safetensors)"],

@@ -263,7 +263,7 @@ def test_a_damaged_checkpoint_is_passed_over(small, undisturbed, tmp_path):
     assert_same_run(output, undisturbed, STEPS)
 
 
-def test_two_runs_in_one_folder(tmp_path, capsys):
+def test_two_runs_in_one_folder(tmp_path, capsys, monkeypatch):
     """The second waits for the first to leave, and says so; here it does not leave."""
     from training import TrainingError
     from training.run import RunFolder
@@ -271,13 +271,14 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     # The lock alone: importing training takes seconds.
     code = (
         "from common.locks import Lock\n"
-        f"lock = Lock({str(tmp_path / '.run.lock')!r}, warn=print); lock.acquire(); print('held'); input()"
+        f"lock = Lock({str(tmp_path / '.run.lock')!r}); lock.acquire(); print('held'); input()"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "held\n"
-    folder = RunFolder(tmp_path / "run", patience_seconds=0.1)
+    monkeypatch.setattr("training.run._PATIENCE_SECONDS", 0.1)
+    folder = RunFolder(tmp_path / "run")
     with pytest.raises(TrainingError, match="another process is training in"):
         folder.lock(None)
     assert "waiting for it to leave" in capsys.readouterr().out

@@ -318,10 +318,8 @@ def test_weights_that_cannot_be_begun_with(fails, tmp_path):
         config.write_text(json.dumps(saved | changes))
         assert words in fails("--init_from", tmp_path / "gpt2")
     config.write_text(json.dumps(saved))
-    size = weights.stat().st_size
-    os.truncate(weights, size // 2)
-    message = fails("--init_from", tmp_path / "gpt2")
-    assert f"{size // 2:,} bytes" in message and f"{size:,}" in message
+    os.truncate(weights, weights.stat().st_size // 2)
+    assert "model.safetensors is damaged or incomplete" in fails("--init_from", tmp_path / "gpt2")
 
 
 def test_a_run_that_is_there_is_not_overwritten(finished_run, tiny, capsys):

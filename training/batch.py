@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,34 +15,26 @@ from common.cli import say
 from modeling_gpt2repro import GPT2ReproForCausalLM
 from training import TrainingError
 from training.checkpoint import LoopState
-from training.config import nearest_multiples
+from training.config import BatchConfig, nearest_multiples
 from training.estimate import Hardware, Plan
 from training.sharding import compile_model
-
-if TYPE_CHECKING:
-    from training.config import BatchConfig
 
 # Share of the memory that is left for evaluation, fragmentation and compiled code.
 RESERVED_SHARE = 0.1
 
 
-def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | None = None) -> tuple[int, int]:
+def batch_arithmetic(batch: BatchConfig, num_processes: int) -> tuple[int, int]:
     """Split an optimizer step: micro-batch x seq_len x accumulation x processes = tokens per step, exactly.
 
-    Args:
-        num_processes: data-parallel processes.
-        largest: for micro_batch_size "auto", the one of `micro_batch_sizes` that fits into memory.
-
     Returns:
-        (micro_batch_size, accumulation)
+        (micro_batch_size, accumulation); the largest possible one for "auto".
 
     Raises:
         TrainingError: the batch does not divide. The message has the nearest values that do.
     """
     sizes = micro_batch_sizes(batch, num_processes)
     per_process = sizes[-1]
-    wanted = (largest or per_process) if batch.micro_batch_size == "auto" else batch.micro_batch_size
-    micro_batch_size = min(wanted, per_process)
+    micro_batch_size = per_process if batch.micro_batch_size == "auto" else min(batch.micro_batch_size, per_process)
     if per_process % micro_batch_size:
         below = max(n for n in sizes if n < micro_batch_size)
         above = min(n for n in sizes if n > micro_batch_size)
@@ -54,7 +45,7 @@ def batch_arithmetic(batch: "BatchConfig", num_processes: int, largest: int | No
     return micro_batch_size, per_process // micro_batch_size
 
 
-def micro_batch_sizes(batch: "BatchConfig", num_processes: int) -> list[int]:
+def micro_batch_sizes(batch: BatchConfig, num_processes: int) -> list[int]:
     """Return the sizes that "auto" chooses from: the divisors of a process's sequences per step, [1, ..., all].
 
     Raises:
@@ -111,62 +102,55 @@ def choose_micro_batch_size(
     sizes = micro_batch_sizes(batch, hardware.num_processes)
     if batch.micro_batch_size != "auto":
         return batch_arithmetic(batch, hardware.num_processes)
-    available = available_memory(hardware)
-
-    def search(candidates: Sequence[int], reserved_share: float) -> int:
-        probe = None
-        if model is not None and hardware.device.type != "cpu":
-            probe = partial(try_step, plan, accelerator, model, num_reserved=int(available * reserved_share / 2))
-        limit = available * (1 - reserved_share)
-        size = largest_fitting_batch(candidates, lambda n: plan.estimate_memory(n).total, probe, limit)
-        return min(gather_object([size]))  # the same on every process; values do not go through the device
-
+    probe = None
+    if model is not None and hardware.device.type != "cpu":
+        probe = partial(try_step, plan, accelerator, model)
     if saved is not None and saved.num_processes == hardware.num_processes and saved.micro_batch_size in sizes:
-        if search([saved.micro_batch_size], 0):
-            return batch_arithmetic(batch, hardware.num_processes, saved.micro_batch_size)
-        largest = search([n for n in sizes if n < saved.micro_batch_size], RESERVED_SHARE) or sizes[0]
+        if largest_fitting_batch([saved.micro_batch_size], plan, probe, 0):
+            return saved.micro_batch_size, sizes[-1] // saved.micro_batch_size
+        smaller = [n for n in sizes if n < saved.micro_batch_size]
+        largest = largest_fitting_batch(smaller, plan, probe, RESERVED_SHARE) or sizes[0]
         say(
             f"resume    {saved.micro_batch_size} sequence(s) at once, as before, no longer fit: this resume, with "
             f"{largest}, is not bit-exact"
         )
     else:
-        largest = search(sizes, RESERVED_SHARE)
-    if not largest and model is not None and hardware.device.type != "cpu":
+        largest = largest_fitting_batch(sizes, plan, probe, RESERVED_SHARE)
+    if not largest and probe is not None:
         raise TrainingError(
             f"not even one sequence of batch.seq_len={batch.seq_len} fits into the memory of {hardware.name}, "
-            f"{_gigabytes(available)}: {_remedies(plan)}"
+            f"{_gigabytes(device_memory(hardware)[0])}: {_remedies(plan)}"
         )
-    return batch_arithmetic(batch, hardware.num_processes, largest or sizes[0])
+    return largest or sizes[0], sizes[-1] // (largest or sizes[0])
 
 
 def largest_fitting_batch(
-    sizes: Sequence[int], estimate: Callable[[int], float], probe: Callable[[int], None] | None, available: float
+    sizes: Sequence[int], plan: Plan, probe: Callable[..., None] | None, reserved_share: float
 ) -> int:
-    """Return the largest number of sequences that a process can train on at once, or 0 if none fits.
+    """Return the largest of `sizes` that every process can train on at once, or 0 if none fits.
 
     accelerate's find_executable_batch_size would try sizes that do not divide the batch, and has no estimate to start
     from.
 
     Args:
-        sizes: candidates.
-        estimate: bytes that a size needs.
-        probe: runs a training step of a size; None to use the estimate alone.
-        available: bytes that the run may use.
+        probe: `try_step` with its first arguments; None to use the estimate alone.
+        reserved_share: share of the available memory to leave free.
     """
-    for size in sorted(sizes, reverse=True):
-        # A trial may compile for minutes: leave out sizes that would not fit even if the estimate were 15% too high.
-        if estimate(size) > available * (1 if probe is None else 1.15):
-            continue
-        if probe is None:
-            return size
+    available, _ = device_memory(plan.hardware)
+    # A trial may compile for minutes: leave out sizes that would not fit even if the estimate were 15% too high.
+    limit = available * (1 - reserved_share) * (1 if probe is None else 1.15)
+    largest = 0
+    for size in reversed(fitting_sizes(plan, sizes, limit)):
         try:
-            probe(size)
-            return size
+            if probe is not None:
+                probe(size, num_reserved=int(available * reserved_share / 2))
+            largest = size
+            break
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             say(f"batch     {size} sequence(s) at once do not fit")
-    return 0
+    return min(gather_object([largest]))  # values do not go through the device
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -184,8 +168,6 @@ def try_step(
     Leaves no gradients behind. Compiled code is kept: `compile_and_wrap` uses it again.
 
     Args:
-        model: on its device, before it is wrapped.
-        size: sequences in a micro-batch.
         num_reserved: bytes to leave free, for evaluation and fragmentation.
 
     Raises:
@@ -197,7 +179,7 @@ def try_step(
     position_ids = None
     if plan.has_positions:  # two documents in a row: with one, attention would need no mask
         position_ids = (torch.arange(seq_len, device=device) % max(1, seq_len // 2)).repeat(size, 1)
-    _, accumulation = batch_arithmetic(plan.batch, accelerator.num_processes, size)
+    accumulation = micro_batch_sizes(plan.batch, accelerator.num_processes)[-1] // size
     num_bytes = num_reserved
     # AdamW's moments and DDP's buckets. FSDP2 shards them, and the parameters that are full here.
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -226,7 +208,7 @@ def out_of_memory_as_one_line(plan: Plan, micro_batch_size: int) -> Iterator[Non
             raise
         hardware = plan.hardware
         sizes = micro_batch_sizes(plan.batch, hardware.num_processes)
-        usable = available_memory(hardware) * (1 - RESERVED_SHARE)
+        usable = device_memory(hardware)[0] * (1 - RESERVED_SHARE)
         fitting = fitting_sizes(plan, [n for n in sizes if n < micro_batch_size], usable)
         remedy = _remedies(plan)
         if fitting:
@@ -254,7 +236,7 @@ def check_memory(plan: Plan, *, is_dry_run: bool) -> None:
     hardware = plan.hardware
     sizes = micro_batch_sizes(plan.batch, hardware.num_processes)
     size = sizes[0] if plan.batch.micro_batch_size == "auto" else min(plan.batch.micro_batch_size, sizes[-1])
-    memory, available, total = plan.estimate_memory(size), available_memory(hardware), total_memory(hardware)
+    memory, (available, total) = plan.estimate_memory(size), device_memory(hardware)
     if memory.state > total and not is_dry_run:
         raise TrainingError(
             f"the parameters and the optimizer's moments take {_gigabytes(memory.state)} per process, and the memory "
@@ -276,34 +258,21 @@ def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.2f} GB"
 
 
-def available_memory(hardware: Hardware) -> float:
-    """Return the bytes that a process of the run can have, with those that torch has reserved for it already."""
+def device_memory(hardware: Hardware) -> tuple[float, float]:
+    """Return the bytes that a process of the run can have, and all bytes of its device.
+
+    Those that torch has reserved for the process count as free. On a CPU, both are the process's share of the machine's
+    memory; what is free is limited by the container, and the total has the swap space.
+    """
     device = hardware.device
     if hardware.card is not None:
-        return hardware.card.gigabytes * 1e9
-    if device.type == "cpu":
-        return free_memory(device) / hardware.local_world_size
+        return hardware.card.gigabytes * 1e9, hardware.card.gigabytes * 1e9
     if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return free_memory(device) + torch.get_device_module(device).memory_reserved(device)
-
-
-def total_memory(hardware: Hardware) -> float:
-    """Return the bytes of the device; on a CPU, a process's share of the machine's, with its swap space."""
-    device = hardware.device
-    if hardware.card is not None:
-        return hardware.card.gigabytes * 1e9
-    if device.type == "cpu":
-        return (psutil.virtual_memory().total + psutil.swap_memory().total) / hardware.local_world_size
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory()
-    return torch.get_device_module(device).mem_get_info(device)[1]
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on the device; on a CPU, in the machine and in the container around it."""
+        return torch.mps.recommended_max_memory(), torch.mps.recommended_max_memory()
     if device.type != "cpu":
-        return torch.get_device_module(device).mem_get_info(device)[0]
+        module = torch.get_device_module(device)
+        free, total = module.mem_get_info(device)
+        return free + module.memory_reserved(device), total
     free = psutil.virtual_memory().available
     with contextlib.suppress(OSError, ValueError, KeyError):  # no limit ("max"), or not Linux
         group = Path("/sys/fs/cgroup")
@@ -312,4 +281,5 @@ def free_memory(device: torch.device) -> int:
         statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         inactive = int(statistics["inactive_file"])
         free = min(free, int((group / "memory.max").read_text()) - (used - inactive))
-    return free
+    total = psutil.virtual_memory().total + psutil.swap_memory().total
+    return free / hardware.local_world_size, total / hardware.local_world_size

@@ -3,8 +3,6 @@
 import re
 from typing import NamedTuple
 
-from training import TrainingError
-
 PRICES_DATE = "late 2026"
 
 
@@ -47,7 +45,8 @@ class Card(NamedTuple):
     mixed_precision: str = "bf16"
 
 
-# By the name that --card takes. The first card whose words fit is a device's. Data sheets: nvidia.com, amd.com.
+# By the names that --card takes, which training/config.py lists, too. The first card whose words fit is a device's.
+# Data sheets: nvidia.com, amd.com.
 CARDS = {
     "t4": Card("T4", 65, 320, 15.6, 0.35, _TURING, mixed_precision="fp16"),
     "rtx3060": Card("RTX 3060", 25.5, 360, 12.5, None, _GEFORCE),
@@ -72,14 +71,3 @@ def card_of_device(name: str) -> Card | None:
     if re.search(r"MIG|Laptop|Max-Q|NVL|GH200|\bTi\b|SUPER| D$", name):
         return None
     return next((card for card in CARDS.values() if re.search(card.words or rf"\b{card.name}\b", name)), None)
-
-
-def card_by_name(name: str) -> Card:
-    """Return the card that --card names.
-
-    Raises:
-        TrainingError: there is none. The message lists them.
-    """
-    if name not in CARDS:
-        raise TrainingError(f"card must be one of {', '.join(CARDS)}, got {name}")
-    return CARDS[name]

@@ -18,7 +18,7 @@ import shutil
 from concurrent import futures
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ from common.checkpoints import BEST, best_of, describe_file, find_damage, list_c
 from common.cli import say
 from common.files import apply_umask, flush_to_disk, write_json
 from training import TrainingError
-from training.sharding import TrainingModels, full_state_dict, load_moments, load_params
+from training.sharding import TrainingModels, full_state_dict, load_moments, load_params, meta_copy
 
 _LEFTOVER = re.compile(r"\.(step_\d{6,})\.(partial|replaced)")
 # Tokenizer, configuration, code, and the disk's rounding up.
@@ -80,21 +80,6 @@ class LoopState:
         self.consecutive_skips = 0 if is_finite else self.consecutive_skips + 1
 
 
-class Keep(NamedTuple):
-    """Choose the checkpoints that stay on the disk."""
-
-    last: int | None = None
-    """number of newest checkpoints; None keeps all"""
-    every: int | None = None
-    """also those of steps that are multiples of it"""
-    best: bool = True
-    """also the one with the lowest validation loss"""
-
-
-class SaveError(TrainingError):
-    """A checkpoint could not be written. Earlier checkpoints are complete."""
-
-
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
     """Return runs/x/checkpoints/step_000100 for runs/x and 100."""
     return Path(output_dir) / "checkpoints" / f"step_{step:06d}"
@@ -116,6 +101,9 @@ class CheckpointWriter:
     Args:
         tokenizer: a tokenizer of transformers, saved with each checkpoint.
         fingerprint: the settings that define what a step is, which `load_state` compares.
+        keep_last: number of newest checkpoints that stay on the disk; None: all.
+        keep_every: those of steps that are multiples of it stay, too.
+        keep_best: the one with the lowest validation loss stays, too.
         in_background: write in a thread; None: unless on a CPU.
     """
 
@@ -126,17 +114,19 @@ class CheckpointWriter:
         models: TrainingModels,
         tokenizer: Any,
         fingerprint: dict[str, Any],
-        keep: Keep,
         *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: bool = True,
         in_background: bool | None = None,
     ) -> None:
         self.output_dir, self.accelerator, self.tokenizer = Path(output_dir), accelerator, tokenizer
-        self._models, self._fingerprint, self._keep = models, fingerprint, keep
+        self._models, self._fingerprint = models, fingerprint
+        self._keep_last, self._keep_every, self._keep_best = keep_last, keep_every, keep_best
         # On a CPU, the thread would compete with training, and the copies would take memory for nothing.
         self._in_background = accelerator.device.type != "cpu" if in_background is None else in_background
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: futures.Future[Path] | None = None
-        self._has_warned_of_best = False
 
     def save(self, state: LoopState) -> None:
         """Write a checkpoint, or start to. Every process must call this; the main process writes.
@@ -149,7 +139,10 @@ class CheckpointWriter:
         tensors, moments = full_state_dict(
             self._models.bare, self._models.optimizer, accelerator, copy=self._in_background
         )
-        rng = gather_object([_rng_state(accelerator.device)])
+        device, rng_state = accelerator.device, {"cpu": torch.get_rng_state()}
+        if device.type != "cpu":
+            rng_state[device.type] = torch.get_device_module(device).get_rng_state()
+        rng = gather_object([rng_state])
         if accelerator.is_main_process:
             rng = {f"{rank}.{name}": tensor for rank, states in enumerate(rng) for name, tensor in states.items()}
             saved = asdict(state) | {"val_loss": state.val_loss if state.evaluated else None} | self._fingerprint
@@ -166,14 +159,14 @@ class CheckpointWriter:
         try:
             if wait or (self._pending is not None and self._pending.done()):
                 self.finish()
-        except SaveError as error:
+        except TrainingError as error:
             say(f"warning: {error}. Training continues")
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and print a line when it is complete.
 
         Raises:
-            SaveError: it could not be written.
+            TrainingError: it could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -200,7 +193,7 @@ class CheckpointWriter:
             if free < needed:
                 raise OSError(f"the disk has {free / 1e9:.2f} GB left")
             # Not the model itself: the thread must not save what is being trained.
-            load_params(self._models.empty, tensors).save_pretrained(save_directory=tmp_folder)
+            load_params(meta_copy(self._models.bare), tensors).save_pretrained(save_directory=tmp_folder)
             try:
                 self.tokenizer.save_pretrained(tmp_folder)
             except Exception as error:  # the tokenizers package has no class for a full disk
@@ -228,12 +221,10 @@ class CheckpointWriter:
             flush_to_disk(folder.parent)
         except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
             shutil.rmtree(tmp_folder, ignore_errors=True)
-            raise SaveError(
+            raise TrainingError(
                 f"could not write the checkpoint {folder}: {error}. It needs {needed / 1e9:.2f} GB: make room on the "
                 "disk, or lower keep_last. Earlier checkpoints are complete"
             ) from error
-        finally:
-            self._models.empty.to("meta")  # type: ignore[arg-type]  # frees the copies
         try:
             self._remove_old(state["step"])
         except OSError as error:
@@ -242,15 +233,17 @@ class CheckpointWriter:
 
     def _remove_old(self, step: int) -> None:
         """Remove old checkpoints. Decided by the folders on the disk alone, so that a crash in between is harmless."""
-        self._remove_link()
+        link = self.output_dir / "checkpoints" / BEST  # of earlier versions; a copy of its target stays, and is ignored
+        if link.is_symlink():
+            link.unlink()
         # A run that was resumed from an earlier step leaves later checkpoints alone until it reaches them.
         checkpoints = [c for c in list_checkpoints(self.output_dir / "checkpoints") if c.step <= step]
         kept = {c.step for c in checkpoints}
-        if self._keep.last is not None:
-            kept = {s for s in kept if self._keep.every and s % self._keep.every == 0}
-            kept.update(c.step for c in checkpoints[-self._keep.last :])
+        if self._keep_last is not None:
+            kept = {s for s in kept if self._keep_every and s % self._keep_every == 0}
+            kept.update(c.step for c in checkpoints[-self._keep_last :])
         best = best_of(checkpoints)
-        if self._keep.best and best is not None:
+        if self._keep_best and best is not None:
             kept.add(best.step)
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
@@ -258,18 +251,6 @@ class CheckpointWriter:
                 removed = checkpoint.folder.with_name(f".{checkpoint.folder.name}.partial")
                 checkpoint.folder.rename(removed)
                 shutil.rmtree(removed, ignore_errors=True)
-
-    def _remove_link(self) -> None:
-        """Remove the link `best` of earlier versions. A copy of the link's target stays, with one warning."""
-        path = self.output_dir / "checkpoints" / BEST
-        if path.is_symlink():
-            path.unlink()
-        elif path.is_dir() and not self._has_warned_of_best:
-            self._has_warned_of_best = True
-            say(
-                f"warning: the folder {path} is an old copy and is left alone; as a checkpoint's name, {path} means "
-                "the step folder with the lowest validation loss. Remove or rename the copy"
-            )
 
 
 def remove_leftovers(output_dir: str | Path) -> None:
@@ -306,7 +287,7 @@ def check_start(resume: str | None, output_dir: str | Path) -> Path | None:
                 "choose another --output_dir, or remove the folder"
             )
         return None
-    folder = Path(resolve_checkpoint(resume, say=lambda line: None))
+    folder = Path(resolve_checkpoint(resume))
     if not (folder / "training_state" / "state.json").is_file():
         raise TrainingError(f"--resume {resume}: not a checkpoint of train.py, training_state/state.json is missing")
     # The new checkpoints would mix with another branch's, and --resume auto would later take the wrong one.
@@ -380,11 +361,9 @@ def load_state(folder: str | Path, fingerprint: dict[str, Any], output_dir: str 
             f"has {value}. Resume with the same setting, {new_run}"
         )
     state.setdefault("consecutive_skips", state.get("skipped_in_a_row"))  # the name in checkpoints before 2026-11-27
-    for name in ("micro_batch_size", "num_processes"):  # missing in checkpoints before 2026-12
-        state.setdefault(name, None)
     state["saved"] = Path(folder).resolve() == checkpoint_folder(output_dir, state["step"]).resolve()
     say(f"resume    from {folder}, step {state['step']:,}")
-    return LoopState(**{field.name: state[field.name] for field in fields(LoopState)})
+    return LoopState(**{field.name: state[field.name] for field in fields(LoopState) if field.name in state})
 
 
 def load_training_state(folder: str | Path, models: TrainingModels, accelerator: Accelerator) -> None:
@@ -412,10 +391,3 @@ def load_training_state(folder: str | Path, models: TrainingModels, accelerator:
         torch.set_rng_state(rng[f"{rank}.cpu"])
     if f"{rank}.{device.type}" in rng and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(rng[f"{rank}.{device.type}"])
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    tensors = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        tensors[device.type] = torch.get_device_module(device).get_rng_state()
-    return tensors

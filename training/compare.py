@@ -29,6 +29,7 @@ from common.files import atomic_write
 from common.metrics import read_metrics
 from training import TrainingError
 from training.config import WITHOUT_EFFECT
+from training.curves import finish_axes
 
 _NOT_COMPARED = WITHOUT_EFFECT | {"seed", "dollars_an_hour"}  # the last is a name in older runs
 COLUMNS = ("run", "seeds", "parameters", "tokens", "val loss", "HellaSwag", "hours", "tokens/s")
@@ -155,12 +156,9 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 def draw(groups: list[list[Run]], path: Path) -> None:
     """Draw the validation losses over tokens and over hours of training, a color for each group."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     by_tokens, by_hours = figure.subplots(1, 2, sharey=True)
     for number, runs in enumerate(groups):
         for index, run in enumerate(runs):
@@ -173,12 +171,10 @@ def draw(groups: list[list[Run]], path: Path) -> None:
     if trained:  # the loss before training would flatten the rest
         margin = 0.05 * (max(trained) - min(trained)) or 0.1
         by_tokens.set_ylim(min(trained) - margin, max(trained) + margin)
-    by_tokens.set(xlabel="training tokens", ylabel="validation loss, nats per token")
-    by_tokens.xaxis.set_major_formatter(EngFormatter(sep=""))
+    by_tokens.set(ylabel="validation loss, nats per token")
+    finish_axes(by_tokens)
     by_hours.set(xlabel="hours of training")
-    by_tokens.legend()
-    for axes in (by_tokens, by_hours):
-        axes.grid(alpha=0.3)
+    by_hours.grid(alpha=0.3)
     with atomic_write(path) as tmp_path:
         figure.savefig(tmp_path, format="png", dpi=120)
 

@@ -24,20 +24,16 @@ def plot_curves(
     """Draw training and validation loss, and a panel for HellaSwag and up to three other tasks, over training tokens.
 
     Args:
-        records: of metrics.jsonl.
-        path: the PNG file to write.
         loss_lines: {name: value} of horizontal lines, such as OpenAI's models on the same data.
         score_lines: the same for each task.
     """
     # Imported here: it takes half a second, which the first step should not wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     tasks = tasks_to_draw(records)
     rows = 1 if len(tasks) < 3 else 2
     columns = math.ceil((1 + len(tasks)) / rows)
     figure = Figure(figsize=((7, 12, 17)[columns - 1], 4.5 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     figure.suptitle(title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     draw_losses(axes[0], records, loss_lines)
@@ -84,7 +80,7 @@ def draw_losses(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[
     axes.set(ylabel="loss, nats per token")
     if len(losses) >= 40:  # cut off the first steps, so that the end can be read
         axes.set_ylim(top=1.05 * max([smooth[len(smooth) // 20 :].max(), *lines.values()]))
-    _finish_axes(axes)
+    finish_axes(axes)
 
 
 def draw_scores(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[str, float], task: str) -> None:
@@ -106,7 +102,7 @@ def draw_scores(axes: "Axes", records: Sequence[dict[str, Any]], lines: Mapping[
         axes.errorbar([tokens for tokens, _ in scored], values, yerr=errors, fmt="o-", ms=4, capsize=2, label=label)
     _horizontal_lines(axes, lines, "{:.4g}")
     axes.set(ylabel=ylabel, title=f"{title}, {last['n']:,} items")
-    _finish_axes(axes)
+    finish_axes(axes)
 
 
 def scores_of(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -153,7 +149,8 @@ def _horizontal_lines(axes: "Axes", lines: Mapping[str, float], number_format: s
         axes.axhline(value, color=color, ls="--", lw=1, label=f"{name} ({number_format.format(value)})")
 
 
-def _finish_axes(axes: "Axes") -> None:
+def finish_axes(axes: "Axes") -> None:
+    """Add what the plots over training tokens have in common."""
     from matplotlib.ticker import EngFormatter
 
     axes.set(xlabel="training tokens")

@@ -24,7 +24,7 @@ from common.cli import available_cores, check_world_size, is_main_process, say
 from common.errors import one_line
 from common.terminal import is_launched
 from training import TrainingError
-from training.machine import find_device, half_precision
+from training.machine import half_precision
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -36,18 +36,13 @@ class MainProcessFailed(SystemExit):
     """Ends a process because the main process failed and has reported the error."""
 
 
-def start_accelerator(mixed_precision: str, device_type: str | None = None) -> Accelerator:
+def start_accelerator(mixed_precision: str, device_type: str) -> Accelerator:
     """Return an Accelerator for the launcher's settings and this hardware.
-
-    Args:
-        mixed_precision: "auto", "no", "bf16" or "fp16".
-        device_type: from `find_device`; None: find it here.
 
     Raises:
         UserError: the launcher's processes do not reach each other, or its precision or way of sharding is not
-            supported; or see `find_device`.
+            supported.
     """
-    device_type = device_type or find_device()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         _refuse_sharding("DeepSpeed")  # accelerate would import the package first
     if os.name == "nt" and device_type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -80,7 +75,9 @@ def start_accelerator(mixed_precision: str, device_type: str | None = None) -> A
             "accelerate_configs/cpu.yaml, or cpu_2proc.yaml for two processes"
         )
     if accelerator.device.type == "cpu":
-        use_all_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        # One thread is the default of `accelerate launch`. Without the launcher, it is the user's choice and stays.
+        if os.environ.get("OMP_NUM_THREADS") == "1" and is_launched():
+            torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()
     # More is an error, as on CUDA; else Apple's allocator continues into swap space.
     if accelerator.device.type == "mps" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
@@ -143,19 +140,6 @@ def resolve_mixed_precision(setting: str, device_type: str) -> str:
         say(f"precision {torch.cuda.get_device_name()} has no bfloat16: training in fp16, with loss scaling")
         return "fp16"
     return setting
-
-
-def use_all_cores(local_world_size: int) -> None:
-    """Give this process its share of the cores if `accelerate launch` has given it one thread.
-
-    One thread is the launcher's default (--num_cpu_threads_per_process changes it). Without the launcher,
-    OMP_NUM_THREADS=1 is the user's choice and stays.
-
-    Args:
-        local_world_size: processes on this machine.
-    """
-    if os.environ.get("OMP_NUM_THREADS") == "1" and is_launched():
-        torch.set_num_threads(max(1, available_cores() // local_world_size))
 
 
 def keep_freed_memory() -> None:

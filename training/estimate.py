@@ -5,19 +5,17 @@ import platform
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from common.cli import say
+from modeling_gpt2repro import GPT2ReproConfig
 from modeling_gpt2repro.loss import CHUNK_ROWS
-from training.cards import Card, card_by_name, card_of_device
-
-if TYPE_CHECKING:
-    from modeling_gpt2repro import GPT2ReproConfig
-    from training.config import BatchConfig, Config
+from training.cards import CARDS, Card, card_of_device
+from training.config import BatchConfig, Config
 
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes of a process without a model: Python, torch and transformers (CPU), the CUDA context and cuBLAS (GPU).
@@ -54,31 +52,27 @@ class Hardware(NamedTuple):
     card: Card | None = None
     """card that a dry run is for, in place of the device here"""
 
-    def describe(self) -> str:
-        """Return the console's line."""
-        count = torch.get_num_threads()
-        threads = f", {count} thread{'s'[: count > 1]} each" if self.device.type == "cpu" else ""
-        return (
-            f"hardware  {self.num_processes} x {self.name}{threads}, mixed precision {self.mixed_precision}, peak "
-            f"{self.peak_flops / 1e12:,.3g} TFLOP/s each ({self.peak_source})"
-        )
-
 
 def find_hardware(
     accelerator: Accelerator, dollars_per_hour: float | None = None, card_name: str | None = None
 ) -> Hardware:
-    """Find out what the run's hardware is.
+    """Find out what the run's hardware is. The peak of a device that is not in the table is measured.
 
     Args:
         dollars_per_hour: price of one device, in place of the table's.
         card_name: card that a dry run is for, in place of the device here.
     """
     if card_name is not None:
-        return card_hardware(card_by_name(card_name), accelerator.num_processes, dollars_per_hour)
+        return card_hardware(CARDS[card_name], accelerator.num_processes, dollars_per_hour)
     device, mixed_precision = accelerator.device, accelerator.mixed_precision
-    name = device_name(device)
+    name = f"{device.type} ({platform.processor() or platform.machine()})"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        name = "Apple GPU"
     card = card_of_device(name)
-    peak, source = peak_flops(device, _DTYPES[mixed_precision])
+    is_known = card is not None and mixed_precision != "no"  # the peak in float32 depends on settings (TF32)
+    peak = card.tflops * 1e12 if card and is_known else measure_matmul_flops(device, _DTYPES[mixed_precision])
     return Hardware(
         device=device,
         name=name,
@@ -86,7 +80,7 @@ def find_hardware(
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         mixed_precision=mixed_precision,
         peak_flops=peak,
-        peak_source=source,
+        peak_source="data sheet" if is_known else "measured matmul",
         dollars_per_hour=dollars_per_hour or (card and card.dollars_per_hour),
     )
 
@@ -106,37 +100,13 @@ def card_hardware(card: Card, num_processes: int = 1, dollars_per_hour: float | 
     )
 
 
-def device_name(device: torch.device) -> str:
-    """Return "NVIDIA H200", "Apple GPU", or the processor's architecture."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "mps":
-        return "Apple GPU"
-    return f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Return (peak FLOP/s, "data sheet" or "measured matmul").
-
-    The peak is measured if the device is not in the table, and in float32, whose peak depends on settings (TF32).
-    """
-    card = card_of_device(device_name(device))
-    if card is not None and dtype != torch.float32:
-        return card.tflops * 1e12, "data sheet"
-    return measure_matmul_flops(device, dtype), "measured matmul"
-
-
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Return the best FLOP/s of a square matmul during a time long enough for a busy core to become free."""
     size = 2048 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)  # leaves the run's random state alone
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
-
-    def synchronize() -> None:
-        if device.type != "cpu":
-            torch.get_device_module(device).synchronize()
-
+    synchronize = torch.get_device_module(device).synchronize  # on a CPU it does nothing
     torch.mm(a, b, out=out)
     synchronize()
     best, start = float("inf"), time.perf_counter()
@@ -176,8 +146,8 @@ class MemoryEstimate(NamedTuple):
 class Plan:
     """Arithmetic, memory, time and cost of a run."""
 
-    shape: "GPT2ReproConfig"
-    batch: "BatchConfig"
+    shape: GPT2ReproConfig
+    batch: BatchConfig
     max_steps: int
     hardware: Hardware
     compiled: bool = False
@@ -216,9 +186,6 @@ class Plan:
         It is this project's model: an MLP keeps its input and the GELU's, attention does not keep its T x T weights
         (except with dropout on a CPU, and on Apple's GPUs), and logits are made in chunks. benchmarks/RECORDS.md
         compares it with runs.
-
-        Args:
-            micro_batch_size: sequences in one forward pass of one process.
         """
         num_parameters, num_processes = self.num_parameters, self.hardware.num_processes
         num_shards = num_processes if self.sharded else 1
@@ -227,6 +194,11 @@ class Plan:
         activations, ends, backward = self._activation_bytes(rows, kind)
         if kind == "cpu":  # freed memory stays in the heap
             activations, ends, backward = activations + ends + backward, 0, 0
+        # The head's loss: logits of a chunk, and the matrix's gradient.
+        width = _DTYPES[self.hardware.mixed_precision].itemsize
+        per_logit = width if kind == "cpu" else _GPU_LOGIT_BYTES["compiled" if self.compiled else "eager"]
+        vocab_size = self.shape.vocab_size
+        head = 4 * vocab_size * self.shape.n_embd + min(rows, CHUNK_ROWS[kind]) * vocab_size * per_logit
         buckets = 4 * num_parameters if num_processes > 1 and not self.sharded else 0  # DDP's
         gradients: float = 4 * num_parameters
         # With several micro-batches, one's gradients exist while the next one's activations are needed. With a single
@@ -242,7 +214,7 @@ class Plan:
             gradients=gradients + buckets,
             activations=activations,
             # The head's memory is free again when the blocks' backward pass begins.
-            head=max(ends + self._head_bytes(rows, kind), backward),
+            head=max(ends + head, backward),
             base=_BASE_BYTES[kind],
         )
 
@@ -279,21 +251,17 @@ class Plan:
         activations += weights * (1 if self.activation_checkpointing else n_layer)
         return activations, rows * ends * factor, rows * backward * factor
 
-    def _head_bytes(self, rows: int, kind: str | None) -> float:
-        """Return the bytes of the head's loss for `rows` tokens: logits of a chunk, and the matrix's gradient."""
-        vocab_size, n_embd = self.shape.vocab_size, self.shape.n_embd
-        width = _DTYPES[self.hardware.mixed_precision].itemsize
-        per_logit = width if kind == "cpu" else _GPU_LOGIT_BYTES["compiled" if self.compiled else "eager"]
-        return 4 * vocab_size * n_embd + min(rows, CHUNK_ROWS[kind]) * vocab_size * per_logit
-
     def describe(self) -> str:
         """Return the console's lines about the model, the run and the hardware."""
-        shape, flops = self.shape, self.flops_per_token
+        shape, flops, hardware = self.shape, self.flops_per_token, self.hardware
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s'[: count > 1]} each" if hardware.device.type == "cpu" else ""
         return (
             f"model     {self.num_parameters:,} parameters: {shape.n_layer} layers, {shape.n_embd} wide, "
             f"{shape.n_head} heads, {flops / 1e9:.3f} GFLOP per token\n"
             f"plan      {self.max_steps:,} steps, {self.total_tokens:,} tokens, {self.total_tokens * flops:.2e} FLOP\n"
-            f"{self.hardware.describe()}"
+            f"hardware  {hardware.num_processes} x {hardware.name}{threads}, mixed precision "
+            f"{hardware.mixed_precision}, peak {hardware.peak_flops / 1e12:,.3g} TFLOP/s each ({hardware.peak_source})"
         )
 
     def describe_batch(self, micro_batch_size: int, accumulation: int) -> str:
@@ -307,7 +275,7 @@ class Plan:
         )
 
 
-def make_plan(config: "Config", shape: "GPT2ReproConfig", accelerator: Accelerator) -> Plan:
+def make_plan(config: Config, shape: GPT2ReproConfig, accelerator: Accelerator) -> Plan:
     """Return the plan of a run's settings, for the hardware here or for `config.card`."""
     return Plan(
         shape=shape,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from common import markdown
 from modeling_gpt2repro import GPT2ReproConfig
-from training.batch import RESERVED_SHARE, available_memory, fitting_sizes, micro_batch_sizes
+from training.batch import RESERVED_SHARE, device_memory, fitting_sizes, micro_batch_sizes
 from training.cards import CARDS, PRICES_DATE, Card
 from training.config import BatchConfig
 from training.estimate import Plan, card_hardware, format_duration
@@ -70,11 +70,7 @@ class CardEstimate(NamedTuple):
 
 
 def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
-    """Estimate a plan on one card: the largest micro-batch that fits, with activation checkpointing if none does.
-
-    Args:
-        key: of CARDS.
-    """
+    """Estimate a plan on one card: the largest micro-batch that fits, with activation checkpointing if none does."""
     card = CARDS[key]
     is_own_price = plan.hardware.card is card  # the plan is for this card, with --dollars_per_hour if that was given
     price = plan.hardware.dollars_per_hour if is_own_price else card.dollars_per_hour
@@ -93,7 +89,7 @@ def estimate_on_card(plan: Plan, key: str) -> CardEstimate:
 
 def _largest_size(plan: Plan) -> tuple[int, bool]:
     """Return (sequences that fit by the memory estimate, True with activation checkpointing), or (0, True)."""
-    usable = available_memory(plan.hardware) * (1 - RESERVED_SHARE)
+    usable = device_memory(plan.hardware)[0] * (1 - RESERVED_SHARE)
     sizes = micro_batch_sizes(plan.batch, 1)
     if plan.batch.micro_batch_size != "auto":
         sizes = [n for n in sizes if n <= plan.batch.micro_batch_size]
@@ -150,19 +146,18 @@ def main_table() -> str:
 
 def large_model_table() -> str:
     """Return docs/hardware.md's second table: GPT-2 1558M without and with activation checkpointing."""
-    kinds = ("none", "block")
-    head = ["card", *(f"{kind}: {what}" for kind in kinds for what in ("sequences", "tokens/s", "33.6B tokens"))]
-    rows = []
+    head = [
+        "card",
+        *(f"{kind}: {what}" for kind in ("none", "block") for what in ("sequences", "tokens/s", "33.6B tokens")),
+    ]
+    rows, plan = [], recipe_plan("1558M", 32_000)
     for key, card in CARDS.items():
-        plan, row = recipe_plan("1558M", 32_000), [card.name]
-        for kind in kinds:
-            estimate = estimate_on_card(dataclasses.replace(plan, activation_checkpointing=kind == "block"), key)
-            fits = estimate.micro_batch_size > 0 and estimate.activation_checkpointing == (kind == "block")
-            row += (
-                [_format_fit(estimate), f"{estimate.tokens_per_s:,.0f}", _format_run(estimate)]
-                if fits
-                else ["no", "", ""]
-            )
+        row = [card.name]
+        for checkpointing in (False, True):
+            estimate = estimate_on_card(dataclasses.replace(plan, activation_checkpointing=checkpointing), key)
+            fits = estimate.micro_batch_size > 0 and estimate.activation_checkpointing == checkpointing
+            cells = [_format_fit(estimate), f"{estimate.tokens_per_s:,.0f}", _format_run(estimate)]
+            row += cells if fits else ["no", "", ""]
         if row[4] != "no":
             rows.append(row)
     return markdown.table(head, rows)

@@ -13,14 +13,14 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from common.checkpoints import best_of, list_checkpoints
 from common.cli import is_main_process, say, shell_quote
 from common.errors import UserError, one_line
-from common.files import finite, write_text_atomically
+from common.files import finite, write_json, write_text_atomically
 from common.metrics import read_metrics, recover_metrics
 from common.terminal import TerminalTitle, progress_bar
 from training import TrainingError
 from training.checkpoint import LoopState, run_folder_of
 from training.curves import format_score, metric_names, plot_curves, score_name, scores_of
 from training.estimate import Plan, format_duration
-from training.provenance import describe_launch, write_provenance
+from training.provenance import describe_launch, earlier_launches
 from training.report import write_report
 from training.run import describe_error
 
@@ -34,8 +34,6 @@ class RunLog:
     """Log of a run. Every process has one; only the main process's writes.
 
     Args:
-        output_dir: the run's folder.
-        settings: all resolved settings.
         argv: arguments of train.py that gave them.
         first_step: steps taken before this launch.
         loss_lines: {name: value} of horizontal lines in the plot of the losses.
@@ -70,8 +68,6 @@ class RunLog:
         """Create the files, provenance.json among them, and start the trackers. Called on the main process.
 
         Args:
-            state: the loop's, where this launch starts.
-            data_info: from `dataset_fingerprint`.
             resume_from: a checkpoint. If it is in another run's folder, that run's history is copied.
             last_lr: this launch's learning rate for the last step of the history.
 
@@ -81,11 +77,12 @@ class RunLog:
         if self._loss_lines:
             lines = ", ".join(f"{name} {value:.4f}" for name, value in self._loss_lines.items())
             say(f"baseline  {lines} nats per token")
-        step, history, previous_folder = state.step, [], None
+        step, history, earlier = state.step, [], []
         self._output_dir.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:
-            previous_folder = run_folder_of(resume_from, self._output_dir)
-            records = recover_metrics(previous_folder / "metrics.jsonl", copy_to=self._output_dir, warn=say)
+            folder = run_folder_of(resume_from, self._output_dir)
+            earlier = earlier_launches(folder / "provenance.json", step)
+            records = recover_metrics(folder / "metrics.jsonl", copy_to=self._output_dir)
             history = records_up_to(records, step, is_evaluated=state.evaluated)
             logged_lr = next((r["lr"] for r in reversed(history) if r["step"] == step and "lr" in r), None)
             if logged_lr is not None and last_lr is not None and not math.isclose(logged_lr, last_lr, rel_tol=1e-6):
@@ -98,7 +95,8 @@ class RunLog:
         self._metrics = MetricsWriter(self.metrics_path, history=history)
         references = {name: dict(lines) for name, lines in {"loss": self._loss_lines, **self._score_lines}.items()}
         launch = describe_launch(self._settings, self._argv, data_info, self._plan, state)
-        write_provenance(self._output_dir, launch | {"references": references}, previous_folder)
+        launch |= {"references": references, "earlier_launches": earlier}
+        write_json(self._output_dir / "provenance.json", launch)
 
     def __enter__(self) -> Self:
         return self
@@ -210,25 +208,25 @@ class RunLog:
                 self._trackers.remove(tracker)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Close the files, write report.html and let the trackers send what they have. A second call does nothing.
-
-        Args:
-            error: the exception that ends the run.
-        """
+        """Close the files, write report.html and let the trackers send what they have. A second call does nothing."""
         self._console.close()
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
             if not isinstance(error, KeyboardInterrupt):  # a second Ctrl-C ends the run at once
-                self._write_report(error)
+                try:
+                    write_report(self._output_dir, failure=None if error is None else describe_error(error))
+                except Exception as report_error:  # it must not replace the error that ends the run
+                    say(f"warning: report.html could not be written ({one_line(report_error)})")
         while self._trackers:
-            finish_tracker(self._trackers.pop(), has_failed=error is not None)
-
-    def _write_report(self, error: BaseException | None) -> None:
-        try:
-            write_report(self._output_dir, failure=None if error is None else describe_error(error))
-        except Exception as report_error:  # it must not replace the error that ends the run
-            say(f"warning: report.html could not be written ({one_line(report_error)})")
+            tracker = self._trackers.pop()
+            try:
+                if error is not None and tracker.name == "wandb":  # it shows that the run failed
+                    tracker.run.finish(exit_code=1)
+                else:
+                    tracker.finish()
+            except Exception as tracker_error:  # each client has its own classes, and the run is over
+                say(f"warning: {tracker.name} could not finish ({one_line(tracker_error)})")
 
     def print_summary(self, state: LoopState, checkpoint: Path) -> None:
         """Print the results and commands to use the checkpoint."""
@@ -282,7 +280,6 @@ class MetricsWriter:
     `step` counts optimizer steps. A skipped step also has "skipped", and null for a number that is not finite.
 
     Args:
-        path: the file, which is replaced.
         history: records to begin with, from `records_up_to` for a resumed run.
     """
 
@@ -326,13 +323,7 @@ class ConsoleLog:
     """Prints one line per log interval, shows a progress bar and the terminal's title, and estimates the time left."""
 
     def __init__(self, plan: Plan, *, first_step: int, log_every: int, eval_every: int) -> None:
-        hardware = plan.hardware
-        self._first_step, self._max_steps, self._compiled = first_step, plan.max_steps, plan.compiled
-        self._log_every, self._eval_every = log_every, eval_every
-        self._tokens_per_step = plan.batch.tokens_per_step
-        # Both of all devices together.
-        self._peak_tokens_per_s = hardware.peak_flops * hardware.num_processes / plan.flops_per_token
-        self._dollars_per_hour = (hardware.dollars_per_hour or 0) * hardware.num_processes  # 0: unknown
+        self._plan, self._first_step, self._log_every, self._eval_every = plan, first_step, log_every, eval_every
         self._bar = progress_bar(
             is_shown=is_main_process(),
             total=plan.max_steps,
@@ -340,7 +331,7 @@ class ConsoleLog:
             bar_format=_BAR,
             dynamic_ncols=True,
         )
-        self._terminal_title = TerminalTitle() if is_main_process() else None
+        self._terminal_title = TerminalTitle(is_shown=is_main_process())
         self._seconds: list[float] = []  # of the steps since the last line
         self._first_step_seconds = 0.0  # including compilation
         self._evaluation_seconds: list[float] = []
@@ -349,31 +340,31 @@ class ConsoleLog:
 
     def log_step(self, record: dict[str, Any]) -> None:
         """Update the bar. At the first step and at multiples of log_every, print a line and set the title."""
-        step, seconds = record["step"], record["ms"] / 1000
-        steps_done = step - self._first_step
+        step, loss, seconds, plan = record["step"], record["loss"], record["ms"] / 1000, self._plan
+        steps_done, num_devices = step - self._first_step, plan.hardware.num_processes
         self._seconds.append(seconds)
         self.training_seconds += seconds
         if steps_done == 1:
             self._first_step_seconds = seconds
         seconds_left = self._seconds_left(step)
-        cost = f", ${seconds_left / 3600 * self._dollars_per_hour:,.2f}" if self._dollars_per_hour else ""
+        dollars = seconds_left / 3600 * (plan.hardware.dollars_per_hour or 0) * num_devices
+        cost = f", ${dollars:,.2f}" if plan.hardware.dollars_per_hour else ""
         left = f"{format_duration(seconds_left)}{cost} left"
-        if self._compiled and steps_done == 1:  # an estimate would count its compiling for every step
+        if plan.compiled and steps_done == 1:  # an estimate would count its compiling for every step
             left = "first step"
-        loss = math.nan if record["loss"] is None else record["loss"]
         self._bar.set_description_str(f"loss {loss:.4f}, {left}", refresh=False)
         self._bar.update()
         if step % self._log_every and steps_done > 1:
             return
         seconds_per_step = sum(self._seconds) / len(self._seconds)
-        tokens_per_s = self._tokens_per_step / seconds_per_step
+        tokens_per_s = plan.batch.tokens_per_step / seconds_per_step
+        share_of_peak = tokens_per_s * plan.flops_per_token / (plan.hardware.peak_flops * num_devices)
         self._seconds.clear()
-        if self._terminal_title is not None:
-            self._terminal_title.set(f"{PROJECT} {step / self._max_steps:.0%} loss {loss:.2f} {left}")
+        self._terminal_title.set(f"{PROJECT} {step / plan.max_steps:.0%} loss {loss:.2f} {left}")
         say(
-            f"step {step:>6,}/{self._max_steps:,} {step / self._max_steps:4.0%} | loss {record['loss']:.4f} | "
+            f"step {step:>6,}/{plan.max_steps:,} {step / plan.max_steps:4.0%} | loss {loss:.4f} | "
             f"lr {record['lr']:.2e} | norm {record['grad_norm']:.2f} | {1000 * seconds_per_step:,.0f} ms | "
-            f"{tokens_per_s:,.0f} tok/s | {tokens_per_s / self._peak_tokens_per_s:.1%} of peak | {left}"
+            f"{tokens_per_s:,.0f} tok/s | {share_of_peak:.1%} of peak | {left}"
         )
 
     def log_evaluation(self, record: dict[str, Any]) -> None:
@@ -392,12 +383,11 @@ class ConsoleLog:
     def close(self) -> None:
         """Remove the bar and the title."""
         self._bar.close()
-        if self._terminal_title is not None:
-            self._terminal_title.restore()
+        self._terminal_title.restore()
 
     def _seconds_left(self, step: int) -> float:
         """Estimate the time of the remaining steps and evaluations."""
-        steps_left, steps_done = self._max_steps - step, step - self._first_step
+        steps_left, steps_done = self._plan.max_steps - step, step - self._first_step
         seconds_per_step = self.training_seconds / steps_done
         if steps_done > 1:  # the first step also compiles and warms up
             seconds_per_step = (self.training_seconds - self._first_step_seconds) / (steps_done - 1)
@@ -433,7 +423,10 @@ def start_trackers(settings: dict[str, Any], output_dir: Path, *, resume_step: i
     Raises:
         TrainingError: a tracker does not start (no account, no network).
     """
-    run_id = _run_id(output_dir, is_fresh=resume_step is None)
+    id_path = output_dir / "run_id"
+    if resume_step is None or not id_path.is_file():
+        write_text_atomically(id_path, f"{output_dir.name}-{secrets.token_hex(4)}\n")
+    run_id = id_path.read_text(encoding="utf-8").strip()
     # TensorBoard hides what a killed launch wrote after the checkpoint.
     purge_step = 0 if resume_step is None else resume_step + 1
     start = {
@@ -457,21 +450,3 @@ def start_trackers(settings: dict[str, Any], output_dir: Path, *, resume_step: i
             ) from error
         trackers.append(tracker)
     return trackers
-
-
-def finish_tracker(tracker: GeneralTracker, *, has_failed: bool) -> None:
-    """Let a tracker send what it has. If the run failed, W&B shows that. An error of the tracker is a warning."""
-    try:
-        if has_failed and tracker.name == "wandb":
-            tracker.run.finish(exit_code=1)
-        else:
-            tracker.finish()
-    except Exception as error:  # each client has its own classes, and the run is over
-        say(f"warning: {tracker.name} could not finish ({one_line(error)})")
-
-
-def _run_id(output_dir: Path, is_fresh: bool) -> str:
-    path = output_dir / "run_id"
-    if is_fresh or not path.is_file():
-        write_text_atomically(path, f"{output_dir.name}-{secrets.token_hex(4)}\n")
-    return path.read_text(encoding="utf-8").strip()

@@ -3,22 +3,18 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
 
+from modeling_gpt2repro import GPT2ReproForCausalLM
+from training.config import OptimConfig
 from training.machine import half_precision
 from training.sharding import full_tensor, shard_like
 
-if TYPE_CHECKING:
-    from modeling_gpt2repro import GPT2ReproForCausalLM
-    from training.config import OptimConfig
-
-# Devices with a fused AdamW kernel (torch 2.10 and newer).
-_FUSED_ADAMW = ("cpu", "cuda", "mps", "xpu")
 # Devices whose fused AdamW supports `found_inf`, which skips a step.
 _FOUND_INF = ("cpu", "cuda")
 
@@ -31,7 +27,7 @@ _BATCH_NUMEL = 2**26
 Window = TypeVar("Window")
 
 
-def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
+def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
     """Return the learning rate of a step, a pure function of the step.
 
     Linear warm-up, then a cosine down to `final_lr_fraction` of the peak (GPT-3 paper, appendix B; the lecture's). With
@@ -57,13 +53,10 @@ def learning_rate(step: int, optim: "OptimConfig", max_steps: int) -> float:
     return peak * min(warmup, final_fraction + (1.0 - final_fraction) * decay)
 
 
-def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_type: str) -> torch.optim.Optimizer:
+def build_optimizer(model: GPT2ReproForCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
     """Build AdamW over all parameters or, with `optim.muon_lr`, Muon over the blocks' matrices and AdamW over the rest.
 
     Weight decay applies to matrices and embeddings, not to biases and LayerNorms.
-
-    Args:
-        device_type: of the parameters ("cpu", "cuda", ...); decides whether AdamW is fused.
 
     Returns:
         torch.optim.AdamW with two groups, the one with decay first; or a MuonAdamW with two groups of Muon's before
@@ -79,8 +72,7 @@ def build_optimizer(model: "GPT2ReproForCausalLM", optim: "OptimConfig", device_
         {"params": matrices, "weight_decay": optim.weight_decay, "lr_ratio": 1.0},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr_ratio": 1.0},
     ]
-    fused = device_type in _FUSED_ADAMW
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
     if optim.muon_lr is None:
         return adamw
     qkv_params = {p for name, p in model.named_parameters() if name.endswith("c_attn.weight")}  # Q, K and V in one
@@ -105,7 +97,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         muon_groups: parameter groups of matrices, with "lr", "weight_decay" and "num_splits".
-        adamw: the optimizer of the other parameters.
     """
 
     def __init__(self, muon_groups: list[dict[str, Any]], adamw: torch.optim.AdamW) -> None:
@@ -173,11 +164,6 @@ class MuonAdamW(torch.optim.Optimizer):
             assign(p, decayed.add_(shard_like(p, update), alpha=-lr))
 
 
-def _normalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Divide each matrix by its norm, which bounds the singular values."""
-    return matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-
-
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     """Orthogonalize matrices approximately, by the Newton-Schulz iteration.
 
@@ -190,8 +176,10 @@ def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
     a, b, c = _COEFFICIENTS
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
-    # For float16, divide first: small gradients are below its range.
-    x = _normalize(x).half() if half_precision(x.device.type) == "fp16" else _normalize(x.bfloat16())
+    is_fp16 = half_precision(x.device.type) == "fp16"  # divide first then: small gradients are below its range
+    x = x if is_fp16 else x.bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # bounds the singular values
+    x = x.half() if is_fp16 else x
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -45,11 +45,7 @@ def _write(profiler: profile, path: Path) -> None:
         return
     profiler.export_chrome_trace(str(path))
     say(f"profile   {num_steps} steps, in {path}: open it in https://ui.perfetto.dev or chrome://tracing")
-    say(table(profiler, num_steps))
-
-
-def table(profiler: profile, num_steps: int) -> str:
-    """Return the kernels that took the longest, or on a CPU the operations: one line each, as averages per step."""
+    # The kernels that took the longest, or on a CPU the operations: one line each, as averages per step.
     events = [event for event in profiler.key_averages() if not event.is_user_annotation]
     kernels = [event for event in events if event.device_type != DeviceType.CPU]
     if kernels:
@@ -63,4 +59,4 @@ def table(profiler: profile, num_steps: int) -> str:
         lines.append(
             f"          {milliseconds:11.2f} {microseconds / total:6.1%} {calls / num_steps:6.0f}  {name[:90]}"
         )
-    return "\n".join([*lines, f"          {total / 1000 / num_steps:11.2f}  all {len(rows)}"])
+    say("\n".join([*lines, f"          {total / 1000 / num_steps:11.2f}  all {len(rows)}"]))

@@ -1,8 +1,6 @@
-"""Write provenance.json: the settings, code, versions, hardware and data that made a run."""
+"""Describe for provenance.json the settings, code, versions, hardware and data that made a run."""
 
-import contextlib
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -16,24 +14,12 @@ import torch
 from accelerate import PartialState
 
 from common.checkpoints import is_local
-from common.files import write_json
+from common.files import read_json
 from training.checkpoint import LoopState
 from training.estimate import Plan
 
 _PACKAGES = ("transformers", "accelerate", "datasets", "tiktoken", "evaluate", "numpy", "safetensors")
 _MAX_DIFF_CHARACTERS = 1_000_000
-
-
-def write_provenance(output_dir: Path, launch: dict[str, Any], previous_folder: Path | None) -> None:
-    """Write provenance.json: this launch, and under "earlier_launches" the launches before it.
-
-    Args:
-        launch: from `describe_launch`, with "references": {"loss" or a task: {name: value to compare with}}.
-        previous_folder: the run that this launch resumes, possibly in another folder; None for a fresh run.
-    """
-    path = None if previous_folder is None else previous_folder / "provenance.json"
-    earlier = [] if path is None else earlier_launches(path, launch["from_step"])
-    write_json(output_dir / "provenance.json", {**launch, "earlier_launches": earlier})
 
 
 def describe_launch(
@@ -42,9 +28,7 @@ def describe_launch(
     """Return command, settings, seed, code with its uncommitted changes, versions, hardware, data and start time.
 
     Args:
-        settings: all resolved settings.
         argv: arguments of train.py that gave them.
-        data: fingerprint of the training data.
         state: the loop's, where this launch starts.
     """
     return {
@@ -80,17 +64,14 @@ def describe_launch(
 
 
 def earlier_launches(path: Path, step: int) -> list[dict[str, Any]]:
-    """Return the launches in a provenance.json up to a step, oldest first.
+    """Return the launches in a run's provenance.json up to a step, oldest first.
 
     Args:
         path: a missing file and a damaged file give an empty list.
         step: the step that a branch resumes from; launches from later steps are not part of its past.
     """
-    launches = []
-    if path.is_file():
-        with contextlib.suppress(ValueError):
-            last = json.loads(path.read_text(encoding="utf-8"))
-            launches = [*last.pop("earlier_launches", []), last]
+    last = read_json(path)
+    launches = [*last.pop("earlier_launches", []), last] if last else []
     return [launch for launch in launches if launch.get("from_step", 0) <= step]
 
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 import yaml
 
-from common.files import write_text_atomically
+from common.files import read_json, write_text_atomically
 from common.metrics import read_metrics
 from training import TrainingError
 from training.compare import run_folders
@@ -85,7 +85,7 @@ def write_report(folder: Path, *, failure: str | None = None) -> Path:
 def gather_facts(folder: Path, failure: str | None = None) -> dict[str, Any]:
     """Return what the template shows of a run."""
     records = read_metrics(folder / "metrics.jsonl")
-    provenance, status = _read_json(folder / "provenance.json"), _read_json(folder / "status.json")
+    provenance, status = read_json(folder / "provenance.json"), read_json(folder / "status.json")
     if failure is not None:
         status = {"status": "failed", "error": failure}
     steps = [r for r in records if "lr" in r or "loss" in r]
@@ -185,15 +185,6 @@ def short_number(value: float) -> str:
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one if the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A run's folder (lock, status.json) and requests to stop the run (signals, time limit, dead launcher)."""
 
 import contextlib
-import json
 import os
 import signal
 import threading
@@ -12,7 +11,7 @@ from typing import Any
 
 from common.cli import interrupt_exit_code, is_main_process, print_error, say
 from common.errors import UserError, one_line
-from common.files import write_json
+from common.files import read_json, write_json
 from common.locks import Lock, Timeout
 from common.terminal import is_launched
 from training import TrainingError
@@ -27,6 +26,7 @@ from training.distributed import MainProcessFailed
 
 # sysexits.h, EX_TEMPFAIL: "temporary failure; the user is invited to retry". Here: resume the run.
 EXIT_RESUME = 75
+_PATIENCE_SECONDS = 60.0  # for another run, which may be about to stop, to leave the folder
 # SIGUSR1 is what SLURM and others send before a time limit, SIGHUP comes from a closed terminal or a lost SSH
 # connection, and SIGBREAK is Windows' Ctrl-Break.
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGBREAK")
@@ -37,24 +37,15 @@ class RunFolder:
 
     A context manager in every process of the run: leaving it releases the lock, and if an exception ends the run,
     status.json says "failed" and names the exception. Only the main process writes.
-
-    Args:
-        path: the folder, which need not exist yet.
-        patience_seconds: time that another run, which may be about to stop, has to leave the folder.
-        poll_seconds: time between looks at the lock.
     """
 
-    def __init__(self, path: str | os.PathLike, *, patience_seconds: float = 60, poll_seconds: float = 1) -> None:
+    def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._patience_seconds, self._poll_seconds = patience_seconds, poll_seconds
         self._lock: Lock | None = None
         self._is_running = False
 
     def open(self, resume: str | None) -> Path | None:
         """Lock the folder and return the checkpoint to resume from. Called on the main process.
-
-        Args:
-            resume: None, "auto" or the path of a checkpoint.
 
         Raises:
             TrainingError: as `lock` and `find_checkpoint`.
@@ -74,21 +65,13 @@ class RunFolder:
         if not path.name:
             raise TrainingError(f"output_dir={str(path)!r} is not a folder for a run; name one below it")
         # Next to the folder, which is created only after all checks.
-        lock = Lock(path.with_name(f".{path.name}.lock"), warn=say)
+        self._lock = Lock(path.with_name(f".{path.name}.lock"))
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and not path.is_dir():
                 raise NotADirectoryError(f"{path} is a file")
-            self._wait_for(lock, resume)
-        except OSError as error:
-            raise TrainingError(f"output_dir={path} cannot be written to ({error}); choose another one") from None
-        self._lock = lock
-
-    def _wait_for(self, lock: Lock, resume: str | None) -> None:
-        deadline, timeout, is_waiting = time.monotonic() + self._patience_seconds, 0.0, False
-        while True:
             with contextlib.suppress(Timeout):
-                lock.acquire(timeout)
+                self._lock.acquire(0)
                 return
             try:
                 check_start(resume, self.path)
@@ -97,13 +80,14 @@ class RunFolder:
                     f"another process is training in {self.path}: choose another --output_dir. After that process has "
                     f"ended, this start would fail as well: {error}"
                 ) from None
-            if time.monotonic() >= deadline:
-                raise TrainingError(
-                    f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
-                )
-            if not is_waiting:
-                say(f"run       another process uses {self.path}; waiting for it to leave")
-            is_waiting, timeout = True, min(self._poll_seconds, self._patience_seconds)
+            say(f"run       another process uses {self.path}; waiting for it to leave")
+            self._lock.acquire(_PATIENCE_SECONDS)
+        except Timeout:
+            raise TrainingError(
+                f"another process is training in {self.path}: wait for it, stop it, or choose another --output_dir"
+            ) from None
+        except OSError as error:
+            raise TrainingError(f"output_dir={path} cannot be written to ({error}); choose another one") from None
 
     def mark_running(self) -> None:
         """Mark the run as running, after all checks. Every process must call this."""
@@ -121,7 +105,10 @@ class RunFolder:
         """
         checkpoint = checkpoint_folder(self.path, state.step)
         if stop_reason is not None:
-            exit_code = stop_exit_code(stop_reason)
+            # 0 under a launcher that mistakes other codes for a crash: one that restarts the run (--max_restarts), or
+            # accelerate's after Ctrl-C, which prints a traceback.
+            is_restarted = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+            exit_code = 0 if is_restarted or (stop_reason == "SIGINT" and interrupt_exit_code() == 0) else EXIT_RESUME
             self._write("resume me", step=state.step, exit_code=exit_code)
             say(f"\nstopped at step {state.step:,} ({stop_reason}); resume with the same command and --resume auto")
             return exit_code
@@ -135,7 +122,7 @@ class RunFolder:
                 print_error(error)
             self._write("failed", error=error, is_mistake=True)
             return 1
-        if self._status() != "finished":
+        if read_json(self.path / "status.json").get("status") != "finished":
             self._write("finished", step=state.step, val_loss=state.val_loss, checkpoint=str(checkpoint))
         return 0
 
@@ -147,11 +134,6 @@ class RunFolder:
         if is_main_process() or from_any_process:
             write_json(self.path / "status.json", {"status": status, "pid": os.getpid(), **fields})
 
-    def _status(self) -> str | None:
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))["status"]
-        return None
-
     def __enter__(self) -> "RunFolder":
         return self
 
@@ -162,12 +144,11 @@ class RunFolder:
         # "finished" and "resume me" are not overwritten either.
         if isinstance(error, UserError) and self._is_running:
             error.exit_code = 1
-        if error is None or isinstance(error, MainProcessFailed):
-            pass
-        elif self._is_running and self._status() in ("running", None):
+        if error is not None and self._is_running and not isinstance(error, MainProcessFailed):
             with contextlib.suppress(Exception):
-                is_mistake = isinstance(error, UserError)
-                self._write("failed", from_any_process=True, error=describe_error(error), is_mistake=is_mistake)
+                if read_json(self.path / "status.json").get("status") in ("running", None):
+                    fields = {"error": describe_error(error), "is_mistake": isinstance(error, UserError)}
+                    self._write("failed", from_any_process=True, **fields)
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -247,20 +228,6 @@ class StopRequest:
             elif self._launcher is not None and os.getppid() != self._launcher:
                 self.reason = "the launcher has gone"
         return self.reason is not None
-
-
-def stop_exit_code(reason: str) -> int:
-    """Return the exit code of a run that stops on request: EXIT_RESUME.
-
-    But 0 under a launcher that mistakes other codes for a crash: one that restarts the run (--max_restarts), or
-    accelerate's after Ctrl-C, which prints a traceback.
-
-    Args:
-        reason: `StopRequest.reason`.
-    """
-    if reason == "SIGINT" and interrupt_exit_code() == 0:
-        return 0
-    return EXIT_RESUME if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0 else 0
 
 
 def ignore_signals() -> None:

@@ -25,8 +25,9 @@ from jsonargparse.typing import register_type
 
 from common.cli import is_main_process
 from training import TrainingError
-from training.setting_names import HINTS, RENAMED, SHORT
 
+RENAMED = {"dollars_an_hour": "dollars_per_hour"}  # an old name works in this release and prints the new one
+SHORT = {"text": "data.text"}
 HELP = "`python train.py --help` lists the settings"
 _MAX_RECIPE_BYTES = 1_000_000  # a larger file is not a recipe but perhaps weights
 NULLS = ("null", "none", "~")
@@ -76,7 +77,7 @@ def build(config_class: type, raw_values: dict[str, RawValue]) -> Any:
                 raise ValueError
     except ArgumentError as error:
         name = str(error).split('"')[1]  # Parser key "NAME": ...
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, yaml.YAMLError):
         pass
     else:
         config = parser.instantiate(parsed)
@@ -154,17 +155,30 @@ def _integer(text: str) -> int:
 
 
 def _normalize(value: str | list | dict, type_hint: Any) -> object:
-    """Return a value in the form that jsonargparse takes, or raise ValueError."""
-    list_type = _list_type(type_hint)
-    if _is_mapping(type_hint) and isinstance(value, str) and value.startswith("{"):
-        value = _parse_yaml(value)
-    if isinstance(value, str) and value.lower() in NULLS:
-        if NoneType in get_args(type_hint):
-            return None
-        if list_type is not None:
-            return []
-    if list_type is not None:
-        return _split_list(value, is_text=get_args(list_type)[0] is str)
+    """Return a value in the form that jsonargparse takes, or raise ValueError or YAMLError.
+
+    A list can also be one item, or `a,b`, `a b` and `[a, b]` on the command line.
+    """
+    container = _container_type(type_hint)
+    is_mapping = get_origin(container) is dict
+    is_list = container is not None and not is_mapping
+    is_text_list = is_list and get_args(container)[0] is str
+    if isinstance(value, str):
+        if (is_mapping and value[:1] == "{") or (is_text_list and value[:1] + value[-1:] == "[]"):
+            value = _to_texts(yaml.compose(value, Loader=yaml.BaseLoader))
+        elif value.lower() in NULLS:
+            if NoneType in get_args(type_hint):
+                return None
+            if is_list:
+                return []
+    if is_list:
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError
+        if not is_text_list:
+            return [item for text in texts for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
+        "".join(texts).encode()  # raises UnicodeEncodeError, a ValueError, for an argument whose bytes are not UTF-8
+        return texts
     if type_hint is bool and value in ("0", "1"):
         return value == "1"
     if isinstance(value, dict) and not all(isinstance(text, str) for text in value.values()):
@@ -174,38 +188,10 @@ def _normalize(value: str | list | dict, type_hint: Any) -> object:
     return value
 
 
-def _split_list(value: str | list | dict, is_text: bool) -> list[str]:
-    """Return the items of a list, which can also be one item, or `a,b`, `a b` and `[a, b]` on the command line."""
-    if isinstance(value, str):
-        if is_text and value.startswith("[") and value.endswith("]"):
-            try:
-                return yaml.load(value, Loader=yaml.BaseLoader)
-            except yaml.YAMLError:
-                raise ValueError from None
-        value = [value]
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ValueError
-    if not is_text:
-        return [item for text in value for item in re.split(r"[\s,()\[\]'\"]+", text) if item]
-    "".join(value).encode()  # raises UnicodeEncodeError, a ValueError, for an argument whose bytes are not UTF-8
-    return value
-
-
-def _list_type(type_hint: Any) -> Any:
-    """Return `list[...]` or `tuple[...]`, perhaps without its `| None`; None for another type."""
-    return next((option for option in (type_hint, *get_args(type_hint)) if get_origin(option) in (list, tuple)), None)
-
-
-def _is_mapping(type_hint: Any) -> bool:
-    """Return True for `dict[...]` and `dict[...] | None`."""
-    return any(get_origin(option) is dict for option in (type_hint, *get_args(type_hint)))
-
-
-def _parse_yaml(text: str) -> str | list | dict:
-    try:
-        return _to_texts(yaml.compose(text, Loader=yaml.BaseLoader))
-    except yaml.YAMLError:
-        raise ValueError from None
+def _container_type(type_hint: Any) -> Any:
+    """Return `list[...]`, `tuple[...]` or `dict[...]`, perhaps without its `| None`; None for another type."""
+    options = (type_hint, *get_args(type_hint))
+    return next((option for option in options if get_origin(option) in (list, tuple, dict)), None)
 
 
 def describe_type(type_hint: Any) -> str:
@@ -278,8 +264,7 @@ def _takes_value(name: str, texts: list[str], argument: str, settings: dict[str,
     type_hint = settings[name].type_hint if name in settings else None
     if type_hint is bool and _looks_like_recipe(argument):
         return False
-    takes_several = _list_type(type_hint) is not None or _is_mapping(type_hint)
-    return not texts or takes_several or (type_hint is None and name != "config")
+    return not texts or _container_type(type_hint) is not None or (type_hint is None and name != "config")
 
 
 def _looks_like_recipe(argument: str) -> bool:
@@ -400,6 +385,13 @@ def _current_name(name: str) -> str:
     return RENAMED.get(name) or SHORT.get(name, name)
 
 
+@functools.cache
+def other_names() -> dict[str, str]:
+    """Return the hints by other projects' names of the settings."""
+    names_by_hint = yaml.safe_load(Path(__file__).with_name("setting_names.yaml").read_text(encoding="utf-8"))
+    return {name: hint for hint, names in names_by_hint.items() for name in names.split()}
+
+
 def describe_unknown(name: str, settings: dict[str, Setting]) -> str:
     """Say that a setting does not exist, and which one was probably meant."""
     if members := _group_members(name, settings):
@@ -410,10 +402,11 @@ def describe_unknown(name: str, settings: dict[str, Setting]) -> str:
     switch = by_last.get(re.sub(r"^(no|disable)_", "", last))
     if switch and last not in by_last and settings[switch].type_hint is bool:
         return f"unknown setting {format_value(name)!r}; write --{switch} false"
-    if last not in by_last and last not in HINTS:
-        near = difflib.get_close_matches(last, [*by_last, *HINTS, "config"], n=1, cutoff=0.8)
+    hints = other_names()
+    if last not in by_last and last not in hints:
+        near = difflib.get_close_matches(last, [*by_last, *hints, "config"], n=1, cutoff=0.8)
         last = near[0] if near else plain.replace(".", "_")  # `eval.every` is eval_every
-    hint = by_last.get(last) or ("--config" if last == "config" else HINTS.get(last))
+    hint = by_last.get(last) or ("--config" if last == "config" else hints.get(last))
     if hint is None:
         return f"unknown setting {format_value(name)!r}; {HELP}"
     is_name = hint in settings or hint == "--config"

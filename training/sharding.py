@@ -32,8 +32,6 @@ class TrainingModels(NamedTuple):
     wrapped: torch.nn.Module
     """`compiled`, wrapped by DDP or FSDP2 to exchange gradients, for training steps"""
     optimizer: AcceleratedOptimizer
-    empty: GPT2ReproForCausalLM
-    """from `meta_copy`, to be filled with gathered weights and saved"""
 
 
 def compile_and_wrap(
@@ -47,8 +45,6 @@ def compile_and_wrap(
     """Compile the model if requested and wrap it with `accelerator.prepare`.
 
     Args:
-        model: the bare model on its device.
-        optimizer: from `build_optimizer`, over the model's parameters.
         accumulation: micro-batches per optimizer step.
     """
     copy_from_file(model)
@@ -60,9 +56,8 @@ def compile_and_wrap(
         torch._dynamo.reset()
     if accelerator.distributed_type == DistributedType.FSDP:
         accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_precision_policy(accelerator.mixed_precision)
-    empty = meta_copy(model)
     wrapped, optimizer = accelerator.prepare(step_model, optimizer)
-    return TrainingModels(model, step_model, wrapped, optimizer, empty)
+    return TrainingModels(model, step_model, wrapped, optimizer)
 
 
 def compile_model(model: GPT2ReproForCausalLM, accelerator: Accelerator) -> torch.nn.Module:
@@ -119,8 +114,6 @@ def full_state_dict(
     """Gather parameters and optimizer state in the host's memory. Every process must call this.
 
     Args:
-        model: the bare model.
-        optimizer: the wrapped optimizer.
         copy: copy tensors that are in the host's memory already, so that training may change them.
 
     Returns:

@@ -72,10 +72,10 @@ def check_training(name, optim):
     accelerator = SimpleNamespace(is_main_process=rank == 0, distributed_type=DistributedType.FSDP)
     torch.manual_seed(1)
     plain = build_model()
-    plain_optimizer = build_optimizer(plain, optim, "cpu")
+    plain_optimizer = build_optimizer(plain, optim)
     initial = {name: p.detach().clone() for name, p in plain.named_parameters()}
     model = shard(build_model(), "no")
-    optimizer = build_optimizer(model, optim, "cpu")
+    optimizer = build_optimizer(model, optim)
     generator = torch.Generator().manual_seed(1)
     for number in range(5):
         if number == 3:
@@ -84,7 +84,7 @@ def check_training(name, optim):
             shared = [parameters, moments]
             dist.broadcast_object_list(shared)
             model = shard(build_model(shared[0]), "no")
-            optimizer = build_optimizer(model, optim, "cpu")
+            optimizer = build_optimizer(model, optim)
             load_moments(shared[1], model, optimizer)
         batch = torch.randint(0, 512, (8, 33), generator=generator)
         step = {"num_items": len(batch) * 32, "is_finite": number != 1}

@@ -14,10 +14,9 @@ from modeling_gpt2repro import GPT2ReproForCausalLM
 from training import TrainingError, batch
 from training.batch import (
     RESERVED_SHARE,
-    available_memory,
     check_memory,
     choose_micro_batch_size,
-    largest_fitting_batch,
+    device_memory,
     out_of_memory_as_one_line,
     try_step,
 )
@@ -35,8 +34,7 @@ def plan():
 @pytest.fixture
 def set_memory(monkeypatch):
     def set_memory(free, total):
-        monkeypatch.setattr(batch, "available_memory", lambda hardware: free * GB)
-        monkeypatch.setattr(batch, "total_memory", lambda hardware: total * GB)
+        monkeypatch.setattr(batch, "device_memory", lambda hardware: (free * GB, total * GB))
 
     return set_memory
 
@@ -77,8 +75,9 @@ def test_auto_on_a_cpu_is_the_estimates(plan, set_memory, free, expected):
 
 
 def test_processes_share_a_cpus_memory(plan, monkeypatch):
-    monkeypatch.setattr(batch, "free_memory", lambda device: 1000)
-    assert available_memory(plan.hardware._replace(local_world_size=4)) == 250
+    monkeypatch.setattr(batch.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=3000))
+    monkeypatch.setattr(batch.psutil, "swap_memory", lambda: SimpleNamespace(total=1000))
+    assert device_memory(plan.hardware._replace(local_world_size=4)) == (250, 1000)
 
 
 class TestTrial:
@@ -88,13 +87,13 @@ class TestTrial:
     def choose(self, plan, monkeypatch, set_memory):
         """choose(fits, saved): the size for a memory in which up to `fits` sequences fit, and the sizes tried."""
 
-        def choose(fits, saved=None, others=(), limit=64):
+        def choose(fits, saved=None, others=(), limit=64, message="CUDA out of memory. Tried to allocate 20.00 MiB"):
             tried = []
 
             def try_step(plan, accelerator, model, size, *, num_reserved):
                 tried.append((size, num_reserved))
                 if size > fits:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+                    raise RuntimeError(message)
 
             monkeypatch.setattr(batch, "try_step", try_step)
             monkeypatch.setattr(batch, "gather_object", lambda sizes: [*sizes, *others])
@@ -132,13 +131,9 @@ class TestTrial:
         with pytest.raises(TrainingError, match=r"not even one sequence .* of X, .*activation_checkpointing block"):
             choose(fits=0)
 
-    def test_other_errors_are_raised(self):
+    def test_other_errors_are_raised(self, choose):
         with pytest.raises(RuntimeError, match="device-side assert"):
-            largest_fitting_batch([1, 2], lambda size: 1, lambda size: torch_error("device-side assert"), 10)
-
-
-def torch_error(message):
-    raise RuntimeError(message)
+            choose(fits=0, message="device-side assert")
 
 
 def test_trial_leaves_nothing_behind(monkeypatch):

@@ -9,8 +9,7 @@ from tiny_run import ROOT
 from training import TrainingError
 from training.batch import batch_arithmetic, micro_batch_sizes
 from training.config import DEFAULT_RECIPE, BatchConfig, Config, load_config, task_settings
-from training.setting_names import HINTS, RENAMED
-from training.settings import _current_name, settings_of
+from training.settings import RENAMED, _current_name, other_names, settings_of
 
 
 @pytest.fixture
@@ -43,7 +42,8 @@ def test_lecture_recipe_has_the_numbers_of_the_lecture():
     assert (config.batch.tokens_per_step, config.batch.micro_batch_size, config.batch.seq_len) == (2**19, "auto", 1024)
     assert (config.optim.lr, config.optim.warmup_steps, config.max_steps) == (6e-4, 715, 19073)
     for num_processes in (1, 8):
-        assert batch_arithmetic(config.batch, num_processes, largest=64) == (64, 8 // num_processes)
+        batch = dataclasses.replace(config.batch, micro_batch_size=64)
+        assert batch_arithmetic(batch, num_processes) == (64, 8 // num_processes)
 
 
 def value_of(config, name):
@@ -234,17 +234,17 @@ def test_path_on_the_command_line_replaces_a_recipes_mix(recipe):
 
 
 def test_hints_name_existing_settings_and_files():
-    settings = settings_of(Config)
+    settings, hints = settings_of(Config), other_names()
     last = {name.rpartition(".")[2] for name in settings}
-    assert not last & set(HINTS)  # a setting without its group is found without a hint
-    words = {word.strip(",;`") for hint in HINTS.values() for word in hint.split()}
+    assert not last & set(hints)  # a setting without its group is found without a hint
+    words = {word.strip(",;`") for hint in hints.values() for word in hint.split()}
     groups = {name.partition(".")[0] for name in settings if "." in name}
     assert {word for word in words if word.partition(".")[0] in groups and "." in word} - {"data.prepare"} <= set(
         settings
     )
-    names = {hint.split(" ")[0].strip(",;") for hint in HINTS.values() if "_" in hint.split(" ")[0]}
+    names = {hint.split(" ")[0].strip(",;") for hint in hints.values() if "_" in hint.split(" ")[0]}
     assert {name for name in names if "/" not in name} - {"HF_TOKEN"} <= set(settings)
-    assert all((ROOT / path).is_file() for path in re.findall(r"(?:recipes|accelerate_configs)/\w+\.yaml", str(HINTS)))
+    assert all((ROOT / path).is_file() for path in re.findall(r"(?:recipes|accelerate_configs)/\w+\.yaml", str(hints)))
     assert not set(RENAMED) & set(settings) and set(RENAMED.values()) <= set(settings)
 
 

@@ -62,7 +62,7 @@ def _not_launched(monkeypatch):
 @pytest.mark.usefixtures("_not_launched")
 def test_accelerator_settings():
     with isolated_accelerator_state():
-        accelerator = start_accelerator("no")
+        accelerator = start_accelerator("no", "cpu")
         assert accelerator.ddp_handler.gradient_as_bucket_view
         assert accelerator.init_handler.timeout.total_seconds() == 30 * 60
         assert run_on_main(int, "11", base=2) == 3
@@ -72,7 +72,7 @@ def test_accelerator_settings():
 def test_deepspeed_is_refused_before_it_is_imported(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(TrainingError, match=r"DeepSpeed.*FSDP2") as error:
-        start_accelerator("no")
+        start_accelerator("no", "cpu")
     assert "\n" not in str(error.value)
 
 
@@ -84,7 +84,7 @@ def test_unsupported_sharding_is_refused(kind, name, monkeypatch):
     accelerator = SimpleNamespace(num_processes=1, distributed_type=kind, is_fsdp2=False)
     monkeypatch.setattr(distributed, "Accelerator", lambda **_: accelerator)
     with pytest.raises(TrainingError, match=f"{name}.*FSDP2"):
-        start_accelerator("no")
+        start_accelerator("no", "cpu")
 
 
 @pytest.mark.usefixtures("_not_launched")
@@ -92,7 +92,7 @@ def test_fsdp_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with isolated_accelerator_state(), pytest.raises(TrainingError, match=r"FSDP, which needs GPUs.*cpu.yaml"):
-        start_accelerator("no")
+        start_accelerator("no", "cpu")
 
 
 @pytest.mark.usefixtures("_not_launched")
@@ -112,7 +112,7 @@ def test_machines_that_cannot_connect_say_so_on_one_line(error, monkeypatch, cap
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "Accelerator", fail)
     with pytest.raises(TrainingError, match=r"process 8 of 16.*10\.0\.0\.1:29500.*GLOO_SOCKET_IFNAME") as raised:
-        start_accelerator("no")
+        start_accelerator("no", "cpu")
     assert "\n" not in str(raised.value)
     assert "process 8 of 16: waits at 10.0.0.1:29500" in capsys.readouterr().out
 
@@ -124,7 +124,7 @@ def test_other_errors_of_torch_are_not_taken_for_a_lost_connection(monkeypatch):
 
     monkeypatch.setattr(distributed, "Accelerator", fail)
     with pytest.raises(RuntimeError, match="invalid device"):
-        start_accelerator("no")
+        start_accelerator("no", "cpu")
 
 
 @pytest.mark.usefixtures("_not_launched")
@@ -141,7 +141,7 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed, "Accelerator", alone)
     with isolated_accelerator_state(), pytest.raises(UserError, match="started 2 processes, but this one sees 1"):
-        start_accelerator("no")
+        start_accelerator("no", "cpu")
     accelerate.state.PartialState._reset_state()
 
 

@@ -91,29 +91,29 @@ def test_reader_ignores_a_line_cut_short_at_the_end_and_refuses_other_damage(met
         *("\0\0\0\0", "[" * 5000 + "\n", "\n\n"),
     ],
 )
-def test_recovery_leaves_out_damaged_lines_and_keeps_a_copy(metrics, tmp_path, garbage):
-    warnings = []
+def test_recovery_leaves_out_damaged_lines_and_keeps_a_copy(metrics, tmp_path, garbage, printed):
     text = metrics.read_text() + garbage
     metrics.write_text(text)
-    assert recover_metrics(metrics, tmp_path, warnings.append) == RECORDS
+    assert recover_metrics(metrics, tmp_path) == RECORDS
     assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == text
     metrics.write_bytes(b"\xff\xfe" + metrics.read_bytes())  # again: the first copy stays
-    assert recover_metrics(metrics, tmp_path, warnings.append) == RECORDS[1:]
+    assert recover_metrics(metrics, tmp_path) == RECORDS[1:]
     assert (tmp_path / "metrics.damaged-1.jsonl").read_text() == text
     assert (tmp_path / "metrics.damaged-2.jsonl").is_file()
+    warnings = printed()
     assert "metrics.jsonl:6 " in warnings[0] and "metrics.damaged-1.jsonl" in warnings[0]
     assert "metrics.jsonl:1 " in warnings[1]
 
 
 @pytest.mark.parametrize("tail", ["", '{"step": 4, "lo', '{"step"'])
-def test_recovery_does_not_count_a_line_cut_short_as_damage(metrics, tmp_path, tail):
+def test_recovery_does_not_count_a_line_cut_short_as_damage(metrics, tmp_path, tail, printed):
     metrics.write_text(metrics.read_text() + tail)
-    assert recover_metrics(metrics, tmp_path, pytest.fail) == RECORDS
+    assert recover_metrics(metrics, tmp_path) == RECORDS and not printed()
     assert not list(tmp_path.glob("*damaged*"))
 
 
 def test_reader_of_a_missing_file_and_of_a_folder(tmp_path):
-    assert recover_metrics(tmp_path / "nowhere.jsonl", tmp_path, pytest.fail) == []
+    assert recover_metrics(tmp_path / "nowhere.jsonl", tmp_path) == []
     with pytest.raises(UserError, match=str(tmp_path)):
         read_metrics(tmp_path)
 

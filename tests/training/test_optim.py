@@ -80,7 +80,7 @@ def test_muon_adamw_computes_the_updates_of_torch(monkeypatch, batch_numel):
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda tensor: tensor)
     model, reference = small_model(), small_model()
     optim = OptimConfig(lr=1e-2, weight_decay=0.1, muon_lr=0.02, muon_weight_decay=5.0)  # so much that it shows
-    optimizer = build_optimizer(model, optim, "cpu")
+    optimizer = build_optimizer(model, optim)
     blocks = [p for name, p in reference.named_parameters() if ".h." in name and p.dim() == 2]
     rest = [p for p in reference.parameters() if all(p is not block for block in blocks)]
     assert len(blocks) == 8
@@ -142,7 +142,7 @@ def test_newton_schulz_in_float16_keeps_the_direction_of_small_gradients(monkeyp
 def test_nonfinite_step_changes_nothing(optim, bad_step):
     """Parameters, moments and step counts equal those of a run without the step bit by bit."""
     model, undisturbed = small_model(), small_model()
-    optimizer, other = (wrap(build_optimizer(each, optim, "cpu")) for each in (model, undisturbed))
+    optimizer, other = (wrap(build_optimizer(each, optim)) for each in (model, undisturbed))
     for step in range(4):
         give_gradients(model, seed=step)
         if step == bad_step:
@@ -161,13 +161,13 @@ def test_nonfinite_step_changes_nothing(optim, bad_step):
 def test_muon_state_is_saved_and_loaded():
     one_process = SimpleNamespace(is_main_process=True, distributed_type=None)
     model = small_model()
-    optimizer = wrap(build_optimizer(model, MUON, "cpu"))
+    optimizer = wrap(build_optimizer(model, MUON))
     give_gradients(model, seed=0)
     optimizer.step()
     parameters, moments = full_state_dict(model, optimizer, one_process, copy=True)
     assert {key.partition(".")[0] for key in moments} == {"momentum_buffer", "step", "exp_avg", "exp_avg_sq"}
     again = deepcopy(model)
-    of_again = wrap(build_optimizer(again, MUON, "cpu"))
+    of_again = wrap(build_optimizer(again, MUON))
     load_moments(moments, again, of_again)
     for each, its_optimizer in ((model, optimizer), (again, of_again)):
         give_gradients(each, seed=1)
@@ -175,12 +175,12 @@ def test_muon_state_is_saved_and_loaded():
     for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q) and not torch.equal(p, parameters[name])
     with pytest.raises(ValueError, match="no fitting moments of AdamW"):
-        load_moments(moments, again, wrap(build_optimizer(again, OptimConfig(), "cpu")))
+        load_moments(moments, again, wrap(build_optimizer(again, OptimConfig())))
 
 
 def test_weight_decay_on_matrices_and_embeddings_only():
     model = GPT2ReproForCausalLM(GPT2ReproConfig(n_layer=2, n_head=2, n_embd=16, n_positions=8))
-    optimizer = build_optimizer(model, OptimConfig(), "cpu")
+    optimizer = build_optimizer(model, OptimConfig())
     name_of = {p: name for name, p in model.named_parameters()}
     decayed, free = ({name_of[p] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]

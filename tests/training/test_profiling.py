@@ -1,6 +1,5 @@
-"""`--profile` and the garbage collector during training."""
+"""`--profile`."""
 
-import gc
 import gzip
 import json
 
@@ -9,7 +8,6 @@ import torch
 
 from training import TrainingError
 from training.config import load_config
-from training.garbage import collector_restored, stop_collecting
 from training.profiling import WARM_UP_STEPS, profiled
 
 
@@ -47,16 +45,3 @@ def test_profile_needs_enough_steps():
     assert load_config(["--max_steps", "9", "--profile", "5"]).profile == 5
     with pytest.raises(TrainingError, match=r"profile=6 needs 10 steps .* got max_steps=9"):
         load_config(["--max_steps", "9", "--profile", "6"])
-
-
-@pytest.mark.parametrize("was_enabled", [True, False])
-def test_collector_is_off_until_the_end_of_training(was_enabled):
-    (gc.enable if was_enabled else gc.disable)()
-    try:
-        with pytest.raises(KeyboardInterrupt), collector_restored():
-            stop_collecting()
-            assert not gc.isenabled() and (gc.get_freeze_count() > 0) is was_enabled
-            raise KeyboardInterrupt
-        assert gc.isenabled() is was_enabled and gc.get_freeze_count() == 0
-    finally:
-        gc.enable()
