@@ -390,13 +390,14 @@ def test_train_is_called_again_and_again(small, tmp_path, monkeypatch):
 
 def test_resuming_in_an_evaluation_adds_its_loss_to_the_checkpoint(small, tmp_path, monkeypatch):
     """Also where no checkpoint would be due: `best` looks for the loss there."""
-    output, calls = tmp_path / "run", itertools.count()
+    output, calls, stops = tmp_path / "run", itertools.count(), []
     run = train.TrainingEvaluation.run
+    monkeypatch.setattr(train, "StopRequest", lambda *args: stops.append(StopRequest(*args)) or stops[-1])
 
     def run_until_stopped(evaluation, *args, **kwargs):
         if next(calls) == 1:
             assert not gc.isenabled()  # from the first step to the end
-            evaluation.stop.reason = "SIGTERM"
+            stops[-1].reason = "SIGTERM"
             return None
         return run(evaluation, *args, **kwargs)
 
