@@ -101,7 +101,7 @@ def _connecting() -> Iterator[None]:
             raise
         raise TrainingError(
             f"process {rank} of {num_processes} cannot connect to the others at {address} ({one_line(error)}): check "
-            "the address, the firewall, and that each machine's own name stands for an address that the others reach "
+            "the address, the firewall, and that each machine's own name has an address that the others reach "
             "(not 127.x); or name the network interface, as in GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0"
         ) from None
 
