@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 from tiny_run import ROOT, clean_environment
 
@@ -103,3 +104,32 @@ def test_two_launches_with_the_same_text(start):
 def test_no_sign_of_the_main_process(start):
     [(_, error)] = outputs(start(1, patience=0.3))
     assert "Several machines need a folder that they share" in error and error.count("\n") == 1
+
+
+def test_a_launcher_ends_the_others_within_two_seconds(tmp_path):
+    """The main process fails, and reports it; the time until the launcher's own end is the launcher's affair."""
+    program = tmp_path / "program.py"
+    program.write_text(f"import os; print('pid', os.environ['RANK'], os.getpid(), flush=True)\n{PROGRAM}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", program]
+    process = subprocess.Popen(
+        [*command, tmp_path / "cache" / "book", "-1", "60"],
+        cwd=ROOT,
+        env=clean_environment(tmp_path) | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    pids = {}
+    for line in process.stdout:
+        if line.startswith("pid"):
+            _, rank, pid = line.split()
+            pids[rank] = int(pid)
+        if len(pids) == 2:
+            break
+    main, other = (psutil.Process(pids[rank]) for rank in "01")
+    psutil.wait_procs([main], timeout=30)
+    begin = time.monotonic()
+    psutil.wait_procs([other], timeout=30)
+    assert time.monotonic() - begin < 2 and not other.is_running()
+    process.communicate(timeout=60)
+    assert process.returncode == 1
